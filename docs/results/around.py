@@ -7,6 +7,7 @@ Rows that are there are kept.
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def losses(net: nn.Module, rows: Any, padding: int) -> list[Callable[[], Tensor]
     right = [(row["input_ids"][row["gold"]], row["labels"][row["gold"]]) for row in rows]
     right.sort(key=lambda each: len(each[0]))  # similar lengths in a batch leave little padding
     batches = [right[start : start + BATCH] for start in range(0, len(right), BATCH)]
-    tokens = sum(label != -100 for _, labels in right for label in labels[1:])
+    tokens = 0
+    for _, labels in right:
+        tokens += sum(label != -100 for label in labels[1:])
 
     def loss_of(batch: Any) -> Tensor:
         inputs = padded([ids for ids, _ in batch], padding)
@@ -47,7 +50,7 @@ def losses(net: nn.Module, rows: Any, padding: int) -> list[Callable[[], Tensor]
         total = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
         return total * len(batches) / tokens
 
-    return [lambda batch=batch: loss_of(batch) for batch in batches]
+    return [partial(loss_of, batch) for batch in batches]
 
 
 def measure(calibration: Calibration, run: Run, folder: Path) -> Row:

@@ -52,14 +52,14 @@ def export(adapter: Path, to: Path, dtype: DType = "auto", base: str | None = No
         base: the model that the adapter belongs to; None takes the name that the adapter has.
 
     Raises:
-        MisconfigurationException: there is no adapter, the base can't be loaded or is another model, the folder holds
-            something already, or the merged weights are not finite.
+        MisconfigurationException: there is no adapter or it can't be merged, the base can't be loaded or is another
+            model, the folder holds something already, or the merged weights are not finite.
     """
     config = config_of(adapter)
     refuse_unless_new(to)
     if config.layer_replication:
         raise MisconfigurationException(
-            "the layers that layer_replication copies share their weights: nothing to merge"
+            "an adapter with layer_replication can't be merged: the copies of a layer share their weights"
         )
     base = base or str(config.base_model_name_or_path)
     run = settings_of_run(adapter)

@@ -189,8 +189,8 @@ def keep_options(folder: Path, options: Sequence[str], written: Sequence[str], r
     # One process at a time, of several that share the runs and start together.
     with FileLock(claims / "options"):
         before = _options_in(path)
-        is_new = runs and not any(map(read, folder.glob("*.jsonl"))) and not _is_in_use(claims)
-        if is_new and before not in (None, list(options)):
+        differs = runs and before not in (None, list(options))
+        if differs and not any(map(read, folder.glob("*.jsonl"))) and not _is_in_use(claims):
             path.unlink()  # options that have led to no result may have been a mistake
             before = None
         if before is None:

@@ -96,8 +96,7 @@ class Search:
 
     def next_run(self) -> Run | None:
         """The next run of this share; None if there is none, or if it waits for those of other shares."""
-        places = product(range(max(map(self.trials_of, SIDES))), SIDES)
-        for number, side in places:
+        for number, side in product(range(self.trials_of(WITH)), SIDES):  # the other side never has more
             is_wanted = number < self.trials_of(side) and number not in self.tried(side)
             # Both sides of a trial, and of a seed, are one share's: shares may be on different machines.
             if is_wanted and self.results.shard.has(number):
@@ -261,9 +260,9 @@ class Search:
             if name not in logged:
                 known = ", ".join(sorted(logged - {"step", "epoch"})) or "nothing"
                 raise SystemExit(
-                    f"{run} has logged no {name} by the end of a validation, only {known}. If "
-                    "it ended before its first one, make the epoch shorter with --trainer.limit_train_batches in place "
-                    "of --trainer.max_steps"
+                    f"{run} has logged no {name} by the end of a validation, only {known}. If it ended before its "
+                    "first one, make the epoch shorter with --trainer.limit_train_batches in place of "
+                    "--trainer.max_steps"
                 )
         value, tested = value_of_kept(fitted, metric, mode), {}
         is_first = (run.side, run.stage, run.trial, run.seed) == (WITHOUT, "search", 0, SEARCH_SEEDS[0])

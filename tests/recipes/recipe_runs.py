@@ -11,6 +11,7 @@ from strategies import full_weights
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from recipes.instruction_tuning.data import InstructionData
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import RECIPES, base_file, method_file
 
@@ -77,6 +78,14 @@ def quick(command: str, configs: list[str], *options: str) -> RecipeCLI:
 def trained(cli: RecipeCLI) -> dict[str, Tensor]:
     """Copies of the trained weights."""
     return {name: p.detach().clone() for name, p in cli.model.named_parameters() if p.requires_grad}
+
+
+def instruction_data(stage: str, tokenizer: str, **options: Any) -> InstructionData:
+    """Instruction tuning's data, ready for a stage."""
+    data = InstructionData(tokenizer=tokenizer, **{"validation_share": 0.15, "test_share": 0.25} | options)
+    data.prepare_data()
+    data.setup(stage)
+    return data
 
 
 def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:

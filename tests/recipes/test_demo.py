@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -116,3 +117,15 @@ def test_the_demo_reports_resumes_and_shares(
     rows = (tmp_path / "results.jsonl").read_text()
     assert main(["--folder", str(tmp_path)]) == 0
     assert (tmp_path / "results.jsonl").read_text() == rows
+
+
+def test_a_run_of_another_process_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "perform", lambda run: run.key())
+    runs, found = [Run("LoRA", 1e-3, seed, SETTINGS) for seed in (1, 2)], list[Row]()
+    thread = Thread(target=lambda: found.extend(running.share(tmp_path, runs)))
+    with running.ledger(tmp_path).claimed(runs[0]):
+        thread.start()
+        thread.join(timeout=0.3)
+        assert thread.is_alive()
+    thread.join(timeout=60)
+    assert found == [run.key() for run in runs]  # in their order, and done here once the other process has stopped

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from recipe_runs import config_arguments, packaged_arguments, quick, trainer
+from recipe_runs import config_arguments, instruction_data, packaged_arguments, quick, trainer
 from torch import Tensor
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA
@@ -23,18 +23,11 @@ pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}
 
 
-def prepared(stage: str, tokenizer: str, **options: Any) -> InstructionData:
-    data = InstructionData(tokenizer=tokenizer, **{"validation_share": 0.15, "test_share": 0.25} | options)
-    data.prepare_data()
-    data.setup(stage)
-    return data
-
-
 # -- what the model is asked
 
 
 def test_choices_are_ranked_by_mean_log_likelihood(tiny: str, tokenizer: Any) -> None:
-    data = prepared("test", tiny, dataset="packaged:openbook_qa", batch_size=6)
+    data = instruction_data("test", tiny, dataset="packaged:openbook_qa", batch_size=6)
     rows = data.parts["test"].select(range(6))
     batch = Collate(tokenizer.pad_token_id)(rows[:])
     module = InstructionTuning(model=tiny, lora=LORA)
@@ -63,7 +56,7 @@ def by_hand(net: Any, ids: list[int], labels: list[int]) -> float:
 
 
 def test_selected_logits_give_the_gradients_of_all(tiny: str, tokenizer: Any, sums: str) -> None:
-    data = prepared("fit", tiny, dataset=sums)
+    data = instruction_data("fit", tiny, dataset=sums)
     batch = Collate(tokenizer.pad_token_id)(data.parts["train"][:8])
     module = InstructionTuning(model=tiny, lora=LORA | {"lora_dropout": 0.0})
     module.configure_model()
@@ -166,18 +159,18 @@ def test_the_packaged_model_learns_and_its_checkpoint_is_small(tmp_path: Path) -
 
 def test_bad_data_is_named(tiny: str, tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"chat_template='missing\.jinja'"):
-        prepared("fit", tiny, dataset="packaged:openbook_qa", chat_template="missing.jinja")
+        instruction_data("fit", tiny, dataset="packaged:openbook_qa", chat_template="missing.jinja")
     (tmp_path / "unanswered.json").write_text(json.dumps([{"instruction": f"q {i}", "output": ""} for i in range(9)]))
     with pytest.raises(MisconfigurationException, match=r"nothing is left.*dropped: no answer in the data"):
-        prepared("fit", tiny, dataset="unanswered.json")
+        instruction_data("fit", tiny, dataset="unanswered.json")
 
 
 def test_prompts_are_needed_for_predict(tiny: str, tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"predict needs --data.prompts"):
-        prepared("predict", tiny, dataset="packaged:openbook_qa")
+        instruction_data("predict", tiny, dataset="packaged:openbook_qa")
     (tmp_path / "blank.txt").write_text("\n\n")
     with pytest.raises(MisconfigurationException, match="holds no prompt"):
-        prepared("predict", tiny, dataset="packaged:openbook_qa", prompts="blank.txt")
+        instruction_data("predict", tiny, dataset="packaged:openbook_qa", prompts="blank.txt")
 
 
 def test_bad_models_are_named(tiny: str, monkeypatch: Any) -> None:

@@ -6,22 +6,15 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from recipe_runs import instruction_data
 
 from recipes.instruction_tuning import sources
-from recipes.instruction_tuning.data import InstructionData
 from recipes.language.batches import LengthBatchSampler
 from recipes.language.chat import IGNORED, ChatEncoder
 from recipes.shared.parts import part_of
 from recipes.shared.text_metrics import normalized
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
-
-
-def prepared(stage: str, tokenizer: str, **options: Any) -> InstructionData:
-    data = InstructionData(tokenizer=tokenizer, **{"validation_share": 0.15, "test_share": 0.25} | options)
-    data.prepare_data()
-    data.setup(stage)
-    return data
 
 
 def answers_of(row: dict[str, Any], tokenizer: Any, option: int = 0) -> str:
@@ -32,7 +25,7 @@ def answers_of(row: dict[str, Any], tokenizer: Any, option: int = 0) -> str:
 
 
 def test_the_loss_is_on_the_answer_and_its_end_token(tiny: str, tokenizer: Any, sums: str) -> None:
-    data = prepared("fit", tiny, dataset=sums)
+    data = instruction_data("fit", tiny, dataset=sums)
     row = data.parts["train"][0]
     assert answers_of(row, tokenizer).startswith("It is ")
     assert answers_of(row, tokenizer).endswith(".<|im_end|>")
@@ -58,7 +51,7 @@ def test_what_is_cut_or_dropped_is_told(tiny: str, jsonl: Any) -> None:
         {"instruction": "null", "output": None},
         {"instruction": None, "output": "yes"},
     ]
-    data = prepared("fit", tiny, dataset=jsonl(rows), max_length=60, validation_share=0, test_share=0)
+    data = instruction_data("fit", tiny, dataset=jsonl(rows), max_length=60, validation_share=0, test_share=0)
     assert len(data.parts["train"]) == 2
     assert data.reports["train"].endswith(
         "train: 2 conversations; 1 of them cut at max_length=60 tokens; "
@@ -76,12 +69,12 @@ def test_a_conversation_that_the_template_refuses_is_dropped_and_told(tiny: str,
     answered = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
     rows = [{"conversations": turns} for turns in (answered, [{"from": "gpt", "value": "Hello!"}, *answered])]
     settings: dict[str, Any] = {"chat_template": template, "validation_share": 0, "test_share": 0}
-    data = prepared("fit", tiny, dataset=jsonl(rows), **settings)
+    data = instruction_data("fit", tiny, dataset=jsonl(rows), **settings)
     told = "1 dropped: the model's chat template can't render a conversation: TemplateError: Conversation roles must"
     assert f"train: 1 conversations; {told} alternate" in data.reports["train"]
 
     with pytest.raises(MisconfigurationException, match=r"nothing is left to use.*must alternate.*set chat_template"):
-        prepared("fit", tiny, dataset=jsonl(rows[1:]), **settings)
+        instruction_data("fit", tiny, dataset=jsonl(rows[1:]), **settings)
 
 
 # -- parts and batches

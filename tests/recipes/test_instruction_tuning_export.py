@@ -138,4 +138,4 @@ def test_bad_folders_are_named(adapter: Path, tiny: str, tmp_path: Path, capsys:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit):
         exporting.main("export", [str(tmp_path), str(tmp_path / "merged")])
-    assert "share their weights" in capsys.readouterr().err
+    assert "with layer_replication can't be merged" in capsys.readouterr().err

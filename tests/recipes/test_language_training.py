@@ -133,8 +133,9 @@ def fitted(tiny: str, sums: str, folder: Path, *callbacks: L.Callback, **setting
     return fit
 
 
-def test_lora_plus_trains_b_faster(tiny: str, sums: str, tmp_path: Path) -> None:
+def test_lora_plus_trains_b_faster(tiny: str, sums: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fit = fitted(tiny, sums, tmp_path, loraplus_ratio=16, weight_decay=0.1, betas=(0.8, 0.9), schedule="linear")
+    assert "LoRA of rank 4, alpha 8, dropout 0.0 on 4 layers" in caplog.text
     (optimizer,) = fit.optimizers
     assert type(optimizer) is torch.optim.AdamW
     rates = {group["initial_lr"]: len(group["params"]) for group in optimizer.param_groups if group["params"]}

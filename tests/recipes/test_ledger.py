@@ -43,13 +43,11 @@ def test_what_is_done_is_not_done_again_nor_by_two(tmp_path: Path) -> None:
         return {**run.key(), "accuracy": 0.5}
 
     rows = ledger(tmp_path)
-    with ledger(tmp_path).claimed(RUNS[0]) as is_another:
-        assert is_another
+    with ledger(tmp_path).claimed(RUNS[0]):
         assert rows.perform_first(RUNS, perform, print)
         assert not rows.perform_first(RUNS[:1], perform, print)
     with pytest.raises(KeyboardInterrupt):
         rows.perform_first(RUNS, perform, print)
-    # A process that has not seen the row asks the file, and the claim has ended with the interrupt.
     while rows.perform_first([run for run in RUNS if rows.find(run) is None], perform, print):
         pass
     assert done == [RUNS[1], RUNS[0], RUNS[0], RUNS[2]]

@@ -135,6 +135,8 @@ def test_rho_alone_can_be_searched(tmp_path: Path) -> None:
     assert len(runs) == 3 * 3 + 2 * 5
     assert draw(search).axes[0].get_xlabel() == "rho"
     assert finished(tmp_path, space={}, hours=0.2, fresh=9)[0].is_finished
+    contrastive = Search("clip_contrastive", [], {}, [], search.results)  # whose data's seed draws the parts
+    assert contrastive.arguments({"rho": "0"}, 7) == ["--seed_everything=7", "--rho=0"]
 
 
 def test_winners_that_differ_in_more_than_rho_have_a_control(tmp_path: Path) -> None:
@@ -270,10 +272,8 @@ def test_the_answer_is_one_sentence_with_its_doubt() -> None:
     assert unknown.verdict().startswith("Not known yet: it is between ")
     assert unknown.winner == WITHOUT
     # What is surely worse than LoRA may be anything against the control.
-    control = {CONTROL: {0: 0.1, 1: 3.2, 2: 0.1}}
-    worse = Answer(
-        {**unknown.configs, CONTROL: {}}, {**answer_of([1.0, 1.2, 1.1], [1.2, 1.4, 1.31]).values, **control}, True, 1.0
-    )
+    worse = answer_of([1.0, 1.2, 1.1], [1.2, 1.4, 1.31])
+    worse.configs[CONTROL], worse.values[CONTROL] = {}, {0: 0.1, 1: 3.2, 2: 0.1}
     assert worse.verdict().startswith("Don't: it is worse than LoRA, by ")
     assert better.one_more_hour().startswith("One more hour buys 10 more seeds (--fresh 13)")
 
