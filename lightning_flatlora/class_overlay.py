@@ -27,6 +27,11 @@ class Overlay:
     _overlay_state: ClassVar[str]
     _plain_class: Any
 
+    def _get_name(self) -> str:
+        """Print as the plain class."""
+        name: str = self._plain_class.__name__
+        return name
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles are of the plain class: an average or a saved module never holds a perturbed reader."""
         left_out = {mixin._overlay_state for mixin in Overlay.__subclasses__()}
@@ -50,6 +55,9 @@ class _Gated(Overlay):
     _overlay_state = GATES
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if GATES not in self.__dict__:
+            # The gates have gone, and somebody has kept this method, as torch.compile(layer) does.
+            return type(self).__call__(self, *args, **kwargs)
         opened = [gate for gate in self.__dict__[GATES] if gate.opens(self)]
         for gate in opened:
             gate.switch(True)
@@ -102,7 +110,11 @@ def _property_of(attribute: str) -> property:
             value = self._parameters[attribute]
         reading = self.__dict__[READINGS][attribute]
         parts = reading.parts()
-        if value is None or not parts:
+        if value is None:
+            return None
+        if reading.reads is not None and value.requires_grad and not isinstance(value, DTensor):
+            reading.reads.note(bool(parts))
+        if not parts:
             return value
         is_parameter = isinstance(value, nn.Parameter)
         if isinstance(value, DTensor) or (reading.only_views and is_parameter):

@@ -5,7 +5,9 @@ in ``merge_adapter``, and in evaluation and generation, the layer reads the clea
 """
 
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,19 +16,17 @@ from torch.autograd.function import FunctionCtx
 from lightning_flatlora.class_overlay import GATES, set_class
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.perturbed_read import as_ref
+from lightning_flatlora.perturbed_read import AnyRef, Reads, as_ref, reads_of
 
 
 class ForwardGate:
-    """The layers of one perturbation.
+    """The layers of one perturbation, and how they were read since the last step."""
 
-    Attributes:
-        has_opened: whether any layer has read B + E since this was last set to False.
-    """
+    _is_closed: ClassVar[bool] = False
 
     def __init__(self) -> None:
-        self.has_opened = False
         self._layers: dict[nn.Module, None] = {}
+        self._reads: dict[AnyRef, Reads] = {}
 
     def install(self, perturbation: Perturbation) -> None:
         """Let the layers of a perturbation's pairs read it in their forward, once its average has begun.
@@ -36,7 +36,8 @@ class ForwardGate:
         self.uninstall()
         self._perturbation = perturbation
         for pair in perturbation.pairs:
-            self._layers.update(dict.fromkeys(_layers_of(pair)))
+            self._layers.update(dict.fromkeys(layers_of(pair)))
+            self._reads.update({reader: reads_of(reader) for reader in pair.readers})
         for layer in self._layers:
             layer.__dict__.setdefault(GATES, []).append(self)
             set_class(layer)
@@ -46,32 +47,50 @@ class ForwardGate:
         for layer in self._layers:
             layer.__dict__[GATES].remove(self)
             set_class(layer)
-        self._layers = {}
+        self._layers, self._reads = {}, {}
 
-    def missed(self) -> list[str]:
-        """Name the pairs with a gradient whose layers are in eval mode, unlike others, and have read the clean B."""
-        resting = {layer for layer in self._layers if not layer.training}
-        if len(resting) in (0, len(self._layers)):  # all may rest in an evaluation since the backward pass
-            return []
+    @staticmethod
+    @contextmanager
+    def closed() -> Iterator[None]:
+        """Inside, no gate opens in a forward that begins, as for a measurement at the clean weights."""
+        before, ForwardGate._is_closed = ForwardGate._is_closed, True
+        try:
+            yield
+        finally:
+            ForwardGate._is_closed = before
+
+    @property
+    def has_been_read(self) -> bool:
+        """Whether any B was read, clean or perturbed, since :meth:`forget_reads`."""
+        return any(reads.clean or reads.perturbed for reads in self._reads.values())
+
+    def forget_reads(self) -> None:
+        """Start again to note how each B is read."""
+        for reads in self._reads.values():
+            reads.forget()
+
+    def missed(self) -> list[LoRAPair]:
+        """List the pairs with a gradient that a layer has only read clean."""
+        clean = {reader for reader, reads in self._reads.items() if reads.clean and not reads.perturbed}
         with_gradient = [pair for pair in self._perturbation.pairs if pair.B.grad is not None]
-        return [pair.name for pair in with_gradient if not resting.isdisjoint(_layers_of(pair))]
+        return [pair for pair in with_gradient if not clean.isdisjoint(pair.readers)]
 
     def opens(self, layer: nn.Module) -> bool:
         """Say whether a forward of a layer that begins now is one of training, and there is something to read."""
-        if not layer.training or not self._perturbation.may_be_nonzero or self._perturbation.is_on:
+        if self._is_closed or not layer.training or not self._perturbation.may_be_nonzero or self._perturbation.is_on:
             return False
         return torch.is_grad_enabled() or _in_reentrant_checkpoint()
 
     def switch(self, is_on: bool) -> None:
         """Switch the perturbation for the forward of a layer."""
         if is_on:
-            self.has_opened = True
             self._perturbation.on()
         else:
             self._perturbation.off()
 
 
-def _layers_of(pair: LoRAPair) -> list[nn.Module]:
+def layers_of(pair: LoRAPair) -> list[nn.Module]:
+    """List the modules whose call reads the B of a pair."""
     return list(pair.layers) or [as_ref(reader).module for reader in pair.readers]
 
 

@@ -14,16 +14,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lightning_flatlora import wrappers
 from lightning_flatlora.callbacks.methods_of_fit import assign_pairs
 from lightning_flatlora.callbacks.patches import put_on_instance
 from lightning_flatlora.forward_gate import ForwardGate
+from lightning_flatlora.methods import checks
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
-from lightning_flatlora.methods.checks import integer_problems, optimizer_problems, refuse, say_start
+from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.pairs import find_pairs, merge_problems
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import RhoSchedule
-from lightning_flatlora.sharding import is_sharded, reshard
-from lightning_flatlora.wrappers import innermost, parameters_of, unwrapped, wrapping_problems
+from lightning_flatlora.sharding import reshard
+from lightning_flatlora.wrappers import parameters_of, unwrapped
 
 STATE_KEY = "lightning_flatlora"
 """Under which an optimizer's state dict carries the states of the methods."""
@@ -54,24 +56,29 @@ class LoopMethod:
         **settings: Any,
     ) -> None:
         self.method = method = self.kind(rho, **settings)
-        inner = innermost(optimizer)
-        refuse(method, _problems(model, optimizer, inner, method, total_steps))
+        inner, outer = wrappers.innermost(optimizer), wrappers.stepped(optimizer)
+        refuse(method, checks.loop_problems(model, optimizer, method, total_steps))
         self._model = model
-        self._optimizer = method.optimizer = inner
+        # The inner one carries the state. A wrapper, as Lookahead, may change gradients before it steps that.
+        self._optimizer, self._stepped = inner, outer
+        method.optimizer = inner
         self._gate = ForwardGate()
         self._hooks = ExitStack()
         self._is_stepping = False
+        self._closure: Callable[[], Any] | None = None
+        # Asked at the next step, since load_state_dict() may still come.
+        self._lacks_state = wrappers.has_stepped(inner)
         method.horizon = math.inf if total_steps is None else total_steps
         # A loop does not say whether it has a scaler, which skips the step within a fused optimizer.
         method.is_skipped_on_overflow = True
         self.look_again()
-        say_start(method, method.pairs, self.search.left_out)
+        checks.say_start(method, method.pairs, [*self.search.left_out, *self._orphans])
         self._close_others()
         self._install()
         for handle in (
             # Not traced with a compiled step, which would be compiled again for each count of steps.
-            inner.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
-            inner.register_step_post_hook(self._after_step),
+            outer.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
+            outer.register_step_post_hook(self._after_step),
             inner.register_state_dict_post_hook(self._add_state),
         ):
             self._hooks.callback(handle.remove)
@@ -111,6 +118,9 @@ class LoopMethod:
         refuse(method, problems)
         self._gate.uninstall()
         self.search = search
+        self._held = {id(parameter) for parameter in parameters_of(self._optimizer)}
+        orphans = assignment.orphans
+        self._orphans = [f"{len(orphans)} pairs that the optimizer lacks, as {orphans[0].name}"] if orphans else []
         method.follow(assignment.pairs[0], module, self._model)
         self._device = method.pairs[0].B.device
         refuse(method, method.pair_problems())
@@ -153,46 +163,54 @@ class LoopMethod:
     # -- the optimizer's step
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Use the gradients of the coming step; a closure gives them within it."""
-        if self._only_makes_state():
+        """Use the gradients of the coming step, once; a closure gives them within it."""
+        closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
+        # A step that calls the one of its parent class calls the hooks again.
+        if self._is_within_step() or (closure is not None and closure is self._closure):
+            return None
+        if wrappers.only_makes_state(self._optimizer):
             self._is_stepping = True
             return None
-        closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._use_gradients()
             return None
+        was_called = False
 
         def then_use_gradients() -> Any:
+            nonlocal was_called
+            if was_called:
+                refuse(self.method, [f"{type(optimizer).__name__} {checks.SEVERAL_GRADIENTS}"])
+            was_called = True
             loss = closure()
             self._use_gradients()
             return loss
 
+        self._closure = then_use_gradients
         if len(args) > 1:
             return (args[0], then_use_gradients, *args[2:]), kwargs
         return args, {**kwargs, "closure": then_use_gradients}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._is_stepping = False
+        self._is_stepping, self._closure = False, None
 
-    def _only_makes_state(self) -> bool:
-        """Say whether this is the step with a rate of 0 and zero gradients by which PyTorch prepares loading a state.
-
-        ``torch.distributed.checkpoint`` takes it before it loads, or shows, the state of an optimizer that has none.
-        """
-        if self._optimizer.state or any(group.get("lr") != 0 for group in self._optimizer.param_groups):
-            return False
-        # This waits for the device, but few steps come so far: a warm-up has its rate of 0 once.
-        gradients = [p.grad for p in parameters_of(self._optimizer) if p.grad is not None]
-        return bool(gradients) and not any(bool((gradient != 0).any()) for gradient in gradients)
+    def _is_within_step(self) -> bool:
+        """Say whether a step has used its gradients and not ended, also if it has raised and is tried again."""
+        return self._is_stepping
 
     def _use_gradients(self) -> None:
+        if self._lacks_state:
+            self._lacks_state = False
+            rank_zero_warn(
+                f"the optimizer has taken steps that {self.method.title} has no state of: its perturbation and count "
+                "start here. To continue a run, make it before the optimizer's state is loaded, or load_state_dict()"
+            )
         self._check_parameters()
         self.method.before_step()
         # Not before, since PyTorch calls no hook after a step that is refused.
         self._is_stepping = True
 
     def _check_parameters(self) -> None:
-        """Refuse a model whose parameters were replaced since, and follow one that has moved to another device."""
+        """Refuse a model whose parameters were replaced since, and follow new ones and a move to another device."""
         held = {id(parameter) for parameter in parameters_of(self._optimizer)}
         pairs = self.method.pairs
         replaced = [pair for pair in pairs if pair.current_B is not pair.B and isinstance(pair.current_B, DTensor)]
@@ -201,7 +219,7 @@ class LoopMethod:
                 f"the optimizer holds none of the parameters that {self.method.title} knows: make it after the model "
                 "is sharded, or call look_again()"
             )
-        if pairs[0].B.device != self._device:
+        if held != self._held or pairs[0].B.device != self._device:
             self.look_again()
 
     def _refuse_other(self, optimizer: Optimizer) -> None:
@@ -211,7 +229,7 @@ class LoopMethod:
             RuntimeError: before that step.
         """
         # Some optimizers step another one within.
-        if optimizer is self._optimizer or self._is_stepping:
+        if optimizer is self._stepped or self._is_within_step():
             return
         held = {id(parameter) for parameter in parameters_of(optimizer)}
         if any(id(pair.current_B) in held for pair in self.method.pairs):
@@ -245,14 +263,10 @@ class LoopMethod:
         return put_on_instance(self._optimizer, "load_state_dict", load_state_dict)
 
     def _take_state(self, state_dict: dict[str, Any]) -> None:
-        states = state_dict.get(STATE_KEY, {})
-        if self._name in states:
-            self.load_state_dict(states[self._name])
-        elif state_dict["state"]:
-            rank_zero_warn(
-                f"the optimizer's state has none of {self._name}, as after a run without it or in a distributed "
-                "checkpoint: its perturbation and its count of steps start here, unless you call load_state_dict()"
-            )
+        state = state_dict.get(STATE_KEY, {}).get(self._name)
+        self._lacks_state = bool(state_dict["state"])
+        if state is not None:
+            self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a resumed run needs, as CPU tensors and numbers; only a distributed checkpoint lacks it."""
@@ -268,23 +282,7 @@ class LoopMethod:
             problem = f"the state is of {len(state['optimizers'])} optimizers, and a loop's object follows one"
             refuse(self.method, [problem])
         self.method.load_state_dict(state, self.search.names)
-
-
-def _problems(
-    model: nn.Module, optimizer: Optimizer, inner: Any, method: BPerturbationStep, total_steps: int | None
-) -> list[str]:
-    """List what can't work, as far as it is known before the search for pairs."""
-    problems = [] if total_steps is None else integer_problems("total_steps", total_steps, 1)
-    if not isinstance(model, nn.Module) or "_optimizer_step_pre_hooks" not in getattr(inner, "__dict__", {}):
-        given = f"{type(model).__name__} and {type(optimizer).__name__}"
-        return [*problems, f"the first two arguments must be a model and its torch.optim.Optimizer, got {given}"]
-    problems += wrapping_problems(model, [f"{method.title}'s first pass"] if method.takes_two_passes else [])
-    problems += optimizer_problems([inner])
-    if not method.sync_ascent and is_sharded(model):
-        problems.append("sync_ascent=False needs each rank's own gradient, which FSDP does not keep")
-    if method.lacks_horizon and total_steps is None:
-        problems.append(f"{method.argument} spreads over the run, whose length a loop does not say: set total_steps")
-    return problems
+        self._lacks_state = False
 
 
 def _refuse_others(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_flatlora.forward_gate import layers_of
 from lightning_flatlora.loop_method import LoopMethod
 from lightning_flatlora.methods.b_perturbation import EFMLoRAStep, FMLoRAStep
 from lightning_flatlora.methods.replay import Replay
@@ -61,20 +62,56 @@ class EFMLoRA(LoopMethod):
 
     @override
     def _use_gradients(self) -> None:
-        # Until there is an Ê both modes read the same, and nobody expects a call of layers that have no gradient.
-        missed = self._gate.missed()
-        if self.method.perturbs and (missed or not self._gate.has_opened) and self.perturbation.has_gradient:
-            raise RuntimeError(
-                f"EFMLoRA: {missed[0] if missed else 'each LoRA layer'} read the clean weights, since it was in eval "
-                "mode: call model.train() before each step, and set only other layers, such as dropout, to eval mode"
-            )
+        # Until there is an Ê both reads are the same.
+        if self.method.perturbs and self.perturbation.has_gradient:
+            self._check_reads()
         super()._use_gradients()
-        self._gate.has_opened = False
+        self._gate.forget_reads()
+
+    def _check_reads(self) -> None:
+        """Refuse gradients that were not taken at B + Ê."""
+        if not self._gate.has_been_read:
+            raise RuntimeError(
+                "EFMLoRA: no LoRA layer was read since the last step, so its gradient was used already, or is of a "
+                "copy of the model: run forward and backward of this model before each step"
+            )
+        missed = self._gate.missed()
+        if not missed:
+            return
+        read = f"EFMLoRA: {len(missed)} LoRA layers with a gradient, such as {missed[0].name}, were read without Ê"
+        if any(not layer.training for layer in layers_of(missed[0])):
+            raise RuntimeError(
+                f"{read}, since they are in eval mode: call model.train() before each step, and set only other layers, "
+                "such as dropout, to eval mode"
+            )
+        raise RuntimeError(
+            f"{read}, since they were not called: fused kernels, layer.forward(x) and a torch.compile(layer) from "
+            "before EFMLoRA was made read them otherwise. Call the layers, or run forward and backward inside of "
+            "`for each_pass in flat.training_passes():` and `with each_pass:`, where all reads are perturbed"
+        )
+
+    @override
+    def _is_within_step(self) -> bool:
+        # A forward since says that it has ended.
+        return super()._is_within_step() and not self._gate.has_been_read
 
     def training_passes(self) -> Iterator[AbstractContextManager[None]]:
-        """Give one pass, which does nothing, so that a loop may be written for both methods."""
+        """Give the one pass of a step, so that a loop may be written for both methods.
+
+        Inside of it, layers read B + Ê also if they are not called, as by fused kernels, in eval mode or under
+        ``no_grad``.
+        """
         self._check_open()
-        yield nullcontext()
+        yield self._pass()
+
+    @contextmanager
+    def _pass(self) -> Iterator[None]:
+        if self.method.perturbs:
+            self.method.on()
+        try:
+            yield
+        finally:
+            self.method.off()
 
 
 class FMLoRA(LoopMethod):
@@ -119,6 +156,8 @@ class FMLoRA(LoopMethod):
         not perturb.
         """
         self._check_open()
+        # If a step has begun and not ended, an error has ended it.
+        self._is_stepping = False
         self._passes_begun += 1
         if not self.method.ascends:
             yield nullcontext()

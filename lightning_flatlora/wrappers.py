@@ -30,12 +30,41 @@ def innermost(optimizer: Any) -> Any:
     return optimizer
 
 
+def stepped(optimizer: Any) -> Any:
+    """Give the outermost optimizer whose step calls hooks, such as Lookahead over AdamW; None if there is none."""
+    while optimizer is not None:
+        # Those that Fabric and accelerate make are of such a class too, but don't call the hooks themselves.
+        calls_hooks = getattr(getattr(type(optimizer), "step", None), "hooked", False)
+        if calls_hooks and "_optimizer_step_pre_hooks" in vars(optimizer):
+            return optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
+    return None
+
+
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """List an optimizer's parameters, in the order in which its state numbers them."""
     parameters: list[nn.Parameter] = []
     for param_group in optimizer.param_groups:
         parameters += param_group["params"]
     return parameters
+
+
+def has_stepped(optimizer: Optimizer) -> bool:
+    """Say whether an optimizer has the state of steps, its own or loaded ones."""
+    # Adagrad has a state from the start, and counts steps in it.
+    return any(bool(state.get("step", 1) != 0) for state in optimizer.state.values())
+
+
+def only_makes_state(optimizer: Optimizer) -> bool:
+    """Say whether the coming step is the one with a rate of 0 and zero gradients by which PyTorch makes a state.
+
+    ``torch.distributed.checkpoint`` takes it before it loads, or shows, the state of an optimizer that has none.
+    """
+    if optimizer.state or any(group.get("lr") != 0 for group in optimizer.param_groups):
+        return False
+    # This waits for the device, but few steps come so far: a warm-up has its rate of 0 once.
+    gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
+    return bool(gradients) and not any(bool((gradient != 0).any()) for gradient in gradients)
 
 
 def has_gradient(optimizer: Optimizer) -> bool:

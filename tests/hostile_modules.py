@@ -322,6 +322,28 @@ class Experts(nn.Module):
         return self.experts[int(x.sum() > 0)](x)
 
 
+class FusedExperts(nn.Module):
+    """The experts of transformers 5: one parameter holds all, and peft puts a parametrization around it in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, CLASSES, FEATURES) / FEATURES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eoi->bo", x, self.weight)
+
+
+class BesideFusedExperts(nn.Module):
+    """A Linear, whose adapter is perturbed, before experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.experts = nn.Linear(FEATURES, FEATURES), FusedExperts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(torch.tanh(self.linear(x)))
+
+
 def pictures(x: Tensor) -> Tensor:
     return x[:, None, None, :].expand(-1, 1, 2, -1)
 
@@ -517,6 +539,7 @@ KINDS: dict[str, Kind] = {
     "frozen A": layers(net=frozen_A),
     "several adapters": layers(net=two_adapters),
     "experts": layers(net=lambda: under_peft(Experts, "0", "1")),
+    "fused experts": Kind(net=lambda: under_peft(BesideFusedExperts, "linear", target_parameters=["experts.weight"])),
     "torchtune": layers(net=lambda: imitated(OfTorchtune), settings={"finder": torchtune_pairs}),
     "NeMo": layers(net=lambda: imitated(OfNeMo), settings={"finder": nemo_pairs}),
     "NeMo on Hugging Face": layers(net=lambda: imitated(OnHuggingFace), settings={"finder": nemo_pairs}),

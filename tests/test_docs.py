@@ -11,6 +11,7 @@ from typing import Any
 
 import processes
 import pytest
+import torch
 import yaml
 from helpers import since_lightning
 from lightning.pytorch.cli import LightningCLI
@@ -143,7 +144,7 @@ def test_the_configurations_of_a_page_make_its_callback(name: str, monkeypatch: 
         assert any(isinstance(callback, EFMLoRA) for callback in cli.trainer.callbacks)
 
 
-PROGRAMS = ("diff of plain PyTorch", "fabric", "transformers", "FMLoRA", "FMLoRA in transformers")
+PROGRAMS = ("diff of plain PyTorch", "fabric", "transformers", "callback", "fused", "FMLoRA", "FMLoRA in transformers")
 
 
 @pytest.mark.parametrize("index", range(len(PROGRAMS)), ids=PROGRAMS)
@@ -156,21 +157,32 @@ def test_the_programs_for_other_loops_run(index: int, tmp_path: Path, monkeypatc
     assert len(programs) == len(PROGRAMS)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
+    if PROGRAMS[index] == "fused":  # with the model of the first program
+        exec(programs[0], names)
+        names["batch"] = torch.randn(16, 8)
     exec(programs[index], names)
-    if index == 4:  # the subclass, with the model and the arguments of another program
+    if PROGRAMS[index] in ("callback", "FMLoRA in transformers"):  # with model and arguments of another program
         of_trainer: dict[str, Any] = {}
         exec(programs[2], of_trainer)
         of_trainer["flat"].close()
-        trainer = names["TwoPassTrainer"](of_trainer["model"], of_trainer["args"], train_dataset=of_trainer["rows"])
-        (line,) = re.findall(r"`(trainer\.flat = .*)`", page)
-        exec("from lightning_flatlora.loops import FMLoRA", names)
-        exec(line, {**names, "trainer": trainer})
-        trainer.train()
-        assert trainer.flat.step == 4
+        settings = {"model": of_trainer["model"], "args": of_trainer["args"], "train_dataset": of_trainer["rows"]}
+        if PROGRAMS[index] == "callback":
+            callback = names["Flat"]()
+            of_trainer["Trainer"](**settings, callbacks=[callback]).train(resume_from_checkpoint="out/checkpoint-2")
+            names["flat"] = callback.flat
+        else:
+            trainer = names["TwoPassTrainer"](**settings)
+            (line,) = re.findall(r"`(trainer\.flat = .*)`", page)
+            exec("from lightning_flatlora.loops import FMLoRA", names)
+            exec(line, {**names, "trainer": trainer})
+            trainer.train()
+            names["flat"] = trainer.flat
+        assert names["flat"].step == 4
         return
-    assert names["flat"].step == (4 if index == 2 else 10)
-    assert names["flat"].perturbation.may_be_nonzero == (index != 3)
-    assert (tmp_path / "out" / "checkpoint-4").exists() == (index == 2)
+    steps = {"transformers": 4}
+    assert names["flat"].step == steps.get(PROGRAMS[index], 10)
+    assert names["flat"].perturbation.may_be_nonzero == (PROGRAMS[index] != "FMLoRA")
+    assert (tmp_path / "out" / "checkpoint-4").exists() == (PROGRAMS[index] == "transformers")
 
 
 def test_litgpts_line_is_the_one_that_the_tests_insert() -> None:

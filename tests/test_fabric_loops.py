@@ -23,7 +23,14 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from lightning_flatlora import EFMLoRA as LightningEFMLoRA
 from lightning_flatlora import FMLoRA as LightningFMLoRA
@@ -261,6 +268,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, name: str, se
         EFMLoRA(other.model, other.create_optimizer(), RHO, beta=BETA, estimator="projected")
         with pytest.raises(MisconfigurationException, match="estimator must be 'average' as in the checkpoint"):
             other.train(resume_from_checkpoint=str(folder))
+
+
+class Flat(TrainerCallback):  # type: ignore[misc]
+    """As on docs/other_loops.md, with the settings of these tests."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
+        self.flat = EFMLoRA(model, optimizer, RHO, beta=BETA)
+        if state.global_step:
+            saved = torch.load(Path(args.output_dir, f"checkpoint-{state.global_step}", "optimizer.pt"))
+            self.flat.load_state_dict(saved[STATE_KEY]["EFMLoRA"])
+
+
+def test_a_callback_that_makes_the_object_trains_and_resumes_as_the_line_does(tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 3}
+    line, _ = trained_by("EFMLoRA", tmp_path / "line", **saves)
+    for resume in (None, str(tmp_path / "callback" / "checkpoint-3")):
+        trainer, callback = trainer_of(tmp_path / "callback", **saves), Flat()
+        trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=resume)
+        assert callback.flat.step == STEPS
+        assert same(weights(trainer.model), weights(line.model))
+        callback.flat.close()
 
 
 def test_compiled_by_the_trainer(tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ class MethodCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._visits(trainer):
+            return
         # A fit that was killed between hooks, as in a notebook, may have left something behind.
         self.uninstall()
         if stage != "fit":
@@ -221,13 +223,19 @@ class MethodCallback(Callback):
         for method in self.methods:
             method.close()
 
+    def _visits(self, trainer: Trainer) -> bool:
+        """Say whether another Trainer evaluates the module in the middle of this fit, as from one of its hooks."""
+        return self.passes is not None and self.passes.trainer is not trainer and trainer.state.fn != "fit"
+
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.uninstall()
+        if not self._visits(trainer):
+            self.uninstall()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.uninstall()
+        if not self._visits(trainer):
+            self.uninstall()
 
     # -- the state
 

@@ -9,6 +9,7 @@ from peft import helpers
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
+from lightning_flatlora.forward_gate import ForwardGate
 from lightning_flatlora.sharding import average
 
 Loss = Callable[[], Tensor]
@@ -67,7 +68,7 @@ class LossGradient(NamedTuple):
 
 def value(loss: Loss) -> Tensor:
     """Compute the loss in one forward pass: shape (), float32 or wider, without a graph."""
-    with torch.no_grad():
+    with torch.no_grad(), differentiable():
         mean = torch.stack([_wide(computed(part)) for part in losses_of(loss)]).mean()
     average([mean])
     return mean
@@ -115,7 +116,8 @@ def mean_derivative(
     """
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     losses = losses_of(loss)
-    with torch.enable_grad():
+    # The backward passes too, in which a checkpoint runs forward again.
+    with torch.enable_grad(), differentiable():
         values = [_add_derivative(part, derivative, sums) for part in losses]
     mean = torch.stack(values).mean()
     # The scale is taken out only now, after the sum, so that small gradients do not underflow in 16 bits.
@@ -169,8 +171,7 @@ def computed(part: Loss) -> Tensor:
     Raises:
         ValueError: it is not a Tensor with one number.
     """
-    with differentiable():
-        loss: object = part()
+    loss: object = part()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"a Tensor of the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise ValueError(f"the loss must give a Tensor with one number, and has given {given}")
@@ -179,14 +180,15 @@ def computed(part: Loss) -> Tensor:
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Inside, the graph of a loss holds all that it depends on: nothing is cached, and no part comes later."""
+    """Inside, a loss is of the weights as they are, and its graph holds all of it: nothing is cached or comes later."""
     # Of DoRA's norms and products. It came with peft 0.19; before, nothing was cached.
     caching = getattr(helpers, "DoraCaching", None)
     # Replaced, because what a reentrant checkpoint builds in the backward pass is hidden from torch.autograd.grad.
     reentrant: Any = CheckpointFunction
     original, reentrant.apply = reentrant.apply, _not_reentrant
     try:
-        with caching(enabled=False) if caching else nullcontext():
+        # A loop's gates would let layers in training mode read B + Ê.
+        with ForwardGate.closed(), caching(enabled=False) if caching else nullcontext():
             yield
     finally:
         reentrant.apply = original

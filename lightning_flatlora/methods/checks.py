@@ -9,8 +9,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_flatlora import wrappers
 from lightning_flatlora.schedules import is_integer
-from lightning_flatlora.wrappers import is_of
+from lightning_flatlora.sharding import is_sharded
 
 
 def finder_problems(finder: object, adapter_name: object) -> list[str]:
@@ -60,7 +61,7 @@ def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
     problems = []
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         problems.append(f"LBFGS {SEVERAL_GRADIENTS}")
-    if any(is_of("opacus", optimizer) for optimizer in optimizers):
+    if any(wrappers.is_of("opacus", optimizer) for optimizer in optimizers):
         problems.append(
             "Opacus clips the gradient of each example and adds its noise inside the optimizer's step, and the "
             "perturbation would be taken from the gradients before that, which the privacy budget does not cover: "
@@ -73,6 +74,34 @@ def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
             "the optimizer has maximize=True, and the perturbation raises what training_step returns, so it would go "
             "to the better side: return its negative as the loss, and minimize"
         )
+    return problems
+
+
+def loop_problems(model: object, optimizer: Any, method: Any, total_steps: object) -> list[str]:
+    """List what can't work in a loop, as far as it is known before the search for pairs."""
+    problems = [] if total_steps is None else integer_problems("total_steps", total_steps, 1)
+    if not isinstance(model, nn.Module) or wrappers.stepped(optimizer) is None:
+        given = f"{type(model).__name__} and {type(optimizer).__name__}"
+        return [*problems, f"the first two arguments must be a model and its torch.optim.Optimizer, got {given}"]
+    first_pass = [f"{method.title}'s first pass"] if method.takes_two_passes else []
+    problems += wrappers.wrapping_problems(model, first_pass)
+    problems += optimizer_problems([wrappers.innermost(optimizer)])
+    if not method.sync_ascent and is_sharded(model):
+        problems.append("sync_ascent=False needs each rank's own gradient, which FSDP does not keep")
+    if method.lacks_horizon and total_steps is None:
+        problems.append(f"{method.argument} spreads over the run, whose length a loop does not say: set total_steps")
+    return problems
+
+
+def changed_problems(method: Any, saved: dict[str, Any]) -> list[str]:
+    """Name the settings that can't change within a run and are others than the saved ones."""
+    problems = []
+    for name in method.fixed:
+        own = getattr(method, name)
+        if own != saved[name]:
+            problems.append(
+                f"{name} must be {saved[name]!r} as in the checkpoint, got {own!r}: change it back, or start anew"
+            )
     return problems
 
 

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -191,9 +192,11 @@ def _watchable(module: nn.Module) -> list[nn.Parameter]:
     put somewhere else in the first forward pass.
     """
     watchable = []
+    # Around whose parameters peft puts a parametrization in each forward, which counts as a write.
+    wrapped = {part.get_base_layer() for part in module.modules() if isinstance(part, ParamWrapper)}
     for part in module.modules():
         # An RNN's flatten_parameters, which many call in forward, moves them in the memory of a GPU.
-        if isinstance(part, nn.RNNBase):
+        if isinstance(part, nn.RNNBase) or part in wrapped:
             continue
         for parameter in part.parameters(recurse=False):
             if is_lazy(parameter) or parameter.is_inference() or parameter.layout != torch.strided:

@@ -281,20 +281,18 @@ class StepMethod:
         Raises:
             MisconfigurationException: the state belongs to other pairs or settings; nothing has changed then.
         """
-        problems = []
-        for name in self.fixed:
-            own, saved = getattr(self, name), state["settings"][name]
-            if own != saved:
-                problems.append(
-                    f"{name} must be {saved!r} as in the checkpoint, got {own!r}: change it back, or start anew"
-                )
+        problems: list[str] = []
         try:
+            step, initial_lr = state["step"], state["initial_lr"]
+            problems += checks.changed_problems(self, state["settings"])
             if not problems:
                 self.restore(state, known)
         except ValueError as error:
             problems.append(str(error))
+        except (KeyError, TypeError) as error:
+            problems.append(f"the state is not one that {self.title} has saved, or it is damaged: {error!r}")
         checks.refuse(self, problems)
-        self.step, self.initial_lr = state["step"], state["initial_lr"]
+        self.step, self.initial_lr = step, initial_lr
 
     def restore(self, state: dict[str, Any], known: Collection[str]) -> None:
         """Take what a subclass has added to the state; a ValueError says that it belongs to other pairs."""

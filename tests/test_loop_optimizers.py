@@ -1,0 +1,217 @@
+"""Loops with optimizers that wrap others, have more parameters later, step more than once, or fail."""
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from float64_runs import optimizer_of
+from helpers import same, weights
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from loop_runs import batches, loss, method_of, net_of, run, schedule, started, trained_plainly
+from pytorch_optimizer import TRAC, Lookahead, OrthoGrad, ScheduleFreeWrapper
+from torch import nn
+
+from lightning_flatlora import EFMLoRA, loops
+from lightning_flatlora.loop_method import STATE_KEY
+
+
+def trained(net: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+
+# -- wrappers
+
+WRAPPERS = {
+    "Lookahead": lambda inner: Lookahead(inner, k=2),
+    "OrthoGrad": OrthoGrad,
+    "TRAC": TRAC,
+    "ScheduleFree": ScheduleFreeWrapper,
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_gradients_of_a_wrapper_are_those_before_its_step(name: str) -> None:
+    """OrthoGrad changes them in its step; under Lightning's Trainer too the callback comes before."""
+    net = net_of()
+    optimizer = WRAPPERS[name](optimizer_of(net))
+    flat = method_of("EFMLoRA", net, optimizer, 0.3)
+    seen = []
+    original = flat.method.use_gradients
+
+    def use_gradients(also_finite: Any) -> None:
+        seen.append([parameter.grad.clone() for parameter in trained(net)])
+        original(also_finite)
+
+    flat.method.use_gradients = use_gradients
+    if name == "ScheduleFree":
+        optimizer.train()
+    for batch in batches()[:4]:
+        loss(net, batch).backward()
+        before = [parameter.grad.clone() for parameter in trained(net)]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert same(seen[-1], before)
+    assert (flat.step, len(seen)) == (4, 4)
+    # The state is in that of the inner optimizer, which each of them carries.
+    state = copy.deepcopy(optimizer.state_dict())
+    run(flat, net, optimizer, batches()[4:5])
+    if name in ("Lookahead", "OrthoGrad"):
+        optimizer.load_state_dict(state)
+        assert flat.step == 4
+
+
+def test_a_step_of_the_wrapped_optimizer_is_one_of_another() -> None:
+    net = net_of()
+    inner = optimizer_of(net)
+    flat = method_of("EFMLoRA", net, Lookahead(inner), 0.3)
+    loss(net, batches()[0]).backward()
+    with pytest.raises(RuntimeError, match="AdamW was about to step LoRA factors of which EFMLoRA knows another"):
+        inner.step()
+    assert flat.step == 0
+
+
+# -- several gradients
+
+
+class Extragradient(torch.optim.SGD):
+    """Takes two gradients per step."""
+
+    def step(self, closure: Any = None) -> Any:
+        for _ in range(2):
+            with torch.enable_grad():
+                closure()
+            super().step()
+
+
+def test_a_closure_that_is_called_twice_is_refused_at_the_second_time() -> None:
+    net = net_of()
+    optimizer = Extragradient(trained(net), lr=0.1)
+    flat = method_of("EFMLoRA", net, optimizer, 0.3)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss(net, batches()[0]).backward()
+
+    with pytest.raises(MisconfigurationException, match="Extragradient takes several gradients a step"):
+        optimizer.step(closure)
+    assert flat.step == 1
+
+
+# -- parameters that come later
+
+
+def test_pairs_that_the_optimizer_lacks_are_named_and_perturbed_once_they_join_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As in gradual unfreezing."""
+    net = net_of()
+    of_last, others = [], []
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            (of_last if ".4." in name else others).append(parameter)
+    optimizer = torch.optim.AdamW(of_last, lr=1e-2)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        flat = method_of("EFMLoRA", net, optimizer, 0.3)
+    assert "EFMLoRA leaves unperturbed: 2 pairs that the optimizer lacks, as base_model.model.0.lora_B" in caplog.text
+    run(flat, net, optimizer, batches()[:2])
+    before = flat.state_dict()["perturbation"]["E"]
+    assert len(before) == 1
+    optimizer.add_param_group({"params": others})
+    run(flat, net, optimizer, batches()[2:3])
+    after = flat.state_dict()["perturbation"]["E"]
+    assert len(after) == 3
+    assert all(E.any() for E in after.values())
+    run(flat, net, optimizer, batches()[3:])
+    assert flat.step == len(batches())
+
+
+# -- states
+
+
+@pytest.mark.parametrize("name", ["EFMLoRA", "FMLoRA"])
+def test_an_object_that_is_made_after_the_load_warns_before_it_starts_again(name: str) -> None:
+    flat, net, optimizer = started(name, schedule())
+    run(flat, net, optimizer, batches()[:3])
+    state = copy.deepcopy(optimizer.state_dict())
+    flat.close()
+    net = net_of()
+    optimizer = optimizer_of(net)
+    optimizer.load_state_dict(state)
+    late = method_of(name, net, optimizer, schedule())
+    with pytest.warns(
+        UserWarning, match=f"the optimizer has taken steps that {name} has no state of: its perturbation"
+    ):
+        run(late, net, optimizer, batches()[3:4])
+    run(late, net, optimizer, batches()[4:5])
+    assert late.step == 2
+
+
+def test_late_in_a_callback_of_transformers_it_takes_the_saved_state() -> None:
+    """Its first hook with an optimizer comes after the state was loaded: docs/other_loops.md has the callback."""
+    flat, net, optimizer = started("EFMLoRA")
+    run(flat, net, optimizer, batches()[:4])
+    state, values = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(net.state_dict())
+    flat.close()
+    net = net_of()
+    net.load_state_dict(values)
+    optimizer = optimizer_of(net)
+    optimizer.load_state_dict(state)
+    late = method_of("EFMLoRA", net, optimizer, 0.3)
+    late.load_state_dict(state[STATE_KEY]["EFMLoRA"])
+    run(late, net, optimizer, batches()[4:])
+    assert late.step == len(batches())
+    # run() draws from seeds by the place of a batch, and this net draws nothing.
+    assert same(weights(net), weights(trained_plainly("EFMLoRA", batches())))
+
+
+def test_an_optimizer_with_a_state_from_the_start_is_no_late_one() -> None:
+    net = net_of()
+    optimizer = torch.optim.Adagrad(trained(net), lr=0.1)
+    flat = method_of("EFMLoRA", net, optimizer, 0.3)
+    run(flat, net, optimizer, batches()[:3])
+    assert flat.step == 3
+
+
+def test_a_foreign_state_is_refused_in_words() -> None:
+    flat, net, optimizer = started("EFMLoRA")
+    run(flat, net, optimizer, batches()[:2])
+    for state in ({"lr": 0.1}, {"step": 2}, {**flat.state_dict(), "perturbation": {"F": {}}}):
+        with pytest.raises(MisconfigurationException, match="the state is not one that EFMLoRA has saved"):
+            flat.load_state_dict(state)
+    with pytest.raises(MisconfigurationException, match="the state is not one that EFMLoRA has saved"):
+        EFMLoRA(0.3).fit_methods.load_state_dict({"lr": 0.1})
+    assert flat.step == 2
+
+
+# -- a step that fails
+
+
+class Fails(torch.optim.AdamW):
+    """As one that runs out of memory for its first moments."""
+
+    fails = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.fails:
+            raise torch.OutOfMemoryError
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("name", ["EFMLoRA", "FMLoRA"])
+def test_after_a_step_that_raised_another_optimizer_is_refused_as_before(name: str) -> None:
+    net = net_of()
+    optimizer = Fails(trained(net), lr=1e-2)
+    flat = method_of(name, net, optimizer, 0.3)
+    run(flat, net, optimizer, batches()[:2])
+    optimizer.fails = True
+    with pytest.raises(torch.OutOfMemoryError):
+        run(flat, net, optimizer, batches()[2:3])
+    other = optimizer_of(net)
+    with pytest.raises(RuntimeError, match="AdamW was about to step LoRA factors of which"):
+        run(flat, net, other, batches()[2:3])
+    optimizer.fails = False
+    optimizer.zero_grad()
+    run(flat, net, optimizer, batches()[2:3])
+    assert isinstance(flat, loops.EFMLoRA | loops.FMLoRA)

@@ -1,0 +1,213 @@
+"""How a loop's layers are read: by their call, by a fused kernel, by a compiled layer, and in a measurement."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from float64_runs import BETA, optimizer_of
+from helpers import assert_no_trace, same, weights
+from hostile_modules import CHECKPOINTS, Checkpointed, under_peft
+from loop_runs import batches, method_of, net_of, run, started
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from lightning_flatlora import Perturbation, find_pairs, loops
+from lightning_flatlora.flatness import DEFAULT_MEASURES, Point, hessian_trace, measure
+from lightning_flatlora.flatness.losses import loss_gradient
+from lightning_flatlora.pairs.lora_pair import trained_factors
+
+INPUTS = torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(0))
+
+# -- layers that are not called
+
+
+def called(layer: Any, x: Tensor) -> Tensor:
+    return layer(x)
+
+
+def by_forward(layer: Any, x: Tensor) -> Tensor:
+    return layer.forward(x)
+
+
+def fused(layer: Any, x: Tensor) -> Tensor:
+    """As Unsloth's kernels, which take the weights and call no layer."""
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return layer.base_layer(x) + layer.scaling["default"] * linear(linear(x, A), B)
+
+
+class TwoLayers(nn.Module):
+    """Computes one function however its layers are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.ways: list[Callable[[Any, Tensor], Tensor]] = [called, called]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ways[1](self.last, torch.tanh(self.ways[0](self.first, x)))
+
+
+def net_with(first: Any, last: Any = called) -> Any:
+    net: Any = under_peft(TwoLayers, "first", "last", init_lora_weights=False)
+    net.base_model.model.ways = [first, last]
+    return net
+
+
+def train(net: Any, in_passes: bool = False, **settings: Any) -> tuple[Any, Any]:
+    optimizer = optimizer_of(net)
+    flat = loops.EFMLoRA(net, optimizer, 0.5, beta=BETA, **settings)
+    for batch in INPUTS:
+        if in_passes:
+            for each_pass in flat.training_passes():
+                with each_pass:
+                    net(batch).square().mean().backward()
+        else:
+            net(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return flat, optimizer
+
+
+@pytest.mark.parametrize("ways", [(by_forward, called), (called, fused), (fused, fused)])
+def test_a_layer_that_is_read_and_not_called_is_refused_by_its_name(ways: Any) -> None:
+    net = net_with(*ways)
+    with pytest.raises(RuntimeError) as caught:
+        train(net)
+    names = [name for name, way in zip(("first", "last"), ways, strict=True) if way is not called]
+    assert f"{len(names)} LoRA layers with a gradient, such as base_model.model.{names[0]}.lora_B" in str(caught.value)
+    assert "since they were not called: fused kernels" in str(caught.value)
+    assert "flat.training_passes()" in str(caught.value)
+
+
+@pytest.mark.parametrize("ways", [(by_forward, called), (fused, fused), (called, called)])
+def test_inside_the_pass_every_read_is_perturbed(ways: Any) -> None:
+    net, usual = net_with(*ways), net_with(called)
+    flat, _ = train(net, in_passes=True)
+    train(usual)
+    # The fused formula rounds otherwise.
+    for one, other in zip(weights(net).values(), weights(usual).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert flat.step == len(INPUTS)
+    flat.close()
+    assert_no_trace(net)
+
+
+def test_a_layer_that_was_compiled_before_is_refused_and_one_compiled_later_is_not() -> None:
+    net = net_with(called)
+    inner = net.base_model.model
+    inner.first = torch.compile(inner.first, backend="eager")
+    with pytest.raises(RuntimeError, match=r"such as .*first.*lora_B.* since they were not called"):
+        train(net)
+    torch.compiler.reset()
+    net, usual = net_with(called), net_with(called)
+    optimizer = optimizer_of(net)
+    flat = loops.EFMLoRA(net, optimizer, 0.5, beta=BETA)
+    inner = net.base_model.model
+    inner.first = torch.compile(inner.first, backend="eager")
+    for batch in INPUTS:
+        net(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    train(usual)
+    for one, other in zip(weights(net).values(), weights(usual).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    # The compiled layer has kept the method of the open time.
+    flat.close()
+    clean = net_with(called)
+    clean.load_state_dict({name.replace("_orig_mod.", ""): value for name, value in net.state_dict().items()})
+    assert same(net(INPUTS[0]), clean(INPUTS[0]))
+    torch.compiler.reset()
+
+
+class Routed(nn.Module):
+    """Two experts, of which one sees a batch; both have a gradient, as after DDP's average over ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
+        self.turn = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.turn += 1
+        return self.experts[self.turn % 2](x)
+
+
+def test_an_expert_that_was_not_read_is_no_mistake_whatever_its_gradient_is() -> None:
+    net = under_peft(Routed, "experts.0", "experts.1", init_lora_weights=False)
+    optimizer = optimizer_of(net)
+    flat = loops.EFMLoRA(net, optimizer, 0.5)
+    for batch in INPUTS:
+        net(batch).square().mean().backward()
+        optimizer.step()
+        # Zeros, not None.
+        optimizer.zero_grad(set_to_none=False)
+    assert flat.step == len(INPUTS)
+
+
+def test_a_penalty_on_a_weight_is_taken_at_the_clean_one() -> None:
+    net = net_with(called)
+    optimizer = optimizer_of(net)
+    flat = loops.EFMLoRA(net, optimizer, 0.5)
+    for batch in INPUTS:
+        penalty = net.base_model.model.first.lora_B["default"].weight.square().sum()
+        (net(batch).square().mean() + penalty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert flat.step == len(INPUTS)
+
+
+def test_a_gradient_that_was_used_already_is_refused_in_these_words() -> None:
+    flat, net, optimizer = started("EFMLoRA")
+    x, y = batches()[0]
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="no LoRA layer was read since the last step, so its gradient was used"):
+        optimizer.step()
+    run(flat, net, optimizer, batches()[1:2])
+    assert flat.step == 3
+
+
+def test_an_open_model_prints_as_it_is() -> None:
+    net = net_of()
+    before = repr(net)
+    flat = method_of("EFMLoRA", net, optimizer_of(net), 0.3)
+    run(flat, net, flat._optimizer, batches()[:2])
+    assert repr(net) == before
+
+
+# -- measurements while the object is open
+
+
+@pytest.mark.parametrize("how", [None, *CHECKPOINTS])
+def test_measures_in_training_mode_are_those_of_eval_mode(how: str | None) -> None:
+    net = net_with(called)
+    flat, optimizer = train(net)
+    model = net if how is None else Checkpointed(net, CHECKPOINTS[how])
+    pairs = find_pairs(net).pairs
+    factors = trained_factors(pairs)
+
+    def loss() -> Tensor:
+        return model(INPUTS[0]).square().mean()
+
+    def values() -> dict[str, Tensor]:
+        point = Point(loss, Perturbation(pairs), rho=0.5, average=flat.perturbation)
+        taken = dict(measure(point, [*DEFAULT_MEASURES, "ema", "critical_sharpness"]))
+        taken["trace"] = hessian_trace(loss, factors, samples=2).mean
+        taken |= {str(index): each for index, each in enumerate(loss_gradient(loss, factors).gradients)}
+        return taken
+
+    assert net.training
+    training = values()
+    net.eval()
+    # Dropout is not in the way: the modes differ in nothing else.
+    assert same(training, values())
+    assert float(training["ema_sharpness"].abs()) > 1e-6
+    # What is open reads perturbed weights afterwards, as before.
+    net.train()
+    assert not same(loss().detach(), training["loss"])
+    net(INPUTS[0]).square().mean().backward()
+    optimizer.step()
+    assert flat.step == len(INPUTS) + 1
