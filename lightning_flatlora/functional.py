@@ -19,7 +19,7 @@ DAMPING = 1e-6
 """delta of :func:`damped_inverse_root`, relative to the trace."""
 
 _BLOCK = 64
-"""Columns that go through one product where half of an r x r matrix is known, by symmetry or as it is triangular."""
+"""Columns that go through one product where half of an r x r matrix is zero or known by symmetry."""
 
 
 class Ascent(NamedTuple):
@@ -127,40 +127,6 @@ def _inverse(L: Tensor) -> Tensor:
     return inverse
 
 
-def _times_root(X: Tensor, R: Tensor) -> Tensor:
-    """``X R`` for a lower triangular R, leaving out most of its zeros where that saves time."""
-    if not _blocks_are_faster(R):
-        return X @ R
-    product = torch.empty_like(X)
-    for start in range(0, R.shape[-1], _BLOCK):
-        columns = slice(start, start + _BLOCK)
-        rows = slice(start, None)
-        product[..., columns] = X[..., rows] @ R[..., rows, columns]
-    return product
-
-
-def _times_transposed_root(X: Tensor, R: Tensor) -> Tensor:
-    """``X R^T`` for a lower triangular R, leaving out most of its zeros where that saves time."""
-    if not _blocks_are_faster(R):
-        return X @ R.mT
-    product = torch.empty_like(X)
-    for start in range(0, R.shape[-1], _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        columns = slice(0, start + _BLOCK)
-        product[..., rows] = X[..., columns] @ R[..., rows, columns].mT
-    return product
-
-
-def _root_times(R: Tensor, X: Tensor) -> Tensor:
-    """``R X`` for a lower triangular R, leaving out most of its zeros where that saves time."""
-    return _times_transposed_root(X.mT, R).mT if _blocks_are_faster(R) else R @ X
-
-
-def _blocks_are_faster(R: Tensor) -> bool:
-    """On a CPU operations count; on an accelerator several small kernels cost more than one with many zeros."""
-    return R.is_cpu and R.shape[-1] > _BLOCK
-
-
 def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
     r"""The ascent from both of LoRA's gradients: the estimator ``"average"`` (Eqs. 10-12, 14).
 
@@ -201,7 +167,7 @@ def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling
     first_root_A, root_A = pseudo_inverse_roots(A)
     root_B = damped_inverse_root(B)
     half = grad_B @ first_root_A
-    seen_A = _root_times(root_B, grad_A)
+    seen_A = root_B @ grad_A
     from_B = root_B @ (B.mT @ half)
     from_A = seen_A @ A.mT @ first_root_A
     # sqrt(w) goes into R_B G_A, not into its norm: at B = 0, R_B is so large that the norm of a penalty would overflow.
@@ -209,7 +175,7 @@ def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling
     beyond_A = _squared_norm(seen_A.mul_(agreement)) - _squared_norm(agreement * from_A)
     squares = _squared_norm(half) + 3 * _squared_norm(from_B) + beyond_A
     half.baddbmm_(B, root_B.mT @ from_B)  # (I + B K_B⁺ B^T) G_B S_A, in place: these are the largest tensors here
-    direction = _times_root(half, root_A / (2 * scaling**2)[:, None, None])
+    direction = half @ (root_A / (2 * scaling**2)[:, None, None])
     return Ascent(direction, squares / (4 * scaling**2))
 
 
@@ -246,7 +212,7 @@ def ascent_projected(A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
     """
     first_root, root = pseudo_inverse_roots(A)
     half = grad_B @ first_root
-    direction = _times_root(half, root / (scaling**2)[:, None, None])
+    direction = half @ (root / (scaling**2)[:, None, None])
     return Ascent(direction, _squared_norm(half) / scaling**2)
 
 
