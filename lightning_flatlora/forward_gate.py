@@ -36,7 +36,7 @@ class ForwardGate:
         self.uninstall()
         self._perturbation = perturbation
         for pair in perturbation.pairs:
-            self._layers.update(dict.fromkeys(layers_of(pair)))
+            self._layers.update(dict.fromkeys(_layers_of(pair)))
             self._reads.update({reader: reads_of(reader) for reader in pair.readers})
         for layer in self._layers:
             layer.__dict__.setdefault(GATES, []).append(self)
@@ -89,8 +89,7 @@ class ForwardGate:
             self._perturbation.off()
 
 
-def layers_of(pair: LoRAPair) -> list[nn.Module]:
-    """List the modules whose call reads the B of a pair."""
+def _layers_of(pair: LoRAPair) -> list[nn.Module]:
     return list(pair.layers) or [as_ref(reader).module for reader in pair.readers]
 
 

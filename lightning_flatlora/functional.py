@@ -19,7 +19,7 @@ DAMPING = 1e-6
 """delta of :func:`damped_inverse_root`, relative to the trace."""
 
 _BLOCK = 64
-"""Columns that go through one product where half of an r x r matrix is zero or known by symmetry."""
+"""Columns of a Gram matrix that are computed by one product, as half of it is known by symmetry."""
 
 
 class Ascent(NamedTuple):
@@ -67,7 +67,9 @@ def _root_and_damping(X: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     damping = (DAMPING * diagonal.sum(-1, keepdim=True)).clamp_min(torch.finfo(X.dtype).tiny)
     diagonal += damping
-    return _inverse(torch.linalg.cholesky_ex(gram).L), damping[..., None]
+    identity = torch.eye(X.shape[-1], dtype=gram.dtype, device=gram.device)
+    root = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, identity.expand_as(gram), upper=False)
+    return root, damping[..., None]
 
 
 def pseudo_inverse_roots(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,22 +111,6 @@ def _lower_gram(X: Tensor) -> Tensor:
         known = slice(0, start + _BLOCK)
         gram[..., rows, known] = X[..., rows].mT @ X[..., known]
     return gram
-
-
-def _inverse(L: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, shape (..., r, r), large ones by halves: products are faster."""
-    r = L.shape[-1]
-    if r <= _BLOCK:
-        identity = torch.eye(r, dtype=L.dtype, device=L.device)
-        inverse: Tensor = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False)
-        return inverse
-    first, second = slice(0, r // 2), slice(r // 2, r)
-    inverse = torch.zeros_like(L)
-    inverse[..., first, first] = _inverse(L[..., first, first])
-    inverse[..., second, second] = _inverse(L[..., second, second])
-    corner = inverse[..., second, second] @ L[..., second, first] @ inverse[..., first, first]
-    inverse[..., second, first] = -corner
-    return inverse
 
 
 def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:

@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_flatlora.forward_gate import layers_of
 from lightning_flatlora.loop_method import LoopMethod
 from lightning_flatlora.methods.b_perturbation import EFMLoRAStep, FMLoRAStep
 from lightning_flatlora.methods.replay import Replay
@@ -76,19 +75,14 @@ class EFMLoRA(LoopMethod):
                 "copy of the model: run forward and backward of this model before each step"
             )
         missed = self._gate.missed()
-        if not missed:
-            return
-        read = f"EFMLoRA: {len(missed)} LoRA layers with a gradient, such as {missed[0].name}, were read without Ê"
-        if any(not layer.training for layer in layers_of(missed[0])):
+        if missed:
             raise RuntimeError(
-                f"{read}, since they are in eval mode: call model.train() before each step, and set only other layers, "
-                "such as dropout, to eval mode"
+                f"EFMLoRA: {len(missed)} LoRA layers with a gradient, such as {missed[0].name}, were read without Ê. "
+                "If they are in eval mode, call model.train() before each step, and set only other layers, such as "
+                "dropout, to eval mode. If they were not called, as by fused kernels, layer.forward(x) and a "
+                "torch.compile(layer) from before EFMLoRA was made, call them, or run forward and backward inside of "
+                "`for each_pass in flat.training_passes():` and `with each_pass:`"
             )
-        raise RuntimeError(
-            f"{read}, since they were not called: fused kernels, layer.forward(x) and a torch.compile(layer) from "
-            "before EFMLoRA was made read them otherwise. Call the layers, or run forward and backward inside of "
-            "`for each_pass in flat.training_passes():` and `with each_pass:`, where all reads are perturbed"
-        )
 
     @override
     def _is_within_step(self) -> bool:
@@ -102,16 +96,7 @@ class EFMLoRA(LoopMethod):
         ``no_grad``.
         """
         self._check_open()
-        yield self._pass()
-
-    @contextmanager
-    def _pass(self) -> Iterator[None]:
-        if self.method.perturbs:
-            self.method.on()
-        try:
-            yield
-        finally:
-            self.method.off()
+        yield self.perturbation.applied() if self.method.perturbs else nullcontext()
 
 
 class FMLoRA(LoopMethod):
