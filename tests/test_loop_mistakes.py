@@ -107,7 +107,7 @@ def test_the_start_names_what_is_perturbed_and_what_is_not(caplog: pytest.LogCap
     model = get_peft_model(net, LoraConfig(r=2, target_modules=["embedding", "inner"]))
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         loops.EFMLoRA(model, sgd(model), 0.3).close()
-    assert "EFMLoRA leaves unperturbed: Embedding: LoRA on an embedding is not followed yet" in caplog.text
+    assert "EFMLoRA leaves unperturbed: Embedding: LoRA on an embedding is not taken yet" in caplog.text
     assert "EFMLoRA: 1 LoRA pairs of rank 2, rho=0.3, start_step=0, every_n_steps=1" in caplog.text
 
 

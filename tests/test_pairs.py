@@ -245,7 +245,7 @@ def of_mixed_tuners() -> nn.Module:
 
 
 LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
-    "embedding": (lambda: peft(["embed", "one"]), ["one.lora_B.default"], "Embedding: embedding LoRA .*embed"),
+    "embedding": (lambda: peft(["embed", "one"]), ["one.lora_B.default"], "Embedding: LoRA on an embedding .*embed"),
     "grouped": (lambda: peft(["grouped", "one"]), ["one.lora_B.default"], "grouped convolution"),
     "AdaLoRA": (of_adalora, [], r"SVDLinear: AdaLoRA's update is B diag\(E\) A"),
     "aLoRA": (lambda: peft(["one"], alora_invocation_tokens=[1]), [], "ALora"),

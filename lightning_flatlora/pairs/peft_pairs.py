@@ -24,9 +24,9 @@ _EXACT_VARIANTS = (
     variants.DoraConv3dVariant,
 )
 _NO_PRODUCTS: dict[type[nn.Module], str] = {
-    Embedding: "LoRA on an embedding is not followed yet, except by a finder of your own",
+    Embedding: "LoRA on an embedding is not taken yet, except by a finder of your own",
     AdaLoraLayer: "AdaLoRA's update is B diag(E) A, and not a product s B A",
-    ParamWrapper: "LoRA on a bare parameter (as of experts) keeps the factors of several products in one, and is not followed yet",
+    ParamWrapper: "LoRA on a bare parameter (as of experts) keeps several products in one pair, and is not taken yet",
     LoraParallelLinear: "tensor-parallel LoRA keeps a slice of each factor",
 }
 """Why no adapter of a layer is a pair, by the layer's kind."""
