@@ -60,12 +60,12 @@ class _Gated(Overlay):
             return type(self).__call__(self, *args, **kwargs)
         opened = [gate for gate in self.__dict__[GATES] if gate.opens(self)]
         for gate in opened:
-            gate.switch(True)
+            gate.perturbation.on()
         try:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         finally:
             for gate in opened:
-                gate.switch(False)
+                gate.perturbation.off()
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -112,8 +112,11 @@ def _property_of(attribute: str) -> property:
         parts = reading.parts()
         if value is None:
             return None
-        if reading.reads is not None and value.requires_grad and not isinstance(value, DTensor):
-            reading.reads.note(bool(parts))
+        reads = reading.reads if value.requires_grad and not isinstance(value, DTensor) else None
+        if reads is not None and parts:
+            reads.perturbed = True
+        elif reads is not None and torch.is_grad_enabled():
+            reads.clean = True
         if not parts:
             return value
         is_parameter = isinstance(value, nn.Parameter)

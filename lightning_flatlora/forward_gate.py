@@ -20,7 +20,11 @@ from lightning_flatlora.perturbed_read import AnyRef, Reads, as_ref, reads_of
 
 
 class ForwardGate:
-    """The layers of one perturbation, and how they were read since the last step."""
+    """The layers of one perturbation, and how they were read since the last step.
+
+    Attributes:
+        perturbation: which a layer switches on around its call if the gate opens.
+    """
 
     _is_closed: ClassVar[bool] = False
 
@@ -34,7 +38,7 @@ class ForwardGate:
         The perturbation must be installed before.
         """
         self.uninstall()
-        self._perturbation = perturbation
+        self.perturbation = perturbation
         for pair in perturbation.pairs:
             self._layers.update(dict.fromkeys(_layers_of(pair)))
             self._reads.update({reader: reads_of(reader) for reader in pair.readers})
@@ -67,26 +71,19 @@ class ForwardGate:
     def forget_reads(self) -> None:
         """Start again to note how each B is read."""
         for reads in self._reads.values():
-            reads.forget()
+            reads.clean = reads.perturbed = False
 
     def missed(self) -> list[LoRAPair]:
         """List the pairs with a gradient that a layer has only read clean."""
         clean = {reader for reader, reads in self._reads.items() if reads.clean and not reads.perturbed}
-        with_gradient = [pair for pair in self._perturbation.pairs if pair.B.grad is not None]
+        with_gradient = [pair for pair in self.perturbation.pairs if pair.B.grad is not None]
         return [pair for pair in with_gradient if not clean.isdisjoint(pair.readers)]
 
     def opens(self, layer: nn.Module) -> bool:
         """Say whether a forward of a layer that begins now is one of training, and there is something to read."""
-        if self._is_closed or not layer.training or not self._perturbation.may_be_nonzero or self._perturbation.is_on:
+        if self._is_closed or not layer.training or not self.perturbation.may_be_nonzero or self.perturbation.is_on:
             return False
         return torch.is_grad_enabled() or _in_reentrant_checkpoint()
-
-    def switch(self, is_on: bool) -> None:
-        """Switch the perturbation for the forward of a layer."""
-        if is_on:
-            self._perturbation.on()
-        else:
-            self._perturbation.off()
 
 
 def _layers_of(pair: LoRAPair) -> list[nn.Module]:

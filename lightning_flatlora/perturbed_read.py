@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,6 +65,7 @@ Parts = dict[range | None, Tensor]
 """E by the rows of the parameter that it is added to."""
 
 
+@dataclass
 class Reads:
     """How a trained parameter was read.
 
@@ -74,19 +74,8 @@ class Reads:
         perturbed: whether it was read with a perturbation.
     """
 
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Start again."""
-        self.clean = self.perturbed = False
-
-    def note(self, is_perturbed: bool) -> None:
-        """Note a read."""
-        if is_perturbed:
-            self.perturbed = True
-        elif torch.is_grad_enabled():
-            self.clean = True
+    clean: bool = False
+    perturbed: bool = False
 
 
 class _Reading:
