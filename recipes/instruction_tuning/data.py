@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from recipes.instruction_tuning import sources
@@ -61,6 +62,7 @@ class InstructionData(PartedData):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._longest_text = self._longest_prompt = 0
+        self._thinks = False
 
     @override
     def begin(self) -> None:
@@ -89,7 +91,9 @@ class InstructionData(PartedData):
         )
         status = table["status"][:]
         kept = table.select([place for place, what in enumerate(status) if what in ("kept", "cut")])
-        self.reports[part] = self._report(part, Counter(status), sum(kept["leaves_thoughts"]))
+        if part == "train":
+            self._thinks = any(kept["thinks"])
+        self.reports[part] = self._report(part, Counter(status), kept)
         self._longest_text = max([self._longest_text, *kept["length"]])
         if part != "train":
             self._note_prompts(kept["prompt_ids"])
@@ -97,11 +101,27 @@ class InstructionData(PartedData):
 
     @override
     def rows_to_predict(self) -> list[dict[str, Any]]:
-        rows = encoded_prompts(
-            self.prompts, "prompt", lambda prompt: self.encoder.encode_prompt([{"role": "user", "content": prompt}])
-        )
+        rows = encoded_prompts(self.prompts, "prompt", self._asked)
         self._note_prompts(row["prompt_ids"] for row in rows)
         return rows
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"thinks": self._thinks}
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Any]:
+        rows = self.parts["predict"]
+        if self._place.get("thinks"):  # the checkpoint is of a model that has learnt to think before it answers
+            for row in rows:
+                row["prompt_ids"] = self._asked(row["prompt"], thinks=True)
+        # What follows the user's text decides whether a model thinks.
+        tail = self.encoder.tokenizer.decode(rows[0]["prompt_ids"]).rpartition(rows[0]["prompt"])[2]
+        rank_zero_info(f"The first prompt ends with {tail[-100:]!r}")
+        return super().predict_dataloader()
+
+    def _asked(self, prompt: str, thinks: bool = False) -> list[int]:
+        return self.encoder.encode_prompt([{"role": "user", "content": prompt}], thinks)
 
     def longest(self) -> tuple[int, int]:
         """Tokens of the longest conversation, and of the longest prompt that an answer is written for; 0 for none."""
@@ -128,7 +148,7 @@ class InstructionData(PartedData):
         rank_zero_info(f"Packed into {len(made)} rows of {self.max_length} tokens, which are {filled:.0%} full")
         return made
 
-    def _report(self, part: str, counts: Counter[str], without_thoughts: int) -> str:
+    def _report(self, part: str, counts: Counter[str], kept: Any) -> str:
         notes = {
             "cut": f"{counts['cut']} of them cut at max_length={self.max_length} tokens",
             "too long": f"{counts['too long']} dropped: no answer within max_length={self.max_length} tokens",
@@ -143,6 +163,19 @@ class InstructionData(PartedData):
             # Templates have few reasons, and data mostly one.
             reason = refused.most_common(1)[0][0].removeprefix(REFUSED)
             parts.append(f"{refused.total()} dropped: {reason}")
+        without_thoughts = sum(kept["leaves_thoughts"])
         if without_thoughts:
-            parts.append(f"{without_thoughts} of them without their thoughts, which the template leaves out")
-        return "; ".join(parts)
+            parts.append(
+                f"{without_thoughts} of them without thoughts that the data hold: the template leaves them out"
+            )
+        return "; ".join([*parts, *self._told_of_prompts(sum(kept["thinks"]), len(kept))])
+
+    def _told_of_prompts(self, thinking: int, conversations: int) -> list[str]:
+        """What follows for prompts from how many conversations have thoughts, as a part of the report."""
+        opening, others = self.encoder.opening, conversations - thinking
+        if opening and others and self.encoder.leaves_room():
+            return [f"{others} of them answer without thoughts, after {opening!r}, which prompts lack"]
+        if not thinking or self.encoder.leaves_room():
+            return []
+        told = f"{thinking} of them with thoughts, so prompts of `predict` leave room for some, without {opening!r}"
+        return [told + (f", after which the other {others} are learnt" if others else "")]

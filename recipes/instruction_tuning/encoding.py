@@ -21,9 +21,9 @@ def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
 
     Returns:
         ``input_ids`` and ``labels`` of each option, the greatest ``length`` in tokens, the place ``gold`` of the right
-        option, ``answer`` and ``prompt_ids`` of a free answer that is to be generated, whether the template
-        ``leaves_thoughts`` of an answer out, and the ``status``: "kept", "cut", "too long", "no answer", the row's
-        problem, or :data:`REFUSED` and why.
+        option, ``answer`` and ``prompt_ids`` of a free answer that is to be generated, whether the model ``thinks``
+        before an answer, whether the template ``leaves_thoughts`` out, and the ``status``: "kept", "cut", "too long",
+        "no answer", the row's problem, or :data:`REFUSED` and why.
     """
     if row["problem"] or not row["messages"] or not row["messages"][-1]["content"].strip():
         # An answer of spaces alone has no token to learn.
@@ -54,7 +54,8 @@ def _usable(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
         "gold": options.index(answer["content"]),
         "answer": answer["content"] if is_free else "",
         "prompt_ids": encoder.encode_prompt(context) if is_free else [],
-        "leaves_thoughts": not encoder.writes_thoughts and any(message["thoughts"] for message in row["messages"]),
+        "thinks": any(e.thinks for e in encoded),
+        "leaves_thoughts": any(e.leaves_thoughts for e in encoded),
         "status": status,
     }
 
@@ -67,6 +68,7 @@ def _unusable(status: str) -> Row:
         "gold": 0,
         "answer": "",
         "prompt_ids": [],
+        "thinks": False,
         "leaves_thoughts": False,
         "status": status,
     }

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from recipes.language.templates import leads
 from recipes.shared.text_metrics import normalized
 
 Row = dict[str, Any]
@@ -167,7 +168,7 @@ def _converted(row: Row, found: str | Pair, source: str) -> Row:
     except ValueError as error:
         raise MisconfigurationException(f"{source}: {error}") from error
     system = next((row[name] for name in _SYSTEM if row.get(name)), None)
-    if system is not None and not any(message["role"] == "system" for message in messages):
+    if system is not None and not leads(messages):
         messages.insert(0, turn("system", str(system)))
     while messages and not _is_learnt(messages[-1]):
         # What comes after the last answer that is learnt teaches nothing.

@@ -5,18 +5,26 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.language.conversation import HiddenAnswerError, Message, answer_spans
-from recipes.language.templates import REMEDY, TemplateEncoder, template_errors
+from recipes.language.conversation import HiddenAnswerError, Message, answer_spans, thoughts_of
+from recipes.language.templates import REMEDY, RefusedConversationError, TemplateEncoder, template_errors
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 
 
 class Encoded(NamedTuple):
-    """Tokens of a conversation, and their labels: the token itself inside an answer, else -100."""
+    """Tokens of a conversation, and their labels: the token itself inside an answer, else -100.
+
+    Attributes:
+        cut: whether it was longer.
+        thinks: whether an answer is learnt with the thoughts that the template's opening would leave no room for.
+        leaves_thoughts: whether the template leaves an answer's thoughts out.
+    """
 
     input_ids: list[int]
     labels: list[int]
     cut: bool
+    thinks: bool = False
+    leaves_thoughts: bool = False
 
 
 class ChatEncoder(TemplateEncoder):
@@ -48,23 +56,43 @@ class ChatEncoder(TemplateEncoder):
             messages: the answer last. Answers whose ``learnt`` is False are read and not learnt.
             ends: give the end token to an answer that the template ends with nothing, for who generates some.
         """
+        thoughts = [thoughts_of(message) for message in messages if message["role"] == "assistant"]
         messages = self._with_system(messages)
         if self._marks_answers:
             ids, mask = self._marked(messages)
         else:
             ids, mask = self._located(messages, ends)
         labels = [token if is_answer else IGNORED for token, is_answer in zip(ids, mask, strict=True)]
-        return Encoded(ids[: self.max_length], labels[: self.max_length], len(ids) > self.max_length)
+        text = self._render(messages, False) if any(thoughts) else ""
+        leaves_thoughts = any(thought not in text for thought in thoughts)
+        cut = len(ids) > self.max_length
+        thinks = self._thinks(ids, mask, messages)
+        return Encoded(ids[: self.max_length], labels[: self.max_length], cut, thinks, leaves_thoughts)
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of messages without an answer, with the template's opening of one."""
-        return self._prompt(self._with_system(messages))
+    def encode_prompt(self, messages: Sequence[Message], thinks: bool = False) -> list[int]:
+        """Tokens of messages without an answer, with the template's opening of one.
+
+        Args:
+            messages: the question last.
+            thinks: leave room for thoughts.
+        """
+        return self._prompt(self._with_system(messages), thinks)
 
     def _prompt(self, messages: Sequence[Message], thinks: bool = False) -> list[int]:
         # The template writes special tokens itself, so that the tokenizer must add none. An opening that leaves no room
         # for thoughts is not what an answer with thoughts follows.
         text = self._render(messages, True) + ("" if thinks else self._opening)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _thinks(self, ids: list[int], mask: list[bool], messages: list[Message]) -> bool:
+        """Whether an answer is learnt right after the generation prompt, where others have an opening."""
+        for place, message in enumerate(messages):
+            # Of answers without thoughts the last one speaks for all.
+            if self.opening and message["role"] == "assistant" and (thoughts_of(message) or message is messages[-1]):
+                prompt = self._prompt(messages[:place], thinks=True)
+                if ids[: len(prompt)] == prompt and True in mask[len(prompt) : len(prompt) + 1]:
+                    return True
+        return False
 
     def _marked(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
         with template_errors():
@@ -102,7 +130,10 @@ class ChatEncoder(TemplateEncoder):
         try:
             text, spans = answer_spans(self._render, messages, self.tokenizer.eos_token, ends)
         except HiddenAnswerError as error:
-            raise MisconfigurationException(f"{error}. {REMEDY}{self._agreeing_arguments(messages)}") from error
+            helpful = self._agreeing_arguments(messages)
+            # With other arguments no conversation is lost. Without any, one must not stop a run.
+            kind = MisconfigurationException if helpful else RefusedConversationError
+            raise kind(f"{error}. {REMEDY}{helpful}") from error
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         mask = []
         for start, end in encoded["offset_mapping"]:

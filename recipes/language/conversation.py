@@ -11,8 +11,36 @@ Span = tuple[int, int]
 
 THOUGHTS = ("reasoning_content", "thinking")
 """The fields of a message in which chat templates look for the thoughts before an answer: Qwen's name and GPT-OSS's."""
+_BLOCK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # of thoughts, at the head of an answer
 # A text that no template changes, and that no template holds.
 _MARK = "5d1answer5d1"
+
+
+def thoughts_of(message: Message) -> str:
+    """Return the thoughts of an answer, from a field or from a block in its content; "" if there are none.
+
+    Example:
+        >>> thoughts_of({"role": "assistant", "content": "<think>\\nHm.\\n</think>\\n\\nSo."})
+        'Hm.'
+    """
+    block = _BLOCK.match(message["content"])
+    given = next((message[name] for name in THOUGHTS if message.get(name)), block.group(1) if block else "")
+    return str(given).strip()
+
+
+def with_thoughts_apart(message: Message) -> Message:
+    """Move a block of thoughts from an answer's content into the fields that templates read.
+
+    Example:
+        >>> with_thoughts_apart({"role": "assistant", "content": "<think>Hm.</think>So."})
+        {'role': 'assistant', 'content': 'So.', 'reasoning_content': 'Hm.', 'thinking': 'Hm.'}
+    """
+    block = _BLOCK.match(message["content"]) if message["role"] == "assistant" else None
+    if block is None:
+        return message
+    thoughts = thoughts_of(message)
+    fields = dict.fromkeys(THOUGHTS, thoughts) if thoughts else {}
+    return {**message, "content": message["content"][block.end() :], **fields}
 
 
 class HiddenAnswerError(ValueError):
@@ -123,9 +151,9 @@ def _answer(
 
 
 def _holds_thoughts(opens: str, message: Message) -> bool:
-    """Whether the text before an answer holds the thoughts that come with it in a field of their own."""
-    thoughts = [str(message.get(name) or "").strip() for name in THOUGHTS]
-    return any(thought and thought in opens for thought in thoughts)
+    """Whether the text before an answer holds the thoughts that come with it."""
+    thoughts = thoughts_of(message)
+    return bool(thoughts) and thoughts in opens
 
 
 def _shared(one: str, other: str) -> str:

@@ -19,6 +19,7 @@ from recipes.language.conversation import (
     answer_end,
     answer_opening,
     answer_spans,
+    with_thoughts_apart,
 )
 
 ASKED: list[Message] = [{"role": "user", "content": "Why?"}]  # to try a template with
@@ -44,6 +45,7 @@ class TemplateEncoder:
     ``enable_thinking`` is set to True: then a prompt leaves room for thoughts.
 
     Attributes:
+        opening: what the template writes before an answer without thoughts and not in its generation prompt.
         answer_end: what the template ends an answer with, if it is not the tokenizer's end token; else "".
         writes_thoughts: whether it writes the thoughts that a message has beside its content.
 
@@ -89,16 +91,23 @@ class TemplateEncoder:
         self._marks_answers = reads_marks and re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
         self._takes_system = takes_system(self._render)
         self.writes_thoughts = writes_thoughts(self._render)
-        opening = self._find_opening()
-        self._opening = "" if self.arguments.get("enable_thinking") else opening
+        self.opening = self._find_opening()
+        self._opening = "" if self.leaves_room() else self.opening
         self.answer_end = answer_end(self._render, ASKED, self.tokenizer.eos_token)
+
+    def leaves_room(self) -> bool:
+        """Whether the template's arguments ask for thoughts, for which prompts then leave room."""
+        return bool(self.arguments.get("enable_thinking"))
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         messages = list(messages)
-        if self.system_prompt is not None and not (messages and messages[0]["role"] == "system"):
+        # GPT-OSS's template knows "developer". Others leave such a message out, or write it as a role without meaning.
+        if not re.search(r"""["']developer["']""", self.template):
+            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        if self.system_prompt is not None and not leads(messages):
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        if not self.writes_thoughts:
-            messages = [without_thoughts(message) for message in messages]
+        of_thoughts = with_thoughts_apart if self.writes_thoughts else without_thoughts
+        messages = [of_thoughts(message) for message in messages]
         return messages if self._takes_system else without_system(messages)
 
     def _find_opening(self) -> str:
@@ -117,11 +126,16 @@ class TemplateEncoder:
                 "and prediction is not what answers follow in training"
             )
             return ""
-        if opening:
+        if opening and self.leaves_room():
             rank_zero_info(
-                f"The chat template writes {opening!r} before an answer, which its generation prompt lacks: prompts "
-                "get it too, and it is not learnt. Use the model with a prompt that ends with it; for Qwen3, "
-                'template_arguments {"enable_thinking": false} says the same'
+                f"The chat template writes {opening!r} before an answer without thoughts. Prompts lack it, because "
+                "enable_thinking asks for thoughts"
+            )
+        elif opening:
+            rank_zero_info(
+                f"The chat template writes {opening!r} before an answer without thoughts, which its generation prompt "
+                "lacks. It is not learnt, and prompts get it too unless the training data hold thoughts. Ask the "
+                "trained model in the same way; for Qwen3, enable_thinking=False adds it"
             )
         return opening
 
@@ -180,6 +194,11 @@ def takes_system(render: Render) -> bool:
         return _PROBE in render([system, *ASKED], True) and _PROBE in render([system, *ANSWERED], False)
     except MisconfigurationException:
         return False
+
+
+def leads(messages: Sequence[Message]) -> bool:
+    """Whether a conversation begins with a system message, by either of its names."""
+    return bool(messages) and messages[0]["role"] in ("system", "developer")
 
 
 def without_system(messages: Sequence[Message]) -> list[Message]:

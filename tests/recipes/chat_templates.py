@@ -1,7 +1,10 @@
 """Tokenizers of single bytes, and chat templates built like those of well-known models."""
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -118,7 +121,16 @@ _ENDS = {
 }
 
 
-def tokenizer(template: str, pad_token: str | None = None) -> Any:
+def shipped(name: str) -> str:
+    """A model's own chat template, as trl ships it; where it ships none, the test is skipped."""
+    trl = find_spec("trl")
+    path = Path(str(trl.origin)).parent / "chat_templates" / f"{name}.jinja" if trl else Path()
+    if not path.is_file():
+        pytest.skip(f"trl is not installed, or has no template {name}")
+    return path.read_text(encoding="utf-8")
+
+
+def tokenizer(template: str, pad_token: str | None = None, end: str = "<eos>") -> Any:
     """Its token 0 is "!", as Llama 3's and GPT-2's; without a pad token unless one is given."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     own = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
@@ -128,7 +140,7 @@ def tokenizer(template: str, pad_token: str | None = None) -> Any:
     made = transformers.PreTrainedTokenizerFast(
         tokenizer_object=own,
         bos_token="<bos>",
-        eos_token=_ENDS.get(template, "<eos>"),
+        eos_token=_ENDS.get(template, end),
         pad_token=pad_token,
         chat_template=template,
     )

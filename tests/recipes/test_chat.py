@@ -10,7 +10,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
 pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
 
-from chat_templates import BARE, FOREIGN, GEMMA, LLAMA3, MISTRAL, MISTRAL3, QWEN3, messages, tokenizer  # noqa: E402
+from chat_templates import (  # noqa: E402
+    BARE,
+    FOREIGN,
+    GEMMA,
+    LLAMA3,
+    MISTRAL,
+    MISTRAL3,
+    QWEN3,
+    messages,
+    shipped,
+    tokenizer,
+)
 from PIL import Image  # noqa: E402
 
 from recipes.language.batches import Collate, padding_id  # noqa: E402
@@ -46,7 +57,7 @@ def learnt(encoder: ChatEncoder, *turns: str) -> str:
 @TEMPLATES
 def test_a_prompt_and_what_is_learnt_are_the_whole_conversation(template: str) -> None:
     encoder = ChatEncoder(tokenizer(template), 1000)
-    ids, labels, _ = encoder.encode(messages("why?", "so"))
+    ids, labels, *_ = encoder.encode(messages("why?", "so"))
     prompt = encoder.encode_prompt(messages("why?"))
     answer = [label for label in labels if label != IGNORED]
     assert encoder.tokenizer.decode(answer) == ANSWERED[template]
@@ -85,6 +96,29 @@ def test_a_system_message_that_a_template_takes_not_heads_the_question(template:
     prompt = encoder.encode_prompt(turns[:3])
     assert encoder.encode(turns).input_ids[: len(prompt)] == prompt
     assert "Be brief.\n\na?" in encoder.tokenizer.decode(prompt)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3", "gemma", "gemma3", "qwen3_5_think"])
+def test_a_developer_message_is_a_system_message(name: str) -> None:
+    """In models' own templates, of which some leave that role out, and some write it as one that they do not know."""
+    encoder = ChatEncoder(tokenizer(shipped(name), end="<|im_end|>"), 1000, system_prompt="Be long.")
+    as_developer = [{"role": "developer", "content": "Be brief."}, *messages("why?", "so")]
+    encoded = encoder.encode(as_developer)
+    assert encoded == encoder.encode([{**as_developer[0], "role": "system"}, *as_developer[1:]])
+    text = encoder.tokenizer.decode(encoded.input_ids)
+    assert "Be brief." in text
+    assert "Be long." not in text
+    assert "developer" not in text
+
+
+@pytest.mark.parametrize("name", ["gptoss", "gemma4_v2"])
+def test_a_template_that_knows_developers_gets_their_message(name: str) -> None:
+    encoder = ChatEncoder(tokenizer(shipped(name)), 1000, system_prompt="Be long.")
+    turns = [{"role": "developer", "content": "Be brief."}, *messages("why?", "so")]
+    text = encoder.tokenizer.decode(encoder.encode(turns).input_ids)
+    assert text == encoder.tokenizer.apply_chat_template(turns, tokenize=False)
+    assert "Be brief." in text
+    assert "Be long." not in text
 
 
 def test_an_option_gets_no_end_that_the_template_does_not_give_it() -> None:

@@ -112,6 +112,14 @@ def test_a_system_column_is_a_system_message(jsonl: Any) -> None:
     assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_column_gives_way_to_a_leading_message_only(role: str, jsonl: Any) -> None:
+    own = {"role": role, "content": "Be long."}
+    rows = [{"messages": turns, "system": "Be brief."} for turns in ([own, ASK, SAY], [ASK, SAY, own, ASK, SAY])]
+    roles = [[m["role"] for m in row["messages"]] for row in sources.load(jsonl(rows), "train")]
+    assert roles == [[role, "user", "assistant"], ["system", "user", "assistant", role, "user", "assistant"]]
+
+
 def test_images_and_tool_calls_are_counted(tiny: str, jsonl: Any) -> None:
     image = {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]}
     call = {"from": "function_call", "value": "{}"}

@@ -1,10 +1,25 @@
 """Thoughts before answers, several turns and {% generation %} blocks, in templates built like real ones."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import GEMMA4, GLM, GPT_OSS, LLAMA3, PHI, QWEN3, QWEN35, QWEN35_SMALL, R1, messages, tokenizer
+from chat_templates import (
+    GEMMA4,
+    GLM,
+    GPT_OSS,
+    LLAMA3,
+    PHI,
+    QWEN3,
+    QWEN35,
+    QWEN35_SMALL,
+    R1,
+    messages,
+    shipped,
+    tokenizer,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from recipe_runs import config_arguments, instruction_data, quick
 
 from recipes.instruction_tuning.encoding import encode, template_message
 from recipes.instruction_tuning.formats import conversation, turn
@@ -105,6 +120,93 @@ def test_thoughts_that_the_template_leaves_out_are_noticed() -> None:
     assert learnt(encoder, thinking(messages("why?", "so"))) == ["so<|eot|>"]
     kept = encode(row, ChatEncoder(tokenizer(QWEN35), 1000), with_options=True)
     assert (kept["leaves_thoughts"], kept["answer"], kept["prompt_ids"]) == (False, "", [])  # and is not generated
+
+
+# -- a prompt is what was trained
+
+EMPTY = "<think>\n\n</think>\n\n"
+PLAIN = {"question": "why?", "answer": "so"}
+WITH_THOUGHTS = f"with thoughts, so prompts of `predict` leave room for some, without {EMPTY!r}"
+THINKING = {"question": "how?", "answer": "<think>\nhm\n</think>\n\nso"}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_training", "qwen3_5_think", "qwen3_8", "gptoss", "glm4moe"])
+@pytest.mark.parametrize("form", ["content", "field"])
+def test_thoughts_follow_the_prompt_that_leaves_room_for_them(name: str, form: str) -> None:
+    """In models' own templates, all of which open an answer without thoughts otherwise than one with some."""
+    encoder = ChatEncoder(tokenizer(shipped(name), end="<|im_end|>"), 1000)
+    (ask, plain) = messages("why?", "so")
+    thought = {**plain, "content": "<think>hm</think>so"} if form == "content" else thinking([plain])[0]
+    for answer, thinks in ((plain, False), (thought, True)):
+        encoded = encoder.encode([ask, answer])
+        prompt = encoder.encode_prompt([ask], thinks)
+        assert encoded.input_ids[: len(prompt)] == prompt
+        assert encoded.labels[len(prompt)] != IGNORED
+        assert set(encoded.labels[: len(prompt)]) == {IGNORED}
+        assert encoded.thinks == thinks
+        assert ("hm" in learnt(encoder, [ask, answer])[-1]) == thinks
+        assert not encoded.leaves_thoughts
+
+
+@pytest.mark.usefixtures("command_line", "own_datasets")
+@pytest.mark.parametrize(
+    ("rows", "tail", "told"),
+    [
+        ([PLAIN, PLAIN], EMPTY, None),
+        ([THINKING, THINKING], "", f"; 2 of them {WITH_THOUGHTS}"),
+        ([THINKING, PLAIN], "", f"; 1 of them {WITH_THOUGHTS}, after which the other 1 are learnt"),
+    ],
+    ids=["without", "with", "half"],
+)
+def test_predict_asks_as_was_trained(
+    rows: list[Any], tail: str, told: str | None, tiny: str, jsonl: Any, tmp_path: Path, caplog: Any
+) -> None:
+    (tmp_path / "qwen.jinja").write_text(QWEN3)
+    (tmp_path / "prompts.txt").write_text("who?\n")
+    other = jsonl([{"question": "where?", "answer": "there"}], "other.jsonl")
+    options = [f"--model.model={tiny}", "--data.chat_template=qwen.jinja", f"--data.validation_split={other}"]
+    options += [f"--data.dataset={jsonl(rows)}", "--model.max_new_tokens=2"]
+    base = config_arguments("instruction_tuning", "lora")
+    cli = quick("fit", base, *options, "--trainer.max_steps=1")
+    assert cli.datamodule.reports["train"].endswith(told or "2 conversations")
+    caplog.clear()
+    last = cli.trainer.checkpoint_callback.last_model_path
+    quick("predict", base, *options, f"--ckpt_path={last}", "--data.prompts=prompts.txt")
+    ends = f"<|im_end|>\n<|im_start|>assistant\n{tail}"
+    assert f"The first prompt ends with {ends!r}" in caplog.text
+
+
+@pytest.mark.usefixtures("command_line", "own_datasets")
+def test_what_is_said_of_an_opening_is_true(tiny: str, jsonl: Any, caplog: Any) -> None:
+    for arguments, said in (
+        (None, "It is not learnt, and prompts get it too unless the training data hold thoughts"),
+        ({"enable_thinking": True}, "Prompts lack it, because enable_thinking asks for thoughts"),
+    ):
+        caplog.clear()
+        ChatEncoder(tokenizer(QWEN3), 1000, template_arguments=arguments)
+        assert f"writes {EMPTY!r} before an answer without thoughts" in caplog.text
+        assert said in caplog.text
+    data = instruction_data(
+        "fit",
+        tiny,
+        dataset=jsonl([PLAIN]),
+        chat_template=QWEN3,
+        template_arguments=arguments,
+        validation_share=0,
+        test_share=0,
+    )
+    assert data.reports["train"].endswith(f"1 of them answer without thoughts, after {EMPTY!r}, which prompts lack")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "glm4moe", "lfm2_2_5"])
+def test_thoughts_of_earlier_answers_that_the_template_leaves_out_are_noticed(name: str) -> None:
+    encoder = ChatEncoder(tokenizer(shipped(name), end="<|im_end|>"), 1000)
+    of_content = messages("a?", "<think>hm a!</think>a!", "b?", "<think>hm b!</think>b!")
+    for turns in (of_content, thinking(TURNS)):
+        assert encoder.encode(turns).leaves_thoughts
+        assert "hm a!" not in encoder.tokenizer.decode(encoder.encode(turns).input_ids)
+        assert not encoder.encode(turns[2:]).leaves_thoughts
+    assert not encoder.encode(TURNS).leaves_thoughts
 
 
 def test_a_refusal_names_the_arguments_that_help() -> None:
