@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from recipes.instruction_tuning import sources
-from recipes.instruction_tuning.encoding import REFUSED, encode
-from recipes.instruction_tuning.formats import MORE_THAN_TEXT, NO_ANSWER, NO_QUESTION
+from recipes.instruction_tuning.encoding import encode
+from recipes.instruction_tuning.formats import MORE_THAN_TEXT, NO_ANSWER, NO_QUESTION, REFUSED
 from recipes.language.batches import Collate, loader_by_length, padding_id
 from recipes.language.chat import ChatEncoder
 from recipes.language.data import encoded_prompts, tokenizer_of
@@ -161,8 +161,9 @@ class InstructionData(PartedData):
         refused = Counter({status: count for status, count in counts.items() if status.startswith(REFUSED)})
         if refused:
             # Templates have few reasons, and data mostly one.
-            reason = refused.most_common(1)[0][0].removeprefix(REFUSED)
-            parts.append(f"{refused.total()} dropped: {reason}")
+            ((reason, count),) = refused.most_common(1)
+            share = "" if count == refused.total() else f", {count} of them"
+            parts.append(f"{refused.total()} dropped{share}: {reason.removeprefix(REFUSED)}")
         without_thoughts = sum(kept["leaves_thoughts"])
         if without_thoughts:
             parts.append(

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from recipes.instruction_tuning.formats import NO_ANSWER
+from recipes.instruction_tuning.formats import NO_ANSWER, REFUSED
 from recipes.language.chat import IGNORED, ChatEncoder
 from recipes.language.conversation import THOUGHTS
 from recipes.language.templates import RefusedConversationError
 
 Row = dict[str, Any]
-REFUSED = "refused: "  # how the status of a row begins that the chat template can't render; the error's text follows
 
 
 def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:

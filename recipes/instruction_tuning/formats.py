@@ -33,6 +33,7 @@ FEATURES = datasets.Features(
     }
 )
 MORE_THAN_TEXT = "images, sounds or tool calls"
+REFUSED = "refused: "  # how the problem of a row begins that can't be read or rendered; why follows
 NO_QUESTION = "no question"
 NO_ANSWER = "no answer"
 _ROLES = {
@@ -67,16 +68,17 @@ PAIRS = (
     Pair("instruction", "answer", _MORE),
     Pair("prompt", "completion"),  # trl; texts, or lists of messages
     Pair("prompt", "response"),
-    Pair("query", "response"),  # MetaMath
-    Pair("query", "answer"),
-    Pair("question", "answer"),  # GSM8K
-    Pair("question", "response"),  # OpenOrca, with system_prompt
+    Pair("query", "response", ("context",)),  # MetaMath
+    Pair("query", "answer", ("context",)),
+    Pair("question", "answer", ("context",)),  # GSM8K
+    Pair("question", "response", ("context",)),  # OpenOrca, with system_prompt
     Pair("input", "output"),
 )
 
 
 NAMES = {*_LISTS, *_SYSTEM, *_MORE, *(pair.question for pair in PAIRS), *(pair.answer for pair in PAIRS)}
 """Of columns that are read."""
+_ASKED = ("context", "choices", "options", "history")  # columns without which a question may lack its meaning
 
 
 class _UnusableError(Exception):
@@ -128,7 +130,7 @@ def converter(columns: Sequence[str], source: str) -> Callable[[Row], Row]:
     """
     found = _understood(columns)
     if found is not None:
-        return partial(_converted, found=found, source=source)
+        return partial(_converted, found=found)
     raise MisconfigurationException(
         f"{source} has the columns {sorted(columns)}. Known are {known_columns()}. Give other names in columns, for "
         "example --data.columns '{problem: question, solution: answer}'"
@@ -140,11 +142,23 @@ def read_columns(columns: Sequence[str]) -> list[str]:
 
     Example:
         >>> read_columns(["id", "context", "question", "answer"])
-        ['question', 'answer']
+        ['question', 'answer', 'context']
     """
     found = _understood(columns)
     wanted = [found.question, found.answer, *found.more] if isinstance(found, Pair) else [found]
     return [column for column in (*wanted, *_SYSTEM) if column in columns]
+
+
+def unread_of_question(columns: Sequence[str]) -> list[str]:
+    """Return the columns beside a question and its answer that are not read, and without which it may mean nothing.
+
+    Example:
+        >>> unread_of_question(["question", "choices", "answer", "subject"])
+        ['choices']
+    """
+    if not isinstance(_understood(columns), Pair):
+        return []
+    return [column for column in _ASKED if column in columns and column not in read_columns(columns)]
 
 
 def _understood(columns: Sequence[str]) -> str | Pair | None:
@@ -158,15 +172,15 @@ def _understood(columns: Sequence[str]) -> str | Pair | None:
     return None
 
 
-def _converted(row: Row, found: str | Pair, source: str) -> Row:
+def _converted(row: Row, found: str | Pair) -> Row:
     """Up to the last answer that is learnt; a conversation without one keeps no message, and is counted later."""
     try:
         messages = _read_pair(row, found) if isinstance(found, Pair) else _messages(row[found] or [], found)
+    # One such row must not stop a run; how many there are is printed.
     except _UnusableError as error:
-        # One such row must not stop a run; how many there are is printed.
         return _row([], "", problem=str(error))
     except ValueError as error:
-        raise MisconfigurationException(f"{source}: {error}") from error
+        return _row([], "", problem=f"{REFUSED}{error}")
     system = next((row[name] for name in _SYSTEM if row.get(name)), None)
     if system is not None and not leads(messages):
         messages.insert(0, turn("system", str(system)))
@@ -217,7 +231,10 @@ def _text_of(row: Row, column: str) -> str:
     value = row.get(column)
     text = _written(value)
     if text is None:
-        raise ValueError(f"the column {column!r} must hold texts or numbers, and a row holds {value!r}")
+        raise ValueError(
+            f"the column {column!r} must hold texts or numbers, and a row holds {value!r}. Columns that --data.columns "
+            "does not name are left out"
+        )
     return text
 
 

@@ -7,9 +7,11 @@ from functools import partial
 from typing import Any
 
 import datasets
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from recipes.instruction_tuning import formats
-from recipes.instruction_tuning.formats import FEATURES, Row, conversation, converter, read_columns
+from recipes.instruction_tuning.formats import FEATURES, REFUSED, Row, conversation, converter, read_columns
 from recipes.language.texts import film_reviews
 from recipes.shared import packaged
 from recipes.shared.data import (
@@ -44,7 +46,7 @@ def load(
         processes: that convert the rows; None is this one alone.
 
     Raises:
-        MisconfigurationException: there is no such file, data set, split, task or column, or no row in it.
+        MisconfigurationException: there is no such file, data set, split, task or column, or no row that can be read.
     """
     if is_packaged(name):
         rows = list(packaged_task(name, TASKS)())
@@ -57,7 +59,13 @@ def load(
         table = with_known_names(table, formats.NAMES)
     convert = converter(table.column_names, source)
     say_what_is_left_out(source, table.column_names, read_columns(table.column_names))
-    return mapped(
+    unread = formats.unread_of_question(table.column_names)
+    if unread:
+        rank_zero_warn(
+            f"{source}: the columns {', '.join(unread)} may be a part of what is asked, and are left out: put them "
+            "into the question, or name the columns that are to be read in --data.columns"
+        )
+    rows = mapped(
         table,
         convert,
         remove_columns=table.column_names,
@@ -65,6 +73,10 @@ def load(
         num_proc=processes,
         desc="Reading conversations",
     )
+    problems = set(rows["problem"])
+    if problems and all(problem.startswith(REFUSED) for problem in problems):
+        raise MisconfigurationException(f"{source}: {min(problems).removeprefix(REFUSED)}")
+    return rows
 
 
 # -- packaged tasks

@@ -64,6 +64,24 @@ def test_more_of_a_question_follows_it(more: str, answer: str, jsonl: Any) -> No
     assert [message["content"] for message in row["messages"]] == ["Add.\n\n1 2", "3"]
 
 
+def test_a_context_follows_the_question(jsonl: Any) -> None:
+    rows = [{"id": 1, "context": context, "question": "Who?", "answer": "Me."} for context in ("I came.", None)]
+    table = sources.load(jsonl(rows), "train")
+    assert [row["messages"][0]["content"] for row in table] == ["Who?\n\nI came.", "Who?"]
+    assert [row["key"] for row in table] == ["who i came", "who"]
+    rows[1]["context"] = {"title": ["a"]}
+    with pytest.raises(MisconfigurationException, match=r"'context' must hold texts.*--data.columns"):
+        sources.load(jsonl(rows[1:], "dict.jsonl"), "train")
+
+
+def test_columns_that_may_be_asked_are_warned_of(jsonl: Any) -> None:
+    path = jsonl([{"question": "Which?", "choices": ["a", "b"], "history": [], "subject": "x", "answer": 0}])
+    with pytest.warns(UserWarning, match=r"columns choices, history .* are left out: put them into the question"):
+        sources.load(path, "train")
+    sources.load(path, "train", columns={"question": "question", "answer": "answer"})  # who names them knows
+    sources.load(jsonl([{"messages": [ASK, SAY], "context": "x"}], "whole.jsonl"), "train")
+
+
 def test_numbers_are_the_texts_that_they_are_written_as(tiny: str, jsonl: Any) -> None:
     answers = [4, "four", 0.5, 7.0, -1, None]
     table = sources.load(jsonl([{"question": "How many?", "answer": answer} for answer in answers]), "train")
@@ -178,6 +196,14 @@ def test_other_names_of_columns_are_given(jsonl: Any) -> None:
 def test_what_is_not_understood_is_named(row: dict[str, Any], message: str, jsonl: Any) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         sources.load(jsonl([row]), "train")
+
+
+def test_one_row_that_is_not_understood_is_counted(tiny: str, jsonl: Any) -> None:
+    told = {"role": "narrator", "content": "Once"}
+    rows = [[ASK, SAY], [told, SAY], [told, ASK, SAY], [{**ASK, "content": True}, SAY]]
+    report = encoded(tiny, jsonl([{"messages": turns} for turns in rows])).reports["train"]
+    told = "3 dropped, 2 of them: the column 'messages' has a message of 'narrator'; the roles are system"
+    assert f"train: 1 conversations; {told}" in report
 
 
 # -- splits and configurations

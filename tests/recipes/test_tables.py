@@ -16,7 +16,7 @@ from recipes.shared import data
 from recipes.shared.parted_data import PartedData
 
 pytestmark = pytest.mark.usefixtures("own_datasets")
-ROWS = [{"question": f"What is {n}?", "answer": f"A number, {n}.", "context": "Numbers."} for n in range(3)]
+ROWS = [{"question": f"What is {n}?", "answer": f"A number, {n}.", "source": "Numbers."} for n in range(3)]
 
 
 def written(file: Path, rows: list[dict[str, Any]] = ROWS) -> str:
@@ -104,7 +104,7 @@ def test_columns_that_nobody_reads_are_named(tmp_path: Path, caplog: pytest.LogC
     file = written(tmp_path / "a.jsonl")
     with caplog.at_level(logging.INFO):
         sources.load(file, "train")
-    assert "read are answer, question; left out are context" in caplog.text
+    assert "read are answer, question; left out are source" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
         sources.load(file, "train", columns={"question": "question", "answer": "answer"})
