@@ -38,7 +38,7 @@ class InstructionData(PartedData):
         chat_template: a Jinja template or a file with one; None takes the tokenizer's own.
         system_prompt: a system message for conversations that have none; None leaves that to the template. Where the
             template takes none, it stands at the head of the first question.
-        template_arguments: variables of the chat template, such as {"enable_thinking": false} for Qwen3.
+        template_arguments: variables of the chat template, such as {"enable_thinking": false} for Qwen3, or "tools".
         packing: put several conversations into one row of ``max_length`` tokens, in training; ``batch_size`` counts the
             rows. A model that does not keep them apart is refused before training.
         processes: that read and tokenize the conversations; None is the training process alone.
@@ -169,14 +169,8 @@ class InstructionData(PartedData):
             parts.append(
                 f"{without_thoughts} of them without thoughts that the data hold: the template leaves them out"
             )
-        return "; ".join([*parts, *self._told_of_prompts(sum(kept["thinks"]), len(kept))])
-
-    def _told_of_prompts(self, thinking: int, conversations: int) -> list[str]:
-        """What follows for prompts from how many conversations have thoughts, as a part of the report."""
-        opening, others = self.encoder.opening, conversations - thinking
-        if opening and others and self.encoder.leaves_room():
-            return [f"{others} of them answer without thoughts, after {opening!r}, which prompts lack"]
-        if not thinking or self.encoder.leaves_room():
-            return []
-        told = f"{thinking} of them with thoughts, so prompts of `predict` leave room for some, without {opening!r}"
-        return [told + (f", after which the other {others} are learnt" if others else "")]
+        thinking, opening = sum(kept["thinks"]), self.encoder.opening
+        if thinking or (opening and self.encoder.leaves_room):
+            others = f"{len(kept) - thinking} without, after {opening!r}, which prompts of `predict` lack"
+            parts.append(f"{thinking} of them with thoughts before their answers, {others}")
+        return "; ".join(parts)

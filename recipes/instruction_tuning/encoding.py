@@ -1,5 +1,6 @@
 """A conversation's row as token ids, and what became of it."""
 
+import json
 from typing import Any
 
 from recipes.instruction_tuning.formats import NO_ANSWER, REFUSED
@@ -24,7 +25,8 @@ def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
         before an answer, whether the template ``leaves_thoughts`` out, and the ``status``: "kept", "cut", "too long",
         "no answer", the row's problem, or :data:`REFUSED` and why.
     """
-    if row["problem"] or not row["messages"] or not row["messages"][-1]["content"].strip():
+    last = row["messages"][-1] if row["messages"] else None
+    if row["problem"] or last is None or not (last["content"].strip() or last["more"]):
         # An answer of spaces alone has no token to learn.
         return _unusable(row["problem"] or NO_ANSWER)
     try:
@@ -37,22 +39,23 @@ def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
 def _usable(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
     messages = [template_message(message) for message in row["messages"]]
     context, answer = messages[:-1], messages[-1]
+    tools = json.loads(row["tools"] or "[]")
     options = (row["options"] if with_options else None) or [answer["content"]]
     ends = not row["options"]  # options are ranked by their own tokens, and nobody generates them
-    encoded = [encoder.encode([*context, {**answer, "content": option}], ends) for option in options]
+    encoded = [encoder.encode([*context, {**answer, "content": option}], ends, tools) for option in options]
     status = "cut" if any(e.cut for e in encoded) else "kept"
     if any(set(e.labels) <= {IGNORED} for e in encoded):
         status = "too long"
     # Answers with thoughts are not generated: how a template ends thoughts is its own affair, and so is comparing them.
     has_thoughts = row["messages"][-1]["thoughts"] or "</think>" in answer["content"]
-    is_free = with_options and not row["options"] and not has_thoughts
+    is_free = with_options and not row["options"] and not has_thoughts and "tool_calls" not in answer
     return {
         "input_ids": [e.input_ids for e in encoded],
         "labels": [e.labels for e in encoded],
         "length": max(len(e.input_ids) for e in encoded),
         "gold": options.index(answer["content"]),
         "answer": answer["content"] if is_free else "",
-        "prompt_ids": encoder.encode_prompt(context) if is_free else [],
+        "prompt_ids": encoder.encode_prompt(context, tools=tools) if is_free else [],
         "thinks": any(e.thinks for e in encoded),
         "leaves_thoughts": any(e.leaves_thoughts for e in encoded),
         "status": status,
@@ -60,27 +63,18 @@ def _usable(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
 
 
 def _unusable(status: str) -> Row:
-    return {
-        "input_ids": [],
-        "labels": [],
-        "length": 0,
-        "gold": 0,
-        "answer": "",
-        "prompt_ids": [],
-        "thinks": False,
-        "leaves_thoughts": False,
-        "status": status,
-    }
+    empty: Row = {"input_ids": [], "labels": [], "prompt_ids": [], "answer": ""}
+    return {**empty, "length": 0, "gold": 0, "thinks": False, "leaves_thoughts": False, "status": status}
 
 
 def template_message(message: Row) -> Row:
     """A message as chat templates know it.
 
     Example:
-        >>> template_message({"role": "user", "content": "Why?", "thoughts": None, "learnt": True})
+        >>> template_message({"role": "user", "content": "Why?", "thoughts": None, "learnt": True, "more": ""})
         {'role': 'user', 'content': 'Why?'}
     """
-    given = {"role": message["role"], "content": message["content"]}
+    given = {"role": message["role"], "content": message["content"], **json.loads(message["more"] or "{}")}
     if message["thoughts"]:
         given |= dict.fromkeys(THOUGHTS, message["thoughts"])
     if not message["learnt"]:

@@ -1,10 +1,11 @@
 """The shapes in which people keep conversations, each turned into rows of one shape.
 
 A row has ``messages`` (see :func:`turn`; the last one is an answer to learn), ``options`` (the texts an answer is
-chosen from; empty for free answers), ``key`` (rows of one key never part in a split) and ``problem`` (why a row can't
-be used; usually empty).
+chosen from; empty for free answers), ``tools`` (that may be called, as JSON; usually empty), ``key`` (rows of one key
+never part in a split) and ``problem`` (why a row can't be used; usually empty).
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,26 +26,31 @@ FEATURES = datasets.Features(
                 "content": datasets.Value("string"),
                 "thoughts": datasets.Value("string"),
                 "learnt": datasets.Value("bool"),
+                "more": datasets.Value("string"),
             }
         ],
         "options": [datasets.Value("string")],
+        "tools": datasets.Value("string"),
         "key": datasets.Value("string"),
         "problem": datasets.Value("string"),
     }
 )
-MORE_THAN_TEXT = "images, sounds or tool calls"
+MORE_THAN_TEXT = "images or sounds"
 REFUSED = "refused: "  # how the problem of a row begins that can't be read or rendered; why follows
 NO_QUESTION = "no question"
 NO_ANSWER = "no answer"
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant")},
     "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "ipython", "function", "observation", "tool_response"), "tool"),
 }
-_TOOL_ROLES = ("tool", "ipython", "function", "function_call", "observation", "tool_call", "tool_response")
+_CALL_ROLES = ("function_call", "tool_call")  # of answers whose text is a call, as ShareGPT's files have them
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what Qwen, GPT-OSS and others call them
 _LISTS = ("messages", "conversations")  # columns of whole conversations
 _SYSTEM = ("system", "system_prompt")
+_LEAVE_OUT = "Columns that --data.columns does not name are left out"
+_TOOLS = "tools"
 
 
 class Pair(NamedTuple):
@@ -76,7 +82,7 @@ PAIRS = (
 )
 
 
-NAMES = {*_LISTS, *_SYSTEM, *_MORE, *(pair.question for pair in PAIRS), *(pair.answer for pair in PAIRS)}
+NAMES = {*_LISTS, *_SYSTEM, _TOOLS, *_MORE, *(pair.question for pair in PAIRS), *(pair.answer for pair in PAIRS)}
 """Of columns that are read."""
 _ASKED = ("context", "choices", "options", "history")  # columns without which a question may lack its meaning
 
@@ -85,16 +91,17 @@ class _UnusableError(Exception):
     """A row that can't be learnt; its text says why."""
 
 
-def turn(role: str, content: str, thoughts: str | None = None, learnt: bool = True) -> Message:
+def turn(role: str, content: str, thoughts: str | None = None, learnt: bool = True, more: str = "") -> Message:
     """A message.
 
     Args:
-        role: "system", "developer", "user" or "assistant".
+        role: "system", "developer", "user", "assistant" or "tool".
         content: the text.
         thoughts: of an answer, which a thinking model writes before it.
         learnt: whether an answer is trained on.
+        more: further fields that templates read, as JSON: an answer's ``tool_calls``, or whose result this is.
     """
-    return {"role": role, "content": content, "thoughts": thoughts, "learnt": learnt}
+    return {"role": role, "content": content, "thoughts": thoughts, "learnt": learnt, "more": more}
 
 
 def conversation(question: str, answer: str, options: Sequence[str], key: str) -> Row:
@@ -103,7 +110,7 @@ def conversation(question: str, answer: str, options: Sequence[str], key: str) -
 
 
 def _row(messages: list[Message], key: str, options: Sequence[str] = (), problem: str = "") -> Row:
-    return {"messages": messages, "options": list(options), "key": normalized(key), "problem": problem}
+    return {"messages": messages, "options": list(options), "tools": "", "key": normalized(key), "problem": problem}
 
 
 def known_columns() -> str:
@@ -114,7 +121,7 @@ def known_columns() -> str:
         pairs.append(f"{pair.question!r} and {pair.answer!r}{more}")
     return (
         "'messages' (a list of role and content), 'conversations' (a list of from and value), or "
-        f"{', '.join(pairs)}; with each of them, if you like, 'system' or 'system_prompt'"
+        f"{', '.join(pairs)}; with each of them, if you like, 'system' or 'system_prompt', and 'tools'"
     )
 
 
@@ -146,7 +153,7 @@ def read_columns(columns: Sequence[str]) -> list[str]:
     """
     found = _understood(columns)
     wanted = [found.question, found.answer, *found.more] if isinstance(found, Pair) else [found]
-    return [column for column in (*wanted, *_SYSTEM) if column in columns]
+    return [column for column in (*wanted, *_SYSTEM, _TOOLS) if column in columns]
 
 
 def unread_of_question(columns: Sequence[str]) -> list[str]:
@@ -176,6 +183,7 @@ def _converted(row: Row, found: str | Pair) -> Row:
     """Up to the last answer that is learnt; a conversation without one keeps no message, and is counted later."""
     try:
         messages = _read_pair(row, found) if isinstance(found, Pair) else _messages(row[found] or [], found)
+        tools = [tool if "function" in tool else _function(tool) for tool in _objects(row.get(_TOOLS))]
     # One such row must not stop a run; how many there are is printed.
     except _UnusableError as error:
         return _row([], "", problem=str(error))
@@ -191,7 +199,7 @@ def _converted(row: Row, found: str | Pair) -> Row:
     if problem:
         return _row([], "", problem=problem)
     question = next((message["content"] for message in messages if message["role"] == "user"), "")
-    return _row(messages, question)
+    return _row(messages, question) | {"tools": json.dumps(tools) if tools else ""}
 
 
 def _is_learnt(message: Message) -> bool:
@@ -201,7 +209,7 @@ def _is_learnt(message: Message) -> bool:
 def _lack(messages: Sequence[Message]) -> str:
     """Which of a conversation's messages is empty, of those that teach something; "" where none is."""
     for message in messages:
-        if not message["content"].strip():
+        if not (message["content"].strip() or message["more"]):
             if message["role"] == "user":
                 return NO_QUESTION
             if _is_learnt(message):
@@ -231,10 +239,7 @@ def _text_of(row: Row, column: str) -> str:
     value = row.get(column)
     text = _written(value)
     if text is None:
-        raise ValueError(
-            f"the column {column!r} must hold texts or numbers, and a row holds {value!r}. Columns that --data.columns "
-            "does not name are left out"
-        )
+        raise ValueError(f"the column {column!r} must hold texts or numbers, and a row holds {value!r}. {_LEAVE_OUT}")
     return text
 
 
@@ -262,14 +267,55 @@ def _messages(listed: Any, column: str, learnt: bool = True) -> list[Message]:
 def _message(given: Mapping[str, Any], column: str, learnt: bool) -> Message:
     role = given.get("role") or given.get("from")
     content = given["content"] if "content" in given else given.get("value")
-    if role in _TOOL_ROLES or given.get("tool_calls") or given.get("function_call"):
-        raise _UnusableError(MORE_THAN_TEXT)
     if role not in _ROLES:
         raise ValueError(f"the column {column!r} has a message of {role!r}; the roles are {', '.join(_ROLES)}")
     thoughts = next((given[name] for name in _THOUGHTS if given.get(name)), None)
     # SlimOrca and OpenAI's files mark answers that are only read with a weight of 0.
     weight = given.get("weight")
-    return turn(_ROLES[role], _joined(content), thoughts, learnt and (weight is None or float(weight) != 0))
+    is_learnt = learnt and (weight is None or float(weight) != 0)
+    calls = _objects(content if role in _CALL_ROLES else given.get("tool_calls") or given.get("function_call"))
+    more = {name: given[name] for name in ("name", "tool_call_id") if given.get(name) and _ROLES[role] == "tool"}
+    if calls:
+        more = {"tool_calls": [_call(call) for call in calls]}
+    text = "" if role in _CALL_ROLES else _joined(content)
+    return turn(_ROLES[role], text, thoughts, is_learnt, json.dumps(more) if more else "")
+
+
+def _call(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A call of a tool as chat templates know it, whose arguments may be a text of JSON."""
+    function = given.get("function", given)
+    if not isinstance(function, dict) or not function.get("name"):
+        raise ValueError(f"a call of a tool must have a name, and a row holds {given!r}")
+    arguments = _objects(function.get("arguments"))
+    made = _function({"name": function["name"], "arguments": arguments[0] if arguments else {}})
+    return made | ({"id": given["id"]} if given.get("id") else {})
+
+
+def _function(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": given}
+
+
+def _objects(given: Any) -> list[dict[str, Any]]:
+    """Tools, calls or arguments, which may be a text of JSON, and one without a list around it."""
+    try:
+        value = json.loads(given or "[]") if isinstance(given, str | None) else given
+    except ValueError:
+        value = None
+    listed = [value] if isinstance(value, dict) else value
+    if not isinstance(listed, list) or not all(isinstance(part, dict) for part in listed):
+        raise ValueError(
+            f"tools, their calls and arguments must be JSON objects, and a row has {given!r}. {_LEAVE_OUT}"
+        )
+    return [_without_none(part) for part in listed]
+
+
+def _without_none(value: Any) -> Any:
+    """A value without the fields that other rows have, which tables fill with None."""
+    if isinstance(value, list):
+        return [_without_none(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_none(part) for name, part in value.items() if part is not None}
 
 
 def _joined(content: Any) -> str:

@@ -1,30 +1,35 @@
 """From messages to tokens through the model's own chat template, with labels on the answers alone."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.language.conversation import HiddenAnswerError, Message, answer_spans, thoughts_of
-from recipes.language.templates import REMEDY, RefusedConversationError, TemplateEncoder, template_errors
+from recipes.language.templates import ASKED, REMEDY, RefusedConversationError, TemplateEncoder, template_errors
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 
 
 class Encoded(NamedTuple):
-    """Tokens of a conversation, and their labels: the token itself inside an answer, else -100.
-
-    Attributes:
-        cut: whether it was longer.
-        thinks: whether an answer is learnt with the thoughts that the template's opening would leave no room for.
-        leaves_thoughts: whether the template leaves an answer's thoughts out.
-    """
+    """Tokens of a conversation, and their labels: the token itself inside an answer, else -100."""
 
     input_ids: list[int]
     labels: list[int]
     cut: bool
-    thinks: bool = False
-    leaves_thoughts: bool = False
+
+
+class EncodedChat(Encoded):
+    """What a chat template has made of a conversation.
+
+    Attributes:
+        thinks: whether an answer is learnt with the thoughts that the template's opening would leave no room for.
+        leaves_thoughts: whether the template leaves an answer's thoughts out.
+    """
+
+    thinks = False
+    leaves_thoughts = False
 
 
 class ChatEncoder(TemplateEncoder):
@@ -49,34 +54,72 @@ class ChatEncoder(TemplateEncoder):
         super().__init__(tokenizer, chat_template, system_prompt, template_arguments, reads_marks=True)
         self.max_length = max_length
 
-    def encode(self, messages: Sequence[Message], ends: bool = True) -> Encoded:
+    def encode(self, messages: Sequence[Message], ends: bool = True, tools: list[Any] | None = None) -> EncodedChat:
         """Tokens and labels of a conversation, cut at ``max_length`` tokens.
 
         Args:
             messages: the answer last. Answers whose ``learnt`` is False are read and not learnt.
             ends: give the end token to an answer that the template ends with nothing, for who generates some.
+            tools: that the model may call, as JSON schemas.
+
+        Raises:
+            RefusedConversationError: the template can't render the conversation, or leaves out what is about tools.
         """
+        if (tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)) and not self.takes_tools:
+            raise RefusedConversationError(
+                "the chat template does not write tools, their calls and results: set chat_template to one that does"
+            )
+        with self._given({"tools": tools} if tools else {}):
+            return self._encoded(messages, ends)
+
+    def _encoded(self, messages: Sequence[Message], ends: bool) -> EncodedChat:
         thoughts = [thoughts_of(message) for message in messages if message["role"] == "assistant"]
         messages = self._with_system(messages)
-        if self._marks_answers:
-            ids, mask = self._marked(messages)
-        else:
-            ids, mask = self._located(messages, ends)
+        ids, mask = self._tokens(messages, ends)
         labels = [token if is_answer else IGNORED for token, is_answer in zip(ids, mask, strict=True)]
-        text = self._render(messages, False) if any(thoughts) else ""
-        leaves_thoughts = any(thought not in text for thought in thoughts)
-        cut = len(ids) > self.max_length
-        thinks = self._thinks(ids, mask, messages)
-        return Encoded(ids[: self.max_length], labels[: self.max_length], cut, thinks, leaves_thoughts)
+        beside = [str(message["content"] or "").strip() for message in messages if message.get("tool_calls")]
+        text = self._render(messages, False) if any(thoughts) or any(beside) else ""
+        if any(said not in text for said in beside):
+            raise RefusedConversationError("the chat template leaves out what an answer says before it calls a tool")
+        encoded = EncodedChat(ids[: self.max_length], labels[: self.max_length], len(ids) > self.max_length)
+        encoded.thinks = self._thinks(ids, mask, messages)
+        encoded.leaves_thoughts = any(thought not in text for thought in thoughts)
+        return encoded
 
-    def encode_prompt(self, messages: Sequence[Message], thinks: bool = False) -> list[int]:
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the template writes tools, calls and results, and only calls among them are learnt."""
+        name, argument, value, result, description = (f"5d1probe{number}d1" for number in range(5))
+        call = {"type": "function", "id": "5d1probe5", "function": {"name": name, "arguments": {argument: value}}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        returned = {"role": "tool", "name": name, "tool_call_id": "5d1probe5", "content": result}
+        about = {"name": name, "description": description, "parameters": {"type": "object", "properties": {}}}
+        try:
+            with self._given({"tools": [{"type": "function", "function": about}]}):
+                ids, mask = self._tokens([*ASKED, answer, returned, {"role": "assistant", "content": "So."}], True)
+        except MisconfigurationException:
+            return False
+        read = self.tokenizer.decode(ids)
+        learnt = self.tokenizer.decode([token for token, is_answer in zip(ids, mask, strict=True) if is_answer])
+        is_learnt = all(part in learnt for part in (name, argument, value)) and result not in learnt
+        return is_learnt and result in read and description in read
+
+    def _tokens(self, messages: list[Message], ends: bool) -> tuple[list[int], list[bool]]:
+        """The tokens of a conversation, and which of them are learnt."""
+        return self._marked(messages) if self._marks_answers else self._located(messages, ends)
+
+    def encode_prompt(
+        self, messages: Sequence[Message], thinks: bool = False, tools: list[Any] | None = None
+    ) -> list[int]:
         """Tokens of messages without an answer, with the template's opening of one.
 
         Args:
             messages: the question last.
             thinks: leave room for thoughts.
+            tools: that the model may call.
         """
-        return self._prompt(self._with_system(messages), thinks)
+        with self._given({"tools": tools} if tools else {}):
+            return self._prompt(self._with_system(messages), thinks)
 
     def _prompt(self, messages: Sequence[Message], thinks: bool = False) -> list[int]:
         # The template writes special tokens itself, so that the tokenizer must add none. An opening that leaves no room

@@ -23,7 +23,7 @@ def thoughts_of(message: Message) -> str:
         >>> thoughts_of({"role": "assistant", "content": "<think>\\nHm.\\n</think>\\n\\nSo."})
         'Hm.'
     """
-    block = _BLOCK.match(message["content"])
+    block = _BLOCK.match(str(message["content"]))
     given = next((message[name] for name in THOUGHTS if message.get(name)), block.group(1) if block else "")
     return str(given).strip()
 
@@ -35,7 +35,7 @@ def with_thoughts_apart(message: Message) -> Message:
         >>> with_thoughts_apart({"role": "assistant", "content": "<think>Hm.</think>So."})
         {'role': 'assistant', 'content': 'So.', 'reasoning_content': 'Hm.', 'thinking': 'Hm.'}
     """
-    block = _BLOCK.match(message["content"]) if message["role"] == "assistant" else None
+    block = _BLOCK.match(str(message["content"])) if message["role"] == "assistant" else None
     if block is None:
         return message
     thoughts = thoughts_of(message)
@@ -117,7 +117,8 @@ def _answer(
 ) -> tuple[str, Span]:
     """One answer's place, by what stands there when a mark takes its place; and the text, perhaps with an end token."""
     context, later = messages[:place], messages[place + 1 :]
-    mark = {**messages[place], "content": _MARK}
+    # A call of tools stands where a text would.
+    mark = {name: value for name, value in messages[place].items() if name != "tool_calls"} | {"content": _MARK}
     marked = render([*context, mark, *later], False)
     if marked.count(_MARK) != 1:
         raise HiddenAnswerError(_hidden(place, "it leaves that one out, or repeats it"))

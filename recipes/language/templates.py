@@ -46,6 +46,7 @@ class TemplateEncoder:
 
     Attributes:
         opening: what the template writes before an answer without thoughts and not in its generation prompt.
+        leaves_room: whether the arguments ask for thoughts, for which prompts then leave room.
         answer_end: what the template ends an answer with, if it is not the tokenizer's end token; else "".
         writes_thoughts: whether it writes the thoughts that a message has beside its content.
 
@@ -92,12 +93,9 @@ class TemplateEncoder:
         self._takes_system = takes_system(self._render)
         self.writes_thoughts = writes_thoughts(self._render)
         self.opening = self._find_opening()
-        self._opening = "" if self.leaves_room() else self.opening
+        self.leaves_room = bool(self.arguments.get("enable_thinking"))
+        self._opening = "" if self.leaves_room else self.opening
         self.answer_end = answer_end(self._render, ASKED, self.tokenizer.eos_token)
-
-    def leaves_room(self) -> bool:
-        """Whether the template's arguments ask for thoughts, for which prompts then leave room."""
-        return bool(self.arguments.get("enable_thinking"))
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         messages = list(messages)
@@ -126,34 +124,35 @@ class TemplateEncoder:
                 "and prediction is not what answers follow in training"
             )
             return ""
-        if opening and self.leaves_room():
-            rank_zero_info(
-                f"The chat template writes {opening!r} before an answer without thoughts. Prompts lack it, because "
-                "enable_thinking asks for thoughts"
-            )
-        elif opening:
+        if opening:
             rank_zero_info(
                 f"The chat template writes {opening!r} before an answer without thoughts, which its generation prompt "
-                "lacks. It is not learnt, and prompts get it too unless the training data hold thoughts. Ask the "
-                "trained model in the same way; for Qwen3, enable_thinking=False adds it"
+                "lacks. It is not learnt, and prompts for such answers get it too. Ask the trained model for them in "
+                "the same way; for Qwen3, enable_thinking=False adds it"
             )
         return opening
 
     def _agreeing_arguments(self, messages: Sequence[Message]) -> str:
         """The usual arguments of thinking templates that would help with a conversation, as a part of a message."""
-        given = self.arguments
         helpful = []
         for switch in _SWITCHES:
-            self.arguments = given | switch
             try:
-                answer_opening(self._render, ASKED)
-                answer_spans(self._render, messages, self.tokenizer.eos_token)
+                with self._given(switch):
+                    answer_opening(self._render, ASKED)
+                    answer_spans(self._render, messages, self.tokenizer.eos_token)
             except (HiddenAnswerError, RefusedConversationError):
                 continue
-            finally:
-                self.arguments = given
             helpful.append(json.dumps(switch))
         return f". Here template_arguments {' or '.join(helpful)} would do" if helpful else ""
+
+    @contextmanager
+    def _given(self, arguments: dict[str, Any]) -> Iterator[None]:
+        """Render with more arguments of the template."""
+        given, self.arguments = self.arguments, self.arguments | arguments
+        try:
+            yield
+        finally:
+            self.arguments = given
 
     def _render(self, messages: Sequence[Message], opens_answer: bool) -> str:
         with template_errors():

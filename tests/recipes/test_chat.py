@@ -57,7 +57,7 @@ def learnt(encoder: ChatEncoder, *turns: str) -> str:
 @TEMPLATES
 def test_a_prompt_and_what_is_learnt_are_the_whole_conversation(template: str) -> None:
     encoder = ChatEncoder(tokenizer(template), 1000)
-    ids, labels, *_ = encoder.encode(messages("why?", "so"))
+    ids, labels, _ = encoder.encode(messages("why?", "so"))
     prompt = encoder.encode_prompt(messages("why?"))
     answer = [label for label in labels if label != IGNORED]
     assert encoder.tokenizer.decode(answer) == ANSWERED[template]

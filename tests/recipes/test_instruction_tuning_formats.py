@@ -138,18 +138,14 @@ def test_a_system_column_gives_way_to_a_leading_message_only(role: str, jsonl: A
     assert roles == [[role, "user", "assistant"], ["system", "user", "assistant", role, "user", "assistant"]]
 
 
-def test_images_and_tool_calls_are_counted(tiny: str, jsonl: Any) -> None:
+def test_images_are_counted(tiny: str, jsonl: Any) -> None:
     image = {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]}
-    call = {"from": "function_call", "value": "{}"}
     assert (
-        "1 dropped: images, sounds or tool calls in them"
+        "1 dropped: images or sounds in them"
         in encoded(
             tiny, jsonl([{"messages": [image, SAY]}, {"messages": [{**image, "content": [image["content"][1]]}, SAY]}])
         ).reports["train"]
     )
-    rows = [OPENHERMES, {**OPENHERMES, "conversations": [OPENHERMES["conversations"][0], call]}]
-    rows.append({**OPENHERMES, "conversations": [*OPENHERMES["conversations"], {"from": "ipython", "value": "7"}]})
-    assert "2 dropped: images" in encoded(tiny, jsonl(rows, "tools.jsonl")).reports["train"]
 
 
 def test_empty_messages_of_a_conversation_are_counted(tiny: str, jsonl: Any) -> None:

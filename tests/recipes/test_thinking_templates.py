@@ -126,7 +126,7 @@ def test_thoughts_that_the_template_leaves_out_are_noticed() -> None:
 
 EMPTY = "<think>\n\n</think>\n\n"
 PLAIN = {"question": "why?", "answer": "so"}
-WITH_THOUGHTS = f"with thoughts, so prompts of `predict` leave room for some, without {EMPTY!r}"
+WITHOUT = f"without, after {EMPTY!r}, which prompts of `predict` lack"
 THINKING = {"question": "how?", "answer": "<think>\nhm\n</think>\n\nso"}
 
 
@@ -153,8 +153,8 @@ def test_thoughts_follow_the_prompt_that_leaves_room_for_them(name: str, form: s
     ("rows", "tail", "told"),
     [
         ([PLAIN, PLAIN], EMPTY, None),
-        ([THINKING, THINKING], "", f"; 2 of them {WITH_THOUGHTS}"),
-        ([THINKING, PLAIN], "", f"; 1 of them {WITH_THOUGHTS}, after which the other 1 are learnt"),
+        ([THINKING, THINKING], "", f"; 2 of them with thoughts before their answers, 0 {WITHOUT}"),
+        ([THINKING, PLAIN], "", f"; 1 of them with thoughts before their answers, 1 {WITHOUT}"),
     ],
     ids=["without", "with", "half"],
 )
@@ -178,24 +178,13 @@ def test_predict_asks_as_was_trained(
 
 @pytest.mark.usefixtures("command_line", "own_datasets")
 def test_what_is_said_of_an_opening_is_true(tiny: str, jsonl: Any, caplog: Any) -> None:
-    for arguments, said in (
-        (None, "It is not learnt, and prompts get it too unless the training data hold thoughts"),
-        ({"enable_thinking": True}, "Prompts lack it, because enable_thinking asks for thoughts"),
-    ):
+    settings: dict[str, Any] = {"chat_template": QWEN3, "validation_share": 0, "test_share": 0}
+    for arguments, told in ((None, "train: 1 conversations"), ({"enable_thinking": True}, f"answers, 1 {WITHOUT}")):
         caplog.clear()
-        ChatEncoder(tokenizer(QWEN3), 1000, template_arguments=arguments)
+        data = instruction_data("fit", tiny, dataset=jsonl([PLAIN]), template_arguments=arguments, **settings)
         assert f"writes {EMPTY!r} before an answer without thoughts" in caplog.text
-        assert said in caplog.text
-    data = instruction_data(
-        "fit",
-        tiny,
-        dataset=jsonl([PLAIN]),
-        chat_template=QWEN3,
-        template_arguments=arguments,
-        validation_share=0,
-        test_share=0,
-    )
-    assert data.reports["train"].endswith(f"1 of them answer without thoughts, after {EMPTY!r}, which prompts lack")
+        assert "It is not learnt, and prompts for such answers get it too" in caplog.text
+        assert data.reports["train"].endswith(told)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "glm4moe", "lfm2_2_5"])

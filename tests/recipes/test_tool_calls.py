@@ -1,0 +1,148 @@
+"""Tools, their calls and their results: as people keep them, and as models' own templates write them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from chat_templates import LLAMA3, MISTRAL, QWEN3, messages, shipped, tokenizer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from recipe_runs import instruction_data
+
+from recipes.instruction_tuning import sources
+from recipes.instruction_tuning.encoding import encode, template_message
+from recipes.language.chat import IGNORED, ChatEncoder
+
+pytestmark = pytest.mark.usefixtures("own_datasets")
+ARGUMENTS = {"city": "Paris", "days": 2}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}
+TOOL = {"name": "weather", "description": "Tells it.", "parameters": {"type": "object", "properties": {}}}
+TOOLS = [{"type": "function", "function": TOOL}]
+ASK, SAY = messages("Is it warm?", "It is.")
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "name": "weather", "content": "20 degrees"}
+TURNS = [ASK, CALLING, RESULT, SAY]
+AS_TEXT = {"name": "weather", "arguments": json.dumps(ARGUMENTS)}
+SHAREGPT = [
+    {"from": "human", "value": "Is it warm?"},
+    {"from": "function_call", "value": json.dumps({"name": "weather", "arguments": ARGUMENTS})},
+    {"from": "observation", "value": "20 degrees"},
+    {"from": "gpt", "value": "It is."},
+]
+ROWS: dict[str, dict[str, Any]] = {
+    "openai": {"messages": TURNS, "tools": TOOLS},
+    "texts": {"messages": [ASK, {**CALLING, "tool_calls": [{"function": AS_TEXT}]}, *TURNS[2:]], "tools": TOOLS},
+    "legacy": {"messages": [ASK, {**SAY, "content": "", "function_call": AS_TEXT}, *TURNS[2:]], "tools": TOOLS},
+    "completion": {"prompt": [ASK], "completion": TURNS[1:], "tools": json.dumps(TOOLS)},
+    "sharegpt": {"conversations": SHAREGPT, "tools": json.dumps([TOOL])},
+}
+
+
+def learnt(encoder: ChatEncoder, row: dict[str, Any]) -> list[str]:
+    """The texts of the tokens that are learnt, one for each run of them."""
+    encoded = encode(row, encoder, with_options=False)
+    assert encoded["status"] == "kept", encoded["status"]
+    runs: list[list[int]] = [[]]
+    for label in encoded["labels"][0]:
+        if label == IGNORED:
+            runs.append([])
+        else:
+            runs[-1].append(label)
+    return [encoder.tokenizer.decode(run) for run in runs if run]
+
+
+@pytest.fixture
+def qwen3() -> ChatEncoder:
+    return ChatEncoder(tokenizer(shipped("qwen3"), end="<|im_end|>"), 4000)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_calls_are_learnt_and_results_are_not(name: str, jsonl: Any, qwen3: ChatEncoder) -> None:
+    """What is read is what the template writes of the messages as OpenAI has them."""
+    (row,) = sources.load(jsonl([ROWS[name]]), "train")
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call><|im_end|>'
+    assert learnt(qwen3, row) == [call, "It is.<|im_end|>"]
+    text = qwen3.tokenizer.apply_chat_template(
+        [ASK, {**CALLING, "content": ""}, RESULT, SAY], tools=TOOLS, tokenize=False
+    )
+    ids = encode(row, qwen3, with_options=False)["input_ids"][0]
+    assert qwen3.tokenizer.decode(ids) == text
+    assert "20 degrees" in text
+    assert "Tells it." in text
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("qwen2_5", '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>'),
+        ("llama3_1", '{"name": "weather", "parameters": {"city": "Paris", "days": 2}}'),
+        ("llama3_2", '{"name": "weather", "parameters": {"city": "Paris", "days": 2}}'),
+        ("glm4moe", "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>"),
+        ("lfm2_v2", "<|tool_call_start|>[weather(city='Paris', days=2)]<|tool_call_end|>"),
+        ("gptoss_training", " to=functions.weather<|channel|>commentary json<|message|>"),
+        ("qwen3_5_think", "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>"),
+        ("qwen3_training", '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>'),
+    ],
+)
+def test_models_own_templates_write_their_own_calls(name: str, call: str, jsonl: Any) -> None:
+    encoder = ChatEncoder(tokenizer(shipped(name), end="<|im_end|>"), 4000)
+    (row,) = sources.load(jsonl([ROWS["openai"]]), "train")
+    calling, saying = learnt(encoder, row)
+    assert calling.startswith(call)
+    assert saying.startswith("It is.")
+    assert "20 degrees" not in calling + saying
+    context = [template_message(message) for message in row["messages"][:-1]]
+    prompt = encoder.encode_prompt(context, tools=TOOLS)
+    assert encode(row, encoder, with_options=False)["input_ids"][0][: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("template", [LLAMA3, MISTRAL, QWEN3], ids=["llama3", "mistral", "qwen3 without tools"])
+def test_what_a_template_does_not_write_is_dropped_and_told(template: str, tiny: str, jsonl: Any) -> None:
+    rows = [ROWS["openai"], {"messages": [ASK, SAY], "tools": TOOLS}, {"messages": [ASK, SAY]}, {"messages": TURNS}]
+    settings: dict[str, Any] = {"chat_template": template, "validation_share": 0, "test_share": 0}
+    data = instruction_data("fit", tiny, dataset=jsonl(rows), **settings)
+    told = "3 dropped: the chat template does not write tools, their calls and results: set chat_template"
+    assert f"train: 1 conversations; {told}" in data.reports["train"]
+
+
+@pytest.mark.parametrize("name", ["gemma4", "llama3_1"])
+def test_a_call_that_would_be_learnt_wrongly_is_refused(name: str, jsonl: Any) -> None:
+    """Gemma 4's template has results inside of answers, and Llama 3's leaves out what is said before a call."""
+    encoder = ChatEncoder(tokenizer(shipped(name)), 4000)
+    rows = [{"messages": [ASK, {**CALLING, "content": "Let me see."}, RESULT, SAY], "tools": TOOLS}]
+    (row,) = sources.load(jsonl(rows), "train")
+    assert encode(row, encoder, with_options=False)["status"].startswith("refused: the chat template")
+
+
+def test_what_is_no_call_is_counted(tiny: str, jsonl: Any) -> None:
+    calls = [
+        "weather(Paris)",
+        "{}",
+        json.dumps({"function": "weather"}),
+        json.dumps({"name": "weather", "arguments": 3}),
+    ]
+    rows = [{"conversations": [SHAREGPT[0], {"from": "function_call", "value": call}]} for call in calls]
+    rows.append({"conversations": [SHAREGPT[0], {"from": "function_call", "value": '{"name": "now"}'}, *SHAREGPT[2:]]})
+    *broken, whole = sources.load(jsonl(rows), "train")
+    whys = [
+        "must be JSON objects, and a row has 'weather",
+        *2 * ["must have a name, and a row"],
+        "objects, and a row has 3",
+    ]
+    for row, why in zip(broken, whys, strict=True):
+        assert row["problem"].startswith("refused: ")
+        assert why in row["problem"]
+    assert template_message(whole["messages"][1])["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}
+    with pytest.raises(MisconfigurationException, match=r"has 'hammer'. Columns that --data.columns does not name"):
+        sources.load(jsonl([{"question": "Why?", "answer": "So.", "tools": "hammer"}], "other.jsonl"), "train")
+
+
+def test_fields_of_other_rows_are_left_out(tmp_path: Path) -> None:
+    """Tables give each call the arguments of all calls."""
+    other = {"type": "function", "function": {"name": "time", "arguments": {"zone": "CET"}}}
+    rows = [{"messages": [ASK, {**CALLING, "tool_calls": [call]}, SAY]} for call in (CALL, other)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "calls.parquet")
+    read = sources.load(str(tmp_path / "calls.parquet"), "train")
+    calls = [template_message(row["messages"][1])["tool_calls"][0]["function"]["arguments"] for row in read]
+    assert calls == [ARGUMENTS, {"zone": "CET"}]
