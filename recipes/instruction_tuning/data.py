@@ -170,7 +170,7 @@ class InstructionData(PartedData):
                 f"{without_thoughts} of them without thoughts that the data hold: the template leaves them out"
             )
         thinking, opening = sum(kept["thinks"]), self.encoder.opening
-        if thinking or (opening and self.encoder.leaves_room):
+        if part == "train" and (thinking or (opening and self.encoder.leaves_room)):
             others = f"{len(kept) - thinking} without, after {opening!r}, which prompts of `predict` lack"
             parts.append(f"{thinking} of them with thoughts before their answers, {others}")
         return "; ".join(parts)
