@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from recipes.language.templates import leads
 from recipes.shared.text_metrics import normalized
@@ -128,6 +129,8 @@ def known_columns() -> str:
 def converter(columns: Sequence[str], source: str) -> Callable[[Row], Row]:
     """What turns rows with these columns into rows of :data:`FEATURES`.
 
+    A warning names those that belong to a question and are not read.
+
     Args:
         columns: of the table.
         source: where the table is from, for messages.
@@ -136,6 +139,12 @@ def converter(columns: Sequence[str], source: str) -> Callable[[Row], Row]:
         MisconfigurationException: the columns are not understood.
     """
     found = _understood(columns)
+    unread = [column for column in _ASKED if column in columns and column not in read_columns(columns)]
+    if isinstance(found, Pair) and unread:
+        rank_zero_warn(
+            f"{source}: the columns {', '.join(unread)} may be a part of what is asked, and are left out: put them "
+            "into the question, or name the columns that are to be read in --data.columns"
+        )
     if found is not None:
         return partial(_converted, found=found)
     raise MisconfigurationException(
@@ -154,18 +163,6 @@ def read_columns(columns: Sequence[str]) -> list[str]:
     found = _understood(columns)
     wanted = [found.question, found.answer, *found.more] if isinstance(found, Pair) else [found]
     return [column for column in (*wanted, *_SYSTEM, _TOOLS) if column in columns]
-
-
-def unread_of_question(columns: Sequence[str]) -> list[str]:
-    """Return the columns beside a question and its answer that are not read, and without which it may mean nothing.
-
-    Example:
-        >>> unread_of_question(["question", "choices", "answer", "subject"])
-        ['choices']
-    """
-    if not isinstance(_understood(columns), Pair):
-        return []
-    return [column for column in _ASKED if column in columns and column not in read_columns(columns)]
 
 
 def _understood(columns: Sequence[str]) -> str | Pair | None:

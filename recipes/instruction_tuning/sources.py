@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from recipes.instruction_tuning import formats
 from recipes.instruction_tuning.formats import FEATURES, REFUSED, Row, conversation, converter, read_columns
@@ -59,12 +58,6 @@ def load(
         table = with_known_names(table, formats.NAMES)
     convert = converter(table.column_names, source)
     say_what_is_left_out(source, table.column_names, read_columns(table.column_names))
-    unread = formats.unread_of_question(table.column_names)
-    if unread:
-        rank_zero_warn(
-            f"{source}: the columns {', '.join(unread)} may be a part of what is asked, and are left out: put them "
-            "into the question, or name the columns that are to be read in --data.columns"
-        )
     rows = mapped(
         table,
         convert,
