@@ -77,6 +77,20 @@ def test_a_conversation_that_the_template_refuses_is_dropped_and_told(tiny: str,
         instruction_data("fit", tiny, dataset=jsonl(rows[1:]), **settings)
 
 
+def test_a_conversation_of_which_the_template_leaves_an_answer_out_is_dropped_and_told(tiny: str, jsonl: Any) -> None:
+    """No argument of the template would help; where one does, the run ends and names it."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.role + ':' + m.content + eos_token }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    rows = [{"messages": turns}, {"messages": [*turns, *turns]}]
+    settings: dict[str, Any] = {"chat_template": template, "validation_share": 0, "test_share": 0}
+    data = instruction_data("fit", tiny, dataset=jsonl(rows), **settings)
+    told = "1 dropped: the chat template rewrites earlier messages"
+    assert f"train: 1 conversations; {told}" in data.reports["train"]
+
+
 # -- parts and batches
 
 
