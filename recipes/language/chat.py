@@ -77,9 +77,9 @@ class ChatEncoder(TemplateEncoder):
         messages = self._with_system(messages)
         ids, mask = self._tokens(messages, ends)
         labels = [token if is_answer else IGNORED for token, is_answer in zip(ids, mask, strict=True)]
-        beside = [str(message["content"] or "").strip() for message in messages if message.get("tool_calls")]
-        text = self._render(messages, False) if any(thoughts) or any(beside) else ""
-        if any(said not in text for said in beside):
+        spoken = [str(message["content"] or "").strip() for message in messages if message.get("tool_calls")]
+        text = self._render(messages, False) if any(thoughts) or any(spoken) else ""
+        if any(said not in text for said in spoken):
             raise RefusedConversationError("the chat template leaves out what an answer says before it calls a tool")
         encoded = EncodedChat(ids[: self.max_length], labels[: self.max_length], len(ids) > self.max_length)
         encoded.thinks = self._thinks(ids, mask, messages)
@@ -128,7 +128,7 @@ class ChatEncoder(TemplateEncoder):
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _thinks(self, ids: list[int], mask: list[bool], messages: list[Message]) -> bool:
-        """Whether an answer is learnt right after the generation prompt, where others have an opening."""
+        """Whether an answer is learnt right after the generation prompt, without the template's opening."""
         for place, message in enumerate(messages):
             # Of answers without thoughts the last one speaks for all.
             if self.opening and message["role"] == "assistant" and (thoughts_of(message) or message is messages[-1]):

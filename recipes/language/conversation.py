@@ -117,7 +117,7 @@ def _answer(
 ) -> tuple[str, Span]:
     """One answer's place, by what stands there when a mark takes its place; and the text, perhaps with an end token."""
     context, later = messages[:place], messages[place + 1 :]
-    # A call of tools stands where a text would.
+    # A call of tools takes the place of a text.
     mark = {name: value for name, value in messages[place].items() if name != "tool_calls"} | {"content": _MARK}
     marked = render([*context, mark, *later], False)
     if marked.count(_MARK) != 1:
