@@ -1,5 +1,7 @@
 """TextData: texts with a class or a number, from files, the Hub or packages, in batches that a resumed run takes up."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,13 +30,13 @@ from recipes.shared.data import (
     read_table,
     with_known_names,
 )
+from recipes.shared.left_out import few, warn_of_left_out
 from recipes.shared.parted_data import PartedData
 from recipes.shared.resumable import LateLoader
 from recipes.shared.table_files import FORMATS, table_ending
 from recipes.shared.text_metrics import normalized
 
 _RESERVED = ("train", "validation", "val", "test")  # names of parts and metrics
-_MOST_SHOWN = 20  # classes by name
 _LARGE_NUMBERS = 10.0  # mean plus standard deviation; ratings up to 10 stay below
 _TEST_SEED = 42  # of the rows drawn for the test, so that all runs are tested on the same ones
 
@@ -137,6 +139,8 @@ class TextData(PartedData):
                     f"under their names, and {name!r} has a dot, occurs twice, or is one of {list(_RESERVED)}: rename "
                     "the file, or put this split first"
                 )
+        if len(self.text_columns) > 2 and self.template is None:
+            problems.append(f"text={self.text_columns} are more than two columns, which needs a template")
         if self.shots is not None and self.regression:
             problems.append("shots are of classes: leave it out in a regression")
         return problems
@@ -160,17 +164,19 @@ class TextData(PartedData):
         else:
             if split == self.split:
                 self.classes = class_names(table, self.label, source)
-                shown = ", ".join(self.classes[:_MOST_SHOWN]) + (", ..." if len(self.classes) > _MOST_SHOWN else "")
-                rank_zero_info(f"{source}: {len(self.classes)} classes, {shown}")
             labels = class_labels(table, self.label, self.classes, source)
         rows = labelled(labels, self.label, source, self.skip_unlabelled)
         if len(rows) < len(labels):
             rank_zero_info(f"{source}: {len(labels) - len(rows)} of {len(labels)} rows have no label and are left out")
+        rows = [row for row in rows if row in row_texts]
         found = datasets.Dataset.from_dict(
             {"texts": [row_texts[row] for row in rows], "labels": [labels[row] for row in rows]}
         )
-        if self.regression and split == self.split:
-            _note_scale(found["labels"], source)
+        if split == self.split:
+            if self.regression:
+                _note_scale(found["labels"], source)
+            else:
+                _note_classes(self.classes, found["labels"], source)
         return found
 
     @override
@@ -195,6 +201,10 @@ class TextData(PartedData):
     @override
     def encoded(self, part: str, rows: Any) -> Any:
         table = mapped(rows, self.encoder, remove_columns=["texts"], desc=f"Tokenizing {part}")
+        missing = set(range(len(self.classes))) - set(rows["labels"])
+        if missing and part == "validation":
+            names = few([repr(self.classes[place]) for place in sorted(missing)])
+            rank_zero_warn(f"{part} has no text of the classes {names}: a score over it says nothing of these")
         cut = sum(length >= self.max_length for length in table["length"])
         if cut and self.template is None:
             rank_zero_info(f"{part}: {cut} of {len(table)} texts are cut at max_length={self.max_length} tokens")
@@ -206,11 +216,11 @@ class TextData(PartedData):
 
     @override
     def rows_to_predict(self) -> Any:
-        row_texts = self._texts_to_predict()
+        row_texts = list(self._texts_to_predict().values())
         rows = datasets.Dataset.from_dict({"texts": row_texts, "places": list(range(len(row_texts)))})
         return mapped(rows, self.encoder, desc="Tokenizing predict")
 
-    def _texts_to_predict(self) -> list[list[str]]:
+    def _texts_to_predict(self) -> dict[int, list[str]]:
         """The texts of each row of ``predict_file``."""
         file, source = self.predict_file, f"predict_file={self.predict_file!r}"
         if file is None or Path(file).suffix.lower() in ("", ".txt"):
@@ -229,16 +239,22 @@ class TextData(PartedData):
             )
         return self._texts(table, source)
 
-    def _texts(self, table: Any, source: str) -> list[list[str]]:
-        """The texts of each row, one for each of the columns that the model reads."""
+    def _texts(self, table: Any, source: str) -> dict[int, list[str]]:
+        """The texts of each row that has any, one for each of the columns that the model reads."""
         columns = [table[name] for name in self.text_columns]
         for name, column in zip(self.text_columns, columns, strict=True):
             for row, value in enumerate(column):
-                if not isinstance(value, str):
+                if value is not None and not isinstance(value, str):
                     raise MisconfigurationException(
                         f"{source}: the column {name!r} must hold texts, and row {row} holds {value!r}"
                     )
-        return [list(row) for row in zip(*columns, strict=True)]
+        row_texts = {}
+        for row, values in enumerate(zip(*columns, strict=True)):
+            if any(value and value.strip() for value in values):
+                row_texts[row] = [value or "" for value in values]
+        without = [row for row in range(len(table)) if row not in row_texts]
+        warn_of_left_out(source, [f"row {row} has no text" for row in without], len(table))
+        return row_texts
 
     def _source(self, split: str) -> str:
         return f"dataset={self.dataset!r}" if split == self.split else f"dataset={self.dataset!r}, split={split!r}"
@@ -247,11 +263,12 @@ class TextData(PartedData):
         """A split or a file, which has the columns."""
         wanted = {*self.text_columns, self.label}
         table = with_known_names(self._table(split), wanted)
-        missing = wanted - set(table.column_names)
+        names = table.column_names
+        missing = wanted - set(names)
         if missing:
             raise MisconfigurationException(
                 f"{self._source(split)} has the columns {sorted(table.column_names)}, and not {sorted(missing)}: "
-                "set text and label"
+                f"name those that it has, for example --data.text {names[0]} --data.label {names[-1]}"
             )
         return table
 
@@ -283,13 +300,29 @@ class TextData(PartedData):
 
     def _encoder(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
         if self.template is None:
-            return partial(_encode, tokenizer=self._tokenizer(), max_length=self.max_length)
+            tokenizer, separator = self._tokenizer(), ""
+            is_pair = len(self.text_columns) == 2
+            # Encoders have a token between two texts; the tokenizers of most decoders put them end to end.
+            if is_pair and tokenizer.num_special_tokens_to_add(True) == tokenizer.num_special_tokens_to_add(False):
+                separator = "\n"
+                rank_zero_info("The tokenizer puts nothing between two texts: the second one begins on a new line")
+            return partial(_encode, tokenizer=tokenizer, max_length=self.max_length, separator=separator)
         prompt = Prompt(self.template, self.text_columns, self._tokenizer(), self.max_length, self.text_tokens)
         prompt.check()
         return prompt
 
     def _tokenizer(self) -> Any:
         return cast("L.Trainer", self.trainer).lightning_module.tokenizer
+
+
+def _note_classes(classes: Sequence[str], labels: Sequence[int], source: str) -> None:
+    """Say what the classes are, and how many texts each has."""
+    counts = Counter(labels)
+    shown = [f"{name!r} ({counts[place]})" for place, name in enumerate(classes)]
+    rank_zero_info(f"{source}: {len(classes)} classes, {few(shown, most=20)}")
+    joined = [name for name in classes if set(re.split(r"[,;|]\s*", name)) & set(classes) - {name}]
+    if joined:
+        rank_zero_warn(f"{source}: {few(joined)} seem to be several labels, and are learnt as classes of their own")
 
 
 def _note_scale(labels: Sequence[float], source: str) -> None:
@@ -303,8 +336,9 @@ def _note_scale(labels: Sequence[float], source: str) -> None:
         )
 
 
-def _encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, Any]:
-    encoded = tokenizer(*row["texts"], truncation=True, max_length=max_length)
+def _encode(row: dict[str, Any], tokenizer: Any, max_length: int, separator: str) -> dict[str, Any]:
+    first, *second = row["texts"]
+    encoded = tokenizer(first, *(separator + text for text in second), truncation=True, max_length=max_length)
     if not encoded["input_ids"]:
         raise MisconfigurationException(
             f"the tokenizer makes no token of the text {' '.join(row['texts'])!r}, so there is nothing to classify: "

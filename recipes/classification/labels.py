@@ -39,7 +39,7 @@ def class_names(table: Any, column: str, source: str) -> list[str]:
     if len(found) < 2:
         raise MisconfigurationException(
             f"{source}: the column {column!r} must hold numbers or names of two classes at least, got "
-            f"{sorted(set(map(repr, shown)))[:5]}; set regression to true if it holds numbers to predict"
+            f"{sorted(set(map(repr, shown)))[:5]}; set regression to true for numbers to predict; a text has one label"
         )
     others = found - {-1}
     if len(others) > 1 and all(isinstance(value, int) and value >= 0 for value in others):

@@ -17,7 +17,7 @@ from recipes.clip_contrastive.batches import PictureBatches, PictureBatchSampler
 from recipes.clip_contrastive.pictures import Picture
 from recipes.shared.data import given_dataset
 from recipes.shared.parted_data import PartedData
-from recipes.shared.parts import part_of, refuse_bad_settings, warn_of_training_data
+from recipes.shared.parts import places_in, refuse_bad_settings, warn_of_training_data
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader
 
 
@@ -173,11 +173,8 @@ class ContrastiveData(PartedData):
         names = {picture.key: ascii(f"{self.seed}/{picture.key}") for picture in pictures}
         pictures.sort(key=lambda picture: hashlib.sha256(names[picture.key].encode()).digest())
         if part == "train" or share:
-            pictures = [picture for picture in pictures if part_of(names[picture.key], self.shares) == part]
-            if not pictures:
-                raise MisconfigurationException(
-                    f"{dataset}: no image is left for {part}: give more images, a larger share, or a {part}_split"
-                )
+            keys = [names[picture.key] for picture in pictures]
+            pictures = [pictures[place] for place in places_in(part, keys, self.shares, dataset, "images")]
         return pictures
 
     def _checked(self, part: str, pictures: list[Picture]) -> list[Picture]:

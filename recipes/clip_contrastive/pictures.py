@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip.images import ImageFile
+from recipes.shared.left_out import few
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,5 +39,4 @@ def lines_of(text: str) -> tuple[str, ...]:
 def refuse(path: Path | str, faults: list[str]) -> None:
     """Raise an error that names the first few of the faults of a data set, if there are any."""
     if faults:
-        more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise MisconfigurationException(f"{path}: {'; '.join(faults[:5])}{more}. Mend or remove them")
+        raise MisconfigurationException(f"{path}: {few(faults, '; ')}. Mend or remove them")

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,8 @@ from recipes.clip.images import Embedded, ImageFile, image_files
 from recipes.clip_contrastive.pictures import Picture, lines_of, refuse
 from recipes.clip_contrastive.shards import pictures_of_shards
 from recipes.shared.data import is_packaged, packaged_names, read_table, say_what_is_left_out
+from recipes.shared.left_out import warn_of_left_out
+from recipes.shared.table_files import refuse_other_separators
 
 Row = tuple[ImageFile | None, str, Any]
 """An image, its key, and what is said of it."""
@@ -69,7 +71,9 @@ def load(
         pictures = _of_text_table(path, columns)
     if not pictures:
         raise MisconfigurationException(f"dataset={dataset!r} holds no image with a caption")
-    return pictures
+    faults = [f"the text of {picture.file} is empty" for picture in pictures if not picture.captions]
+    warn_of_left_out(f"dataset={dataset!r}", faults, len(pictures))
+    return [picture for picture in pictures if picture.captions]
 
 
 def is_of_datasets(dataset: str) -> bool:
@@ -116,6 +120,7 @@ def _of_text_table(path: Path, given: Sequence[str | None]) -> list[Picture]:
             # open_clip separates by tabs in .csv files, too.
             separator = "\t" if "\t" in file.readline() else ","
         table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        refuse_other_separators(list(table.columns))
     except (ValueError, OSError) as error:  # also of pandas' own, and of bytes that are no UTF-8
         raise MisconfigurationException(f"{path} can't be read as a table in UTF-8: {error}") from error
     if not isinstance(table.index, pd.RangeIndex):
@@ -159,7 +164,7 @@ def _in_folder(name: Any, folder: Path) -> tuple[Path | None, str]:
     return place, os.path.relpath(place, folder)
 
 
-def _gathered(source: str, rows: Iterable[Row]) -> list[Picture]:
+def _gathered(source: str, rows: Sequence[Row]) -> list[Picture]:
     """Pictures of rows, of which several may be of one image."""
     files: dict[str, ImageFile] = {}
     captions: dict[str, list[str]] = {}
@@ -172,7 +177,7 @@ def _gathered(source: str, rows: Iterable[Row]) -> list[Picture]:
             continue
         files.setdefault(key, file)
         captions.setdefault(key, []).extend(texts)
-    refuse(source, faults)
+    warn_of_left_out(source, faults, len(rows))
     refuse(source, [f"there is no {file}" for file in files.values() if isinstance(file, Path) and not file.is_file()])
     return [Picture(files[key], tuple(texts), key) for key, texts in captions.items()]
 
@@ -188,9 +193,6 @@ def _of_folder(folder: Path) -> list[Picture]:
             faults.append(f"{image.name} has no {text.name} next to it")
         except UnicodeDecodeError as error:
             faults.append(f"{text} is not UTF-8: {error}")
-        else:
-            if not captions[image]:
-                faults.append(f"{text} is empty")
     refuse(folder, faults)
     return [Picture(image, texts, str(image.relative_to(folder))) for image, texts in captions.items()]
 

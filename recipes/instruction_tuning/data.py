@@ -156,7 +156,7 @@ class InstructionData(PartedData):
             NO_QUESTION: f"{counts[NO_QUESTION]} dropped: no question in the data",
             MORE_THAN_TEXT: f"{counts[MORE_THAN_TEXT]} dropped: {MORE_THAN_TEXT} in them",
         }
-        parts = [f"{self.dataset}, {part}: {counts['kept'] + counts['cut']} conversations"]
+        parts = [f"{self.source_of(part)}, {part}: {counts['kept'] + counts['cut']} conversations"]
         parts += [note for status, note in notes.items() if counts[status]]
         refused = Counter({status: count for status, count in counts.items() if status.startswith(REFUSED)})
         if refused:

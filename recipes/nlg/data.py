@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import datasets
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from recipes.language.batches import Batch, loader_by_length, pad, padded, padding_id
@@ -77,11 +76,15 @@ class MeaningData(PartedData):
             rows = datasets.Dataset.from_list(in_full(rows))
         encode = partial(_encoded, encoder=self.encoder)
         table = mapped(rows, encode, remove_columns=rows.column_names, desc=f"Tokenizing {part}")
+        # Of the others, the loss would be a mean over no token.
+        kept = [place for place, labels in enumerate(table["labels"]) if set(labels) != {IGNORED}]
+        too_long, rows, table = len(table) - len(kept), rows.select(kept), table.select(kept)
         cut = sum(table["cut"])
         meanings = grouped(rows)
         note = f"; {cut} of them cut at max_length={self.max_length} tokens" if cut else ""
-        self.reports[part] = f"{self.dataset}, {part}: {len(rows)} texts of {len(meanings)} meanings{note}"
-        if part != "train":
+        note += f"; {too_long} left out: no token of the text within max_length={self.max_length}" if too_long else ""
+        self.reports[part] = f"{self.source_of(part)}, {part}: {len(rows)} texts of {len(meanings)} meanings{note}"
+        if part != "train" and meanings:
             prompts = datasets.Dataset.from_list(meanings)
             self.meanings[part] = mapped(prompts, partial(_prompted, encoder=self.encoder), desc="Tokenizing meanings")
         return table
@@ -131,12 +134,6 @@ class MeaningData(PartedData):
 
 def _encoded(row: dict[str, str], encoder: PairEncoder) -> dict[str, Any]:
     pair = encoder.encode(row["meaning"], row["text"])
-    # Its loss would be a mean over no token.
-    if set(pair.labels) == {IGNORED}:
-        raise MisconfigurationException(
-            f"max_length={encoder.max_length} leaves no token of the text for the meaning {row['meaning'][:80]!r}: set "
-            "it higher, or shorten the meanings"
-        )
     return {**pair._asdict(), "length": len(pair.input_ids)}
 
 

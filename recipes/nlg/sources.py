@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.shared.data import read_table, with_known_names
 from recipes.shared.files import read_lines
+from recipes.shared.left_out import warn_of_left_out
 from recipes.shared.parts import refuse_split_of_file
 
 LAYOUTS = (
@@ -47,12 +48,12 @@ def read_pairs(table: Any, source: str, meaning: str | None = None, text: str | 
         text: column of the texts; None likewise.
 
     Raises:
-        MisconfigurationException: a column is missing, or a row has no text in one of them.
+        MisconfigurationException: a column is missing, holds something else than texts, or no row has both.
     """
     named = [name for name in (meaning, text) if name is not None]
     table = with_known_names(table, [_REFERENCES, *chain.from_iterable(LAYOUTS), *named])
     meaning_column, text_column = _columns(table.column_names, source, meaning, text)
-    pairs = []
+    pairs, faults = [], []
     for number, row in enumerate(table):
         value = row[text_column]
         # In GEM's training splits they are empty texts.
@@ -61,12 +62,16 @@ def read_pairs(table: Any, source: str, meaning: str | None = None, text: str | 
         # An empty list is a meaning without a text, as None is.
         texts = value if isinstance(value, list) and value else [value]
         for given in [row[meaning_column], *texts]:
-            if not isinstance(given, str) or not given.strip():
+            if given not in (None, []) and not isinstance(given, str):
                 raise MisconfigurationException(
                     f"{source}: row {number} needs a text in {meaning_column!r} and in {text_column!r}, "
                     f"and holds {given!r}"
                 )
-        pairs += [Pair(row[meaning_column].strip(), one.strip(), references) for one in texts]
+        said, *texts = [(one or "").strip() for one in (row[meaning_column], *texts)]
+        if not said or not any(texts):
+            faults.append(f"row {number} has no text in {text_column if said else meaning_column!r}")
+        pairs += [Pair(said, one, references) for one in texts if said and one]
+    warn_of_left_out(source, faults, len(table))
     return pairs
 
 

@@ -24,6 +24,7 @@ from recipes.shared.table_files import (
     refuse_other_forms,
     refuse_rows_by_key,
     table_ending,
+    warn_of_unread_tables,
     with_dates_as_texts,
 )
 
@@ -71,10 +72,14 @@ def _read(name: str, split: str, config_name: str | None, revision: str | None) 
             refuse_rows_by_key(name, table)
         return table
     name = _folder_or_hub(name)
-    csv_files = files_of_csv_folder(name, config_name, split) if path.is_dir() else None
-    if csv_files:
-        parts = {split.partition("[")[0]: csv_files}
-        return datasets.load_dataset("csv", data_files=parts, split=split, **csv_options(csv_files))
+    if path.is_dir():
+        builder = datasets.load_dataset_builder(name, config_name)
+        if config_name is None:
+            warn_of_unread_tables(path, builder)
+        csv_files = files_of_csv_folder(builder, split)
+        if csv_files:
+            parts = {split.partition("[")[0]: csv_files}
+            return datasets.load_dataset("csv", data_files=parts, split=split, **csv_options(csv_files))
     return _with_texts_as_written(partial(datasets.load_dataset, name, config_name, split=split, revision=revision))
 
 
@@ -115,9 +120,12 @@ def _read_errors(name: str, split: str, tasks: str) -> Iterator[None]:
         if "'utf-8' codec" in _reason(error) or "Invalid UTF" in _reason(error):
             raise MisconfigurationException(not_utf8(f"dataset={name!r}")) from error
         formats = ", ".join(FORMATS)
+        packaged = f", or one of {tasks}" if tasks else ""
+        remedy = f"Give a Hub name or a file ending in {formats}{packaged}"
+        if "Unknown split" in str(error) and Path(name).expanduser().is_dir():
+            remedy = "The files' names decide, as part2_test.jsonl is of test: rename them, or set the split"
         raise MisconfigurationException(
-            f"dataset={name!r}, split={split!r} can't be read: {_reason(error)}. Give a Hub name, "
-            + (f"a file ending in {formats}, or one of {tasks}" if tasks else f"or a file ending in {formats}")
+            f"dataset={name!r}, split={split!r} can't be read: {_reason(error)}. {remedy}"
         ) from error
 
 

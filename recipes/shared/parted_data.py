@@ -15,8 +15,8 @@ from typing_extensions import override
 from recipes.shared.data import columns, given_dataset, is_packaged, split_names
 from recipes.shared.parts import (
     is_file,
-    part_of,
     place_of,
+    places_in,
     refuse_bad_settings,
     refuse_split_of_file,
     warn_of_training_data,
@@ -204,6 +204,10 @@ class PartedData(ResumableData):
         """The name of the file, folder or data set that a split is read from."""
         return split if is_file(split) else given_dataset(self.dataset, self.packaged).replace("{split}", split)
 
+    def source_of(self, part: str) -> str:
+        """The name of the file, folder or data set that a part is read from."""
+        return self.source(self.place(part)[1])
+
     def table(self, split: str) -> Any:
         """What :meth:`read` gives, kept."""
         if split not in self._tables:
@@ -216,8 +220,8 @@ class PartedData(ResumableData):
         table = self.table(own or self.split)
         if own is not None or not any(self.shares.values()):
             return table if own is not None or part == "train" else table.select([])
-        keys = self.keys(table)
-        return table.select([place for place, key in enumerate(keys) if part_of(key, self.shares) == part])
+        name = f"dataset={self.dataset!r}"
+        return table.select(places_in(part, self.keys(table), self.shares, name, self.kinds))
 
     def known_shares(self) -> dict[str, float]:
         """The share that each part takes, as far as it is known before the data are looked at."""
@@ -290,15 +294,7 @@ class PartedData(ResumableData):
             rank_zero_info(report)
         if len(kept) or not self.is_wanted(part):
             return kept
-        if len(rows):
-            raise MisconfigurationException(f"{part}: nothing is left to use. {report}")
-        table = self.table(self.split)
-        raise MisconfigurationException(
-            f"dataset={self.dataset!r}: nothing is left for {part}. Its {len(table)} rows are divided by their "
-            f"{self.kinds} ({len(set(self.keys(table)))} different ones), and equal ones stay together: give more "
-            "rows, a larger share, a validation_split or a test_split, or validation_share=0, which keeps the last "
-            "checkpoint and no best one"
-        )
+        raise MisconfigurationException(f"{part}: nothing is left to use. {report}")
 
     def _warn_of_training_data(self, part: str) -> None:
         own = self.own_splits[part]

@@ -71,13 +71,50 @@ def part_of(key: str, shares: dict[str, float]) -> str:
         >>> part_of("what is a cat", {"validation": 0.15, "test": 0.25})
         'train'
     """
-    # A number in [0, 1) that the text alone decides; Python's own hash of a text differs from process to process.
-    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    place = _place(key)
     for part, share in shares.items():
         if place < share:
             return part
         place -= share
     return "train"
+
+
+def _place(key: str) -> float:
+    """A number in [0, 1) that the text alone decides; Python's own hash of a text differs from process to process."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+
+
+def places_in(part: str, keys: Sequence[str], shares: dict[str, float], source: str, kinds: str) -> list[int]:
+    """The places of the rows of a part. A part that none of few keys falls into takes the one that is nearest.
+
+    Args:
+        part: "train", or one of the others.
+        keys: of all rows.
+        shares: of the parts that are not trained on.
+        source: where the rows are from, for messages.
+        kinds: what the keys stand for, in the plural.
+
+    Raises:
+        MisconfigurationException: there are fewer different keys than parts.
+
+    Example:
+        >>> places_in("validation", ["a", "b", "b", "a"], {"validation": 0.25, "test": 0.0}, "mine.csv", "texts")
+        [1, 2]
+    """
+    parts = {key: part_of(key, shares) for key in keys}
+    for other, share in shares.items():
+        trained = sorted((key for key in parts if parts[key] == "train"), key=_place)
+        if share and other not in parts.values() and len(trained) > 1:
+            parts[trained[0]] = other
+            rank_zero_warn(f"none of {len(keys)} rows falls into {other}'s share of {share:g}: it takes the nearest")
+    places = [place for place, key in enumerate(keys) if parts[key] == part]
+    if not places and (part == "train" or shares[part]):
+        raise MisconfigurationException(
+            f"{source}: nothing is left for {part}. Its {len(keys)} rows are divided by their {kinds} ({len(parts)} "
+            "different ones), and equal ones stay together: give more rows, a validation_split or a test_split, or "
+            "validation_share=0, which keeps the last checkpoint and no best one"
+        )
+    return places
 
 
 def warn_of_training_data(part: str, keys: Collection[Hashable], trained: Collection[Hashable], what: str) -> None:

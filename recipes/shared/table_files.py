@@ -2,14 +2,19 @@
 
 import re
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from recipes.shared.left_out import few
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings that `datasets` unpacks by itself
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _TIME = re.compile(r"\b(timestamp|date32|date64|time32|time64)\[")
 
 
@@ -86,15 +91,13 @@ def csv_options(files: str | list[str], cache_dir: str | None = None) -> dict[st
         cache_dir: of `datasets`; None is its own.
 
     Raises:
-        ValueError: the first row has more values than the header has names, or semicolons or tabs separate the columns.
+        ValueError: the first row has more values than the header has names, or other marks than commas separate the
+            columns.
     """
     first_row = datasets.load_dataset("csv", data_files=files, split="train", cache_dir=cache_dir, nrows=1)
     names = first_row.column_names
     named = [name for name in names if name != "__index_level_0__"]
-    if len(named) == 1 and ";" in named[0]:
-        raise ValueError("its columns are separated by semicolons: save it with commas")
-    if len(named) == 1 and "\t" in named[0]:
-        raise ValueError("its columns are separated by tabs: save it with commas")
+    refuse_other_separators(named)
     if len(named) < len(names):  # pandas has taken the first value for the row's name
         raise ValueError(
             "the first row has more values than the header has names, and a text with a comma in it needs quotation "
@@ -104,15 +107,48 @@ def csv_options(files: str | list[str], cache_dir: str | None = None) -> dict[st
     return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
-def files_of_csv_folder(name: str, config_name: str | None, split: str) -> list[str] | None:
+def refuse_other_separators(columns: list[str]) -> None:
+    """Refuse a CSV file whose columns something else than a comma separates.
+
+    Args:
+        columns: their names, which are one with all others in it then.
+
+    Raises:
+        ValueError: it is one.
+    """
+    for mark, name in _SEPARATORS.items():
+        if len(columns) == 1 and mark in columns[0]:
+            raise ValueError(f"its columns are separated by {name}: save it with commas")
+
+
+def warn_of_unread_tables(folder: Path, builder: Any) -> None:
+    """Name the tables in a folder that belong to no split, and which `datasets` leaves out without a word.
+
+    Args:
+        folder: a data set.
+        builder: of `datasets` for its default configuration.
+    """
+    card = folder / "README.md"
+    if card.is_file() and "data_files" in card.read_text(encoding="utf-8", errors="replace"):
+        return  # the card decides what is read
+    read = {Path(file).resolve() for file in chain.from_iterable((builder.config.data_files or {}).values())}
+    places = [file.relative_to(folder) for file in sorted(folder.rglob("*.*")) if table_ending(file.name)]
+    # Without hidden folders, such as .cache.
+    unread = [str(place) for place in places if place.parts[0][0] != "." and (folder / place).resolve() not in read]
+    if unread:
+        rank_zero_warn(
+            f"dataset={str(folder)!r}: not read are {few(unread)}, which belong to no split. Name all files after "
+            "their splits, as train-1.jsonl and train-2.jsonl, or none, and give them one format"
+        )
+
+
+def files_of_csv_folder(builder: Any, split: str) -> list[str] | None:
     """The CSV files that hold a split of a local folder; None where it is another kind, or a card says what they hold.
 
     Args:
-        name: of the folder.
-        config_name: which of its configurations.
+        builder: of `datasets` for the folder.
         split: to read, perhaps a slice such as "train[:10%]".
     """
-    builder = datasets.load_dataset_builder(name, config_name)
     if not type(builder).__module__.endswith("csv.csv") or builder.info.features is not None:
         return None
     files = builder.config.data_files or {}

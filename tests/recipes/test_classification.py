@@ -1,6 +1,8 @@
 """Text classification on tiny random models, and once on MiniLM: through the recipe's command line."""
 
+import copy
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,9 @@ from hub_sets import prepared
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from recipe_runs import packaged_arguments, quick, trained
+from tokenizers.processors import TemplateProcessing
 
+from recipes.classification.data import _encode
 from recipes.classification.labels import class_labels, class_names, labelled, numbers
 from recipes.classification.readouts import NewHead
 from recipes.shared.cli import RecipeCLI
@@ -69,13 +73,15 @@ def test_the_head_may_have_a_rate_of_its_own(tiny: str, animals: str, rate: floa
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"sentence": "a", "label": 0}], r"has the columns \['label', 'sentence'\], and not \['text'\]"),
+        ([{"sentence": "a", "mood": 0}], r"\['label', 'text'\]: name .* --data.text sentence --data.label mood"),
         ([{"text": "a", "label": 0}, {"text": "b", "label": 0}], "'label' must hold numbers or names of two classes"),
-        ([{"text": "The" * i, "label": i % 2} for i in range(40)], "makes no token of the text ..,"),
-        ([{"text": "a", "label": [i % 2]} for i in range(9)], r"two classes at least, got \[.\[0\]"),
+        (
+            [{"text": "a", "label": [i % 2]} for i in range(9)],
+            r"two classes at least, got \[.\[0\].*a text has one label",
+        ),
         (
             [{"text": "a", "label": 0}, {"text": "a", "label": 1}],
-            r"nothing is left for .*texts \(1 different ones\).*a larger share",
+            r"nothing is left for .*texts \(1 different ones\).*validation_share=0",
         ),
     ],
 )
@@ -250,3 +256,56 @@ def test_a_run_does_not_go_on_at_rate_zero(tiny: str, animals: str, tmp_path: Pa
     differs = pytest.warns(UserWarning, match="data.batch_size 4 there, 32 here")
     with differs, pytest.raises(MisconfigurationException, match="resume with those of its start"):
         fit(tiny, animals, "--data.batch_size=32", "--trainer.max_epochs=4", last)
+
+
+@pytest.mark.parametrize("bos", ["", "both", "first"])
+def test_a_decoder_reads_a_pair_as_two_texts(bos: str, tokenizer: Any, tmp_path: Path, jsonl: Any, caplog: Any) -> None:
+    """Unless its tokenizer has a mark between them, as that of Llama has."""
+    decoder = copy.deepcopy(tokenizer)
+    if bos:
+        mark, end = (decoder.bos_token, decoder.bos_token_id), " <|im_start|>" * (bos == "both")
+        forms = TemplateProcessing("<|im_start|> $A", f"<|im_start|> $A{end} $B", [mark])
+        decoder.backend_tokenizer.post_processor = forms
+    decoder.save_pretrained(tmp_path / "decoder")
+    rows = [{"one": "It rains.", "other": f"Is it wet, {i}?", "label": i % 2} for i in range(4)]
+    with caplog.at_level(logging.INFO):
+        data = prepared(
+            tmp_path / "decoder", dataset=jsonl(rows), text=["one", "other"], validation_share=0, test_share=0
+        )
+    mark = decoder.bos_token
+    between = {"": "\n", "both": mark, "first": "\n"}[bos]
+    assert decoder.decode(data.parts["train"]["input_ids"][3]) == f"{mark * bool(bos)}It rains.{between}Is it wet, 3?"
+    assert caplog.text.count("puts nothing between two texts") == (bos != "both")
+
+
+def test_an_encoder_reads_a_pair_as_its_tokenizer_gives_it(roberta: str, jsonl: Any) -> None:
+    rows = [{"one": "It rains.", "other": f"Is it wet, {i}?", "label": i % 2} for i in range(4)]
+    data = prepared(roberta, dataset=jsonl(rows), text=["one", "other"], validation_share=0, test_share=0)
+    known = transformers.AutoTokenizer.from_pretrained(roberta)
+    assert data.parts["train"]["input_ids"][3] == known("It rains.", "Is it wet, 3?")["input_ids"]
+    with pytest.raises(MisconfigurationException, match="more than two columns, which needs a template"):
+        prepared(roberta, text=["one", "other", "third"])
+
+
+def test_the_texts_of_each_class_are_counted(tiny: str, jsonl: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": f"The {i}", "label": ("b", "c", "a, b")[0 if i < 40 else i % 3]} for i in range(60)]
+    mistaken = pytest.warns(UserWarning, match="a, b seem to be several labels, and are learnt as classes of their own")
+    with caplog.at_level(logging.INFO), mistaken:
+        prepared(tiny, dataset=jsonl(rows), validation_share=0.3)
+    assert "3 classes, 'a, b' (6), 'b' (46), 'c' (8)" in caplog.text or "3 classes, 'a, b' (7)" in caplog.text
+    other = jsonl([{"text": f"A {i}", "label": "bc"[i % 2]} for i in range(4)], "other.jsonl")
+    rows = [{"text": f"The {i}", "label": "bca"[i % 3]} for i in range(6)]
+    with pytest.warns(UserWarning, match="validation has no text of the classes 'a': a score over it says nothing of"):
+        prepared(tiny, dataset=jsonl(rows), validation_split=other, test_share=0)
+
+
+def test_a_table_with_each_class_replaces_the_training_data_in_predict(tiny: str, jsonl: Any, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("a film")
+    few = jsonl([{"text": "x", "label": "good"}, {"text": "y", "label": "bad"}])
+    data = prepared(tiny, "predict", dataset=few, predict_file=str(tmp_path / "texts.txt"))
+    assert data.classes == ["bad", "good"]
+
+
+def test_a_text_without_a_token_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=r"makes no token of the text ..,"):
+        _encode({"texts": [""]}, tokenizer, 8, "")

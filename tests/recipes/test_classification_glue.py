@@ -188,6 +188,7 @@ def test_pairs_for_bert_say_where_the_second_text_begins(tmp_path: Path, jsonl: 
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
 
 
+@pytest.mark.filterwarnings("ignore:validation has no text of the classes 'no'")
 def test_csv_files_for_each_part(roberta: str, tmp_path: Path) -> None:
     for name, rows in {"train": ["good,yes", "bad,no"] * 6, "dev": ["okay,yes"], "test": ["great,no"] * 3}.items():
         (tmp_path / f"{name}.csv").write_text("\n".join(["review,liked", *rows]))

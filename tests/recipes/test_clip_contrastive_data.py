@@ -168,6 +168,8 @@ def test_an_emoji_stays_in_one_part_in_all_styles(
     ("rows", "header", "message"),
     [
         ([("a.png", "b")], ("file", "caption"), r"columns \['file', 'caption'\], but not image_column, one of image"),
+        ([], ("image_name| comment_number| comment",), "separated by vertical bars: save it with commas"),
+        ([], ("image;caption",), "separated by semicolons"),
         ([("", "x")], COLUMNS, "row 1 has no image"),
         ([("a.png",)], COLUMNS, "row 1 has no caption"),
         ([("nowhere.png", "x")], COLUMNS, "there is no .*nowhere.png"),
@@ -212,8 +214,8 @@ def test_faults_of_a_folder_are_named(pictures: str, tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"one.png has no one.txt next to it"):
         sources.load(str(folder))
     (folder / "one.txt").write_text(" \n")
-    with pytest.raises(MisconfigurationException, match=r"one.txt is empty"):
-        sources.load(str(folder))
+    with pytest.warns(UserWarning, match=r"folder': 1 of 2 rows can't be used: the text of .*one.png is empty"):
+        assert [picture.key for picture in sources.load(str(folder))] == ["two.png"]
     (folder / "one.txt").write_bytes(b"caf\xe9")
     with pytest.raises(MisconfigurationException, match=r"one.txt is not UTF-8"):
         sources.load(str(folder))
@@ -248,9 +250,12 @@ def test_faults_of_shards_are_named(pictures: str, tmp_path: Path) -> None:
         sources.load("broken.tar")
     image = Path(pictures) / "red-circle.png"
     write_shard(tmp_path / "bare.tar", {"some/red-circle.png": image, "blank.txt": b" "})
-    message = r"some/red-circle has no .txt; .*blank has a .txt, but no image; .*blank.txt is empty"
+    message = r"some/red-circle has no .txt; .*blank has a .txt, but no image"
     with pytest.raises(MisconfigurationException, match=message):
         sources.load("bare.tar")
+    write_shard(tmp_path / "empty.tar", {"a.png": image, "a.txt": b" ", "b.png": image, "b.txt": b"a circle"})
+    with pytest.warns(UserWarning, match=r"1 of 2 rows can't be used: the text of empty.tar/a.png is empty"):
+        assert len(sources.load("empty.tar")) == 1
 
 
 @pytest.mark.parametrize("kept", [512 * 2, 512 * 2 + 100, 512 * 3, 512 * 4])

@@ -251,6 +251,7 @@ def test_a_part_may_be_a_file_of_its_own(tiny: str, tokenizer: Any, jsonl: Any) 
     data.setup("fit")
     assert len(data.parts["train"]) == 12
     assert asked(data.parts["validation"], tokenizer) == {"Why?", "Q 3!"}
+    assert data.reports["validation"] == f"{other}, validation: 2 conversations"
 
 
 def test_conversations_that_begin_alike_can_not_be_divided(tiny: str, jsonl: Any) -> None:

@@ -108,7 +108,7 @@ def test_a_folder_of_images_with_a_table_is_one_of_images(tmp_path: Path) -> Non
     folder.mkdir()
     Image.new("RGB", (4, 4)).save(folder / "a.png")
     (folder / "metadata.csv").write_text("file_name,question\na.png,Why?\n", encoding="utf-8")
-    assert files_of_csv_folder(str(folder), None, "train") is None
+    assert files_of_csv_folder(datasets.load_dataset_builder(str(folder)), "train") is None
 
 
 @pytest.mark.parametrize("name", ["dates.json", "dates.jsonl", "dates.jsonl.gz"])

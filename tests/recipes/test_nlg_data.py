@@ -146,6 +146,12 @@ def test_a_model_that_begins_with_a_token_gets_it(tiny: str, model: str) -> None
         PairEncoder(Beginning(), 9)
 
 
+def test_a_test_is_named_by_its_own_file(model: str, tmp_path: Path) -> None:
+    files = [save_csv(tmp_path / name, 0, 4) for name in ("mine.csv", "held_out.csv")]
+    data = prepared(model, files[0], "test", test_split=files[1])
+    assert data.reports["test"].startswith(f"{files[1]}, test: ")
+
+
 # -- what is refused
 
 
@@ -153,9 +159,9 @@ def test_a_model_that_begins_with_a_token_gets_it(tiny: str, model: str) -> None
     ("rows", "message"),
     [
         ([{"question": "a", "reply": "b"}], r"has the columns \['question', 'reply'\].*mr and ref"),
-        ([{"mr": "a", "ref": "b"}, {"mr": "a", "ref": " "}], "row 1 needs a text in 'mr' and in 'ref', and holds ' '"),
+        ([{"mr": "a", "ref": " "}], "1 of 1 rows can't be used: row 0 has no text in 'ref'. Nothing is left"),
         ([{"mr": "a", "ref": [1]}], "row 0 needs a text .*holds 1"),
-        ([{"mr": "word " * 40, "ref": "b"}], "max_length=20 leaves no token of the text for the meaning 'word"),
+        ([{"mr": "word " * 40, "ref": "b"}], "nothing is left to use.*no token of the text within max_length=20"),
     ],
 )
 def test_bad_rows_are_refused_before_training(model: str, jsonl: Any, rows: list[dict[str, Any]], message: str) -> None:
@@ -171,10 +177,10 @@ def test_bad_settings_and_files_are_refused_before_training(model: str, tmp_path
     file = save_csv(tmp_path / "train.csv")
     with pytest.raises(MisconfigurationException, match=r"train.csv' is a file, and has no split 'test'"):
         prepared(model, file, "test", test_split="test")
-    with pytest.raises(
-        MisconfigurationException, match=r"nothing is left for validation. Its 108 rows .* meanings \(36 diff"
+    with pytest.warns(
+        UserWarning, match="none of 108 rows falls into validation's share of 0.0001: it takes the nearest"
     ):
-        prepared(model, file, validation_share=0.0001)
+        assert len(prepared(model, file, validation_share=0.0001).meanings["validation"]) == 1
     text = save_lora_text(tmp_path / "train.txt")
     with pytest.raises(MisconfigurationException, match=r"train.txt' is a file, and has no split 'validation'"):
         prepared(model, text, validation_split="validation")

@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.instruction_tuning import sources
 from recipes.shared import data
 from recipes.shared.parted_data import PartedData
+from recipes.shared.parts import part_of, places_in
 
 pytestmark = pytest.mark.usefixtures("own_datasets")
 ROWS = [{"question": f"What is {n}?", "answer": f"A number, {n}.", "source": "Numbers."} for n in range(3)]
@@ -109,3 +111,96 @@ def test_columns_that_nobody_reads_are_named(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.INFO):
         sources.load(file, "train", columns={"question": "question", "answer": "answer"})
     assert "left out are" not in caplog.text
+
+
+# -- folders
+
+
+@pytest.mark.parametrize(
+    ("names", "unread"),
+    [
+        (["train.jsonl", "more.jsonl"], "more.jsonl"),
+        (["a.jsonl", "b.csv"], "b.csv"),
+        (["train.csv", "more.csv", "deep/part.csv"], "deep/part.csv, more.csv"),
+        (["train.jsonl", *(f"{n}.jsonl.gz" for n in range(7))], r"0.jsonl.gz, .*4.jsonl.gz and 2 more"),
+    ],
+)
+def test_files_of_a_folder_that_no_split_takes_are_named(tmp_path: Path, names: list[str], unread: str) -> None:
+    for name in names:
+        save_table(tmp_path / "mine" / name)
+    with pytest.warns(UserWarning, match=f"not read are {unread}, which belong to no split.*train-1.jsonl"):
+        table = data.read_table(str(tmp_path / "mine"), "train")
+    assert len(table) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("names", "number"),
+    [
+        (["a.jsonl", "b.jsonl"], 6),
+        (["train-1.csv", "train-2.csv", ".cache/old.csv"], 6),
+        (["train/a.jsonl", "train/b.jsonl", "test/c.jsonl"], 6),
+        (["one.csv", "two.csv", "README.md"], 3),  # whose card names the first
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_other_folders_are_read_as_a_whole_and_without_a_warning(tmp_path: Path, names: list[str], number: int) -> None:
+    for name in names:
+        save_table(tmp_path / "mine" / name)
+    assert len(data.read_table(str(tmp_path / "mine"), "train")) == number
+
+
+def test_a_split_that_a_folder_lacks_has_its_reason_in_the_names(tmp_path: Path) -> None:
+    for name in ("part1.jsonl", "part2_test.jsonl"):
+        save_table(tmp_path / "mine" / name)
+    with (
+        pytest.warns(UserWarning, match="not read are part1.jsonl"),
+        pytest.raises(MisconfigurationException, match=r"Unknown split .*The files' names decide, .* rename them"),
+    ):
+        data.read_table(str(tmp_path / "mine"), "train")
+
+
+def save_table(file: Path) -> None:
+    file.parent.mkdir(exist_ok=True, parents=True)
+    if file.suffix == ".md":
+        file.write_text("---\nconfigs:\n- config_name: default\n  data_files: one.csv\n---\n")
+    elif file.suffix == ".csv":
+        file.write_text("question,answer\n" + "".join(f"{row['question']},{row['answer'][:8]}\n" for row in ROWS))
+    else:
+        written(file)
+
+
+# -- parts
+
+
+def divided(keys: list[str], **shares: float) -> dict[str, list[str]]:
+    return {
+        part: [keys[place] for place in places_in(part, keys, shares, "mine", "texts")] for part in ("train", *shares)
+    }
+
+
+@pytest.mark.parametrize("number", [2, 3, 20])
+def test_few_rows_leave_one_for_each_part_that_is_wanted(number: int) -> None:
+    keys = [f"text {n // 2}" for n in range(2 * number)]
+    with pytest.warns(
+        UserWarning, match=f"none of {2 * number} rows falls into validation's share of 1e-06: it takes the nearest"
+    ):
+        parts = divided(keys, validation=1e-6, test=0.0)
+    assert len(parts["train"]) == 2 * number - 2
+    assert parts["test"] == []
+    assert len(parts["validation"]) == 2
+    # The one that more rows, or a larger share, would leave there.
+    for share in np.arange(0.0001, 1, 0.0001):
+        nearest = {key for key in keys if part_of(key, {"validation": share}) == "validation"}
+        if nearest:
+            break
+    assert nearest == set(parts["validation"])
+
+
+def test_rows_that_fall_into_a_part_stay_there() -> None:
+    keys, shares = [f"text {n}" for n in range(200)], {"validation": 0.1, "test": 0.1}
+    for part, there in divided(keys, **shares).items():
+        assert there == [key for key in keys if part_of(key, shares) == part]
+    with pytest.warns(UserWarning, match="none of 3 rows falls into"):
+        assert [len(there) for there in divided(["a", "b", "c"], validation=1e-6, test=1e-6).values()] == [1, 1, 1]
+    with pytest.warns(UserWarning, match="none of 2"), pytest.raises(MisconfigurationException, match="left for test"):
+        divided(["a", "b"], validation=1e-6, test=1e-6)
