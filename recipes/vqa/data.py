@@ -17,6 +17,7 @@ from recipes.clip.images import blind_skips
 from recipes.language.batches import Batch, loader_by_length
 from recipes.shared.data import columns, mapped
 from recipes.shared.parted_data import PartedData
+from recipes.shared.parts import is_file
 from recipes.shared.resumable import LateLoader
 from recipes.vqa import sources
 from recipes.vqa.conversation import QuestionEncoder, Rendered, answer_labels
@@ -126,7 +127,8 @@ class VQAData(PartedData):
 
     @override
     def encoded(self, part: str, rows: Any) -> Any:
-        name = f"{self.dataset}, split {self.own_splits.get(part) or self.split}"
+        split = self.own_splits.get(part) or self.split
+        name = split if is_file(split) else f"{self.source(split)}, split {split}"
         counts: Counter[str] = Counter()
         table = self._with_usable_images(rows, name, counts)
         if len(table):

@@ -5,16 +5,20 @@ Every source gives rows of seven columns: ``image`` (bytes, or a path), ``has_im
 ``choices`` (options' texts; none where the answer is free) and ``type`` (of the question, "" where the data don't say).
 """
 
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.shared.data import is_packaged, mapped, packaged_names, read_table, renamed, say_what_is_left_out
+from recipes.shared.left_out import UnusableRowError, warn_of_left_out
 from recipes.shared.parts import is_file
 from recipes.vqa import easy_vqa, turns
 from recipes.vqa.choices import MOST_CHOICES, letter
@@ -35,7 +39,8 @@ FEATURES = datasets.Features(
 )
 _LISTS = {"questions", "annotations", "data"}  # in the files of VQAv2, OK-VQA and TextVQA
 _IMAGES = ("image", "images")
-_QUESTIONS = ("question", "answers", "answer", "choices", "hint")
+_QUESTIONS = ("question", "answers", "answer", "choices", "options", "hint")
+_OPTION = re.compile(r"((option|choice)_?)?[a-z]", re.IGNORECASE)  # A of MMBench, choice_a of SEED-Bench
 TYPE_COLUMNS = ("type", "question_type", "answer_type", "category", "subject")
 
 
@@ -64,8 +69,8 @@ def load(
         answered: whether there have to be answers.
 
     Raises:
-        MisconfigurationException: there is no such file, folder, data set, task, split or column, no row in it, or a
-            row without question or answer.
+        MisconfigurationException: there is no such file, folder, data set, task, split or column, no row in it that can
+            be used, or one that says two things.
     """
     folder = image_folder_of(name, split, image_folder)
     if image_folder is not None and not folder.is_dir():
@@ -80,8 +85,12 @@ def load(
         table = table.cast_column(column, _undecoded(table.features[column]))
     convert = _Converter(name, folder, table.column_names, type_column, prompt or Prompt(), answered)
     say_what_is_left_out(f"dataset={name!r}", table.column_names, convert.used)
-    options = {"with_indices": True, "remove_columns": table.column_names, "features": FEATURES}
+    features = datasets.Features({**FEATURES, "fault": datasets.Value("string")})
+    options = {"with_indices": True, "remove_columns": table.column_names, "features": features}
     questions = mapped(table, convert, desc="Reading questions", **options)
+    faults = questions["fault"][:]
+    warn_of_left_out(f"dataset={name!r}", [fault for fault in faults if fault], len(faults))
+    questions = questions.select([row for row, fault in enumerate(faults) if not fault]).remove_columns("fault")
     if not any(questions["has_image"]):
         raise MisconfigurationException(f"dataset={name!r}: no question has an image")
     return questions
@@ -124,6 +133,8 @@ def _check_columns(name: str, columns: list[str], type_column: str | None, answe
             "The questions seem to be in a list within the file: write each as a row of its own, together with its "
             "answers where these are in another file"
         )
+    elif has_turns:
+        remedy += ". An image inside of a message is not read: put it, or its path, into a column images"
     raise MisconfigurationException(
         f"dataset={name!r} has the columns {sorted(columns)}: it needs {', '.join(missing)}. {remedy}"
     )
@@ -145,6 +156,9 @@ class _Converter:
         self.turns = _first(turns.COLUMNS, self.columns) if self.answered else None
         self.type_column = self.type_column or _first(TYPE_COLUMNS, self.columns)
         asked = _QUESTIONS if self.turns is None else (self.turns,)
+        self.options = [] if "choices" in self.columns else _option_columns(self.columns)
+        if self.turns is None:
+            asked = (*asked, *self.options)
         self.used = [column for column in (self.images, *asked, self.type_column) if column in self.columns]
         if self.turns is not None and self.prompt.template is not None:
             raise MisconfigurationException(
@@ -153,7 +167,14 @@ class _Converter:
             )
 
     def __call__(self, row: Row, index: int) -> Row:
+        """The row, or an empty one with the fault for which it is left out."""
         where = f"dataset={self.name!r}, row {index}"
+        try:
+            return {**self._converted(row, where), "fault": ""}
+        except UnusableRowError as error:
+            return {**dict.fromkeys(FEATURES), "fault": str(error).removeprefix(f"dataset={self.name!r}, ")}
+
+    def _converted(self, row: Row, where: str) -> Row:
         image = self._image(row[self.images], where)
         kind = row[self.type_column] if self.type_column else None
         if self.turns is None:
@@ -163,12 +184,16 @@ class _Converter:
         return {"image": image, "has_image": image is not None, **asked, "type": "" if kind is None else str(kind)}
 
     def _asked(self, row: Row, where: str) -> Row:
-        question, choices = _text(row, "question", where), _choices(row.get("choices"), where)
+        if self.options:  # MMBench's form, in which "nan" is missing
+            row = {name: None if value == "nan" else value for name, value in row.items()}
+        options = takewhile(lambda option: option not in (None, ""), (row[column] for column in self.options))
+        choices = _choices(list(options) or row.get("choices") or row.get("options"), where)
+        question = _text(row, "question", where)
         if not question:
-            raise MisconfigurationException(f"{where} has no question")
+            raise UnusableRowError(f"{where} has no question")
         answers = _answers(row, where) if self.answered else []
         if self.answered and not answers:
-            raise MisconfigurationException(f"{where} has no answer (its question: {question!r})")
+            raise UnusableRowError(f"{where} has no answer (its question: {question!r})")
         if self.answered and choices:
             answers = [_letter_of(row.get("answer"), choices, where)]
         question = self.prompt(question, choices, _text(row, "hint", where))
@@ -179,13 +204,25 @@ class _Converter:
             return image if image.get("bytes") else self._image(image.get("path"), where)
         if isinstance(image, list):
             if len(image) > 1:
-                raise MisconfigurationException(f"{where} has {len(image)} images, and one is possible")
+                raise UnusableRowError(f"{where} has {len(image)} images, and one is possible")
             return self._image(image[0] if image else None, where)
         if image is not None and not isinstance(image, str):
             raise MisconfigurationException(
                 f"{where}: image must be an image or the name of a file, got {reprlib.repr(image)}"
             )
         return {"bytes": None, "path": str(self.folder / image)} if image else None
+
+
+def _option_columns(columns: Sequence[str]) -> list[str]:
+    """The columns that hold an option each, in the order of their letters; none without A and B.
+
+    Example:
+        >>> _option_columns(["B", "A", "answer", "C", "F"]), _option_columns(["A"]), _option_columns(["choice_a", "b"])
+        (['A', 'B', 'C'], [], ['choice_a', 'b'])
+    """
+    by_letter = {column[-1].upper(): column for column in columns if _OPTION.fullmatch(column)}
+    found = [by_letter[mark] for mark in takewhile(by_letter.__contains__, ascii_uppercase)]
+    return found if len(found) > 1 else []
 
 
 def _first(names: Sequence[str], columns: Sequence[str]) -> str | None:

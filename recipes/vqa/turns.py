@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from recipes.shared.left_out import UnusableRowError
+
 COLUMNS = ("conversations", "messages", "texts")
 MARK = "<image>"
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -28,8 +30,9 @@ def last_question(conversation: Any, has_image: bool, where: str) -> dict[str, A
         ``history`` (messages before the last question), ``question``, ``answers`` (one) and ``choices`` (none).
 
     Raises:
-        MisconfigurationException: turns that are not a conversation of user and assistant by turns, an empty one,
-            several images, or an image in another turn than the first.
+        UnusableRowError: turns that are not a conversation of user and assistant by turns, an empty one, several
+            images, or an image in another turn than the first.
+        MisconfigurationException: a turn is in none of the forms.
 
     Example:
         >>> turns = [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
@@ -43,7 +46,7 @@ def last_question(conversation: Any, has_image: bool, where: str) -> dict[str, A
     spoken = messages[1:] if messages and messages[0]["role"] == "system" else messages
     roles = [message["role"] for message in spoken]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise MisconfigurationException(
+        raise UnusableRowError(
             f"{where}: a conversation is human and gpt (or user and assistant) by turns and ends with the latter, "
             f"perhaps after a system message; got {[message['role'] for message in messages]}"
         )
@@ -51,7 +54,7 @@ def last_question(conversation: Any, has_image: bool, where: str) -> dict[str, A
     for message in messages:
         message["content"] = message["content"].replace(MARK, "").strip()
         if not message["content"]:
-            raise MisconfigurationException(f"{where} has a turn without a text")
+            raise UnusableRowError(f"{where} has a turn without a text")
     *history, question, answer = messages
     return {"history": history, "question": question["content"], "answers": [answer["content"]], "choices": []}
 
@@ -95,8 +98,8 @@ def _check_marks(messages: list[dict[str, str]], has_image: bool, where: str) ->
     marks = [message["content"].count(MARK) for message in messages]
     first = [message["role"] for message in messages].index("user")
     if sum(marks) > 1:
-        raise MisconfigurationException(f"{where} has {sum(marks)} {MARK} marks, and one image is possible")
+        raise UnusableRowError(f"{where} has {sum(marks)} {MARK} marks, and one image is possible")
     if sum(marks) != marks[first]:
-        raise MisconfigurationException(f"{where}: {MARK} must stand in the first turn of the user")
+        raise UnusableRowError(f"{where}: {MARK} must stand in the first turn of the user")
     if sum(marks) and not has_image:
-        raise MisconfigurationException(f"{where} has the mark {MARK}, and no image")
+        raise UnusableRowError(f"{where} has the mark {MARK}, and no image")

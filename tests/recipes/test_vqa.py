@@ -117,7 +117,10 @@ ROW = {"image": "0.png", "question": "why?", "answer": "so"}
     ("row", "message"),
     [
         ({"image": "0.png", "reply": "b"}, r"columns \['image', 'reply'\].*'question'.*'answer' or 'answers'"),
-        (ROW | {"answer": " "}, r"data.jsonl', row 0 has no answer \(its question: 'why\?'\)"),
+        (
+            ROW | {"answer": " "},
+            r"data.jsonl': 1 of 1 rows can't be used: row 0 has no answer \(its question: 'why\?'\)",
+        ),
         (ROW | {"image": None}, "no question has an image"),
         (ROW | {"image": "broken.png"}, r"broken.png \(.*cannot identify"),
         (ROW | {"image": "gone.png"}, r"gone.png \(no such file\)"),

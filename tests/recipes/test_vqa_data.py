@@ -1,6 +1,7 @@
 """Tokens, labels, images and data sets of visual question answering."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,43 @@ def test_choices_in_the_forms_that_data_sets_have(choices: Any, answer: Any, exp
         return
     with pytest.raises(MisconfigurationException, match=f"row 0.*{expected}"):
         converter(row, 0)
+
+
+@pytest.mark.parametrize("names", ["ABCD", ["choice_a", "choice_b", "choice_c", "choice_d"], ["OptionA", "OptionB"]])
+def test_options_in_a_column_for_each_are_asked(names: Any, tiny_vlm: str, tmp_path: Path) -> None:
+    """MMBench's columns as on the Hub, where an option that a question lacks is "nan", and SEED-Bench's."""
+    names = list(names)
+    table = {
+        "index": [1, 2],
+        "question": ["Which is it?"] * 2,
+        "hint": ["nan", "Look."],
+        "answer": ["B", "A"],
+        "category": ["colour"] * 2,
+        "image": [Image.new("RGB", (28, 28), colour) for colour in COLOURS[:2]],
+    }
+    for name, texts in zip(names, (["red"] * 2, ["green"] * 2, ["blue", "nan"], ["grey", "nan"]), strict=False):
+        table[name] = texts
+    features = {name: datasets.Value("string") for name in table} | {"image": datasets.Image()}
+    table["index"] = ["1", "2"]
+    datasets.Dataset.from_dict(table, features=datasets.Features(features)).to_parquet(tmp_path / "mmbench.parquet")
+    full, short = sources.load(str(tmp_path / "mmbench.parquet"), "train")
+    assert (full["choices"], full["answers"]) == (["red", "green", "blue", "grey"][: len(names)], ["B"])
+    assert (short["choices"], short["answers"]) == (["red", "green"], ["A"])
+    assert short["question"].startswith("Look.\nWhich is it?\nA. red\nB. green\nAnswer with")
+    assert full["question"].startswith("Which is it?\nA. red\nB. green")
+
+
+def test_an_image_inside_of_a_message_has_a_remedy(jsonl: Any) -> None:
+    said = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "Why?"}]
+    rows = [{"messages": [{"role": "user", "content": said}]}]
+    with pytest.raises(MisconfigurationException, match=r"inside of a message is not read: put it, .* column images"):
+        sources.load(jsonl(rows), "train")
+
+
+def test_a_test_is_named_by_its_own_file(tiny_vlm: str, tmp_path: Path, drawn: str) -> None:
+    held_out = shutil.copy(drawn, tmp_path / "held_out.jsonl")
+    data = prepared("test", tiny_vlm, dataset=drawn, test_split=str(held_out))
+    assert data.reports["test"] == f"{held_out}, for test: 48 questions"
 
 
 def test_questions_about_an_image_stay_together(tiny_vlm: str, drawn: str) -> None:
