@@ -18,9 +18,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from recipes.shared.left_out import few
 from recipes.shared.ranks import rank
 
-_SHOWN = 5  # broken files that a message names
 _LONGEST = 200  # characters of a broken file's name, which may be an image in text form by mistake
 _MORE_ENDINGS = (".heic", ".heif", ".qoi", ".dds")  # of telephones, which Pillow reads with a plugin alone; and others
 
@@ -56,7 +56,8 @@ def read_image(path: ImageFile) -> Image.Image:
     """An image in RGB, turned as its EXIF orientation says; what is transparent becomes white.
 
     Args:
-        path: of any format that Pillow reads, with 8 bits a channel, or 16 in grey.
+        path: of any format that Pillow reads, with 8 bits a channel, or 16 in grey, which are taken for 12 or 8 if all
+            values fit into these.
 
     Raises:
         MisconfigurationException: it can't be read; the message names the file and the reason.
@@ -70,8 +71,11 @@ def read_image(path: ImageFile) -> Image.Image:
             ImageOps.exif_transpose(opened, in_place=True)
             image: Image.Image = opened
             if image.mode.startswith("I"):
-                # Pillow would cut every value above 255 to white.
-                image = image.convert("I").point(lambda value: value / 257).convert("L")
+                # Pillow would cut every value above 255 to white. Cameras and scanners store 12 bits in 16, too.
+                image = image.convert("I")
+                _, highest = cast("tuple[int, int]", image.getextrema())
+                full = next(full for full in (255, 4095, 65535) if highest <= full)
+                image = image.point(lambda value: value * (255 / full)).convert("L")
             return on_white(image) if image.has_transparency_data else image.convert("RGB")
     except Exception as error:  # decoders raise of many kinds: OSError, SyntaxError, struct.error, ...
         raise MisconfigurationException(f"{path} can't be read as an image: {_reason(error)}") from error
@@ -120,8 +124,7 @@ def readable(
     broken = [f"{shortened(str(path))} ({problem})" for path, problem in zip(paths, problems, strict=True) if problem]
     if not broken:
         return list(range(len(paths)))
-    problem = f"{len(broken)} of {len(paths)} images can't be read: {', '.join(broken[:_SHOWN])}"
-    problem += f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+    problem = f"{len(broken)} of {len(paths)} images can't be read: {few(broken)}"
     if not skip_unreadable:
         raise MisconfigurationException(f"{problem}. Mend or remove them, or set skip_unreadable to leave them out")
     if len(broken) == len(paths):

@@ -1,14 +1,16 @@
 """FewShotData: K images of each class to train on, a few to validate, and all of the test part."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from recipes.clip.images import image_files, readable
@@ -17,7 +19,8 @@ from recipes.clip_fewshot.batches import Images, InTurn, Stream, train_transform
 from recipes.clip_fewshot.folders import Example
 from recipes.clip_fewshot.prompts import Templates, class_names, prompts, templates_of
 from recipes.clip_fewshot.sources import Source, Split
-from recipes.shared.parts import place_of, refuse_bad_settings
+from recipes.shared.left_out import few
+from recipes.shared.parts import place_of, refuse_bad_settings, warn_of_training_data
 from recipes.shared.resumable import LateLoader, ResumableData
 
 ByClass = dict[int, list[Example]]
@@ -115,7 +118,10 @@ class FewShotData(ResumableData):
             kept = readable([path for path, _ in test], self.skip_unreadable)
             self.parts["test"] = [test[place] for place in kept]
         counts = ", ".join(f"{len(examples)} {part}" for part, examples in self.parts.items())
-        rank_zero_info(f"{self.dataset} ({source.note}): {len(self.classes)} classes; images: {counts}")
+        classes = f"{len(self.classes)} classes, {few(list(source.classes))}"
+        rank_zero_info(f"{self.dataset} ({source.note}): {classes}; images: {counts}")
+        if stage == "fit":
+            warn_of_equal_images(self.parts)
 
     @override
     def predict_dataloader(self) -> LateLoader:
@@ -160,6 +166,25 @@ class FewShotData(ResumableData):
                 f"predict needs --data.predict_folder FOLDER with images, and there is none in {self.predict_folder!r}"
             )
         return [(paths[place], -1) for place in readable(paths, self.skip_unreadable)]
+
+
+def warn_of_equal_images(parts: Mapping[str, Sequence[Example]]) -> None:
+    """Warn of files with the same bytes in training and in another part, or in two classes.
+
+    Args:
+        parts: "train" and others.
+    """
+    digests, labels = defaultdict(list), defaultdict(set)
+    for part, examples in parts.items():
+        for path, label in examples:
+            digest = hashlib.sha256(path.read_bytes()).digest()
+            digests[part].append(digest)
+            labels[digest].add(label)
+    for part in parts.keys() - {"train"}:
+        warn_of_training_data(part, digests[part], digests["train"], "images")
+    ambiguous = sum(len(found) > 1 for found in labels.values())
+    if ambiguous:
+        rank_zero_warn(f"{ambiguous} images are in several classes, with the same bytes: leave each in one of them")
 
 
 def few_shots(

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from recipes.clip.images import image_files, is_hidden
+from recipes.shared.left_out import few
 
 Example = tuple[Path, int]
 Parts = dict[str, list[Example]]
@@ -81,7 +82,8 @@ def images_of(folder: Path, classes: Sequence[str]) -> list[Example]:
     Raises:
         MisconfigurationException: a class has none.
     """
-    examples = []
+    examples: list[Example] = []
+    nested: list[str] = []
     for label, name in enumerate(classes):
         paths = image_files(folder / name)
         if not paths:
@@ -89,6 +91,12 @@ def images_of(folder: Path, classes: Sequence[str]) -> list[Example]:
                 f"class {name!r} is empty: {folder / name} holds no file with an image's ending, such as .jpg or .png"
             )
         examples += [(path, label) for path in paths]
+        inside = {path.relative_to(folder / name).parts[0] for path in paths}
+        if len(inside) > 1 and not inside & {path.name for path in paths}:  # none is the class's own
+            nested.append(f"{name} ({few(sorted(inside))})")
+    if nested:
+        found = few(nested, "; ")
+        rank_zero_warn(f"{folder}: folders within one class: {found}. If these are the classes, move them up")
     return examples
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,8 @@ def test_aircraft_has_text_files(tmp_path: Path) -> None:
 
 
 def test_imagenet_has_folders_and_names_that_are_alike(tmp_path: Path) -> None:
-    for part in ("train", "val"):
-        for number in range(4):
-            for folder in ("n03773504", "n04008634"):
-                picture(tmp_path / "imagenet" / "images" / part / folder / f"{number}.JPEG", (9, 9, 99), number)
+    for seed, (part, number, folder) in enumerate(product(("train", "val"), range(4), ("n03773504", "n04008634"))):
+        picture(tmp_path / "imagenet" / "images" / part / folder / f"{number}.JPEG", (9, 9, 99), seed)
     names = tmp_path / "imagenet" / "classnames.txt"
     names.write_text("n00000001 great white shark\nn03773504 missile\nn04008634 missile\n")
     data = data_of(tmp_path, "imagenet", validation_shots=2)

@@ -1,5 +1,6 @@
 """Which images the few-shot recipe draws, what the classes are called, and the batches."""
 
+import logging
 from contextlib import nullcontext
 from itertools import chain, product
 from pathlib import Path
@@ -57,6 +58,32 @@ def test_folders_that_are_no_part_are_named(tmp_path: Path) -> None:
     assert all(path.parts[-3] == "dev" for path, _ in source.parts["validation"])
 
 
+def test_classes_are_printed_and_folders_within_them_questioned(tmp_path: Path, caplog: Any) -> None:
+    for seed, (name, i) in enumerate(
+        product(("animal/cat", "animal/dog", "plant/rose", "stone", "stone/odd"), range(4))
+    ):
+        picture(tmp_path / "mine" / name / f"{i}.png", (20 * i, 0, 99), seed)
+    nested = r"folders within one class: animal \(cat, dog\). If these are the classes, move them up"
+    with pytest.warns(UserWarning, match=nested), caplog.at_level(logging.INFO):
+        data_of(tmp_path / "mine", shots=1).setup("fit")
+    assert "3 classes, animal, plant, stone; images" in caplog.text
+
+
+def test_equal_images_in_two_parts_or_classes_are_counted(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        filled(tmp_path / part, 3)
+    for number, part in enumerate(("train", "test")):
+        for i in range(3):  # the green ones of the test are the red ones of the training
+            picture(tmp_path / part / "red" / f"{i:02d}.png", (9, 99, 99), seed=number * 1000 + i)
+            picture(tmp_path / part / "green" / f"{i:02d}.png", (9, 99, 99), seed=2000 * (1 - number) + i)
+            picture(tmp_path / part / "blue_grey" / f"{i:02d}.png", (99, 9, 99), seed=number * 1000 + i)
+    with (
+        pytest.warns(UserWarning, match="test: 3 of 9 images are in the training split too"),
+        pytest.warns(UserWarning, match="3 images are in several classes, with the same bytes"),
+    ):
+        data_of(tmp_path, shots=3).setup("fit")
+
+
 @pytest.mark.parametrize("options", [{"split": "seeded"}, {"split_seed": 1}, {"dataset": "other", "split_seed": 1}, {}])
 def test_a_checkpoint_is_not_tested_on_another_division_of_its_images(options: dict[str, Any]) -> None:
     data = FewShotData(**{"dataset": "./mine"} | options)
@@ -101,6 +128,14 @@ def test_grey_of_16_bits_is_scaled_and_32_bits_are_refused(tmp_path: Path) -> No
         read_image(tmp_path / "float.tif")
     with pytest.raises(MisconfigurationException, match="32 bits a value"):
         readable([tmp_path / "float.tif"])
+
+
+@pytest.mark.parametrize(("bits", "ending"), [(8, "png"), (12, "png"), (12, "tif")])
+def test_fewer_bits_in_16_are_no_black_image(bits: int, ending: str, tmp_path: Path) -> None:
+    values = np.linspace(0, 2**bits - 1, 16, dtype=np.uint16).reshape(4, 4)
+    Image.fromarray(values).save(tmp_path / f"scan.{ending}")
+    read = np.asarray(read_image(tmp_path / f"scan.{ending}"))
+    assert np.abs(read[..., 0] - np.linspace(0, 255, 16).reshape(4, 4)).max() <= 1
 
 
 def test_an_image_is_turned_as_its_camera_says(tmp_path: Path) -> None:
