@@ -21,6 +21,7 @@ from tqdm import tqdm
 from recipes.shared.left_out import few
 from recipes.shared.ranks import rank
 
+_HIGHEST_OF_12_BITS = 4095
 _LONGEST = 200  # characters of a broken file's name, which may be an image in text form by mistake
 _MORE_ENDINGS = (".heic", ".heif", ".qoi", ".dds")  # of telephones, which Pillow reads with a plugin alone; and others
 
@@ -56,8 +57,7 @@ def read_image(path: ImageFile) -> Image.Image:
     """An image in RGB, turned as its EXIF orientation says; what is transparent becomes white.
 
     Args:
-        path: of any format that Pillow reads, with 8 bits a channel, or 16 in grey, which are taken for 12 or 8 if all
-            values fit into these.
+        path: of any format that Pillow reads, with 8 bits a channel, or 16 in grey.
 
     Raises:
         MisconfigurationException: it can't be read; the message names the file and the reason.
@@ -71,11 +71,16 @@ def read_image(path: ImageFile) -> Image.Image:
             ImageOps.exif_transpose(opened, in_place=True)
             image: Image.Image = opened
             if image.mode.startswith("I"):
-                # Pillow would cut every value above 255 to white. Cameras and scanners store 12 bits in 16, too.
+                # Pillow would cut every value above 255 to white.
                 image = image.convert("I")
                 _, highest = cast("tuple[int, int]", image.getextrema())
-                full = next(full for full in (255, 4095, 65535) if highest <= full)
-                image = image.point(lambda value: value * (255 / full)).convert("L")
+                if highest <= _HIGHEST_OF_12_BITS:
+                    # Not scaled by itself: among others that use all bits it would be a dark image made bright.
+                    rank_zero_warn(
+                        "an image of 16 bits holds only values that fit into 12, as some cameras store them, and "
+                        "is read as nearly black: scale such images to all 16 bits, or to 8, before training"
+                    )
+                image = image.point(lambda value: value / 257).convert("L")
             return on_white(image) if image.has_transparency_data else image.convert("RGB")
     except Exception as error:  # decoders raise of many kinds: OSError, SyntaxError, struct.error, ...
         raise MisconfigurationException(f"{path} can't be read as an image: {_reason(error)}") from error
