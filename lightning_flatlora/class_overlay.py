@@ -58,7 +58,7 @@ class _Gated(Overlay):
         if GATES not in self.__dict__:
             # The gates have gone, and somebody has kept this method, as torch.compile(layer) does.
             return type(self).__call__(self, *args, **kwargs)
-        opened = [gate for gate in self.__dict__[GATES] if gate.opens(self)]
+        opened = [gate for gate in self.__dict__[GATES] if gate.opens_for(self)]
         for gate in opened:
             gate.perturbation.on()
         try:
@@ -110,14 +110,7 @@ def _property_of(attribute: str) -> property:
             value = self._parameters[attribute]
         reading = self.__dict__[READINGS][attribute]
         parts = reading.parts()
-        if value is None:
-            return None
-        reads = reading.reads if value.requires_grad and not isinstance(value, DTensor) else None
-        if reads is not None and parts:
-            reads.perturbed = True
-        elif reads is not None and torch.is_grad_enabled():
-            reads.clean = True
-        if not parts:
+        if value is None or not parts:
             return value
         is_parameter = isinstance(value, nn.Parameter)
         if isinstance(value, DTensor) or (reading.only_views and is_parameter):

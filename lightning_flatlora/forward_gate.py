@@ -5,8 +5,10 @@ in ``merge_adapter``, and in evaluation and generation, the layer reads the clea
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -16,21 +18,50 @@ from torch.autograd.function import FunctionCtx
 from lightning_flatlora.class_overlay import GATES, set_class
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.perturbed_read import AnyRef, Reads, as_ref, reads_of
+from lightning_flatlora.perturbed_read import as_ref
 
 
 class ForwardGate:
-    """The layers of one perturbation, and how they were read since the last step.
+    """What lets one layer read a perturbation in its forward.
 
     Attributes:
         perturbation: which a layer switches on around its call if the gate opens.
+        has_opened: whether it has since this was last set to False.
     """
 
-    _is_closed: ClassVar[bool] = False
+    _are_closed: ClassVar[bool] = False
+
+    def __init__(self, perturbation: Perturbation) -> None:
+        self.perturbation = perturbation
+        self.has_opened = False
+
+    def opens_for(self, layer: nn.Module) -> bool:
+        """Open if a forward of the layer that begins now is one of training, and there is something to read."""
+        if self._are_closed or not layer.training or not self.perturbation.may_be_nonzero or self.perturbation.is_on:
+            return False
+        opens = torch.is_grad_enabled() or _in_reentrant_checkpoint()
+        if opens:
+            self.has_opened = True
+        return opens
+
+    @staticmethod
+    @contextmanager
+    def closed() -> Iterator[None]:
+        """Inside, no gate opens, as for a measurement at the clean weights."""
+        before, ForwardGate._are_closed = ForwardGate._are_closed, True
+        try:
+            yield
+        finally:
+            ForwardGate._are_closed = before
+
+
+class ForwardGates:
+    """The gates of the layers of one perturbation."""
 
     def __init__(self) -> None:
-        self._layers: dict[nn.Module, None] = {}
-        self._reads: dict[AnyRef, Reads] = {}
+        self._gates: dict[nn.Module, ForwardGate] = {}
+        # Of each pair, those during which it is read.
+        self._of_pairs: list[tuple[LoRAPair, list[ForwardGate]]] = []
 
     def install(self, perturbation: Perturbation) -> None:
         """Let the layers of a perturbation's pairs read it in their forward, once its average has begun.
@@ -38,52 +69,65 @@ class ForwardGate:
         The perturbation must be installed before.
         """
         self.uninstall()
-        self.perturbation = perturbation
         for pair in perturbation.pairs:
-            self._layers.update(dict.fromkeys(_layers_of(pair)))
-            self._reads.update({reader: reads_of(reader) for reader in pair.readers})
-        for layer in self._layers:
-            layer.__dict__.setdefault(GATES, []).append(self)
+            for layer in _layers_of(pair):
+                self._gates.setdefault(layer, ForwardGate(perturbation))
+        around: dict[nn.Module, list[ForwardGate]] = defaultdict(list)
+        for layer, gate in self._gates.items():
+            layer.__dict__.setdefault(GATES, []).append(gate)
             set_class(layer)
+            # A layer may read another one's factors, as peft's MultiheadAttention those of its output projection.
+            for part in layer.modules():
+                around[part].append(gate)
+        for pair in perturbation.pairs:
+            modules = [*_layers_of(pair), *(as_ref(reader).module for reader in pair.readers)]
+            self._of_pairs.append((pair, list(chain.from_iterable(around[module] for module in modules))))
 
     def uninstall(self) -> None:
         """Give the layers their own classes back."""
-        for layer in self._layers:
-            layer.__dict__[GATES].remove(self)
+        for layer, gate in self._gates.items():
+            layer.__dict__[GATES].remove(gate)
             set_class(layer)
-        self._layers, self._reads = {}, {}
+        self._gates, self._of_pairs = {}, []
 
-    @staticmethod
-    @contextmanager
-    def closed() -> Iterator[None]:
-        """Inside, no gate opens in a forward that begins, as for a measurement at the clean weights."""
-        before, ForwardGate._is_closed = ForwardGate._is_closed, True
-        try:
-            yield
-        finally:
-            ForwardGate._is_closed = before
+    def note(self, has_opened: bool) -> None:
+        """Set for all layers whether they have read the perturbation."""
+        for gate in self._gates.values():
+            gate.has_opened = has_opened
 
-    @property
-    def has_been_read(self) -> bool:
-        """Whether any B was read, clean or perturbed, since :meth:`forget_reads`."""
-        return any(reads.clean or reads.perturbed for reads in self._reads.values())
+    def missed(self, received: set[int]) -> list[LoRAPair]:
+        """List the pairs that no layer has read perturbed, and whose B is among those that received a gradient."""
+        missed = []
+        for pair, gates in self._of_pairs:
+            if id(pair.B) in received and not any(gate.has_opened for gate in gates):
+                missed.append(pair)
+        return missed
 
-    def forget_reads(self) -> None:
-        """Start again to note how each B is read."""
-        for reads in self._reads.values():
-            reads.clean = reads.perturbed = False
 
-    def missed(self) -> list[LoRAPair]:
-        """List the pairs with a gradient that a layer has only read clean."""
-        clean = {reader for reader, reads in self._reads.items() if reads.clean and not reads.perturbed}
-        with_gradient = [pair for pair in self.perturbation.pairs if pair.B.grad is not None]
-        return [pair for pair in with_gradient if not clean.isdisjoint(pair.readers)]
+class ReceivedGradients:
+    """Which B a backward has added a gradient to, on this rank: not what DDP takes from others, nor zeros.
 
-    def opens(self, layer: nn.Module) -> bool:
-        """Say whether a forward of a layer that begins now is one of training, and there is something to read."""
-        if self._is_closed or not layer.training or not self.perturbation.may_be_nonzero or self.perturbation.is_on:
-            return False
-        return torch.is_grad_enabled() or _in_reentrant_checkpoint()
+    Attributes:
+        identities: of these B, until somebody clears them.
+    """
+
+    def __init__(self) -> None:
+        self.identities: set[int] = set()
+        self._hooks = ExitStack()
+
+    def watch(self, pairs: Iterable[LoRAPair]) -> None:
+        """Note from now on what the trained B among those of pairs receive."""
+        received = self.identities
+        for pair in pairs:
+            if pair.B.requires_grad:
+                # Not the parameter itself, which would be held by its own hook.
+                watch: Any = pair.B.register_post_accumulate_grad_hook
+                self._hooks.callback(watch(lambda B: received.add(id(B))).remove)
+
+    def unwatch(self) -> None:
+        """Leave no hook behind, and forget what was noted."""
+        self._hooks.close()
+        self.identities.clear()
 
 
 def _layers_of(pair: LoRAPair) -> list[nn.Module]:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -17,12 +16,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from lightning_flatlora import wrappers
 from lightning_flatlora.callbacks.methods_of_fit import assign_pairs
 from lightning_flatlora.callbacks.patches import put_on_instance
-from lightning_flatlora.forward_gate import ForwardGate
+from lightning_flatlora.forward_gate import ForwardGates, ReceivedGradients
 from lightning_flatlora.methods import checks
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
 from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.pairs import find_pairs, merge_problems
+from lightning_flatlora.pairs.lora_pair import readers_of
 from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.perturbed_read import clean
 from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.sharding import reshard
 from lightning_flatlora.wrappers import parameters_of, unwrapped
@@ -58,21 +59,20 @@ class LoopMethod:
         self.method = method = self.kind(rho, **settings)
         inner, outer = wrappers.innermost(optimizer), wrappers.stepped(optimizer)
         refuse(method, checks.loop_problems(model, optimizer, method, total_steps))
-        self._model = model
         # The inner one carries the state. A wrapper, as Lookahead, may change gradients before it steps that.
-        self._optimizer, self._stepped = inner, outer
+        self._model, self._optimizer, self._stepped = model, inner, outer
         method.optimizer = inner
-        self._gate = ForwardGate()
+        self._gates = ForwardGates()
         self._hooks = ExitStack()
-        self._is_stepping = False
-        self._closure: Callable[[], Any] | None = None
+        self._received = ReceivedGradients()
+        self._steps_within = 0
         # Asked at the next step, since load_state_dict() may still come.
         self._lacks_state = wrappers.has_stepped(inner)
         method.horizon = math.inf if total_steps is None else total_steps
         # A loop does not say whether it has a scaler, which skips the step within a fused optimizer.
         method.is_skipped_on_overflow = True
         self.look_again()
-        checks.say_start(method, method.pairs, [*self.search.left_out, *self._orphans])
+        checks.say_start(method, method.pairs, self.search.left_out, self._orphans)
         self._close_others()
         self._install()
         for handle in (
@@ -85,8 +85,8 @@ class LoopMethod:
         self._hooks.callback(self._before_loading())
         _RUNNING.add(self)
         # The layers of an object that nobody has closed must not read its last Ê when the optimizer is gone.
-        for installed in (self.perturbation, self._gate):
-            weakref.finalize(self, installed.uninstall).atexit = False
+        for leave in (self.perturbation.uninstall, self._gates.uninstall, self._received.unwatch):
+            weakref.finalize(self, leave).atexit = False
 
     def _close_others(self) -> None:
         """Close objects on the same B, as those of an interrupted notebook cell; refuse one of the same state."""
@@ -107,7 +107,9 @@ class LoopMethod:
         method, module = self.method, unwrapped(self._model)
         # As after an evaluation.
         reshard(module)
-        search = find_pairs(module, method.adapter_name, finder=method.finder)
+        # In a pass the layers show perturbed tensors in the place of their parameters.
+        with clean(readers_of(method.pairs)):
+            search = find_pairs(module, method.adapter_name, finder=method.finder)
         assignment = assign_pairs(search, [self._optimizer])
         problems = merge_problems(module)
         if not assignment.pairs[0]:
@@ -116,26 +118,32 @@ class LoopMethod:
                 "or give the optimizer that holds them"
             )
         refuse(method, problems)
-        self._gate.uninstall()
+        self._leave_layers()
         self.search = search
         self._held = {id(parameter) for parameter in parameters_of(self._optimizer)}
-        orphans = assignment.orphans
-        self._orphans = [f"{len(orphans)} pairs that the optimizer lacks, as {orphans[0].name}"] if orphans else []
+        self._orphans = assignment.orphans
         method.follow(assignment.pairs[0], module, self._model)
         self._device = method.pairs[0].B.device
-        refuse(method, method.pair_problems())
-        if self in _RUNNING:
-            self._install()
+        if self not in _RUNNING:
+            refuse(method, method.pair_problems())
+            return
+        self._install()
+        method.warn(*(f"{each}. Until then the first group's is followed" for each in method.pair_problems()))
 
     def _install(self) -> None:
         self.method.install()
+        self._received.watch(self.method.pairs)
         # The loop itself says when the second of two passes runs.
         if not self.method.takes_two_passes:
-            self._gate.install(self.perturbation)
+            self._gates.install(self.perturbation)
+
+    def _leave_layers(self) -> None:
+        self._gates.uninstall()
+        self._received.unwatch()
 
     def close(self) -> None:
         """Leave no trace on the model's layers and the optimizer; the state stays. Calling it again does nothing."""
-        self._gate.uninstall()
+        self._leave_layers()
         self.method.close()
         self._hooks.close()
         _RUNNING.discard(self)
@@ -164,16 +172,17 @@ class LoopMethod:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Use the gradients of the coming step, once; a closure gives them within it."""
+        if self._is_within_step():
+            self._steps_within += 1
+            return None
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
-        # A step that calls the one of its parent class calls the hooks again.
-        if self._is_within_step() or (closure is not None and closure is self._closure):
-            return None
-        if wrappers.only_makes_state(self._optimizer):
-            self._is_stepping = True
-            return None
         if closure is None:
-            self._use_gradients()
+            if not wrappers.only_makes_state(self._optimizer):
+                self._use_gradients()
+            self._steps_within = 1
             return None
+        self._steps_within = 1
+        self._received.identities.clear()
         was_called = False
 
         def then_use_gradients() -> Any:
@@ -181,44 +190,41 @@ class LoopMethod:
             if was_called:
                 refuse(self.method, [f"{type(optimizer).__name__} {checks.SEVERAL_GRADIENTS}"])
             was_called = True
-            loss = closure()
-            self._use_gradients()
+            try:
+                loss = closure()
+                self._use_gradients()
+            except BaseException:
+                self._steps_within = 0
+                raise
             return loss
 
-        self._closure = then_use_gradients
-        if len(args) > 1:
-            return (args[0], then_use_gradients, *args[2:]), kwargs
-        return args, {**kwargs, "closure": then_use_gradients}
+        return wrappers.with_closure(args, kwargs, then_use_gradients)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._is_stepping, self._closure = False, None
+        self._steps_within = max(self._steps_within - 1, 0)
 
     def _is_within_step(self) -> bool:
-        """Say whether a step has used its gradients and not ended, also if it has raised and is tried again."""
-        return self._is_stepping
+        """Say whether a step is within one: a parent class's, a wrapped optimizer's, or a second try after an error."""
+        # No hook is called after a step that has raised, but a new gradient says that it has ended.
+        return self._steps_within > 0 and not self._received.identities
 
     def _use_gradients(self) -> None:
         if self._lacks_state:
             self._lacks_state = False
-            rank_zero_warn(
-                f"the optimizer has taken steps that {self.method.title} has no state of: its perturbation and count "
-                "start here. To continue a run, make it before the optimizer's state is loaded, or load_state_dict()"
-            )
+            checks.warn_of_late_start(self.method)
         self._check_parameters()
         self.method.before_step()
-        # Not before, since PyTorch calls no hook after a step that is refused.
-        self._is_stepping = True
+        self._received.identities.clear()
 
     def _check_parameters(self) -> None:
         """Refuse a model whose parameters were replaced since, and follow new ones and a move to another device."""
-        held = {id(parameter) for parameter in parameters_of(self._optimizer)}
         pairs = self.method.pairs
-        replaced = [pair for pair in pairs if pair.current_B is not pair.B and isinstance(pair.current_B, DTensor)]
-        if replaced or not any(id(pair.B) in held for pair in pairs):
+        if any(pair.current_B is not pair.B and isinstance(pair.current_B, DTensor) for pair in pairs):
             raise RuntimeError(
                 f"the optimizer holds none of the parameters that {self.method.title} knows: make it after the model "
                 "is sharded, or call look_again()"
             )
+        held = {id(parameter) for parameter in parameters_of(self._optimizer)}
         if held != self._held or pairs[0].B.device != self._device:
             self.look_again()
 

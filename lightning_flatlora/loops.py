@@ -61,33 +61,18 @@ class EFMLoRA(LoopMethod):
 
     @override
     def _use_gradients(self) -> None:
-        # Until there is an Ê both reads are the same.
-        if self.method.perturbs and self.perturbation.has_gradient:
-            self._check_reads()
-        super()._use_gradients()
-        self._gate.forget_reads()
-
-    def _check_reads(self) -> None:
-        """Refuse gradients that were not taken at B + Ê."""
-        if not self._gate.has_been_read:
-            raise RuntimeError(
-                "EFMLoRA: no LoRA layer was read since the last step, so its gradient was used already, or is of a "
-                "copy of the model: run forward and backward of this model before each step"
-            )
-        missed = self._gate.missed()
+        # Until there is an Ê both modes read the same.
+        missed = self._gates.missed(self._received.identities) if self.method.perturbs else []
         if missed:
             raise RuntimeError(
-                f"EFMLoRA: {len(missed)} LoRA layers with a gradient, such as {missed[0].name}, were read without Ê. "
-                "If they are in eval mode, call model.train() before each step, and set only other layers, such as "
-                "dropout, to eval mode. If they were not called, as by fused kernels, layer.forward(x) and a "
-                "torch.compile(layer) from before EFMLoRA was made, call them, or run forward and backward inside of "
-                "`for each_pass in flat.training_passes():` and `with each_pass:`"
+                f"EFMLoRA: the gradients of {len(missed)} LoRA factors, such as {missed[0].name}, were taken without "
+                "Ê. If their layers are in eval mode, call model.train() before each step, and set only other layers, "
+                "such as dropout, to eval mode. If the layers were not called (fused kernels, layer.forward(x), a "
+                "torch.compile(layer) from before EFMLoRA was made, a penalty), call them, or run forward and backward "
+                "inside of `for each_pass in flat.training_passes():` and `with each_pass:`"
             )
-
-    @override
-    def _is_within_step(self) -> bool:
-        # A forward since says that it has ended.
-        return super()._is_within_step() and not self._gate.has_been_read
+        super()._use_gradients()
+        self._gates.note(has_opened=False)
 
     def training_passes(self) -> Iterator[AbstractContextManager[None]]:
         """Give the one pass of a step, so that a loop may be written for both methods.
@@ -96,7 +81,14 @@ class EFMLoRA(LoopMethod):
         ``no_grad``.
         """
         self._check_open()
-        yield self.perturbation.applied() if self.method.perturbs else nullcontext()
+        yield self._pass() if self.method.perturbs else nullcontext()
+
+    @contextmanager
+    def _pass(self) -> Iterator[None]:
+        self._gates.note(has_opened=True)
+        with self.perturbation.applied():
+            yield
+        self._gates.note(has_opened=True)  # again, if look_again() was called inside
 
 
 class FMLoRA(LoopMethod):
@@ -141,8 +133,6 @@ class FMLoRA(LoopMethod):
         not perturb.
         """
         self._check_open()
-        # If a step has begun and not ended, an error has ended it.
-        self._is_stepping = False
         self._passes_begun += 1
         if not self.method.ascends:
             yield nullcontext()

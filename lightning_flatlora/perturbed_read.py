@@ -65,32 +65,17 @@ Parts = dict[range | None, Tensor]
 """E by the rows of the parameter that it is added to."""
 
 
-@dataclass
-class Reads:
-    """How a trained parameter was read.
-
-    Attributes:
-        clean: whether it was read as it is, while autograd recorded.
-        perturbed: whether it was read with a perturbation.
-    """
-
-    clean: bool = False
-    perturbed: bool = False
-
-
 class _Reading:
     """What one attribute of a module adds to the parameter.
 
     Attributes:
         only_views: see :func:`perturb`.
         sources: the E of each owner; that of the last one that is switched on is read.
-        reads: how it was read; None if nobody asks, since not every compiled graph can note it.
     """
 
     def __init__(self, only_views: bool) -> None:
         self.only_views = only_views
         self.sources: list[tuple[Switch, Parts]] = []
-        self.reads: Reads | None = None
 
     def parts(self) -> Parts:
         """What is added now, nothing for the clean value."""
@@ -170,16 +155,6 @@ def _reading_of(reader: AnyRef) -> _Reading | None:
     reader = as_ref(reader)
     readings: dict[str, _Reading] = reader.module.__dict__.get(READINGS, {})
     return readings.get(reader.name)
-
-
-def reads_of(reader: AnyRef) -> Reads:
-    """Note from now on how a reader that :func:`perturb` was called for is read; the notes are returned."""
-    reading = _reading_of(reader)
-    if reading is None:
-        raise ValueError("nothing perturbs this reader")
-    if reading.reads is None:
-        reading.reads = Reads()
-    return reading.reads
 
 
 def shown(reader: AnyRef) -> Tensor | None:

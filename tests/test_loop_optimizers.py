@@ -13,7 +13,7 @@ from loop_runs import batches, loss, method_of, net_of, run, schedule, started, 
 from pytorch_optimizer import TRAC, Lookahead, OrthoGrad, ScheduleFreeWrapper
 from torch import nn
 
-from lightning_flatlora import EFMLoRA, loops
+from lightning_flatlora import EFMLoRA, LearningRateRho, loops
 from lightning_flatlora.loop_method import STATE_KEY
 
 
@@ -99,6 +99,64 @@ def test_a_closure_that_is_called_twice_is_refused_at_the_second_time() -> None:
     assert flat.step == 1
 
 
+class WrapsItsClosure(torch.optim.AdamW):
+    """Calls the step of its parent class, whose hooks are the same, with another closure."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(None if closure is None else lambda: closure())
+
+
+class StepsTwice(torch.optim.AdamW):
+    def step(self, closure: Any = None) -> Any:
+        super().step()
+        return super().step()
+
+
+def with_closures(flat: Any, net: nn.Module, optimizer: Any, data: list[Any]) -> None:
+    for batch in data:
+
+        def closure(batch: Any = batch) -> Any:
+            optimizer.zero_grad()
+            value = loss(net, batch)
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("how", [*WRAPPERS, WrapsItsClosure, StepsTwice])
+@pytest.mark.parametrize("by_closure", [True, False])
+def test_a_step_within_a_step_counts_once(how: Any, by_closure: bool) -> None:
+    net = net_of()
+    # The hooks of AdamW's own step exist as soon as one was made.
+    optimizer_of(net)
+    optimizer = WRAPPERS[how](optimizer_of(net)) if isinstance(how, str) else how(trained(net), lr=1e-2)
+    flat = method_of("EFMLoRA", net, optimizer, 0.3)
+    if how == "ScheduleFree":
+        optimizer.train()
+    if by_closure and how is not StepsTwice:
+        with_closures(flat, net, optimizer, batches()[:4])
+    else:
+        run(flat, net, optimizer, batches()[:4])
+    assert flat.step == 4
+    assert flat.perturbation.may_be_nonzero
+
+
+def test_a_closure_that_fails_may_be_tried_again() -> None:
+    net, plain = net_of(), net_of()
+    for each, fails in ((net, True), (plain, False)):
+        optimizer = optimizer_of(each)
+        flat = method_of("EFMLoRA", each, optimizer, 0.3)
+        with_closures(flat, each, optimizer, batches()[:3])
+        if fails:
+            with pytest.raises(ZeroDivisionError):
+                optimizer.step(lambda: 1 / 0)
+        with_closures(flat, each, optimizer, batches()[3:])
+        assert flat.step == len(batches())
+        flat.close()
+    assert same(weights(net), weights(plain))
+
+
 # -- parameters that come later
 
 
@@ -125,6 +183,37 @@ def test_pairs_that_the_optimizer_lacks_are_named_and_perturbed_once_they_join_i
     assert all(E.any() for E in after.values())
     run(flat, net, optimizer, batches()[3:])
     assert flat.step == len(batches())
+
+
+def test_groups_may_rotate() -> None:
+    """As in training block by block."""
+    net = net_of()
+    groups: list[list[nn.Parameter]] = [[], []]
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            groups[".4." in name].append(parameter)
+    optimizer = torch.optim.AdamW(groups[0], lr=1e-2)
+    flat = method_of("EFMLoRA", net, optimizer, 0.3)
+    for index, batch in enumerate(batches()):
+        optimizer.param_groups[0]["params"] = groups[index // 2 % 2]
+        run(flat, net, optimizer, [batch])
+        assert len(flat.method.pairs) == (2, 1)[index // 2 % 2]
+    assert flat.step == len(batches())
+
+
+def test_a_rate_that_can_not_be_followed_any_more_is_warned_of() -> None:
+    net = net_of()
+    of_last, others = [], []
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            (of_last if ".4." in name else others).append(parameter)
+    optimizer = torch.optim.AdamW(of_last, lr=1e-2)
+    flat = method_of("EFMLoRA", net, optimizer, LearningRateRho(0.3))
+    run(flat, net, optimizer, batches()[:2])
+    optimizer.add_param_group({"params": others, "lr": 1e-3})
+    with pytest.warns(UserWarning, match=r"several parameter groups: .* Until then the first group's is followed"):
+        run(flat, net, optimizer, batches()[2:])
+    assert (flat.step, len(flat.method.pairs)) == (len(batches()), 3)
 
 
 # -- states

@@ -75,8 +75,8 @@ def test_a_layer_that_is_read_and_not_called_is_refused_by_its_name(ways: Any) -
     with pytest.raises(RuntimeError) as caught:
         train(net)
     names = [name for name, way in zip(("first", "last"), ways, strict=True) if way is not called]
-    assert f"{len(names)} LoRA layers with a gradient, such as base_model.model.{names[0]}.lora_B" in str(caught.value)
-    assert "If they were not called, as by fused kernels" in str(caught.value)
+    assert f"{len(names)} LoRA factors, such as base_model.model.{names[0]}.lora_B" in str(caught.value)
+    assert "If the layers were not called (fused kernels" in str(caught.value)
     assert "flat.training_passes()" in str(caught.value)
 
 
@@ -97,7 +97,7 @@ def test_a_layer_that_was_compiled_before_is_refused_and_one_compiled_later_is_n
     net = net_with(called)
     inner = net.base_model.model
     inner.first = torch.compile(inner.first, backend="eager")
-    with pytest.raises(RuntimeError, match=r"such as .*first.*lora_B.* If they were not called"):
+    with pytest.raises(RuntimeError, match=r"such as .*first.*lora_B.* If the layers were not called"):
         train(net)
     torch.compiler.reset()
     net, usual = net_with(called), net_with(called)
@@ -133,16 +133,109 @@ class Routed(nn.Module):
         return self.experts[self.turn % 2](x)
 
 
-def test_an_expert_that_was_not_read_is_no_mistake_whatever_its_gradient_is() -> None:
+def nothing_more(net: Any) -> None: ...
+
+
+def logs_norms(net: Any) -> None:
+    for expert in net.base_model.model.experts:
+        expert.lora_B["default"].weight.norm().item()
+
+
+def evaluates_with_autograd(net: Any) -> None:
+    net.eval()
+    net(INPUTS[0]).sum().item()
+    net.train()
+
+
+def merges(net: Any) -> None:
+    net.merge_adapter()
+    net.unmerge_adapter()
+
+
+@pytest.mark.parametrize("between", [nothing_more, logs_norms, evaluates_with_autograd, merges])
+def test_an_expert_that_was_not_called_is_no_mistake_whatever_its_gradient_is(between: Callable[[Any], None]) -> None:
     net = under_peft(Routed, "experts.0", "experts.1", init_lora_weights=False)
     optimizer = optimizer_of(net)
     flat = loops.EFMLoRA(net, optimizer, 0.5)
     for batch in INPUTS:
         net(batch).square().mean().backward()
+        between(net)
         optimizer.step()
         # Zeros, not None.
         optimizer.zero_grad(set_to_none=False)
     assert flat.step == len(INPUTS)
+
+
+def test_steps_without_a_gradient_of_lora_are_no_mistake() -> None:
+    """As those of a head, while the factors are frozen with gradients of zero."""
+    flat, net, optimizer = started("EFMLoRA")
+    run(flat, net, optimizer, batches()[:3])
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    assert flat.step == 4
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x[None], x[None], x[None])[0]
+
+
+def test_a_layer_that_reads_the_factors_of_another_one_is_called() -> None:
+    net = under_peft(Attends, "attention", init_lora_weights=False)
+    optimizer = optimizer_of(net)
+    flat = loops.EFMLoRA(net, optimizer, 0.5)
+    assert len(flat.method.pairs) == 2
+    for batch in INPUTS:
+        net(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert flat.step == len(INPUTS)
+
+
+@pytest.mark.parametrize("look", ["measure", "applied"])
+def test_a_measurement_does_not_hide_that_train_was_forgotten(look: str) -> None:
+    flat, net, optimizer = started("EFMLoRA")
+    run(flat, net, optimizer, batches()[:3])
+    x, y = batches()[3]
+
+    def loss() -> Tensor:
+        return nn.functional.cross_entropy(net(x), y)
+
+    net.eval()
+    if look == "measure":
+        measure(Point(loss, Perturbation(find_pairs(net).pairs), rho=0.5), ["sharpness"])
+    with flat.perturbation.applied(), torch.no_grad():
+        loss()
+    loss().backward()
+    with pytest.raises(RuntimeError, match=r"3 LoRA factors, .* were taken without Ê"):
+        optimizer.step()
+
+
+def test_looking_again_between_backward_and_step_and_a_step_inside_a_pass_are_no_mistakes() -> None:
+    flat, net, optimizer = started("EFMLoRA")
+    run(flat, net, optimizer, batches()[:2])
+    x, y = batches()[2]
+    nn.functional.cross_entropy(net(x), y).backward()
+    flat.look_again()
+    optimizer.step()
+    optimizer.zero_grad()
+    for each_pass in flat.training_passes():
+        with each_pass:
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for each_pass in flat.training_passes():
+        with each_pass:
+            flat.look_again()
+            nn.functional.cross_entropy(net(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    run(flat, net, optimizer, batches()[3:4])
+    assert flat.step == 6
 
 
 def test_a_penalty_on_a_weight_is_taken_at_the_clean_one() -> None:
@@ -157,17 +250,17 @@ def test_a_penalty_on_a_weight_is_taken_at_the_clean_one() -> None:
     assert flat.step == len(INPUTS)
 
 
-def test_a_gradient_that_was_used_already_is_refused_in_these_words() -> None:
+def test_a_gradient_may_be_used_twice() -> None:
+    """As in the callback under manual optimization; the object must not blame eval mode."""
     flat, net, optimizer = started("EFMLoRA")
-    x, y = batches()[0]
-    for _ in range(2):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(net(x), y).backward()
-        optimizer.step()
-    with pytest.raises(RuntimeError, match="no LoRA layer was read since the last step, so its gradient was used"):
-        optimizer.step()
-    run(flat, net, optimizer, batches()[1:2])
-    assert flat.step == 3
+    run(flat, net, optimizer, batches()[:2])
+    x, y = batches()[2]
+    nn.functional.cross_entropy(net(x), y).backward()
+    optimizer.step()
+    optimizer.step()
+    optimizer.zero_grad()
+    run(flat, net, optimizer, batches()[3:4])
+    assert flat.step == 5
 
 
 def test_an_open_model_prints_as_it_is() -> None:

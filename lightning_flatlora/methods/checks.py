@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -105,14 +105,24 @@ def changed_problems(method: Any, saved: dict[str, Any]) -> list[str]:
     return problems
 
 
-def say_start(method: Any, pairs: Sequence[Any], left_out: Sequence[str]) -> None:
-    """Say what a method perturbs, by how much and when, and which layers it leaves out."""
+def say_start(method: Any, pairs: Sequence[Any], left_out: Sequence[str], orphans: Sequence[Any] = ()) -> None:
+    """Say what a method perturbs, by how much and when, and which layers and pairs of no optimizer it leaves out."""
     if pairs:
         ranks = ", ".join(sorted({str(method.sharding.shape(pair.B)[1]) for pair in pairs}))
         when = f"start_step={method.start_step}, every_n_steps={method.every_n_steps}"
         rank_zero_info(f"{method.title}: {len(pairs)} LoRA pairs of rank {ranks}, {method.argument}, {when}")
+    if orphans:
+        left_out = [*left_out, f"{len(orphans)} pairs that the optimizer lacks, as {orphans[0].name}"]
     if left_out:
         rank_zero_info(f"{method.title} leaves unperturbed: " + "; ".join(left_out))
+
+
+def warn_of_late_start(method: Any) -> None:
+    """Say that an optimizer has gone on before its method, whose state starts here."""
+    rank_zero_warn(
+        f"the optimizer has taken steps that {method.title} has no state of: its perturbation and count start here. To "
+        "continue a run, make it before the optimizer's state is loaded, or call load_state_dict()"
+    )
 
 
 def refuse(owner: object, problems: list[str]) -> None:
