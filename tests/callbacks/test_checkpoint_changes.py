@@ -210,9 +210,17 @@ def test_another_base_of_half_precision_is_not_taken_for_rounding() -> None:
     assert differing(half, identities_of({"w": weight})) == []
 
 
+class Packed(Tensor):
+    """As torchao's Int8Tensor, which indexes its scale by the weight's indices."""
+
+    def __getitem__(self, index: Any) -> Tensor:
+        raise IndexError("index 3 is out of bounds for dimension 1 with size 1")
+
+
 @pytest.mark.parametrize(
     ("other", "expected"),
     [
+        ({"w": torch.ones(4, 4).as_subclass(Packed)}, []),
         ({"w": torch.ones(4, 4)}, []),
         ({"w": torch.ones(4, 4).T}, []),
         ({"w": torch.ones(2, 8)}, ["w"]),

@@ -7,14 +7,21 @@ from typing import Any
 import pytest
 import torch
 from checkpointed_bases import assert_resumes, saver, state
-from helpers import CLASSES, FEATURES, WIDTH, Classifier, fit, same
-from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
+from helpers import CLASSES, FEATURES, WIDTH, Classifier, fit, same, weights
+from peft import (
+    LoraConfig,
+    PeftMixedModel,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from peft.tuners.lora import LoraModel
 from quantized_bases import BASES
 from quantized_bases import network as quantized_network
 from torch import Tensor, nn
 
-from lightning_flatlora import EFMLoRA
+from lightning_flatlora import EFMLoRA, load_adapter_checkpoint
 from lightning_flatlora.callbacks.adapter_checkpoint.contents import divided_state, hosts
 
 ARGUMENTS = {"r": 2, "target_modules": ["0", "2"]}
@@ -166,3 +173,46 @@ def test_file_and_folder_are_the_same_whatever_the_modules_own_state_dict_gives(
     fit(tmp_path, plain, [saver(tmp_path / "2")])
     assert same(state(tmp_path / "1" / "step=12.ckpt"), state(tmp_path / "2" / "step=12.ckpt"))
     assert_peft_loads(tmp_path / "1" / "step=12", module)
+
+
+def of_alpaca() -> Any:
+    """Its state_dict, which training scripts have copied from alpaca-lora, gives the adapter by other names."""
+    net = in_a_peft_model()
+    whole = net.state_dict
+    net.state_dict = (lambda self, *_, **__: get_peft_model_state_dict(self, whole())).__get__(net, type(net))
+    return net
+
+
+def test_a_state_dict_that_was_put_on_the_network_changes_nothing(tmp_path: Path) -> None:
+    trained = assert_resumes(tmp_path, lambda: Classifier(net=of_alpaca()), callbacks=lambda: [EFMLoRA(0.5)])
+    plain = Classifier(net=in_a_peft_model())
+    fit(tmp_path, plain, [EFMLoRA(0.5), saver(tmp_path / "3")])
+    assert same(state(tmp_path / "1" / "step=12.ckpt"), state(tmp_path / "3" / "step=12.ckpt"))
+    assert_peft_loads(tmp_path / "1" / "step=12", trained)
+    loaded = load_adapter_checkpoint(Classifier(net=of_alpaca()), tmp_path / "1" / "step=12.ckpt")
+    assert same(weights(loaded), weights(plain))
+    assert set(trained.net.state_dict()) == set(of_alpaca().state_dict())
+
+
+class LeavesOut(nn.Module):
+    """Holds a peft model, and nothing of it in its state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = in_a_peft_model()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {}
+
+
+def test_an_adapter_is_saved_even_if_a_state_dict_leaves_it_out(tmp_path: Path) -> None:
+    assert_resumes(tmp_path, lambda: Classifier(net=LeavesOut()), callbacks=lambda: [EFMLoRA(0.5)])
+    plain = Classifier(net=in_a_peft_model())
+    fit(tmp_path, plain, [EFMLoRA(0.5), saver(tmp_path / "3")])
+    saved = {name.replace(".inner.", "."): value for name, value in state(tmp_path / "1" / "step=12.ckpt").items()}
+    assert same(saved, state(tmp_path / "3" / "step=12.ckpt"))
+    loaded: Any = load_adapter_checkpoint(Classifier(net=LeavesOut()), tmp_path / "1" / "step=12.ckpt")
+    assert same(weights(loaded.net.inner), weights(plain.net))

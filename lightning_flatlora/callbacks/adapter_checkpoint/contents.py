@@ -36,7 +36,8 @@ _TRAINED: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
 def unwrapped(module: nn.Module) -> Iterator[None]:
     """Take out, for a while, the modules that FSDP1, compilation and activation checkpointing have put in between.
 
-    Inside, names are clean, so that peft finds its layers, and FSDP1's hooks, which would gather the model, rest.
+    Inside, names are clean, so that peft finds its layers, and FSDP1's hooks, which would gather the model, rest. So do
+    functions that somebody has put in the place of a part's state_dict, to leave the base out as alpaca-lora does.
 
     Example:
         >>> from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -47,6 +48,9 @@ def unwrapped(module: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as put_back:
         for parent in module.modules():
+            own = vars(parent).pop("state_dict", None)
+            if own is not None:
+                put_back.callback(vars(parent).__setitem__, "state_dict", own)
             for name, child in parent._modules.items():
                 if child is not None and bare(child) is not child:
                     put_back.callback(parent._modules.__setitem__, name, child)
@@ -67,6 +71,9 @@ def divided_state(module: nn.Module, finder: Finder | None = None) -> tuple[dict
         state: dict[str, Any] = nn.Module.state_dict(module, keep_vars=True)
         always_kept = (*_adapter_parameters(module), *found_factors(module, finder).values(), *module.buffers())
         kept_ids = {id(tensor) for tensor in always_kept}
+        # The state_dict of a part may leave out an adapter, too.
+        parameters = module.named_parameters(remove_duplicate=False)
+        state = {**{name: each for name, each in parameters if id(each) in kept_ids}, **state}
         parts: set[nn.Module] = set()
         for host in hosts(module, finder).values():
             parts.update(host.modules())
@@ -219,7 +226,7 @@ def _identity(tensor: Tensor | None) -> Identity:
         # Not reshape(-1), which would copy a weight that is transposed.
         values = tensor.detach()[torch.unravel_index(places, tensor.shape)]
         sample = values.to(torch.float32).tolist()
-    except (NotImplementedError, RuntimeError, TypeError):  # a quantizer's own kind of tensor
+    except Exception:  # a quantizer's own kind of tensor, which may raise anything
         return None
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "sample": sample}
 
