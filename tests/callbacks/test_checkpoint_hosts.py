@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from checkpointed_bases import assert_resumes, saver, state
-from helpers import CLASSES, FEATURES, WIDTH, Classifier, fit, same, weights
+from helpers import CLASSES, FEATURES, WIDTH, Classifier, fit, needs_weight_averaging, same, weights
+from lightning.pytorch import callbacks as lightnings
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import (
     LoraConfig,
     PeftMixedModel,
@@ -216,3 +218,12 @@ def test_an_adapter_is_saved_even_if_a_state_dict_leaves_it_out(tmp_path: Path) 
     assert same(saved, state(tmp_path / "3" / "step=12.ckpt"))
     loaded: Any = load_adapter_checkpoint(Classifier(net=LeavesOut()), tmp_path / "1" / "step=12.ckpt")
     assert same(weights(loaded.net.inner), weights(plain.net))
+
+
+@needs_weight_averaging
+@pytest.mark.parametrize("make", [lambda: OfTheNetwork(net=in_a_peft_model()), lambda: Classifier(net=of_alpaca())])
+def test_averages_under_other_names_are_refused(tmp_path: Path, make: Any) -> None:
+    """They would bring the base into the file, and could not be resumed."""
+    with pytest.raises(MisconfigurationException, match="WeightAveraging gives averages under other names"):
+        fit(tmp_path, make(), [lightnings.EMAWeightAveraging(), saver(tmp_path)])
+    assert not list(tmp_path.iterdir())

@@ -55,6 +55,11 @@ def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
         # no run could be resumed. WeightAveraging puts the averages of the whole model in their place. Those of weights
         # that are left out differ from the weights by rounding only.
         changed = {clean_name(name): value for name, value in checkpoint.get("state_dict", {}).items()}
+        if "current_model_state" in checkpoint and not whole.keys() <= changed.keys():
+            raise MisconfigurationException(
+                "AdapterCheckpoint: WeightAveraging gives averages under other names, or not all: leave state_dict and "
+                "on_save_checkpoint as they are in Lightning, since the files hold no frozen base anyway"
+            )
         state = {**whole, **{name: value for name, value in changed.items() if name not in base}}
         # peft may need more of the base, such as a resized embedding, where this rank has it whole.
         frozen = {} if sharded else {name: value for name, value in base.items() if value is not None}
