@@ -523,7 +523,7 @@ KINDS: dict[str, Kind] = {
         Pops, as_batch=lambda batch: {"inputs": batch[0], "more": batch[1:]}, like="writes into a tuple"
     ),
     "add_adapter": layers(net=Bert, saves_adapters=True),
-    "Hydra": layers(net=of_hydra),
+    "Hydra": layers(net=of_hydra, saves_adapters=True),
     "DoRA": layers(net=lambda: under_peft(two_linear, "0", "2", use_dora=True)),
     "DoRA of a convolution": layers(
         net=lambda: Logits(

@@ -1,6 +1,5 @@
 """Checkpoints beside other callbacks, optimizers, ways to hold an adapter, and without a Trainer."""
 
-from collections import UserList
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,12 @@ import pytest
 import torch
 from checkpointed_bases import WEIGHTS, assert_resumes, epochs, saver, state
 from helpers import Classifier, fit, make_net, needs_weight_averaging, same, trainer_of, weights
-from hostile_modules import Bert, two_linear, under_peft
+from hostile_modules import Bert, of_hydra, two_linear, under_peft
 from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig
 from peft.optimizers import create_lorafa_optimizer
 from pytorch_optimizer import Lookahead
 from quantized_bases import BASES
@@ -110,13 +110,19 @@ def test_what_would_fail_at_the_first_save_fails_at_the_start(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
     with pytest.raises(MisconfigurationException, match=r"would fail: RuntimeError: not yet"):
         fit(tmp_path, module, [FailsToTellItsState(), saver(tmp_path)])
-    listed = under_peft(two_linear, "0")
-    listed.peft_config["default"].target_modules = UserList(["0"])
-    with pytest.raises(MisconfigurationException, match=r"would fail: TypeError: .*UserList is not JSON serializable"):
-        fit(tmp_path, Classifier(net=listed), [saver(tmp_path)])
+    odd = under_peft(two_linear, "0")
+    odd.peft_config["default"].revision = object()
+    with pytest.raises(MisconfigurationException, match=r"would fail: TypeError: .*object is not JSON serializable"):
+        fit(tmp_path, Classifier(net=odd), [saver(tmp_path)])
     (tmp_path / "file").write_text("")
     with pytest.raises(MisconfigurationException, match=r"saving into .*/file/folder would fail: NotADirectoryError"):
         fit(tmp_path, module, [saver(tmp_path / "file" / "folder")])
+
+
+def test_lists_and_dicts_of_hydra_are_written_as_plain_ones(tmp_path: Path) -> None:
+    fit(tmp_path, Classifier(net=of_hydra()), [saver(tmp_path)])
+    config = LoraConfig.from_pretrained(str(tmp_path / "step=12"))
+    assert (config.target_modules, config.rank_pattern, config.r) == ({"0", "2"}, {"0": 3}, 2)
 
 
 def test_a_problem_of_another_rank_ends_this_one_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

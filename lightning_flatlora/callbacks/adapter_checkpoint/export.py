@@ -7,7 +7,7 @@ nothing else is in it, and a folder that is not ours is never written into.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableSequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ def _save_adapters(module: nn.Module, state: Mapping[str, Any], folder: Path, fi
     """
     hosts = contents.hosts(module, finder)
     for name, host in hosts.items():
+        for config in getattr(host, "peft_config", {}).values():
+            vars(config).update({key: _plain(value) for key, value in vars(config).items()})
         prefix = f"{name}." if name else ""
         of_host = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         place = folder if len(hosts) == 1 else folder / name
@@ -91,6 +93,13 @@ def _save_injected(host: Any, state: dict[str, Any], folder: Path) -> None:
         weights = get_peft_model_state_dict(host, state, name)
         tensors = {f"base_model.model.{key}": value for key, value in weights.items()}
         _save_tensors(tensors, place / "adapter_model.safetensors")
+
+
+def _plain(value: Any) -> Any:
+    """Replace other kinds of dicts and lists, such as OmegaConf's, which JSON can't write."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, MutableSequence) else value
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
