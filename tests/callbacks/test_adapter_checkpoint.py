@@ -17,7 +17,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from lightning_flatlora import EFMLoRA
 from lightning_flatlora.callbacks.adapter_checkpoint.contents import unwrapped
-from lightning_flatlora.callbacks.adapter_checkpoint.export import aside
 
 SAVES_ON_EXCEPTION = "save_on_exception" in inspect.signature(ModelCheckpoint).parameters  # since Lightning 2.5.3
 
@@ -213,18 +212,6 @@ def test_names_are_clean_and_peft_finds_its_layers_in_a_wrapped_model(tmp_path: 
     for layer in (0, 2, 4):
         expected |= {f"base_model.model.{layer}.lora_A.weight", f"base_model.model.{layer}.lora_B.weight"}
     assert set(load_file(tmp_path / "step=6" / WEIGHTS)) == expected
-
-
-def test_what_a_killed_run_left_is_not_in_the_way(tmp_path: Path) -> None:
-    """The folder comes before the file: one without a file keeps its name, and hidden parts are written again."""
-    fit(tmp_path, Classifier(), [saver(tmp_path)], max_epochs=1)
-    (tmp_path / "step=3.ckpt").unlink()
-    aside(tmp_path / "step=6").mkdir()
-    (aside(tmp_path / "step=6") / "file").write_text("of a checkpoint that never came")
-    aside(tmp_path / "step=6.ckpt").write_text("half")
-    fit(tmp_path, Classifier(), [saver(tmp_path, enable_version_counter=False)], max_epochs=1)
-    assert {path.name for path in tmp_path.iterdir()} == {"step=3", "step=3.ckpt", "step=6", "step=6.ckpt"}
-    assert {path.name for path in (tmp_path / "step=6").iterdir()} >= {WEIGHTS}
 
 
 def test_a_link_is_written_as_a_file(tmp_path: Path) -> None:

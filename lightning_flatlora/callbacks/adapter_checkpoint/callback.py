@@ -1,7 +1,7 @@
 """AdapterCheckpoint: Lightning's ModelCheckpoint decides when to save, and the files have the adapter's size."""
 
+from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -98,11 +98,10 @@ class SavesAdapters(_Base):
 
     def _save_and_remove(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         # The folders that are missing are made at the first save.
-        folder = Path(str(self.dirpath))
-        while not folder.exists():
-            folder = folder.parent
-        with TemporaryDirectory(prefix=".dry-run-", dir=folder) as name:
-            file = Path(name) / "dry_run.ckpt"
+        dirpath = Path(str(self.dirpath))
+        folder = next(each for each in (dirpath, *dirpath.parents) if each.exists())
+        with export.partial_place(folder) as place:
+            file = place / "dry_run.ckpt"
             trainer.strategy.save_checkpoint(checkpoint, file)
             unsafe = get_unsafe_globals_in_checkpoint(file)
         if unsafe:
@@ -143,10 +142,10 @@ class SavesAdapters(_Base):
         path, folder = Path(filepath), export.folder_of(Path(filepath))
         # On rank zero only: for a slower rank the folder would vanish while it looks. A folder whose file somebody has
         # deleted was kept on purpose.
-        goes = trainer.is_global_zero and path.exists() and export.is_ours(folder, path)
-        super()._remove_checkpoint(trainer, filepath)
-        if goes:
+        if trainer.is_global_zero and path.exists() and export.is_ours(folder, path):
             export.remove_folder(folder)
+        with suppress(FileNotFoundError):  # another job that shares the folder may delete it, too
+            super()._remove_checkpoint(trainer, filepath)
 
 
 class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):

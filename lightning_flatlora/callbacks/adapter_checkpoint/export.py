@@ -1,4 +1,4 @@
-"""Write a checkpoint's file and the folder in peft's own format beside it, and know which folders on the disk are ours.
+"""Write a checkpoint's file and its folder in peft's own format, and know which folders on the disk are ours.
 
 A folder is ours if it holds our list, which names its checkpoint and all that was written into it. It is deleted if
 nothing else is in it, and a folder that is not ours is never written into.
@@ -7,28 +7,42 @@ nothing else is in it, and a folder that is not ours is never written into.
 import json
 import os
 import shutil
-from collections.abc import Mapping, MutableSequence
+from collections.abc import Iterator, Mapping, MutableSequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_flatlora.callbacks.adapter_checkpoint import contents
 from lightning_flatlora.pairs.finders import litgpt_pairs
 from lightning_flatlora.pairs.lora_pair import Finder
 
-# In each folder: the name of its checkpoint, and the names of what we wrote.
+# Of what we write into files and folders; those that name none are of the first, too.
+FORMAT = 1
+# In each folder: the name and the step of its checkpoint, and the names of what we wrote.
 LIST = ".adapter_checkpoint.json"
+# The end of the hidden names of what is not complete yet.
+PARTIAL = ".adapter-checkpoint-partial"
+# Seconds after which nobody writes there any more.
+_STALE = 3600
 
 
 def write(
     checkpoint: dict[str, Any], frozen: dict[str, Tensor], path: Path, module: nn.Module, finder: Finder | None
 ) -> None:
-    """Write a folder that ``PeftModel.from_pretrained(base, folder)`` loads, and then the file; each as a whole.
+    """Write a checkpoint's file, and a folder that ``PeftModel.from_pretrained(base, folder)`` loads.
+
+    Both are complete and on the disk before one is put in its place. The file comes first: so a folder without a file
+    is one whose file somebody has deleted.
 
     Args:
         checkpoint: with the values in its "state_dict", by the module's clean names.
@@ -37,25 +51,30 @@ def write(
         module: holds the adapters.
         finder: of factors that are not peft's.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     folder = folder_of(path)
-    if os.path.lexists(folder) and not is_ours(folder, path):
-        rank_zero_warn(f"AdapterCheckpoint: {folder} stays, since it is not ours, and {path.name} has no folder")
-    else:
-        partial = aside(folder)
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir()
-        with contents.unwrapped(module):
-            _save_adapters(module, {**frozen, **checkpoint["state_dict"]}, partial, finder)
-        _put_in_place(partial, folder, path)
-    partial = aside(path)
-    # Lightning may write to another disk, and copies.
-    with partial.open("wb") as file:
-        torch.save(checkpoint, file)
-        # On the disk before the rename, so that a crash leaves the old file or the whole new one.
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial_place(path.parent) as place:
+            adapters, file = place / "adapters", place / path.name
+            adapters.mkdir()
+            with contents.unwrapped(module):
+                _save_adapters(module, {**frozen, **checkpoint["state_dict"]}, adapters, finder)
+            # Lightning may write to another disk, and copies.
+            with file.open("wb") as opened:
+                torch.save(checkpoint, opened)
+            # With what an older one has left there.
+            names = {str(each.relative_to(adapters)) for each in adapters.rglob("*")}
+            names.update(_read_list(folder).get("files", ()))
+            found = {"checkpoint": path.name, "step": checkpoint["global_step"], "files": sorted(names)}
+            (adapters / LIST).write_text(json.dumps({"format": FORMAT, **found}, indent=1))
+            for each in filter(Path.is_file, place.rglob("*")):
+                with each.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+            file.replace(path)
+            _put_in_place(adapters, folder, path)
+    except (OSError, SafetensorError) as error:
+        size = sum(each.numel() * each.element_size() for each in tree_leaves(checkpoint) if isinstance(each, Tensor))
+        raise OSError(f"AdapterCheckpoint: could not write {path} ({size / 1e6:,.1f} MB): {error}") from error
 
 
 def _save_adapters(module: nn.Module, state: Mapping[str, Any], folder: Path, finder: Finder | None) -> None:
@@ -127,34 +146,76 @@ def is_ours(folder: Path, checkpoint: Path) -> bool:
 
 
 def _read_list(folder: Path) -> dict[str, Any]:
-    file = folder / LIST
-    return json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        found = json.loads((folder / LIST).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and found.get("format", FORMAT) == FORMAT else {}
 
 
-def aside(path: Path) -> Path:
-    """Give a hidden name beside a file or folder, which only we use, for what is not complete yet."""
-    return path.with_name(f".{path.name}.adapter-checkpoint-partial")
+@contextmanager
+def partial_place(parent: Path) -> Iterator[Path]:
+    """Make a hidden folder that no other job uses, for what is not complete yet, and delete what killed jobs left."""
+    with TemporaryDirectory(prefix=".", suffix=PARTIAL, dir=parent, ignore_cleanup_errors=True) as name:
+        place = Path(name)
+        for other in parent.glob(f".*{PARTIAL}"):
+            with suppress(OSError):  # another job may delete it, too
+                # By the clock of the disk, which may be another machine's.
+                if place.stat().st_mtime - other.stat().st_mtime > _STALE:
+                    shutil.rmtree(other)
+        yield place
 
 
-def _put_in_place(partial: Path, folder: Path, checkpoint: Path) -> None:
-    """Move a written folder to its place; what is there of the same names is replaced, and all else stays."""
-    names = {str(path.relative_to(partial)) for path in partial.rglob("*")}
-    # With what an older one has left there.
-    files = sorted(names.union(_read_list(folder).get("files", ())))
-    (partial / LIST).write_text(json.dumps({"checkpoint": checkpoint.name, "files": files}, indent=1))
-    if not folder.exists():
-        partial.rename(folder)
+def _put_in_place(adapters: Path, folder: Path, checkpoint: Path) -> None:
+    """Move what was written to its place; there files of the same names are replaced, and all else stays."""
+    if os.path.lexists(folder) and not is_ours(folder, checkpoint):
+        rank_zero_warn(f"AdapterCheckpoint: {folder} stays, since it is not ours, and {checkpoint.name} has no folder")
         return
-    # The list before the files. A file that is listed but missing does no harm, whereas with one that is there but not
-    # listed the folder would never be deleted.
-    (partial / LIST).replace(folder / LIST)
-    # One by one, so that the folder of a checkpoint that is overwritten exists at every moment.
-    shutil.copytree(partial, folder, dirs_exist_ok=True, copy_function=os.replace)
-    shutil.rmtree(partial)
+    try:
+        if folder.exists():
+            # One by one, so that the folder of a checkpoint that is overwritten exists at every moment. The list, which
+            # names the step, comes last.
+            listed = shutil.ignore_patterns(LIST)
+            shutil.copytree(adapters, folder, ignore=listed, dirs_exist_ok=True, copy_function=os.replace)
+            (adapters / LIST).replace(folder / LIST)
+        else:
+            adapters.rename(folder)
+    except OSError as error:  # the file is whole, so the run need not end
+        rank_zero_warn(f"AdapterCheckpoint: {folder} was not replaced ({error}). Does another job write there, too?")
 
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder of ours, see :func:`is_ours`, unless somebody has put something else into it."""
-    held = {str(path.relative_to(folder)) for path in folder.rglob("*")}
-    if held <= {LIST, *_read_list(folder)["files"]}:
-        shutil.rmtree(folder)
+    # Another job that shares the place may delete it, too.
+    with suppress(FileNotFoundError), partial_place(folder.parent) as place:
+        held = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+        if held <= {LIST, *_read_list(folder).get("files", ())}:
+            # Out of sight at once, so that a kill leaves no half of it under its name.
+            folder.rename(place / folder.name)
+
+
+def check(path: Any, step: int | None = None) -> None:
+    """Refuse an adapter's folder in the place of its checkpoint's file, and warn if it is not of the file's step."""
+    file = Path(str(path))
+    folder, name = folder_of(file), _read_list(file).get("checkpoint")
+    if name:
+        raise MisconfigurationException(
+            f"{path} is an adapter's folder, for PeftModel.from_pretrained: give the file {file.with_name(name)}"
+        )
+    other = _read_list(folder).get("step", step)
+    if step not in (None, other) and is_ours(folder, file):
+        rank_zero_warn(
+            f"AdapterCheckpoint: {file} is of step {step} and its folder of step {other}, as a save was interrupted. "
+            "What is loaded is the file, and the next save replaces both"
+        )
+
+
+def checked(mark: Any) -> Any:
+    """Refuse what a checkpoint says of itself if it is not as we write it."""
+    version = mark.get("format", FORMAT) if isinstance(mark, dict) else None
+    if version != FORMAT or not all(isinstance(mark.get(part), dict) for part in ("left_out", "scalings")):
+        raise MisconfigurationException(
+            f"AdapterCheckpoint: the checkpoint's mark is of format {version}, where {FORMAT} is read, or damaged: "
+            "install a newer lightning_flatlora, or load an intact copy"
+        )
+    return mark

@@ -22,8 +22,8 @@ from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.sharding import Sharding, is_sharded, sharding_of
 from lightning_flatlora.wrappers import parameters_of
 
-# The key under which a checkpoint says that it is one of ours. There it has the identities of what is "left_out", and
-# the "scalings" of the adapters, both by name.
+# The key under which a checkpoint says that it is one of ours. There it has the "format" of the file, the identities of
+# what is "left_out", and the "scalings" of the adapters, both by name.
 MARK = "lightning_flatlora_adapter"
 # A key of the state dict, without a weight. Lightning's load_from_checkpoint, which misses the base, ends its error by
 # the keys that it doesn't know.
@@ -44,7 +44,8 @@ def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
         )
     kept, base = contents.divided_state(module, finder)
     sharding, sharded = sharding_of(strategy.model), is_sharded(strategy.model)
-    mark = {"left_out": contents.identities_of(base, sharded), "scalings": contents.scalings_of(module, finder)}
+    mark: dict[str, Any] = {"format": export.FORMAT, "left_out": contents.identities_of(base, sharded)}
+    mark["scalings"] = contents.scalings_of(module, finder)
     # A tensor with two names is gathered once, and stays one tensor.
     once = {id(value): value for value in kept.values()}
     gathered = tree_map_only(Tensor, lambda tensor: sharding.gather(tensor, tensor).cpu(), once)
@@ -162,6 +163,7 @@ def load_adapter_checkpoint(
         >>> load_adapter_checkpoint(nn.Linear(2, 1), BytesIO(file.getvalue())).weight.data
         tensor([[1., 1.]])
     """
+    export.check(path)
     checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise MisconfigurationException(f"{path} has no state_dict: give a .ckpt of AdapterCheckpoint or Lightning")
@@ -169,6 +171,7 @@ def load_adapter_checkpoint(
         # As load_from_checkpoint does. Lightning calls it before each fit and test too, so it may be called again.
         module.configure_model()
     if MARK in checkpoint:
+        export.check(path, checkpoint.get("global_step"))
         _load_weights(module, checkpoint, strict, finder)
     else:
         module.load_state_dict(checkpoint["state_dict"], strict=strict)
@@ -177,8 +180,14 @@ def load_adapter_checkpoint(
 
 def read_adapters(trainer: Trainer, finder: Finder | None) -> None:
     """Let a trainer's strategy load such checkpoints, too, from now on; other checkpoints are loaded as before."""
-    strategy = trainer.strategy
+    strategy, connector = trainer.strategy, trainer._checkpoint_connector
     load_checkpoint, load_model_state_dict = strategy.load_checkpoint, strategy.load_model_state_dict
+    resume_start = connector.resume_start
+
+    def start(path: Any = None, *args: Any, **options: Any) -> None:
+        export.check(path)
+        resume_start(path, *args, **options)
+        export.check(path, connector._loaded_checkpoint.get("global_step"))
 
     def load(checkpoint_path: Any, **options: Any) -> dict[str, Any]:
         # A strategy that restores after its setup would load the file into a gathered model at once.
@@ -205,6 +214,7 @@ def read_adapters(trainer: Trainer, finder: Finder | None) -> None:
                 scatter_state(optimizer, saved, sharding_of(strategy.model))
 
     put_on(strategy, {"load_checkpoint": load, "load_model_state_dict": load_state})
+    put_on(connector, {"resume_start": start})
 
 
 def _is_ours(path: Any) -> bool:
@@ -225,7 +235,8 @@ def _load_weights(
     The trainer's strategy may have split the parameters. What does not fit is refused if ``strict``.
     """
     model = trainer.strategy.model if trainer else None
-    sharding, left_out = sharding_of(model), checkpoint[MARK]["left_out"]
+    mark = export.checked(checkpoint[MARK])
+    sharding, left_out = sharding_of(model), mark["left_out"]
     # A module's on_load_checkpoint may have completed the state dict by itself.
     without = {*left_out, HINT}
     state = {name: value for name, value in checkpoint["state_dict"].items() if name not in without}
@@ -242,7 +253,7 @@ def _load_weights(
     lacking = [name for name in keys.missing_keys if name in kept and name not in left_out]
     _report(lacking, f"lacks {len(lacking)} weights that the module has", strict)
     _report(keys.unexpected_keys, f"has {len(keys.unexpected_keys)} weights that the module lacks", strict)
-    saved, scalings = checkpoint[MARK]["scalings"], contents.scalings_of(module, finder)
+    saved, scalings = mark["scalings"], contents.scalings_of(module, finder)
     others = [name for name, s in scalings.items() if not math.isclose(s, saved.get(name, s), rel_tol=1e-5)]
     # Not refused, as a callback that sets the scaling while a fit runs may be about to set it again.
     _report(others, f"is of another lora_alpha, r or use_rslora in {len(others)} layers", refuse=False)
@@ -260,8 +271,9 @@ def _report(names: list[str], problem: str, refuse: bool) -> None:
     text = f"AdapterCheckpoint: the checkpoint {problem}, such as {', '.join(names[:3])}. Was it another model"
     if names and refuse:
         raise MisconfigurationException(
-            f"{text}, or are layers initialized at random? Build the same module, and train such layers or put them in "
-            "peft's modules_to_save, or load what fits by setting the module's strict_loading to False"
+            f"{text}, was it at another place in its module, which changes all names, or are layers initialized at "
+            "random? Build the same module, and train such layers or put them in peft's modules_to_save, or load what "
+            "fits by setting the module's strict_loading to False"
         )
     if names:
         rank_zero_warn(f"{text}? What follows is of the model as it is now")

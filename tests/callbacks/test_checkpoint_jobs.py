@@ -1,0 +1,266 @@
+"""Saves that end in the middle, several jobs in one folder, full disks, and files of other formats."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import peft.peft_model
+import pytest
+import torch
+from checkpointed_bases import WEIGHTS, saver, state, validate
+from helpers import Classifier, fit, same
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lightning_flatlora import load_adapter_checkpoint
+from lightning_flatlora.callbacks.adapter_checkpoint import export
+from lightning_flatlora.callbacks.adapter_checkpoint.export import LIST, PARTIAL
+from lightning_flatlora.callbacks.adapter_checkpoint.transfer import MARK
+
+LAST: dict[str, Any] = {"save_top_k": 0, "save_last": True}
+
+
+class Killed(BaseException):
+    """Ends a run as a signal does."""
+
+
+def train(folder: Path, **settings: Any) -> None:
+    fit(folder, Classifier(), [saver(folder, **{**LAST, **settings.pop("save", {})})], **settings)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def assert_pair(file: Path) -> None:
+    """The folder holds the weights of its file."""
+    saved = state(file)
+    for name, value in load_file(file.with_suffix("") / WEIGHTS).items():
+        assert same(value, saved[f"net.{name.removesuffix('weight')}default.weight"])
+
+
+def failing_save(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> None:
+    """From a step on the file can't be written."""
+    save = torch.save
+
+    def fails(checkpoint: Any, file: Any) -> None:
+        if checkpoint["global_step"] >= step:
+            raise error
+        save(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", fails)
+
+
+# -- saves that end in the middle
+
+
+def test_a_first_save_that_ends_early_does_not_take_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job script looks for last.ckpt."""
+    failing_save(monkeypatch, 3, Killed())
+    with pytest.raises(Killed):
+        train(tmp_path)
+    monkeypatch.undo()
+    assert names(tmp_path) == set()
+    train(tmp_path)
+    assert names(tmp_path) == {"last", "last.ckpt"}
+
+
+def test_a_save_that_ends_between_file_and_folder_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the next one."""
+    put, file, saves = export._put_in_place, tmp_path / "last.ckpt", iter(range(10))
+
+    def put_in_place(*args: Any) -> None:
+        if next(saves) == 2:  # the trial's and the first are over
+            raise Killed
+        put(*args)
+
+    monkeypatch.setattr(export, "_put_in_place", put_in_place)
+    with pytest.raises(Killed):
+        train(tmp_path)
+    monkeypatch.undo()
+    assert torch.load(file, weights_only=True)["global_step"] == 6
+    said = r"last\.ckpt is of step 6 and its folder of step 3, as a save was interrupted"
+    with pytest.warns(UserWarning, match=said):
+        load_adapter_checkpoint(Classifier(), file)
+    with pytest.warns(UserWarning, match=said):
+        train(tmp_path, ckpt_path=file)
+    assert names(tmp_path) == {"last", "last.ckpt"}
+    assert_pair(file)
+    load_adapter_checkpoint(Classifier(), file)
+
+
+def test_what_killed_jobs_left_is_deleted_after_an_hour(tmp_path: Path) -> None:
+    """Another job may be writing what is new."""
+    old, new = tmp_path / f".old{PARTIAL}", tmp_path / f".new{PARTIAL}"
+    for place in (old, new):
+        place.mkdir()
+        (place / "file").write_text("half")
+    long_ago = time.time() - 4000
+    os.utime(old, times=(long_ago, long_ago))
+    train(tmp_path)
+    assert names(tmp_path) == {"last", "last.ckpt", new.name}
+
+
+def test_a_folder_whose_file_is_gone_is_written_again_without_versions(tmp_path: Path) -> None:
+    train(tmp_path)
+    (tmp_path / "last.ckpt").unlink()
+    train(tmp_path, save={"enable_version_counter": False})
+    assert names(tmp_path) == {"last", "last.ckpt"}
+
+
+# -- several jobs in one folder
+
+
+def test_a_job_may_save_under_the_same_names_in_the_middle_of_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, settings = torch.save, {"save_top_k": -1, "enable_version_counter": False}
+    others = iter([lambda: train(tmp_path, save=settings)])
+
+    def saves_after_another_job(checkpoint: Any, file: Any) -> None:
+        if checkpoint["global_step"] == 3:
+            for run in others:
+                run()
+        save(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", saves_after_another_job)
+    train(tmp_path, save=settings)
+    assert not list(others)
+    assert not list(tmp_path.glob(".*"))
+    for name in ("last", *(f"step={step}" for step in (3, 6, 9, 12))):
+        assert_pair(tmp_path / f"{name}.ckpt")
+
+
+def test_what_another_job_has_deleted_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def remove(strategy: SingleDeviceStrategy, path: Any) -> None:
+        raise FileNotFoundError(path)
+
+    export.remove_folder(tmp_path / "gone")
+    monkeypatch.setattr(SingleDeviceStrategy, "remove_checkpoint", remove)
+    train(tmp_path, save={"save_top_k": 1})
+
+
+def test_a_folder_that_another_job_takes_away_meanwhile_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy(*args: Any, **options: Any) -> None:
+        raise FileNotFoundError("a folder of the other job")
+
+    monkeypatch.setattr(shutil, "copytree", copy)
+    with pytest.warns(UserWarning, match=r"last was not replaced \(a folder.*Does another job write there"):
+        train(tmp_path)
+    with pytest.warns(UserWarning, match=r"last\.ckpt is of step 12 and its folder of step 3"):
+        validate(tmp_path, Classifier(), "last.ckpt")
+
+
+# -- a full disk
+
+
+def by_torch(patch: pytest.MonkeyPatch, step: int) -> None:
+    failing_save(patch, step, OSError(28, "No space left on device"))
+
+
+def by_safetensors(patch: pytest.MonkeyPatch, step: int) -> None:
+    save, calls = peft.peft_model.safe_save_file, iter(range(100))
+
+    def fails(*args: Any, **options: Any) -> None:
+        if next(calls) >= step // 3:  # one each third step, and the trial's before
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(*args, **options)
+
+    patch.setattr(peft.peft_model, "safe_save_file", fails)
+
+
+@pytest.mark.parametrize("fills", [by_torch, by_safetensors])
+def test_a_full_disk_is_named_and_leaves_the_former_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fills: Any
+) -> None:
+    fills(monkeypatch, 6)
+    said = r"AdapterCheckpoint: could not write .*last\.ckpt \(0\.0 MB\): .*No space left on device"
+    with pytest.raises(OSError, match=said):
+        train(tmp_path)
+    assert names(tmp_path) == {"last", "last.ckpt"}
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert_pair(tmp_path / "last.ckpt")
+
+
+# -- formats
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, Any]:
+    """A file of one epoch, and what is in it."""
+    train(tmp_path, max_epochs=1)
+    return tmp_path, torch.load(tmp_path / "last.ckpt", weights_only=True)
+
+
+def assert_refused(folder: Path, checkpoint: Any, problem: str) -> None:
+    torch.save(checkpoint, folder / "other.ckpt")
+    with pytest.raises(MisconfigurationException, match=problem):
+        load_adapter_checkpoint(Classifier(), folder / "other.ckpt")
+    with pytest.raises(MisconfigurationException, match=problem):
+        validate(folder, Classifier(), "other.ckpt")
+
+
+def test_file_and_folder_tell_format_and_step(saved: tuple[Path, Any]) -> None:
+    """Those that tell none are of former versions, and are read."""
+    folder, checkpoint = saved
+    found = json.loads((folder / "last" / LIST).read_text())
+    assert (found["format"], found["step"], checkpoint[MARK].pop("format")) == (1, 6, 1)
+    del found["format"], found["step"]
+    (folder / "last" / LIST).write_text(json.dumps(found))
+    torch.save(checkpoint, folder / "last.ckpt")
+    load_adapter_checkpoint(Classifier(), folder / "last.ckpt")
+    train(folder, ckpt_path=folder / "last.ckpt")
+    assert json.loads((folder / "last" / LIST).read_text())["step"] == 12
+
+
+def test_a_later_format_is_refused(saved: tuple[Path, Any]) -> None:
+    folder, checkpoint = saved
+    checkpoint[MARK] = {"format": 2, "something": "else"}
+    assert_refused(folder, checkpoint, "is of format 2, where 1 is read, .*: install a newer")
+
+
+@pytest.mark.parametrize("mark", [None, "mine", {}, {"left_out": {}}, {"left_out": [], "scalings": {}}])
+def test_a_mark_that_is_not_ours_is_refused(saved: tuple[Path, Any], mark: Any) -> None:
+    folder, checkpoint = saved
+    assert_refused(folder, {**checkpoint, MARK: mark}, "the checkpoint's mark is .* or damaged: .* load an intact copy")
+
+
+@pytest.mark.parametrize("found", ["", "[]", '{"checkpoint": "last.ckpt", "format": 2}'])
+def test_a_folder_with_a_list_that_is_not_ours_stays(saved: tuple[Path, Any], found: str) -> None:
+    folder, _ = saved
+    (folder / "last" / LIST).write_text(found)
+    before = {path: path.read_bytes() for path in (folder / "last").iterdir()}
+    with pytest.warns(UserWarning, match="last stays, since it is not ours"):
+        train(folder, save={"enable_version_counter": False})
+    assert {path: path.read_bytes() for path in (folder / "last").iterdir()} == before
+
+
+def test_the_folder_in_the_place_of_the_file_is_refused(saved: tuple[Path, Any]) -> None:
+    folder, _ = saved
+    said = r"last is an adapter's folder, .* give the file .*last\.ckpt"
+    with pytest.raises(MisconfigurationException, match=said):
+        load_adapter_checkpoint(Classifier(), folder / "last")
+    with pytest.raises(MisconfigurationException, match=said):
+        validate(folder, Classifier(), "last")
+
+
+class Inside(Classifier):
+    """Has its network one module deeper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = torch.nn.ModuleDict({"net": self.net})
+        del self.net
+
+
+def test_that_a_network_is_at_another_place_in_its_module_is_said(saved: tuple[Path, Any]) -> None:
+    said = r"lacks 6 weights that the module has, such as whole\.net\..* at another place in its module"
+    with pytest.raises(MisconfigurationException, match=said):
+        load_adapter_checkpoint(Inside(), saved[0] / "last.ckpt")
