@@ -264,3 +264,19 @@ def test_that_a_network_is_at_another_place_in_its_module_is_said(saved: tuple[P
     said = r"lacks 6 weights that the module has, such as whole\.net\..* at another place in its module"
     with pytest.raises(MisconfigurationException, match=said):
         load_adapter_checkpoint(Inside(), saved[0] / "last.ckpt")
+
+
+# -- ranks
+
+
+def test_ranks_that_would_go_on_from_different_steps_are_refused(
+    saved: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With real ranks it is in tests/distributed/test_checkpoints.py."""
+    folder, _ = saved
+    monkeypatch.setattr(SingleDeviceStrategy, "all_gather", lambda strategy, step: torch.stack([step, 0 * step]))
+    with pytest.raises(MisconfigurationException, match=r"from different steps, \[6, 0\]"):
+        train(folder, ckpt_path=folder / "last.ckpt")
+    train(folder)
+    with pytest.raises(FileNotFoundError, match="Checkpoint file not found"):
+        train(folder, ckpt_path=folder / "none.ckpt")

@@ -121,6 +121,11 @@ def local_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return values
 
 
+def apart(folder: str, strategy: str, resumes: list[str | None], **settings: Any) -> dict[str, Any]:
+    """Each rank resumes from a file of its own, or from none, as if machines shared no folder."""
+    return train(folder, strategy, resume=resumes[int(os.environ["RANK"])], **settings)
+
+
 class Wide(nn.Module):
     """A frozen base much larger than the adapter."""
 

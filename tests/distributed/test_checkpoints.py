@@ -3,6 +3,7 @@
 All runs on two processes share one launch; those on one process run here.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
 # Our own file does not depend on the format of Lightning's.
 ONE_OF_EACH = ("ddp", "fsdp1-full", "fsdp2-full")
 GATHERED = ("fsdp1-full", "fsdp2-full")
+APART = {"nothing": None, "an older file": "6", "no such file": "5"}
+"""What the other rank finds if the machines share no folder: the step in its file's name."""
 
 
 class Runs:
@@ -58,6 +61,9 @@ class Runs:
                 yield planned("traffic", function="traffic")
                 yield planned("frozen", frozen_A=1.0)
                 yield planned("frozen-resumed", frozen_A=2.0, resume=self.file(f"{name}-frozen"))
+            for found, other in APART.items() if name in ONE_OF_EACH else ():
+                resumes = [self.file("one"), other and self.file("one", int(other))]
+                yield planned(f"apart-{found}", function="apart", resumes=resumes)
         for kind in ("fsdp1", "fsdp2"):
             yield f"gathered-{kind}", ("checkpoint_runs:gathered", {"kind": kind})
         run = "odd"
@@ -167,6 +173,15 @@ def test_any_trained_parameter_is_gathered_whatever_is_wrapped(runs: Runs, kind:
 def test_an_optimizer_that_cannot_be_made_whole_is_refused(runs: Runs) -> None:
     for error in runs.two.error("odd"):
         assert "AdamW keeps ['history'], and it can't be known how that is split over the ranks" in error
+
+
+@pytest.mark.parametrize("found", APART)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_ranks_that_find_different_checkpoints_end_with_one_error(runs: Runs, name: str, found: str) -> None:
+    """Before DDP trains on from both, and before FSDP waits for a rank that has nothing to load."""
+    steps = {"an older file": r"\[9, 6\]"}.get(found, r"\[9, 0\]")
+    for error in runs.two.error(f"{name}-apart-{found}"):
+        assert re.search(rf"the ranks would continue from different steps, {steps} .*share, or copy the file", error)
 
 
 @pytest.mark.parametrize("name", GATHERED)

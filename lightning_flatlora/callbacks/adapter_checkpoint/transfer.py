@@ -1,6 +1,7 @@
 """Save checkpoints of adapters, and load them, under every strategy; the frozen base is never gathered."""
 
 import math
+import os
 import zipfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -186,8 +187,20 @@ def read_adapters(trainer: Trainer, finder: Finder | None) -> None:
 
     def start(path: Any = None, *args: Any, **options: Any) -> None:
         export.check(path)
-        resume_start(path, *args, **options)
-        export.check(path, connector._loaded_checkpoint.get("global_step"))
+        exists = not path or "://" in str(path) or os.path.exists(path)
+        if exists:
+            resume_start(path, *args, **options)
+        # All ranks come here, with a checkpoint or without, before any of them waits for the others to load one.
+        step = connector._loaded_checkpoint.get("global_step", 0)
+        steps = strategy.all_gather(torch.tensor(step, device=strategy.root_device)).flatten().tolist()
+        if len(set(steps)) > 1:
+            raise MisconfigurationException(
+                f"AdapterCheckpoint: the ranks would continue from different steps, {steps} (0: found no checkpoint): "
+                "save into a folder that all machines share, or copy the file to each before you resume"
+            )
+        if not exists:
+            resume_start(path, *args, **options)  # for Lightning's error
+        export.check(path, step)
 
     def load(checkpoint_path: Any, **options: Any) -> dict[str, Any]:
         # A strategy that restores after its setup would load the file into a gathered model at once.
