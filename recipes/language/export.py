@@ -62,7 +62,7 @@ def export(adapter: Path, to: Path, dtype: DType = "auto", base: str | None = No
             "an adapter with layer_replication can't be merged: the copies of a layer share their weights"
         )
     base = base or str(config.base_model_name_or_path)
-    run = settings_of_run(adapter)
+    run, _ = settings_of_run(adapter)
     fields = run.get("model", {}).get("init_args", {}).get("model_config") or {}
     model = load_adapted(base, adapter, dtype, **fields)
     whole = merged(model, adapter)

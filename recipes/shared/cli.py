@@ -83,10 +83,10 @@ class RecipeCLI(LightningCLI):
     ``run_name`` is the name of all loggers whose own name is null: an overlay of a method names its runs in one line.
 
     The recipe's ``base.yaml`` is laid below all that is given. With ``--ckpt_path`` the settings of the checkpoint's
-    run come between the two, from its ``config.yaml``: its model, data, method and Trainer. ``--ckpt_path last`` is the
-    newest last checkpoint of the runs that log into the same folder, and an error if there is none. In a fit
-    a warning names what is given otherwise than there: of the model, the data, the method, the optimizer, the
-    precision, accumulation and clipping.
+    run come between the two, from its ``config.yaml``: its model, data, method and the Trainer's plain values, see
+    :func:`recipes.shared.taken.taken`. ``--ckpt_path last`` is the newest last checkpoint of the runs that log into the
+    same folder, and an error if there is none. In a fit a warning names what is given otherwise than there: of the
+    model, the data, the method, the optimizer, the precision, accumulation and clipping.
 
     ``--method`` chooses a method's configuration, ``--rho`` its radius. ``--optimizer`` and ``--lr_scheduler`` each
     replace their own part of what the recipe trains with. Switching the progress bar, the checkpoints or the model
@@ -243,7 +243,7 @@ class RecipeCLI(LightningCLI):
             raise MisconfigurationException(f"--ckpt_path {settings.ckpt_path}: {problem}")
         # An evaluation on other data is meant to have them, and "hpc" and addresses are no files of a run.
         checkpoint = Path(settings.ckpt_path or "")
-        before = settings_of_run(checkpoint) if settings.ckpt_path and checkpoint.exists() else {}
+        before = settings_of_run(checkpoint)[0] if settings.ckpt_path and checkpoint.exists() else {}
         if self.subcommand != "fit" or not before:
             return
         now = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))

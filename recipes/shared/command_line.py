@@ -17,7 +17,6 @@ from peft import LoraConfig
 from recipes.shared.configs import (
     base_file,
     is_method,
-    listed,
     method_file,
     methods_of,
     methods_of_run,
@@ -115,8 +114,9 @@ def names_method(recipe: str, arguments: Sequence[str]) -> bool:
 def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path, trains: bool) -> list[str]:
     """The arguments behind the settings of the run that has saved a checkpoint, if its ``config.yaml`` is there.
 
-    Whatever is given goes before them. If the method or callbacks are given, the callbacks are as in a new run. The
-    method that the run had is not laid over it again, so that its rho stays.
+    Only what :func:`recipes.shared.taken.taken` allows is read from it. Whatever is given goes before that. If the
+    method or callbacks are given, the callbacks are as in a new run. The method that the run had is not laid over it
+    again, so that its rho stays.
 
     Args:
         recipe: name of the recipe's folder.
@@ -127,13 +127,9 @@ def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path, trains: bo
     Raises:
         MisconfigurationException: what is given would take the place of the run's method without a word of it.
     """
-    run = settings_of_run(checkpoint)
+    run, left_out = settings_of_run(checkpoint, recipe)
     if not run:
         return list(arguments)
-    for logger in listed(run.get("trainer", {}).get("logger")):
-        of_logger = logger.get("init_args", {}) if isinstance(logger, dict) else {}  # or true, or a class's name
-        if "name" in of_logger and of_logger["name"] == run.get("run_name"):
-            of_logger["name"] = None  # so that a --run_name given now takes its place
     configs, others = split(arguments, "--config")
     base = [config for config in configs if _is_file(config, base_file(recipe))]
     overlays = [str(method_file(recipe, name)) for name in methods_of(recipe)]
@@ -158,7 +154,13 @@ def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path, trains: bo
     else:
         given = own
         taken = f"model, data and method ({', '.join(methods_of_run(run)) or 'LoRA'})"
-    rank_zero_info(f"The {taken} are as in {checkpoint.parent.parent / 'config.yaml'}, except for what is given here")
+    source = checkpoint.parent.parent / "config.yaml"
+    rank_zero_info(f"The {taken} are as in {source}, except for what is given here")
+    if left_out:
+        rank_zero_info(
+            f"Not taken from {source}, since they choose other code or where files are written: {', '.join(left_out)}. "
+            "If you trust the file and need them, give them here"
+        )
     # The parser takes settings in place of a file, too.
     return [*_as_options([*base, yaml.safe_dump(run), *given]), *others]
 

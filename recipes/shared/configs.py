@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from recipes.shared.taken import taken
+
 RECIPES = Path(__file__).parent.parent
 _NO_METHODS = ("AdapterCheckpoint", "FlatnessMonitor")
 """Callbacks of the package that leave the training as it is."""
@@ -56,19 +58,24 @@ def settings_help(recipe: str) -> str:
     )
 
 
-def settings_of_run(saved: Path) -> dict[str, Any]:
-    """The settings of a run, as LightningCLI has written them; empty where there are none.
+def settings_of_run(saved: Path, recipe: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Read from a run's ``config.yaml`` what another run may take over, and the names of its other settings.
+
+    Both are empty if there is no such file.
 
     Args:
-        saved: a checkpoint of the run, or the folder beside it: ``runs/.../version_N/checkpoints/NAME``.
+        saved: a checkpoint of the run, or the folder next to it: ``runs/.../version_N/checkpoints/NAME``.
+        recipe: whose base names what need not be said.
     """
     path = saved.resolve().parent.parent / "config.yaml"
     if not path.is_file():
-        return {}
+        return {}, []
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     # Another program may have a file of that name.
-    is_of_run = isinstance(settings, dict) and isinstance(settings.get("model"), dict)
-    return settings if is_of_run else {}
+    if not (isinstance(settings, dict) and isinstance(settings.get("model"), dict)):
+        return {}, []
+    base = base_file(recipe)
+    return taken(settings, yaml.safe_load(base.read_text(encoding="utf-8")) if base.exists() else {})
 
 
 def listed(setting: Any) -> list[Any]:

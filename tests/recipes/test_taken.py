@@ -1,0 +1,185 @@
+"""What a foreign run's config.yaml may choose: neither code of others nor where files are written."""
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import yaml
+from one_command import ParsingCLI, one_command
+
+from recipes.classification.data import TextData
+from recipes.classification.module import TextClassification, TextClassificationFM
+from recipes.clip_contrastive.data import ContrastiveData
+from recipes.clip_contrastive.module import ContrastiveModelFM
+from recipes.clip_fewshot.data import FewShotData
+from recipes.clip_fewshot.module import FewShotFM
+from recipes.instruction_tuning.data import InstructionData
+from recipes.instruction_tuning.module import InstructionTuningFM
+from recipes.language.export import settings_of_run as of_export
+from recipes.nlg.data import MeaningData
+from recipes.nlg.module import TextGenerationFM
+from recipes.shared.taken import _OBJECTS, taken
+from recipes.vqa.data import VQAData
+from recipes.vqa.module import VQAFM
+
+pytestmark = pytest.mark.usefixtures("command_line")
+
+EVIL = {"class_path": "payload.Evil"}
+PAYLOAD = 'from pathlib import Path\nPath("PWNED").touch()\nclass Evil:\n    pass\n'
+MODEL, DATA = "recipes.classification.module.TextClassification", "recipes.classification.data.TextData"
+
+
+def folder_of(tmp_path: Path, changes: dict[str, Any]) -> Path:
+    """A run's checkpoint; what its settings hold is a class's path by dotted names, or a value."""
+    settings: dict[str, Any] = {
+        "seed_everything": 3,
+        "model": {"class_path": MODEL, "init_args": {"model": "mine", "lora": {"r": 2}}},
+        "data": {"class_path": DATA, "init_args": {"dataset": "my.jsonl"}},
+        "trainer": {"max_epochs": 7, "precision": "32-true", "strategy": "auto", "callbacks": []},
+    }
+    for name, value in changes.items():
+        part = settings
+        *parents, last = name.split(".")
+        for parent in parents:
+            part = part.setdefault(parent, {})
+        part[last] = value
+    folder = tmp_path / "foreign" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save({}, folder / "last.ckpt")
+    (folder.parent / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "last.ckpt"
+
+
+SAVER = {"class_path": "lightning_flatlora.AdapterCheckpoint", "init_args": {"monitor": "val/loss", "dirpath": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("trainer.strategy", "ddp", "trainer.strategy"),
+        ("trainer.strategy", {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}, "trainer.strategy"),
+        ("trainer.plugins", [{"class_path": "lightning.pytorch.plugins.MixedPrecision"}], "trainer.plugins"),
+        ("trainer.logger", [{"class_path": "lightning.pytorch.loggers.CSVLogger"}], "trainer.logger"),
+        ("trainer.profiler", "advanced", "trainer.profiler"),
+        ("trainer.default_root_dir", "/x", "trainer.default_root_dir"),
+        ("trainer.model_registry", "x", "trainer.model_registry"),
+        ("weights_only", False, "weights_only"),
+        ("trainer.callbacks", [EVIL], r"trainer.callbacks \(payload.Evil\)"),
+        ("trainer.callbacks", ["EarlyStopping"], r"trainer.callbacks \(EarlyStopping\)"),
+        ("trainer.callbacks", [SAVER], "AdapterCheckpoint.dirpath"),
+        ("trainer.callbacks", [{**SAVER, "init_args": {"filename": "../../x"}}], "AdapterCheckpoint.filename"),
+        ("run_name", "../../x", "run_name"),
+        ("optimizer", EVIL, r"optimizer \(payload.Evil\)"),
+        ("lr_scheduler.class_path", "torch.optim.lr_scheduler.LambdaLR", None),
+        ("model.class_path", "payload.Evil", r"model \(payload.Evil\)"),
+        ("model.init_args.predictions", "/x/predictions.jsonl", "model.predictions"),
+        ("model.init_args.lora.x", EVIL, "model.lora"),
+        ("model.init_args.lora.x", '{"class\\x5fpath": payload.Evil}', "model.lora"),
+        ("model.init_args.lora", {"megatron_core": "payload", "megatron_config": {"a": 1}}, "model.lora"),
+        ("model.init_args.model_config", {"trust_remote_code": True}, "model.model_config"),
+        ("model.init_args.attn_implementation", "someone/kernel", "model.attn_implementation"),
+        ("model.init_args.rho", "payload.Evil", "model.rho"),
+        ("model.init_args.finder", "payload.Evil", "model.finder"),
+        ("data.class_path", "lightning.pytorch.demos.boring_classes.BoringDataModule", r"data \(lightning"),
+        ("data.init_args.root", EVIL, "data.root"),
+        ("data.init_args.download", True, "data.download"),
+    ],
+)
+def test_a_foreign_run_chooses_no_code_and_no_place(name: str, value: Any, said: str | None, tmp_path: Path) -> None:
+    settings = yaml.safe_load((folder_of(tmp_path, {name: value}).parent.parent / "config.yaml").read_text())
+    if said is None:
+        settings["lr_scheduler"]["init_args"] = {"lr_lambda": "payload.Evil", "last_epoch": -1}
+        said = "LambdaLR.lr_lambda"
+    found, others = taken(settings, {})
+    assert [other for other in others if re.match(said, other)] == others != []
+    assert "payload" not in str(found)
+    assert found["trainer"].keys() <= {"max_epochs", "precision", "callbacks"}
+    # In the same words nothing else is left out.
+    assert (found.get("data", {}).get("init_args", {}).get("dataset") == "my.jsonl") == ("data (" not in str(others))
+
+
+def parsed(*arguments: str) -> Any:
+    with one_command():
+        return ParsingCLI(list(arguments), recipe="classification").config[arguments[0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("trainer.callbacks", [EVIL]),
+        ("trainer.strategy", EVIL),
+        ("model.init_args.lora.x", EVIL),
+        ("model.init_args.lora.x", "{class_path: payload.Evil}"),
+        ("optimizer", EVIL),
+    ],
+)
+def test_the_parser_imports_nothing_that_a_foreign_run_names(
+    name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ParsingCLI, "_run_subcommand", lambda self, name: None)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "payload.py").write_text(PAYLOAD)
+    checkpoint = folder_of(tmp_path, {name: value})
+    settings = parsed("fit", f"--ckpt_path={checkpoint}")
+    assert not (tmp_path / "PWNED").exists()
+    assert settings.trainer.max_epochs == 7
+    assert settings.data.init_args.dataset == "my.jsonl"
+
+
+def test_what_a_run_of_ours_had_is_taken(tmp_path: Path) -> None:
+    schedule = {"class_path": "lightning_flatlora.LinearRho", "init_args": {"start": 0.1, "end": 0.0}}
+    changes = {
+        "run_name": "mine",
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "nesterov": False}},
+        "trainer.gradient_clip_val": 0.5,
+        "trainer.accumulate_grad_batches": 2,
+        "trainer.logger": [{"class_path": "CSV", "init_args": {"save_dir": "runs", "name": "mine", "prefix": ""}}],
+        "trainer.callbacks": [
+            {"class_path": "lightning_flatlora.EFMLoRA", "init_args": {"rho": schedule, "estimator": "average"}},
+            {"class_path": "lightning_flatlora.AdapterCheckpoint", "init_args": {"filename": "{epoch}-{loss:.2f}"}},
+            {"class_path": "recipes.shared.random_state.RandomState", "init_args": {}},
+        ],
+        "data.init_args.text": ["premise", "hypothesis"],
+        "model.init_args.predictions": "answers.jsonl",
+    }
+    settings = yaml.safe_load((folder_of(tmp_path, changes).parent.parent / "config.yaml").read_text())
+    base = {"trainer": {"logger": [{"class_path": "CSV", "init_args": {"save_dir": "runs", "name": None}}]}}
+    found, others = taken(settings, base)
+    assert others == []
+    expected = {name: value for name, value in settings["trainer"].items() if name not in ("strategy", "logger")}
+    assert found == {**settings, "trainer": expected}
+
+
+def test_the_export_reads_no_code_from_a_run_either(tmp_path: Path) -> None:
+    checkpoint = folder_of(tmp_path, {"model.init_args.model_config": {"trust_remote_code": True}})
+    assert "model_config" not in of_export(checkpoint)[0]["model"]["init_args"]
+
+
+PLAIN = (str, int, float, bool, dict, type(None), Any, ...)
+
+
+def leaves(annotation: Any) -> set[Any]:
+    """The types that a type is made of; a Literal's values count by their types."""
+    if not get_args(annotation):
+        return {type(annotation) if isinstance(annotation, str) else annotation}
+    return set().union(*map(leaves, get_args(annotation)))
+
+
+OURS = (TextClassification, TextClassificationFM, ContrastiveModelFM, FewShotFM, InstructionTuningFM, TextGenerationFM)
+OURS += (VQAFM, TextData, ContrastiveData, FewShotData, InstructionData, MeaningData, VQAData)
+
+
+@pytest.mark.parametrize("ours", OURS, ids=lambda each: each.__name__)
+def test_arguments_that_are_objects_are_known(ours: type) -> None:
+    """A text given for one may be a class's path, which the parser imports."""
+    objects = set()
+    for kind in ours.__mro__:
+        if kind.__module__.startswith(("recipes.", "lightning_flatlora.")) and "__init__" in vars(kind):
+            for name, parameter in inspect.signature(kind.__init__, eval_str=True).parameters.items():
+                if name != "self" and not leaves(parameter.annotation) <= set(PLAIN):
+                    objects.add(name)
+    assert objects <= set(_OBJECTS)
+    assert objects == ({"rho", "finder"} if ours.__name__.endswith("FM") else set())
