@@ -15,6 +15,7 @@ from recipes.reproduce.plan import Plan
 from recipes.reproduce.report import plan_text, table_text, time_left
 from recipes.reproduce.run import KEY, Place, Run, perform
 from recipes.reproduce.tables import TABLES
+from recipes.shared.command_line import option
 from recipes.shared.ledger import StoppedError, each_once, keep_options
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.precision import precision_of_runs
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     folder = plan.results.folder
     keep_options(folder, more, written=["table.md"])
-    place = Place(folder, precision_of_runs(folder), more)
+    place = Place(folder, precision_of_runs(folder, option(more, "--trainer.accelerator") or "auto"), more)
     try:
         plan.work(partial(perform, place=place), partial(_announce, plan=plan))
     except (KeyboardInterrupt, StoppedError) as stop:

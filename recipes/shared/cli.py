@@ -29,6 +29,7 @@ from recipes.shared.files import set_aside
 from recipes.shared.interrupt import InterruptAfterStep
 from recipes.shared.precision import fast_precision
 from recipes.shared.progress import progress_bar
+from recipes.shared.ranks import gathered
 from recipes.shared.training import RecipeModule
 
 _SWITCHES = {
@@ -61,7 +62,7 @@ class RecipeParser(LightningArgumentParser):
 
 
 class ConfigSaver(SaveConfigCallback):
-    """Writes the run's ``config.yaml``, and gives another file of that name a new one first.
+    """Writes the run's ``config.yaml``, if all ranks agree, and gives another file of that name a new one first.
 
     A run that is resumed into its old folder finds one there, and a run without a logger writes where it was started,
     which may be where a user keeps a file of that name.
@@ -69,6 +70,12 @@ class ConfigSaver(SaveConfigCallback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        precisions = gathered(str(trainer.precision))
+        if len(set(precisions)) > 1:
+            raise MisconfigurationException(
+                f"the processes would compute in different precisions ({', '.join(precisions)}), since their machines "
+                "differ: give them one by --trainer.precision"
+            )
         folder = trainer.log_dir  # every rank has to ask
         assert folder is not None  # without a logger it is the Trainer's default_root_dir
         path = Path(folder, self.config_filename)

@@ -1,25 +1,16 @@
 """In which precision a device computes fast: one choice for recipes, demos, studies and tests."""
 
 import os
-import time
-from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.nn.functional import linear
-from torch.utils.benchmark import Timer
 
 from recipes.shared.files import write_whole
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 SETTING = "FLATLORA_PRECISION"
-_ROUNDS = 5
-_SIZE = 192  # rows and columns: two tenths of a second in all where bfloat16 is emulated at 0.6 GFLOP/s
-_GAIN = 1.3
-"""How much faster than float32 bfloat16 has to be. CPUs with instructions for it reach 2 and more, those without 0.4 at
-most and often 0.02: nothing lies near this value, so that one machine always gets one answer."""
 
 
 def fast_precision(accelerator: str = "auto") -> Precision:
@@ -28,12 +19,13 @@ def fast_precision(accelerator: str = "auto") -> Precision:
     ====================================================  ==============
     a GPU with bfloat16 (Ampere and later)                "bf16-mixed"
     a GPU with tensor cores for float16 only              "16-mixed"
-    a CPU that multiplies bfloat16 faster than float32    "bf16-mixed"
+    a CPU with instructions for bfloat16 (AVX512_BF16)    "bf16-mixed"
     anything else                                         "32-true"
     ====================================================  ==============
 
-    Most CPUs have no instructions for bfloat16 and multiply it 5 to 50 times slower than float32. A CPU is not asked
-    but timed, once in a process and in milliseconds: what it has and what PyTorch's libraries use of it are two things.
+    The device is asked, not timed: a busy machine would answer now so, now so, and each process of a run for itself.
+    With AVX512_BF16 a product of bfloat16 took half of float32's time (an AMD EPYC, 192 and 512 rows); without it
+    PyTorch computes bfloat16 up to 50 times slower than float32. On ARM nothing was measured.
     The environment variable ``FLATLORA_PRECISION`` overrides the choice, for all that asks here.
 
     Args:
@@ -60,11 +52,12 @@ def fast_precision(accelerator: str = "auto") -> Precision:
     return "bf16-mixed" if _has_fast_bfloat16() else "32-true"
 
 
-def precision_of_runs(folder: Path) -> Precision:
+def precision_of_runs(folder: Path, accelerator: str = "auto") -> Precision:
     """One precision for all runs whose results land in a folder, which are compared with each other.
 
     Args:
         folder: of the runs; the precision is written into its ``precision.txt``.
+        accelerator: as the Trainer takes it.
 
     Returns:
         What the folder began with, and at first :func:`fast_precision`. The environment variable overrides both.
@@ -75,7 +68,7 @@ def precision_of_runs(folder: Path) -> Precision:
     path = folder / "precision.txt"
     if not os.environ.get(SETTING) and path.exists():
         return _checked(path.read_text().strip(), str(path))
-    precision = fast_precision()
+    precision = fast_precision(accelerator)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, f"{precision}\n")
     return precision
@@ -99,14 +92,8 @@ def _of_gpu() -> Precision:
     return "16-mixed" if has_tensor_cores else "32-true"
 
 
-@cache
 def _has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 clearly faster than float32."""
-    return _product_seconds(torch.float32) > _GAIN * _product_seconds(torch.bfloat16)
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    matrix = torch.ones(_SIZE, _SIZE, dtype=dtype)  # ones, so that nobody's random state changes
-    # The time of one thread, which other processes do not change.
-    timer = Timer("linear(matrix, matrix)", globals={"linear": linear, "matrix": matrix}, timer=time.thread_time)
-    return timer.timeit(_ROUNDS).mean
+    """Return whether this CPU multiplies bfloat16 by instructions of its own, as all with AMX do, too."""
+    # The name is private. mkldnn's _is_mkldnn_bf16_supported() says yes to AVX-512 without these instructions.
+    has_instructions = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return bool(has_instructions())

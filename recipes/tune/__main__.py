@@ -10,6 +10,7 @@ Ctrl-C. The end is a table, a picture, the settings of the winner, and the answe
 import argparse
 import importlib.util
 import math
+import os
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from recipes.shared.command_line import names_method, option
 from recipes.shared.files import write_whole
 from recipes.shared.ledger import Row, StoppedError, keep_options
 from recipes.shared.mistakes import without_traceback
+from recipes.shared.precision import SETTING, precision_of_runs
 from recipes.shared.tables import print_and_write
 from recipes.studies.process import module_of
 from recipes.studies.results import Results, Shard, shard
@@ -44,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tried = [f"{name} {' '.join(values)}" for name, values in search.space.items()]
     given = [search.command, *asked, *tried, f"rho {' '.join(search.radii)}", *search.options]
     keep_options(folder, given, ["table.txt", "trials.png", "best.yaml"], runs=["search", "final"])
+    # For the recipes' own processes, unless the options or a configuration choose one.
+    os.environ[SETTING] = precision_of_runs(folder, option(more, "--trainer.accelerator") or "auto")
     perform, announce = partial(_perform, search), partial(_announce, search)
     waits = False
     try:

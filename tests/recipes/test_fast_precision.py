@@ -19,13 +19,12 @@ from recipes.shared.precision import fast_precision, precision_of_runs
 
 @pytest.fixture(autouse=True)
 def _ask_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No device but the CPU, no setting, and nothing measured yet."""
+    """No device but the CPU, and no setting."""
     monkeypatch.setattr("sys.argv", ["test"])  # LightningCLI warns of other arguments beside its own
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
     monkeypatch.delenv(precision.SETTING, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    precision._has_fast_bfloat16.cache_clear()
 
 
 @pytest.fixture
@@ -41,19 +40,14 @@ def fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- what is chosen
 
 
-@pytest.mark.parametrize(("of_float32", "of_bfloat16", "chosen"), [(2, 1, "bf16-mixed"), (1, 3, "32-true")])
-def test_a_cpu_is_timed_once(
-    of_float32: float, of_bfloat16: float, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[torch.dtype] = []
-
-    def seconds(dtype: torch.dtype) -> float:
-        asked.append(dtype)
-        return of_float32 if dtype == torch.float32 else of_bfloat16
-
-    monkeypatch.setattr(precision, "_product_seconds", seconds)
-    assert fast_precision() == fast_precision("cpu") == chosen
-    assert asked == [torch.float32, torch.bfloat16]
+@pytest.mark.parametrize(("answer", "chosen"), [(True, "bf16-mixed"), (False, "32-true"), (None, "32-true")])
+def test_a_cpu_is_asked_for_its_instructions(answer: bool | None, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if answer is None:  # another release of PyTorch
+        monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    else:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: answer)
+    # A busy machine changes nothing.
+    assert {fast_precision("cpu") for _ in range(20)} == {fast_precision()} == {chosen}
 
 
 @pytest.mark.parametrize(
@@ -107,6 +101,14 @@ def test_null_is_filled_in_and_kept(fast_bfloat16: None) -> None:
     assert cli("--trainer.precision=32-true").trainer.precision == "32-true"
     plugin = "lightning.pytorch.plugins.DoublePrecision"
     assert cli(f"--trainer.plugins=[{{class_path: {plugin}}}]").trainer.precision == "64-true"
+
+
+def test_processes_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their collectives would wait for each other, or get another size than they expect."""
+    monkeypatch.setattr("recipes.shared.cli.gathered", lambda own: [own, "bf16-mixed"])
+    chosen = cli("--trainer.precision=32-true", "--trainer.max_epochs=1")
+    with pytest.raises(MisconfigurationException, match=r"\(32-true, bf16-mixed\).*one by --trainer.precision"):
+        chosen.trainer.fit(chosen.model, chosen.datamodule)
 
 
 def test_every_base_leaves_it_open() -> None:

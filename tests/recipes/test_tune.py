@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from itertools import product
@@ -14,9 +15,11 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from recipes.shared import precision
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import RECIPES
 from recipes.shared.ledger import Row, StoppedError, read
+from recipes.shared.precision import SETTING
 from recipes.studies.process import fit
 from recipes.studies.results import Results, Shard
 from recipes.tune.__main__ import _parser, _perform, _space, main
@@ -55,11 +58,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
 
     def run_here(command: Sequence[str]) -> None:
         commands.append(command)
+        assert os.environ[SETTING] == "bf16-mixed"  # in all runs, if no option says another
         if len(commands) == 3:
             raise StoppedError(130)
         RecipeCLI(list(command[3:]))  # behind python -m recipes.classification
 
     monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))  # for the process that writes best.yaml
+    monkeypatch.setattr(precision, "_has_fast_bfloat16", lambda: True)
+    monkeypatch.setenv(SETTING, "")  # so that it is put back
     for module in ("recipes.studies.process", "recipes.tune.search"):
         monkeypatch.setattr(f"{module}.run_process", run_here)
     return commands
@@ -92,6 +98,7 @@ def test_a_search_is_run_once_resumed_and_answered(
     assert best["model"]["class_path"] == "recipes.classification.module.TextClassification"
     assert (tmp_path / "search" / "trials.png").stat().st_size > 0
     assert not list(tmp_path.glob("search/search/**/*.ckpt"))
+    assert (tmp_path / "search" / "precision.txt").read_text() == "bf16-mixed\n"
     # Nothing is run again, more seeds can be bought, and rows of other options can't be compared with those.
     assert main([*options, "--test"]) == 0
     assert len(started) == len(rows) + len(finals) + 2
