@@ -98,7 +98,8 @@ class Ledger:
     def claimed(self, run: Run) -> Iterator[bool]:
         """Whether this process is the one to do a run, among several processes that share the file.
 
-        The claim ends with the block, and with the process, however that ends.
+        The claim ends with the block. If this process is killed, it ends with the command of :func:`run_process` that
+        does the run and outlives it.
         """
         name = self._name(run.key())
         # Of the key itself, which is JSON, no file name can be made.
@@ -108,6 +109,9 @@ class Ledger:
         except Timeout:
             yield False
             return
+        # A descriptor that the command inherits keeps the lock; filelock has no public name for it.
+        if lock._context.lock_file_fd is not None:
+            os.set_inheritable(lock._context.lock_file_fd, True)
         try:
             self.reload()
             yield name not in self._rows  # another process may have finished it since this one last looked
@@ -257,7 +261,7 @@ def run_process(command: Sequence[str]) -> None:
     Raises:
         StoppedError: it has failed, or was stopped.
     """
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, close_fds=False)  # it keeps the claim, see Ledger.claimed
     status, is_stopped = None, False
 
     def terminate(*_: Any) -> None:

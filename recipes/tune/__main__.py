@@ -29,7 +29,7 @@ from recipes.shared.tables import print_and_write
 from recipes.studies.process import module_of
 from recipes.studies.results import Results, Shard, shard
 from recipes.tune.report import Answer, answer, draw, table
-from recipes.tune.search import CONTROL, KEY, WITH, Run, Search
+from recipes.tune.search import CONTROL, KEY, WITH, Run, Search, judged
 from recipes.tune.space import RHO, SPACES, Space, pairs, seeds_of
 
 _WAIT = 5.0  # seconds
@@ -63,9 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 time.sleep(_WAIT)
             search.results.reload()
     except (StoppedError, KeyboardInterrupt) as stop:
-        print(f"\nThis run stopped. The same command resumes the search in {folder}")
-        if isinstance(stop, StoppedError) and not stop.is_by_user:
-            print("It has failed. Mend the cause, or start again: a trial or control that fails twice has diverged")
+        if isinstance(stop, StoppedError) and not stop.is_by_user and not search.results.rows:
+            print("\nThe first run has failed, with the error above: fix its cause, and start again")
+        else:
+            print(f"\nThis run stopped. The same command resumes the search in {folder}")
         return getattr(stop, "status", 130)
     found = answer(search)
     assert found is not None  # of a finished search
@@ -84,7 +85,9 @@ def _perform(search: Search, run: Run) -> Row:
     Not so for a winner on fresh seeds, whose settings have worked in the search.
     """
     try:
-        return search.perform(run)
+        row = search.perform(run)
+        print(_result(search, run, row), flush=True)
+        return row
     except StoppedError as stop:
         mark = search.results.folder / run.name / "failed"
         has_worked = run.stage == "final" and run.side != CONTROL
@@ -93,9 +96,19 @@ def _perform(search: Search, run: Run) -> Row:
         if not mark.exists():
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
+            print(f"\n{run} has failed, with the error above; if it does so again, it counts as diverged", flush=True)
             raise
         print(f"{run} has failed twice and counts as diverged", flush=True)
         return search.failed(run)
+
+
+def _result(search: Search, run: Run, row: Row) -> str:
+    """A line for people: what a run has come to, and the best trial of its side so far."""
+    found = f"{run}: {row['metric']} {row['value']:.4g}"
+    if run.stage == "final":
+        return found
+    best = max([*search.tried(run.side).values(), row], key=judged)
+    return f"Trial {run.trial} {found} (best so far {best['value']:.4g}, trial {best['trial']})"
 
 
 def _announce(search: Search, run: Run) -> None:

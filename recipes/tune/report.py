@@ -1,6 +1,7 @@
 """What a search says: a table, a picture and one sentence."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
@@ -8,11 +9,12 @@ from scipy import stats
 
 from recipes.shared.statistics import Estimate, estimate, with_error
 from recipes.shared.tables import Table
-from recipes.tune.search import CONTROL, SEARCH_SEEDS, WITH, WITHOUT, Search
-from recipes.tune.space import RHO, Config, short
+from recipes.tune.search import CONTROL, SEARCH_SEEDS, SIDES, WITH, WITHOUT, Search
+from recipes.tune.space import RHO, Config, short, size
 
 _NAMES = {WITHOUT: "LoRA", CONTROL: "LoRA with the same other settings"}
 _TITLES = {WITHOUT: "without (LoRA)", WITH: "with the perturbation", CONTROL: "control (LoRA)"}
+_OR_COARSE = "Or the metric is too coarse: take a loss, by --metric."
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,16 @@ class Answer:
         values: of the metric, by side and seed.
         less_is_better: of the metric.
         seconds: of a run.
+        trials: the values of all trials.
+        tried: how many settings with the perturbation were tried, and how many there are.
     """
 
     configs: dict[str, Config]
     values: dict[str, dict[int, float]]
     less_is_better: bool
     seconds: float
+    trials: Sequence[float] = ()
+    tried: tuple[int, int] = (1, 1)
 
     def difference(self, side: str) -> Estimate:
         """With the perturbation minus another side, paired by seed."""
@@ -44,6 +50,25 @@ class Answer:
     def diverged(self, side: str) -> int:
         """How many of a side's runs have."""
         return sum(not math.isfinite(value) for value in self.values[side].values())
+
+    @property
+    def no_answer(self) -> str:
+        """Why values that are all equal say nothing; empty if they differ."""
+        # A trial that diverged has the worst number there is.
+        learnt = [value for value in self.trials if math.isfinite(value)]
+        if len(learnt) > 1 and len(set(learnt)) == 1:
+            return (
+                f"No answer: all {len(learnt)} trials gave {learnt[0]:.4g}. Nothing was learnt: train longer, or try "
+                f"higher rates, in another folder. {_OR_COARSE}"
+            )
+        for side, values in self.values.items():
+            if len(set(values.values())) == 1 and not self.diverged(side):
+                return (
+                    f"No answer: all {len(values)} final runs {_TITLES[side]} gave {min(values.values()):.4g}. The "
+                    "seeds change nothing: check that --seed_everything sets the adapter's start and the order of the "
+                    f"data. {_OR_COARSE}"
+                )
+        return ""
 
     @property
     def others(self) -> list[str]:
@@ -61,20 +86,23 @@ class Answer:
     @property
     def winner(self) -> str:
         """The side whose settings to take: with the perturbation if it is better for sure, else the better LoRA."""
-        if not any(map(self.diverged, self.configs)) and self.gain(self.rival)[0] > 0:
+        if not self.no_answer and not any(map(self.diverged, self.configs)) and self.gain(self.rival)[0] > 0:
             return WITH
         sign = 1 if self.less_is_better else -1
         return min(self.others, key=lambda side: sign * sum(self.values[side].values()))
 
     def verdict(self) -> str:
-        """One sentence: use it, don't, or not known yet."""
+        """One sentence: use it, don't, not known yet, or why there is no answer."""
+        if self.no_answer:
+            return self.no_answer
         low, high = self.gain(self.rival)
         rho = self.configs[WITH][RHO]
         than = f"than {_NAMES[self.rival]}"
         if self.diverged(WITH):
             return f"Don't: it diverged in {self.diverged(WITH)} of its {len(self.values[WITH])} final runs."
         if high < 0:
-            return f"Don't: it is worse {than}, by {-high:.3g} to {-low:.3g} (95 % interval)."
+            tried = f"with the best of the {self.tried[0]} settings tried, of {self.tried[1]}"
+            return f"Don't: it is worse {than}, by {-high:.3g} to {-low:.3g} (95 % interval), {tried}."
         for side in self.others:
             if self.diverged(side):
                 runs = f"{self.diverged(side)} of its {len(self.values[side])} final runs"
@@ -85,7 +113,9 @@ class Answer:
         return f"Not known yet: {between}. Until then, don't."
 
     def one_more_hour(self) -> str:
-        """What it would buy, if the spread of the seeds stays."""
+        """What it would buy, if the spread of the seeds stays; empty if they show none."""
+        if self.no_answer:
+            return ""
         found = self.difference(self.rival)
         seconds = len(self.configs) * self.seconds  # of a seed
         more = int(3600 / seconds)
@@ -112,7 +142,9 @@ def answer(search: Search) -> Answer | None:
         values[side] = {row["seed"]: row["value"] for row in rows}
         every += rows
     seconds = sum(row["seconds"] for row in every) / len(every)
-    return Answer(configs, values, every[0]["mode"] == "min", seconds)
+    trials = [row["value"] for side in SIDES for row in search.tried(side).values()]
+    tried = (search.trials_of(WITH), size(search.space_of(WITH)))
+    return Answer(configs, values, every[0]["mode"] == "min", seconds, trials, tried)
 
 
 def table(search: Search, found: Answer) -> Table:
@@ -128,7 +160,7 @@ def table(search: Search, found: Answer) -> Table:
     for side in found.configs:
         if side != WITH:
             difference = found.difference(side)
-            interval = f"{difference.mean:+.4f} ± {difference.interval:.4f}"
+            interval = f"{difference.mean:+.4f}" + ("" if found.no_answer else f" ± {difference.interval:.4f}")
             lines.append([f"with - {side}, 95 % interval", "", "", interval])
     metric = next(iter(search.tried(WITH).values()))["metric"]
     judged_on = "test" if search.tests else "validation"
@@ -137,7 +169,7 @@ def table(search: Search, found: Answer) -> Table:
         f"{metric}, {'less' if found.less_is_better else 'more'} is better; mean and standard error over seeds "
         f"{', '.join(map(str, SEARCH_SEEDS))} of the search, on validation data, and over {search.fresh} fresh seeds, "
         f"on {judged_on} data; the interval is over seeds, and not over other {judged_on} data",
-        f"Differences are paired by seed. {found.one_more_hour()}",
+        f"Differences are paired by seed. {found.one_more_hour()}".strip(),
     ]
     if CONTROL in found.configs:
         notes.append(

@@ -133,6 +133,29 @@ def test_a_request_to_end_reaches_the_command() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def _claims(folder: Path) -> None:
+    with ledger(folder).claimed(RUNS[0]):
+        run_process(["sh", "-c", f"touch {folder}/started; while [ ! -e {folder}/end ]; do sleep 0.05; done"])
+
+
+def test_a_run_that_outlives_its_killed_parent_is_still_claimed(tmp_path: Path) -> None:
+    """Otherwise the next start would train in its folder at the same time."""
+    process = processes.start(_claims, tmp_path, output=tmp_path / "output.txt")
+    while not (tmp_path / "started").exists():
+        assert process.is_alive(), (tmp_path / "output.txt").read_text()
+        time.sleep(0.05)
+    process.kill()
+    process.join(timeout=60)
+    with ledger(tmp_path).claimed(RUNS[0]) as is_mine:
+        assert not is_mine
+    (tmp_path / "end").touch()
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not is_mine:
+        with ledger(tmp_path).claimed(RUNS[0]) as is_mine:
+            time.sleep(0.05)
+    assert is_mine
+
+
 def test_options_may_be_changed_until_there_is_a_result(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     keep_options(folder, ["--rate=1"], ["table.txt"], runs=["search"])

@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.shared import precision
 from recipes.shared.cli import RecipeCLI
+from recipes.shared.command_line import option
 from recipes.shared.configs import RECIPES
 from recipes.shared.ledger import Row, StoppedError, read
 from recipes.shared.precision import SETTING
@@ -93,7 +95,7 @@ def test_a_search_is_run_once_resumed_and_answered(
     assert {(row["metric"], row["mode"]) for row in rows} == {("val_score", "max")}
     out = " ".join(capsys.readouterr().out.split())  # lines are wrapped
     assert "on test data" in out
-    assert "One more hour buys" in out
+    assert re.search("One more hour buys|No answer: all", out)  # two steps may teach nothing
     best = yaml.safe_load((tmp_path / "search" / "best.yaml").read_text())
     assert best["model"]["class_path"] == "recipes.classification.module.TextClassification"
     assert (tmp_path / "search" / "trials.png").stat().st_size > 0
@@ -153,7 +155,7 @@ def test_winners_that_differ_in_more_than_rho_have_a_control(tmp_path: Path) -> 
     assert (len(runs), search.left()) == (12 + 2 * 2 * 2 + 3 * 5, 0)
     assert (found.rival, found.winner) == (WITHOUT, WITH)  # rank 8 alone is worse
     for sign in (1, -1):
-        values = {CONTROL: dict.fromkeys(found.values[WITH], -sign * 1.0)}
+        values = {CONTROL: {seed: -sign * (1.0 + seed / 1e6) for seed in found.values[WITH]}}
         for side in SIDES:
             values[side] = {seed: sign * value for seed, value in found.values[side].items()}
         against = Answer(found.configs, values, sign == 1, seconds=36.0)
@@ -283,6 +285,50 @@ def test_the_answer_is_one_sentence_with_its_doubt() -> None:
     worse.configs[CONTROL], worse.values[CONTROL] = {}, {0: 0.1, 1: 3.2, 2: 0.1}
     assert worse.verdict().startswith("Don't: it is worse than LoRA, by ")
     assert better.one_more_hour().startswith("One more hour buys 10 more seeds (--fresh 13)")
+
+
+def test_equal_values_are_no_certainty() -> None:
+    for without, perturbed in (([0.5, 0.5], [0.7, 0.7]), ([0.7, 0.7], [0.5, 0.5]), ([0.5, 0.6], [0.4, 0.4])):
+        equal = answer_of(without, perturbed)
+        assert re.match(
+            r"No answer: all 2 final runs w.* gave 0.[457]. The seeds change nothing: check", equal.verdict()
+        )
+        assert equal.winner == WITHOUT
+        assert equal.one_more_hour() == ""
+    chance = replace(answer_of([1.0, 1.2, 1.1], [0.5, 0.71, 0.6]), trials=[0.5, 0.5, math.inf, 0.5])
+    assert chance.verdict().startswith("No answer: all 3 trials gave 0.5. Nothing was learnt: train longer")
+
+
+def test_an_answer_tells_how_much_was_tried(tmp_path: Path) -> None:
+    search, _ = finished(tmp_path, trials=8)  # of 6 settings without rho, and 12 with it
+    found = answer(search)
+    assert (found.tried, len(found.trials)) == ((4, 12), 8)
+    worse = replace(found, less_is_better=not found.less_is_better)
+    assert worse.verdict().endswith("(95 % interval), with the best of the 4 settings tried, of 12.")
+
+
+@pytest.mark.parametrize("is_proven", [True, False])
+def test_a_failure_is_no_divergence(
+    is_proven: bool, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    done = 0
+
+    def run_here(command: Sequence[str]) -> None:
+        nonlocal done
+        done += 1
+        if not is_proven or done == 2:
+            raise StoppedError(2)
+        fitted = {"monitor": "val_score", "mode": "max", "validations": [{"val_score": 0.25}], "training_seconds": 1.0}
+        folder = Path(option(command, "--trainer.callbacks.folder") or "")
+        folder.mkdir(parents=True)
+        (folder / "fit.json").write_text(json.dumps(fitted))
+
+    monkeypatch.setattr("recipes.studies.process.run_process", run_here)
+    assert main(options) == 2
+    out = capsys.readouterr().out
+    assert ("counts as diverged" in out) == is_proven
+    assert ("The first run has failed, with the error above: fix its cause" in out) == (not is_proven)
+    assert ("seed 0: val_score 0.25 (best so far 0.25, trial 0)" in out) == is_proven
 
 
 @pytest.mark.parametrize(
