@@ -23,6 +23,7 @@ from lightning_flatlora import load_adapter_checkpoint
 from recipes.clip.model import export_open_clip, image_features, text_features
 from recipes.shared.files import refuse_unless_new
 from recipes.shared.mistakes import without_traceback
+from recipes.shared.taken import taken
 
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _CLOSE = 1e-3  # of normalized features; a wrong weight changes them by more
@@ -88,9 +89,10 @@ def trained(checkpoint: Path, config: Path) -> Any:
     """The LightningModule of a run with the weights of a checkpoint, in evaluation mode."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningModule, "model")
-    model = yaml.safe_load(config.read_text(encoding="utf-8")).get("model")
+    # The run may be somebody else's.
+    settings, _ = taken(yaml.safe_load(config.read_text(encoding="utf-8")), {})
     try:
-        module = parser.instantiate_classes(parser.parse_object({"model": model})).model
+        module = parser.instantiate_classes(parser.parse_object({"model": settings.get("model", {})})).model
         module.configure_model()
         load_adapter_checkpoint(module, checkpoint)
     except (ArgumentError, MisconfigurationException, RuntimeError, TypeError) as error:

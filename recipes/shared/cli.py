@@ -28,7 +28,7 @@ from recipes.shared.configs import is_method, listed, methods_of, settings_help,
 from recipes.shared.files import set_aside
 from recipes.shared.interrupt import InterruptAfterStep
 from recipes.shared.precision import fast_precision
-from recipes.shared.progress import progress_bar
+from recipes.shared.progress import progress_bar, without_missing_weights
 from recipes.shared.ranks import gathered
 from recipes.shared.training import RecipeModule
 
@@ -112,20 +112,24 @@ class RecipeCLI(LightningCLI):
         self._recipe = recipe
         if recipe:
             settings["parser_kwargs"] = {"prog": f"python -m recipes.{recipe}"}
-        super().__init__(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            save_config_callback=ConfigSaver,
-            # ConfigSaver has set aside whatever must not be lost.
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,  # it wants the parameters before configure_model has made them
-            parser_class=RecipeParser,
-            args=args,
-            **settings,
-        )
+        try:
+            super().__init__(
+                L.LightningModule,
+                L.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                save_config_callback=ConfigSaver,
+                # ConfigSaver has set aside whatever must not be lost.
+                save_config_kwargs={"overwrite": True},
+                auto_configure_optimizers=False,  # it wants the parameters before configure_model has made them
+                parser_class=RecipeParser,
+                args=args,
+                **settings,
+            )
+        except SystemExit:
+            self._say_how_to_resume()
+            raise
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -242,9 +246,33 @@ class RecipeCLI(LightningCLI):
         self.model.chosen_optimizer = optimizer
         self.model.chosen_scheduler = scheduler
 
+    def after_fit(self) -> None:
+        """Say where the run is, and what comes next; Lightning calls it."""
+        for saver in self.trainer.checkpoint_callbacks:
+            kept = saver.best_model_path or saver.last_model_path  # type: ignore[attr-defined]
+            if kept:
+                adapter = Path(kept).with_suffix("")
+                also = f", and its adapter in {adapter}" if adapter.is_dir() else ""
+                test = f"{self.parser.prog} test --ckpt_path {kept}"
+                rank_zero_info(f"The run is in {self.trainer.log_dir}{also}. To test it: {test}")
+                return
+
+    def _say_how_to_resume(self) -> None:
+        """After Ctrl-C, which ends a fit by an exit."""
+        if not hasattr(self, "trainer") or not self.trainer.interrupted or self.subcommand != "fit":
+            return
+        saved: list[Path] = []
+        for saver in self.trainer.checkpoint_callbacks:
+            saved += Path(saver.dirpath or "").glob("last*.ckpt")  # type: ignore[attr-defined]
+        if saved:
+            newest = max(saved, key=lambda path: path.stat().st_mtime)
+            rank_zero_info(f"To resume: {self.parser.prog} fit --ckpt_path {newest}")
+
     def _check_checkpoint(self) -> None:
         """Refuse a checkpoint that can't be read, and name what its run had otherwise."""
         settings = self.config_init[self.subcommand]
+        if settings.ckpt_path:
+            without_missing_weights()
         problem = problem_of(settings.ckpt_path, settings.trainer.enable_checkpointing is not False)
         if problem:
             raise MisconfigurationException(f"--ckpt_path {settings.ckpt_path}: {problem}")

@@ -12,6 +12,16 @@ from rich.console import Console
 from typing_extensions import override
 
 _SECONDS = 10.0  # between two lines
+_HINTS = (
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+    ".*is_gradient_checkpointing.*",
+    ".*set_vital.*",
+    "The `srun` command is available on your system but is not used",
+    "Precision .* is not supported by the model summary",
+    "The dirpath has changed",  # of every run that goes on
+    r"\s*By default only one JsonargparseDeprecationWarning",
+    r"\s*``instantiate_classes`` was deprecated",
+)
 _FORM = "{desc}{n_fmt} of {total_fmt}, {elapsed}<{remaining}{postfix}"
 
 
@@ -69,16 +79,32 @@ class ProgressLines(TQDMProgressBar):
     init_sanity_tqdm = init_train_tqdm = init_validation_tqdm = init_test_tqdm = init_predict_tqdm = _lines
 
 
+def without_hints() -> None:
+    """Silence what other libraries say in every run, and that tells its user nothing."""
+    for message in _HINTS:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+
+
+def without_missing_weights() -> None:
+    """Silence transformers where a checkpoint is about to give the head that the base lacks."""
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_missing_head)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless cloud" not in record.getMessage()
+
+
+def _is_no_missing_head(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "MISSING" not in text or "UNEXPECTED" in text or "MISMATCH" in text
+
+
 def quiet() -> None:
-    """Only what matters here: Lightning's hints on workers and logging intervals do not."""
+    """Only what matters in a demo: Lightning's remarks on devices, workers and folders do not."""
+    without_hints()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*isinstance\\(treespec, LeafSpec\\).*",
-        ".*exists and is not empty.*",
-        ".*is_gradient_checkpointing.*",
-        ".*set_vital.*",
-    ):
+    for message in (".*does not have many workers.*", ".*exists and is not empty.*"):
         warnings.filterwarnings("ignore", message=message)
 
 

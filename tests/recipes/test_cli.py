@@ -253,12 +253,13 @@ class Interrupts(L.Callback):
 
 # The recipes' own data resume.
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended:UserWarning")
-def test_a_run_that_is_interrupted_in_its_first_epoch_resumes(config: str) -> None:
+def test_a_run_that_is_interrupted_in_its_first_epoch_resumes(config: str, caplog: pytest.LogCaptureFixture) -> None:
     # Lightning ignores the signal from the first interrupted run of a process on.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(SystemExit):
         run("fit", config, f"--trainer.callbacks+={__name__}.Interrupts")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert caplog.messages[-1].endswith(" fit --ckpt_path runs/tiny/version_0/checkpoints/last.ckpt")
     resumed = run("fit", config, "--ckpt_path=last")
     assert len(resumed.model.rates) == 1
     assert resumed.trainer.global_step == 4
@@ -313,6 +314,15 @@ def test_overfitting_some_batches_is_refused_with_the_remedy() -> None:
     data.trainer = SimpleNamespace(overfit_batches=1)  # type: ignore[assignment]
     with pytest.raises(MisconfigurationException, match=r"overfit_batches.*set limit_train_batches instead"):
         data.whole_batches([], DistributedSampler([], num_replicas=1, rank=0))
+
+
+def test_a_fit_tells_where_it_is_and_what_comes_next(config: str, caplog: pytest.LogCaptureFixture) -> None:
+    run("fit", config)
+    (told,) = [message for message in caplog.messages if message.startswith("The run is in runs/tiny/version_0, and")]
+    adapter, file = re.search(r"its adapter in (\S+)\. To test it: .* test --ckpt_path (\S+)$", told).groups()
+    assert Path(adapter).is_dir()
+    tested = run("test", config, f"--ckpt_path={file}")
+    assert tested.trainer.callback_metrics["val_loss"] > 0
 
 
 def test_fast_dev_run_leaves_no_file(config: str, tmp_path: Path) -> None:

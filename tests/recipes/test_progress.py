@@ -1,10 +1,13 @@
 """What a log shows of long work: how far it is, and that it is done."""
 
+import logging
+import warnings
+
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar
 
 from recipes.shared import progress as progress_module
-from recipes.shared.progress import ProgressLines, progress, progress_bar
+from recipes.shared.progress import ProgressLines, progress, progress_bar, without_hints, without_missing_weights
 
 
 def test_a_line_every_ten_seconds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,3 +39,36 @@ def test_each_epoch_has_its_last_line(capsys: pytest.CaptureFixture[str]) -> Non
             bar.update(2)
             bar.refresh()
     assert capsys.readouterr().out.count("2 of 2") == 3
+
+
+FOREIGN = [
+    "`isinstance(treespec, LeafSpec)` is deprecated",
+    "`is_gradient_checkpointing` is deprecated and will be removed in v6",
+    "'set_vital' is deprecated, please do not call",
+    "The `srun` command is available on your system but is not used. HINT: If your intention is",
+    "Precision bf16-mixed is not supported by the model summary.  Estimated model size",
+    "The dirpath has changed from 'a' to 'b', therefore `best_model_score`",
+    "\n    By default only one JsonargparseDeprecationWarning per type is shown.",
+    "\n    ``instantiate_classes`` was deprecated in v4.49.0",
+]
+LOGGED = {
+    "lightning.pytorch.utilities.rank_zero": "Tip: For seamless cloud logging and experiment tracking, try",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community: %s",
+    "transformers.modeling_utils": "LOAD REPORT\nscore.weight | MISSING |",
+}
+
+
+def test_what_others_say_in_every_run_is_silent_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        without_hints()
+        without_missing_weights()
+        for message in FOREIGN:
+            warnings.warn(message, UserWarning, stacklevel=1)
+        with pytest.raises(UserWarning, match="is deprecated"):
+            warnings.warn("This argument is deprecated", UserWarning, stacklevel=1)
+    for name, message in LOGGED.items():
+        logging.getLogger(name).warning(message)
+        logging.getLogger(name).warning(f"more of {name}")
+    logging.getLogger("transformers.modeling_utils").warning("score.weight | MISSING |\nhead.weight | UNEXPECTED |")
+    assert [message.split()[0] for message in caplog.messages] == ["more", "more", "more", "score.weight"]

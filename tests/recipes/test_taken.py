@@ -8,10 +8,12 @@ from typing import Any, get_args
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from one_command import ParsingCLI, one_command
 
 from recipes.classification.data import TextData
 from recipes.classification.module import TextClassification, TextClassificationFM
+from recipes.clip.export import trained
 from recipes.clip_contrastive.data import ContrastiveData
 from recipes.clip_contrastive.module import ContrastiveModelFM
 from recipes.clip_fewshot.data import FewShotData
@@ -151,6 +153,15 @@ def test_what_a_run_of_ours_had_is_taken(tmp_path: Path) -> None:
     assert others == []
     expected = {name: value for name, value in settings["trainer"].items() if name not in ("strategy", "logger")}
     assert found == {**settings, "trainer": expected}
+
+
+def test_the_export_of_clip_imports_nothing_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "payload.py").write_text(PAYLOAD)
+    checkpoint = folder_of(tmp_path, {"model": EVIL})
+    with pytest.raises(MisconfigurationException, match=r"is not of the model in .*config.yaml"):
+        trained(checkpoint, checkpoint.parent.parent / "config.yaml")
+    assert not (tmp_path / "PWNED").exists()
 
 
 def test_the_export_reads_no_code_from_a_run_either(tmp_path: Path) -> None:
