@@ -141,6 +141,7 @@ class ContrastiveBase(ClipModule):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
         self.contrastive.clamp()
 
     @override

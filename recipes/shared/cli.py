@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn, cast
 
 import lightning as L
@@ -23,7 +24,15 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from recipes.shared.checkpoints import differing_settings, last_checkpoint, problem_of
-from recipes.shared.command_line import hint, in_order, option, refuse_unknown_fields, with_base_and_method, with_run
+from recipes.shared.command_line import (
+    hint,
+    in_order,
+    option,
+    refuse_nulls,
+    refuse_unknown_fields,
+    with_base_and_method,
+    with_run,
+)
 from recipes.shared.configs import is_method, listed, methods_of, settings_help, settings_of_run, shipped_configs
 from recipes.shared.files import set_aside
 from recipes.shared.interrupt import InterruptAfterStep
@@ -178,6 +187,9 @@ class RecipeCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         self._set_rho()
+        for part in ("model", "data"):
+            chosen = self._get(self.config, part)
+            refuse_nulls(part, resolve_name(chosen.class_path), chosen.get("init_args", {}))
         refuse_unknown_fields(self._get(self.config, "model").get("init_args", {}).get("lora"))
         for logger in listed(self._get(self.config, "trainer").logger):
             arguments = getattr(logger, "init_args", {})

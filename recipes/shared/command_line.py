@@ -3,10 +3,11 @@
 import argparse
 import dataclasses
 import difflib
+import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -227,6 +228,32 @@ def refuse_unknown_fields(lora: Any) -> None:
             raise MisconfigurationException(f"lora: modules_to_save must be a list, such as [{value}]")
         if name not in known:
             raise MisconfigurationException(f"lora: peft's LoraConfig has no field {name!r}.{_nearest(name, known)}")
+
+
+def refuse_nulls(part: str, kind: Any, given: Mapping[str, Any]) -> None:
+    """Refuse a null for an argument that takes none, which the parser lets pass.
+
+    Args:
+        part: "model" or "data".
+        kind: its class.
+        given: its arguments.
+
+    Raises:
+        MisconfigurationException: names such an argument.
+    """
+    types: dict[str, Any] = {}
+    for owner in reversed(getattr(kind, "__mro__", ())):
+        for name, parameter in inspect.signature(owner.__init__).parameters.items():
+            types[name] = parameter.annotation
+    for name, value in given.items():
+        if value is None and not _takes_null(types.get(name)):
+            raise MisconfigurationException(f"--{part}.{name} can't be null: give a value, or leave it out")
+
+
+def _takes_null(annotation: Any) -> bool:
+    """Whether an argument may be null; one of a type that is not known may."""
+    members = get_args(annotation)
+    return type(None) in members if members else annotation not in (bool, int, float, str)
 
 
 def hint(message: str, names: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """What the LightningModules of all recipes do alike."""
 
 import math
+from copy import deepcopy
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -47,6 +48,8 @@ class RecipeModule(L.LightningModule):
     eps: float = 1e-8
     chosen_optimizer: Any = None
     chosen_scheduler: Any = None
+    _cut: Any = None
+    """The fit loop's state at the step in whose epoch the run was told to stop."""
 
     def loss(self, batch: Any) -> Tensor:
         """The mean loss of a batch, shape (); logged as ``train_loss``."""
@@ -66,6 +69,12 @@ class RecipeModule(L.LightningModule):
             lora = net.active_peft_config
             settings = f"rank {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}"
             rank_zero_info(f"LoRA of {settings} on {len(net.base_model.targeted_module_names)} layers")
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        is_cut = self.trainer.should_stop and not self.trainer.is_last_batch
+        self._cut = deepcopy(self.trainer.fit_loop.state_dict()) if is_cut else None
 
     def recipe_schedule(self, optimizer: Optimizer) -> LRScheduler:
         """The learning rate in time where none was chosen, which is stepped with every optimizer step."""
@@ -109,6 +118,9 @@ class RecipeModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["chosen_scheduler"] = self._name_of_scheduler()
+        if self._cut is not None:
+            # By max_time, after which Lightning counts the epoch as done: resuming would leave out the rest of it.
+            checkpoint["loops"]["fit_loop"] = self._cut
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -265,6 +265,23 @@ def test_a_run_that_is_interrupted_in_its_first_epoch_resumes(config: str, caplo
     assert resumed.trainer.global_step == 4
 
 
+class Stops(L.Callback):
+    """Does what max_time does, after the third of the four steps of the first epoch."""
+
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step == 3
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended:UserWarning")
+@pytest.mark.parametrize("module", ["Tiny", "TinyFM"])
+def test_a_run_that_is_told_to_stop_resumes_within_its_epoch(config: str, module: str) -> None:
+    stopped = run("fit", config, f"--trainer.callbacks+={__name__}.Stops", "--trainer.max_epochs=2", module=module)
+    assert (stopped.trainer.global_step, "val_loss" in stopped.trainer.callback_metrics) == (3, True)
+    resumed = run("fit", config, "--ckpt_path=last", "--trainer.max_epochs=2", module=module)
+    assert (len(resumed.model.rates), resumed.trainer.global_step) == (1 + 4, 8)
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 def test_a_fit_that_goes_on_with_other_settings_is_named(config: str) -> None:
     efmlora, quiet = "--trainer.callbacks+=lightning_flatlora.EFMLoRA", "--trainer.enable_model_summary=false"

@@ -185,6 +185,13 @@ def test_a_wrong_field_of_lora_is_refused_before_anything_is_loaded(wrong: str, 
     assert parsed("fit", "--model.lora.projections=[q]", recipe="clip_contrastive")
 
 
+@pytest.mark.parametrize("wrong", ["model.learning_rate", "model.betas", "model.schedule", "data.batch_size"])
+def test_a_null_is_refused_where_there_is_none(wrong: str) -> None:
+    with pytest.raises(MisconfigurationException, match=f"--{wrong} can't be null: give a value, or leave it out"):
+        parsed("fit", f"--{wrong}=null", recipe="nlg")
+    parsed("fit", "--model.lora=null", "--data.config_name=null", recipe="nlg")
+
+
 # Help imports whatever may be an optimizer or a logger, also what lacks a library.
 @pytest.mark.filterwarnings("ignore")
 def test_help_begins_with_the_settings_of_the_model_and_the_data(capsys: pytest.CaptureFixture[str]) -> None:
