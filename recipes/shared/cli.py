@@ -2,6 +2,7 @@
 
 import re
 import sys
+from itertools import chain
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn, cast
@@ -260,24 +261,20 @@ class RecipeCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where the run is, and what comes next; Lightning calls it."""
-        for saver in self.trainer.checkpoint_callbacks:
-            kept = saver.best_model_path or saver.last_model_path  # type: ignore[attr-defined]
-            if kept:
-                adapter = Path(kept).with_suffix("")
-                also = f", and its adapter in {adapter}" if adapter.is_dir() else ""
-                test = f"{self.parser.prog} test --ckpt_path {kept}"
-                rank_zero_info(f"The run is in {self.trainer.log_dir}{also}. To test it: {test}")
-                return
+        savers: list[Any] = self.trainer.checkpoint_callbacks
+        kept = [saver.best_model_path or saver.last_model_path for saver in savers]
+        for path in list(filter(None, kept))[:1]:
+            command = f"{self.parser.prog} test --ckpt_path {path}"
+            rank_zero_info(f"The run is in {self.trainer.log_dir}. To test it: {command}")
 
     def _say_how_to_resume(self) -> None:
         """After Ctrl-C, which ends a fit by an exit."""
-        if not hasattr(self, "trainer") or not self.trainer.interrupted or self.subcommand != "fit":
+        if not hasattr(self, "trainer") or not self.trainer.interrupted:
             return
-        saved: list[Path] = []
-        for saver in self.trainer.checkpoint_callbacks:
-            saved += Path(saver.dirpath or "").glob("last*.ckpt")  # type: ignore[attr-defined]
-        if saved:
-            newest = max(saved, key=lambda path: path.stat().st_mtime)
+        savers: list[Any] = self.trainer.checkpoint_callbacks
+        saved = chain.from_iterable(Path(saver.dirpath or "").glob("last*.ckpt") for saver in savers)
+        newest = max(saved, key=lambda path: path.stat().st_mtime, default=None)
+        if self.subcommand == "fit" and newest:
             rank_zero_info(f"To resume: {self.parser.prog} fit --ckpt_path {newest}")
 
     def _check_checkpoint(self) -> None:

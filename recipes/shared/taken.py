@@ -40,7 +40,7 @@ def taken(run: Settings, usual: Settings) -> tuple[Settings, list[str]]:
         usual: of the recipe's base, whose loggers and strategy need no mention.
     """
     found: Settings = {}
-    others: list[str] = []
+    others = ["weights_only"] if run.get("weights_only") is not None else []
     for name in ("seed_everything", "method", "run_name"):
         if _is_plain(name, run.get(name)):
             found[name] = run.get(name)
@@ -50,9 +50,7 @@ def taken(run: Settings, usual: Settings) -> tuple[Settings, list[str]]:
     for name, classes in kinds.items():
         if run.get(name):
             found[name] = _object(name, run[name], classes, others)
-    if run.get("weights_only") is not None:
-        others.append("weights_only")
-    trainer, of_base = (_dict(settings.get("trainer")) for settings in (run, usual))
+    trainer, of_base = _dict(run.get("trainer")), _dict(usual.get("trainer"))
     plain = {name: value for name, value in trainer.items() if _is_plain(name, value)}
     found["trainer"] = plain
     for name in trainer.keys() - plain.keys() - {"callbacks"}:

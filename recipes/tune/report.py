@@ -14,6 +14,8 @@ from recipes.tune.space import RHO, Config, short, size
 
 _NAMES = {WITHOUT: "LoRA", CONTROL: "LoRA with the same other settings"}
 _TITLES = {WITHOUT: "without (LoRA)", WITH: "with the perturbation", CONTROL: "control (LoRA)"}
+_NOT_LEARNT = "Nothing was learnt: train longer, or try higher rates, in another folder."
+_NO_SEEDS = "The seeds change nothing: check that --seed_everything sets the adapter's start and the order of the data."
 _OR_COARSE = "Or the metric is too coarse: take a loss, by --metric."
 
 
@@ -54,20 +56,13 @@ class Answer:
     @property
     def no_answer(self) -> str:
         """Why values that are all equal say nothing; empty if they differ."""
-        # A trial that diverged has the worst number there is.
-        learnt = [value for value in self.trials if math.isfinite(value)]
-        if len(learnt) > 1 and len(set(learnt)) == 1:
-            return (
-                f"No answer: all {len(learnt)} trials gave {learnt[0]:.4g}. Nothing was learnt: train longer, or try "
-                f"higher rates, in another folder. {_OR_COARSE}"
-            )
-        for side, values in self.values.items():
-            if len(set(values.values())) == 1 and not self.diverged(side):
-                return (
-                    f"No answer: all {len(values)} final runs {_TITLES[side]} gave {min(values.values()):.4g}. The "
-                    "seeds change nothing: check that --seed_everything sets the adapter's start and the order of the "
-                    f"data. {_OR_COARSE}"
-                )
+        groups = [("trials", self.trials, _NOT_LEARNT)]
+        groups += [(f"final runs {_TITLES[side]}", [*found.values()], _NO_SEEDS) for side, found in self.values.items()]
+        for what, values, reason in groups:
+            # One that diverged has the worst number there is.
+            finite = [value for value in values if math.isfinite(value)]
+            if len(finite) > 1 and len(set(finite)) == 1:
+                return f"No answer: all {len(finite)} {what} gave {finite[0]:.4g}. {reason} {_OR_COARSE}"
         return ""
 
     @property
