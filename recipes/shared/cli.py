@@ -261,11 +261,12 @@ class RecipeCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where the run is, and what comes next; Lightning calls it."""
+        folder = self.trainer.log_dir  # every rank has to ask
         savers: list[Any] = self.trainer.checkpoint_callbacks
         kept = [saver.best_model_path or saver.last_model_path for saver in savers]
-        for path in list(filter(None, kept))[:1]:
-            command = f"{self.parser.prog} test --ckpt_path {path}"
-            rank_zero_info(f"The run is in {self.trainer.log_dir}. To test it: {command}")
+        path = next(filter(None, kept), None)
+        if path is not None:
+            rank_zero_info(f"The run is in {folder}. To test it: {self.parser.prog} test --ckpt_path {path}")
 
     def _say_how_to_resume(self) -> None:
         """After Ctrl-C, which ends a fit by an exit."""

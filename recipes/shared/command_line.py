@@ -157,9 +157,11 @@ def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path, trains: bo
         taken = f"model, data and method ({', '.join(methods_of_run(run)) or 'LoRA'})"
     source = checkpoint.parent.parent / "config.yaml"
     rank_zero_info(f"The {taken} are as in {source}, except for what is given here")
-    if left_out:
+    given_now = " ".join(others)
+    lacking = [name for name in left_out if f"--{name.partition(' ')[0]}" not in given_now]
+    if lacking:
         rank_zero_info(
-            f"Not taken from {source}, since they choose other code or where files are written: {', '.join(left_out)}. "
+            f"Not taken from {source}, since they choose other code or where files are written: {', '.join(lacking)}. "
             "If you trust the file and need them, give them here"
         )
     # The parser takes settings in place of a file, too.

@@ -131,6 +131,18 @@ def test_the_parser_imports_nothing_that_a_foreign_run_names(
     assert settings.data.init_args.dataset == "my.jsonl"
 
 
+def test_what_is_left_out_is_named_until_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ParsingCLI, "_run_subcommand", lambda self, name: None)
+    checkpoint = folder_of(tmp_path, {"trainer.strategy": "ddp"})
+    for given, is_named in (([], True), (["--trainer.strategy=ddp"], False)):
+        caplog.clear()
+        parsed("fit", f"--ckpt_path={checkpoint}", *given)
+        named = [message for message in caplog.messages if "are written: trainer.strategy. If you" in message]
+        assert bool(named) == is_named
+
+
 def test_what_a_run_of_ours_had_is_taken(tmp_path: Path) -> None:
     schedule = {"class_path": "lightning_flatlora.LinearRho", "init_args": {"start": 0.1, "end": 0.0}}
     changes = {
