@@ -157,8 +157,8 @@ def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path, trains: bo
         taken = f"model, data and method ({', '.join(methods_of_run(run)) or 'LoRA'})"
     source = checkpoint.parent.parent / "config.yaml"
     rank_zero_info(f"The {taken} are as in {source}, except for what is given here")
-    given_now = " ".join(others)
-    lacking = [name for name in left_out if f"--{name.partition(' ')[0]}" not in given_now]
+    options = {each.partition("=")[0].rstrip("+") for each in others}
+    lacking = [name for name in left_out if f"--{name.partition(' ')[0]}" not in options]
     if lacking:
         rank_zero_info(
             f"Not taken from {source}, since they choose other code or where files are written: {', '.join(lacking)}. "
@@ -253,7 +253,7 @@ def refuse_nulls(part: str, kind: Any, given: Mapping[str, Any]) -> None:
 
 
 def _takes_null(annotation: Any) -> bool:
-    """Whether an argument may be null; one of a type that is not known may."""
+    """Return whether an argument may be null; one of an unknown type may."""
     members = get_args(annotation)
     return type(None) in members if members else annotation not in (bool, int, float, str)
 

@@ -23,8 +23,8 @@ def fast_precision(accelerator: str = "auto") -> Precision:
     anything else                                         "32-true"
     ====================================================  ==============
 
-    The device is asked, not timed: a busy machine would answer now so, now so, and each process of a run for itself.
-    With AVX512_BF16 a product of bfloat16 took half of float32's time (an AMD EPYC, 192 and 512 rows); without it
+    The device is asked, not timed: on a busy machine timings differ from run to run, and between the processes of a
+    run. With AVX512_BF16 a product of bfloat16 took half of float32's time (an AMD EPYC, 192 and 512 rows); without it
     PyTorch computes bfloat16 up to 50 times slower than float32. On ARM nothing was measured.
     The environment variable ``FLATLORA_PRECISION`` overrides the choice, for all that asks here.
 
@@ -93,7 +93,7 @@ def _of_gpu() -> Precision:
 
 
 def _has_fast_bfloat16() -> bool:
-    """Return whether this CPU multiplies bfloat16 by instructions of its own, as all with AMX do, too."""
+    """Return whether this CPU has instructions that multiply bfloat16, as every CPU with AMX has."""
     # The name is private. mkldnn's _is_mkldnn_bf16_supported() says yes to AVX-512 without these instructions.
     has_instructions = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return bool(has_instructions())

@@ -87,7 +87,7 @@ def without_hints() -> None:
 
 
 def without_missing_weights() -> None:
-    """Silence transformers where a checkpoint is about to give the head that the base lacks."""
+    """Silence what transformers says of a head that the base lacks, when a checkpoint is about to give it."""
     logging.getLogger("transformers.modeling_utils").addFilter(_is_no_missing_head)
 
 

@@ -64,7 +64,7 @@ def taken(run: Settings, usual: Settings) -> tuple[Settings, list[str]]:
 
 
 def _object(name: str, given: Any, classes: re.Pattern[str], others: list[str]) -> Settings | None:
-    """A class and those of its arguments that are taken; None if it is not of these classes."""
+    """Return a class and those of its arguments that are taken; None if it is not of these classes."""
     given = {"class_path": given} if isinstance(given, str) else _dict(given)
     path = str(given.get("class_path"))
     if not classes.fullmatch(path):
@@ -83,7 +83,7 @@ def _object(name: str, given: Any, classes: re.Pattern[str], others: list[str]) 
 
 
 def _is_plain(name: str, value: Any) -> bool:
-    """Whether a value is a number, a list of them, or one of the known texts."""
+    """Return whether a value is a number, a list of them, or one of the known texts."""
     if isinstance(value, list):
         return all(_is_plain(name, each) for each in value)
     if isinstance(value, str):
@@ -92,7 +92,7 @@ def _is_plain(name: str, value: Any) -> bool:
 
 
 def _is_setting(name: str, value: Any) -> bool:
-    """Whether a value of the model or the data neither runs code nor writes a file outside of the run's folder."""
+    """Return whether a value of the model or the data runs no code and writes no file outside of the run's folder."""
     if name in _OBJECTS:
         return _is_plain(name, value)
     if name in ("download", "predictions"):
@@ -118,7 +118,7 @@ def _stays_inside(name: str) -> bool:
 
 
 def _is_like(value: Any, usual: Any) -> bool:
-    """Whether a value is the usual one, in which what was null may have been filled in, and defaults been added."""
+    """Return whether a value is the usual one, with its nulls filled in and with defaults added, perhaps."""
     if isinstance(value, dict) and isinstance(usual, dict):
         return all(each is None or _is_like(value.get(name), each) for name, each in usual.items())
     if isinstance(value, list) and isinstance(usual, list):

@@ -56,8 +56,10 @@ class Answer:
     @property
     def no_answer(self) -> str:
         """Why values that are all equal say nothing; empty if they differ."""
-        groups = [("trials", self.trials, _NOT_LEARNT)]
-        groups += [(f"final runs {_TITLES[side]}", [*found.values()], _NO_SEEDS) for side, found in self.values.items()]
+        groups: list[tuple[str, Sequence[float], str]] = [("trials", self.trials, _NOT_LEARNT)]
+        for side, found in self.values.items():
+            if not self.diverged(side):
+                groups.append((f"final runs {_TITLES[side]}", list(found.values()), _NO_SEEDS))
         for what, values, reason in groups:
             # One that diverged has the worst number there is.
             finite = [value for value in values if math.isfinite(value)]

@@ -295,6 +295,8 @@ def test_equal_values_are_no_certainty() -> None:
         )
         assert equal.winner == WITHOUT
         assert equal.one_more_hour() == ""
+    diverged = answer_of([0.5, 0.6, 0.7], [0.4, 0.4, math.inf])
+    assert diverged.verdict().startswith("Don't: it diverged in 1 of its 3 final runs")
     chance = replace(answer_of([1.0, 1.2, 1.1], [0.5, 0.71, 0.6]), trials=[0.5, 0.5, math.inf, 0.5])
     assert chance.verdict().startswith("No answer: all 3 trials gave 0.5. Nothing was learnt: train longer")
 
