@@ -90,9 +90,13 @@ def trained(checkpoint: Path, config: Path) -> Any:
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningModule, "model")
     # The run may be somebody else's.
-    settings, _ = taken(yaml.safe_load(config.read_text(encoding="utf-8")), {})
+    settings, others = taken(yaml.safe_load(config.read_text(encoding="utf-8")), {})
+    if "model" not in settings:
+        raise MisconfigurationException(
+            f"{config} has no model of the recipes, and other classes are not imported: {', '.join(others)}"
+        )
     try:
-        module = parser.instantiate_classes(parser.parse_object({"model": settings.get("model", {})})).model
+        module = parser.instantiate_classes(parser.parse_object({"model": settings["model"]})).model
         module.configure_model()
         load_adapter_checkpoint(module, checkpoint)
     except (ArgumentError, MisconfigurationException, RuntimeError, TypeError) as error:

@@ -20,8 +20,9 @@ from recipes.language.joint_attention import join_attention, split_attention
 from recipes.language.model import DType, ending, load_pretrained, load_tokenizer
 from recipes.language.model_card import model_card
 from recipes.language.templates import ASKED, RefusedConversationError, read_template, template_errors
-from recipes.shared.configs import settings_of_run
+from recipes.shared.configs import written_settings
 from recipes.shared.files import refuse_unless_new
+from recipes.shared.taken import runs_no_code
 
 
 def main(program: str, arguments: Sequence[str] | None = None) -> None:
@@ -62,8 +63,13 @@ def export(adapter: Path, to: Path, dtype: DType = "auto", base: str | None = No
             "an adapter with layer_replication can't be merged: the copies of a layer share their weights"
         )
     base = base or str(config.base_model_name_or_path)
-    run, _ = settings_of_run(adapter)
+    run = written_settings(adapter)
     fields = run.get("model", {}).get("init_args", {}).get("model_config") or {}
+    if not runs_no_code(fields):  # the run may be somebody else's
+        raise MisconfigurationException(
+            f"model_config {fields} in the config.yaml of {adapter} may run code or write files: leave only fields of "
+            "the model's configuration there"
+        )
     model = load_adapted(base, adapter, dtype, **fields)
     whole = merged(model, adapter)
     join_attention(whole)

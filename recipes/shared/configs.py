@@ -58,24 +58,33 @@ def settings_help(recipe: str) -> str:
     )
 
 
-def settings_of_run(saved: Path, recipe: str = "") -> tuple[dict[str, Any], list[str]]:
-    """Read from a run's ``config.yaml`` what another run may take over, and the names of its other settings.
+def written_settings(saved: Path) -> dict[str, Any]:
+    """Read all settings of a run, as LightningCLI has written them; empty if there are none.
 
-    Both are empty if there is no such file.
+    They may be somebody else's: whoever gives them to a parser or a library needs :func:`settings_of_run`.
 
     Args:
         saved: a checkpoint of the run, or the folder next to it: ``runs/.../version_N/checkpoints/NAME``.
-        recipe: whose base names what need not be said.
     """
     path = saved.resolve().parent.parent / "config.yaml"
     if not path.is_file():
-        return {}, []
+        return {}
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     # Another program may have a file of that name.
-    if not (isinstance(settings, dict) and isinstance(settings.get("model"), dict)):
-        return {}, []
-    base = base_file(recipe)
-    return taken(settings, yaml.safe_load(base.read_text(encoding="utf-8")) if base.exists() else {})
+    is_of_run = isinstance(settings, dict) and isinstance(settings.get("model"), dict)
+    return settings if is_of_run else {}
+
+
+def settings_of_run(saved: Path, recipe: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Read the settings of a run that another run may take over, and the names of the others.
+
+    Args:
+        saved: as above.
+        recipe: whose base names what need not be said.
+    """
+    run, base = written_settings(saved), base_file(recipe)
+    usual = yaml.safe_load(base.read_text(encoding="utf-8")) if base.exists() else {}
+    return taken(run, usual) if run else ({}, [])
 
 
 def listed(setting: Any) -> list[Any]:
@@ -94,7 +103,7 @@ def methods_of_run(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The package's methods among the callbacks of a run, by name, with their arguments; none is plain LoRA.
 
     Args:
-        settings: as :func:`settings_of_run` gives them.
+        settings: as :func:`written_settings` gives them.
 
     Example:
         >>> callback = {"class_path": "lightning_flatlora.EFMLoRA", "init_args": {"rho": 0.1}}

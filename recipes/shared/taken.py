@@ -98,10 +98,11 @@ def _is_setting(name: str, value: Any) -> bool:
     if name in ("download", "predictions"):
         return not value or (isinstance(value, str) and _stays_inside(value))
     # With a slash it is a kernel's repository.
-    return _has_no_code(value) and not (name == "attn_implementation" and "/" in str(value))
+    return runs_no_code(value) and not (name == "attn_implementation" and "/" in str(value))
 
 
-def _has_no_code(value: Any) -> bool:
+def runs_no_code(value: Any) -> bool:
+    """Return whether no parser, and neither transformers nor peft, imports code or writes files for a value."""
     if isinstance(value, str):
         try:
             # The parser does so, too, with texts within dicts.
@@ -109,8 +110,8 @@ def _has_no_code(value: Any) -> bool:
         except (yaml.YAMLError, ValueError):
             return True
     if isinstance(value, dict):
-        return all(not _CODE.search(str(key)) and _has_no_code(each) for key, each in value.items())
-    return all(map(_has_no_code, value)) if isinstance(value, list) else True
+        return all(not _CODE.search(str(key)) and runs_no_code(each) for key, each in value.items())
+    return all(map(runs_no_code, value)) if isinstance(value, list) else True
 
 
 def _stays_inside(name: str) -> bool:

@@ -9,6 +9,7 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import ModelCard
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 
 from recipes.language import export as exporting
@@ -63,6 +64,15 @@ def test_the_folder_is_a_plain_model_that_answers_alike(adapter: Path, tiny: str
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
     assert tokenizer.chat_template == RUN["data"]["init_args"]["chat_template"]
     assert not list((tmp_path / "plain").glob("adapter*"))
+
+
+def test_a_run_can_not_let_the_base_run_code(adapter: Path, tmp_path: Path) -> None:
+    """It may be somebody else's, and transformers takes options of its own among the fields."""
+    run = {**RUN, "model": {"init_args": {"model_config": {"trust_remote_code": True}}}}
+    (adapter.parents[1] / "config.yaml").write_text(yaml.safe_dump(run))
+    with pytest.raises(MisconfigurationException, match=r"model_config .*trust_remote_code.* may run code"):
+        exporting.export(adapter, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
 
 
 def test_programs_that_generate_stop_where_the_template_ends_an_answer(
