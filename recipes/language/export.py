@@ -22,6 +22,7 @@ from recipes.language.model_card import model_card
 from recipes.language.templates import ASKED, RefusedConversationError, read_template, template_errors
 from recipes.shared.configs import written_settings
 from recipes.shared.files import refuse_unless_new
+from recipes.shared.progress import without_hints
 from recipes.shared.taken import runs_no_code
 
 
@@ -34,6 +35,7 @@ def main(program: str, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", "--model", help="the model that was trained on, where it is elsewhere now")
     parser.add_argument("--push_to_hub", metavar="NAME", help="send it to this repository, private if it is new")
     options = parser.parse_args(arguments)
+    without_hints()
     try:
         export(options.adapter, options.folder, options.dtype, options.base)
     except MisconfigurationException as error:
