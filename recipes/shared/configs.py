@@ -69,8 +69,11 @@ def written_settings(saved: Path) -> dict[str, Any]:
     path = saved.resolve().parent.parent / "config.yaml"
     if not path.is_file():
         return {}
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     # Another program may have a file of that name.
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        return {}
     is_of_run = isinstance(settings, dict) and isinstance(settings.get("model"), dict)
     return settings if is_of_run else {}
 

@@ -22,6 +22,7 @@ from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuningFM
 from recipes.nlg.data import MeaningData
 from recipes.nlg.module import TextGenerationFM
+from recipes.shared.configs import settings_of_run
 from recipes.shared.taken import _OBJECTS, taken
 from recipes.vqa.data import VQAData
 from recipes.vqa.module import VQAFM
@@ -172,6 +173,14 @@ def test_the_export_of_clip_imports_nothing_either(tmp_path: Path, monkeypatch: 
     checkpoint = folder_of(tmp_path, {"model": EVIL})
     with pytest.raises(MisconfigurationException, match=r"no model of the recipes, .*: model \(payload.Evil\)"):
         trained(checkpoint, checkpoint.parent.parent / "config.yaml")
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize("text", ["model: !!python/object/apply:os.system [touch PWNED]", "!Ref a", "a: [", "- 1", ""])
+def test_a_file_that_is_not_a_runs_is_passed_over(text: str, tmp_path: Path) -> None:
+    checkpoint = folder_of(tmp_path, {})
+    (checkpoint.parent.parent / "config.yaml").write_text(text)
+    assert settings_of_run(checkpoint) == ({}, [])
     assert not (tmp_path / "PWNED").exists()
 
 
