@@ -66,11 +66,10 @@ class LoopMethod:
         self._hooks = ExitStack()
         self._received = ReceivedGradients()
         self._steps_within = 0
-        # Asked at the next step, since load_state_dict() may still come.
+        # Said when the count is first used, since load_state_dict() may still come.
         self._lacks_state = wrappers.has_stepped(inner)
         method.horizon = math.inf if total_steps is None else total_steps
-        # A loop does not say whether it has a scaler, which skips the step within a fused optimizer.
-        method.is_skipped_on_overflow = True
+        method.is_skipped_on_overflow = True  # a loop does not say whether a scaler skips steps
         self.look_again()
         checks.say_start(method, method.pairs, self.search.left_out, self._orphans)
         self._close_others()
@@ -113,9 +112,9 @@ class LoopMethod:
         assignment = assign_pairs(search, [self._optimizer])
         problems = merge_problems(module)
         if not assignment.pairs[0]:
+            name = search.pairs[0].name
             problems.append(
-                f"trainable LoRA factors, such as {search.pairs[0].name}, are not in the optimizer: give them to it, "
-                "or give the optimizer that holds them"
+                f"trainable LoRA factors, such as {name}, are not in the optimizer: give one that holds them"
             )
         refuse(method, problems)
         self._leave_layers()
@@ -156,6 +155,7 @@ class LoopMethod:
     @property
     def step(self) -> int:
         """Optimizer steps taken so far; those that a ``GradScaler`` skips are not seen."""
+        self._warn_of_late_start()
         return self.method.step
 
     @property
@@ -167,6 +167,11 @@ class LoopMethod:
     def current_rho(self) -> float:
         """The radius of the coming optimizer step."""
         return self.method.current_rho
+
+    def _warn_of_late_start(self) -> None:
+        if self._lacks_state:
+            self._lacks_state = False
+            checks.warn_of_late_start(self.method)
 
     # -- the optimizer's step
 
@@ -205,13 +210,11 @@ class LoopMethod:
 
     def _is_within_step(self) -> bool:
         """Say whether a step is within one: a parent class's, a wrapped optimizer's, or a second try after an error."""
-        # No hook is called after a step that has raised, but a new gradient says that it has ended.
+        # No hook says that a step has raised, but a new gradient says that it has ended.
         return self._steps_within > 0 and not self._received.identities
 
     def _use_gradients(self) -> None:
-        if self._lacks_state:
-            self._lacks_state = False
-            checks.warn_of_late_start(self.method)
+        self._warn_of_late_start()
         self._check_parameters()
         self.method.before_step()
         self._received.identities.clear()
@@ -220,10 +223,8 @@ class LoopMethod:
         """Refuse a model whose parameters were replaced since, and follow new ones and a move to another device."""
         pairs = self.method.pairs
         if any(pair.current_B is not pair.B and isinstance(pair.current_B, DTensor) for pair in pairs):
-            raise RuntimeError(
-                f"the optimizer holds none of the parameters that {self.method.title} knows: make it after the model "
-                "is sharded, or call look_again()"
-            )
+            title = self.method.title
+            raise RuntimeError(f"the model was sharded after {title} was made: make it later, or call look_again()")
         held = {id(parameter) for parameter in parameters_of(self._optimizer)}
         if held != self._held or pairs[0].B.device != self._device:
             self.look_again()
@@ -261,8 +262,7 @@ class LoopMethod:
         own = self._optimizer.load_state_dict
 
         def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            # What somebody has put over this method still calls it after the end.
-            if self in _RUNNING:
+            if self in _RUNNING:  # after the end, what somebody has put over this method still calls it
                 self._take_state(state_dict)
             return own(state_dict, *args, **kwargs)
 
