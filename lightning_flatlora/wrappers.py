@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -41,12 +42,10 @@ def stepped(optimizer: Any) -> Any:
     return None
 
 
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """List an optimizer's parameters, in the order in which its state numbers them."""
-    parameters: list[nn.Parameter] = []
-    for param_group in optimizer.param_groups:
-        parameters += param_group["params"]
-    return parameters
+def parameters_of(*optimizers: Optimizer) -> list[nn.Parameter]:
+    """List the parameters of optimizers, of each in the order in which its state numbers them."""
+    groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
+    return list(chain.from_iterable(group["params"] for group in groups))
 
 
 def with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

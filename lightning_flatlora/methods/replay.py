@@ -99,10 +99,7 @@ class Replay:
 
     def _holders(self) -> list[nn.Parameter]:
         """List the parameters whose gradients a pass may change and a step may read, each once, as they are now."""
-        holders = dict.fromkeys(self._parameters)
-        for optimizer in self._optimizers:
-            holders.update(dict.fromkeys(parameters_of(optimizer)))
-        return list(holders)
+        return list(dict.fromkeys([*self._parameters, *parameters_of(*self._optimizers)]))
 
     def _noted(self) -> list[PutBack]:
         return [random_state(self._device), own_attributes(self._module), buffers_of(self._modules)]
@@ -148,11 +145,9 @@ class Replay:
         marks = list(map(_mark_of, self._watched))
         if marks == self._marks:
             return None
-        trained: set[int] = set()
-        for optimizer in self._optimizers:
-            trained.update(map(id, parameters_of(optimizer)))
+        trained = set(parameters_of(*self._optimizers))
         for parameter, mark, before in zip(self._watched, marks, self._marks, strict=True):
-            if mark != before and id(parameter) not in trained:
+            if mark != before and parameter not in trained:
                 names = [name for name, each in self._module.named_parameters() if each is parameter]
                 return names[0] if names else "of a part that is gone"
         return None
