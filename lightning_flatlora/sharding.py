@@ -1,5 +1,6 @@
 """How the ranks share factors and gradients, and how these are made whole again: every collective of the engine."""
 
+from collections import ChainMap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -156,11 +157,7 @@ class FlatShards(Sharding):
     def merged(self, table: dict[Any, Any]) -> dict[Any, Any]:
         tables: list[dict[Any, Any]] = [{} for _ in range(self._group.size())]
         dist.all_gather_object(tables, table, group=self._group)
-        merged = {}
-        # The first rank last, so that its entries decide.
-        for of_rank in reversed(tables):
-            merged.update(of_rank)
-        return merged
+        return dict(ChainMap(*tables))
 
     @override
     def have_gradients(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
