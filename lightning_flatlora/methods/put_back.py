@@ -10,7 +10,6 @@ import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from numbers import Number
-from operator import attrgetter
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -116,7 +115,7 @@ def buffers_of(modules: Sequence[nn.Module]) -> PutBack:
             bound.append((module, held))
     room = _MOST_BYTES
     values: list[tuple[Tensor, Tensor, Tensor]] = []
-    for buffer in sorted(copyable, key=attrgetter("nbytes")):
+    for buffer in sorted(copyable, key=lambda buffer: buffer.nbytes):
         room -= buffer.nbytes
         if room < 0:
             break
@@ -151,13 +150,14 @@ def _is_copyable(buffer: Tensor | None) -> TypeGuard[Tensor]:
     return not any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
 
 
-def metrics_on_copies(metrics: Iterable[Metric]) -> PutBack:
-    """Let torchmetrics work on copies of their states, until they get back the same objects that they hold now."""
+def metrics_on_copies(modules: Iterable[nn.Module]) -> PutBack:
+    """Let torchmetrics among modules work on copies of their states, until they get back the same objects as now."""
     kept = []
-    for metric in metrics:
-        attributes = dict(vars(metric))
-        kept.append((metric, attributes))
-        vars(metric).update({name: _copied(value) for name, value in attributes.items()})
+    for module in modules:
+        if isinstance(module, Metric):
+            attributes = dict(vars(module))
+            kept.append((module, attributes))
+            vars(module).update({name: _copied(value) for name, value in attributes.items()})
 
     def put_back() -> None:
         for metric, attributes in kept:
@@ -199,9 +199,8 @@ def copied_batch(batch: Any) -> Any:
         copied.__dict__.update(batch.__dict__)
         return copied
     if isinstance(batch, Iterator):
-        raise RuntimeError(
-            f"a second pass can't read the batch, a {type(batch).__name__}, once more: let the loader give lists"
-        )
+        kind = type(batch).__name__
+        raise RuntimeError(f"a second pass can't read the batch, a {kind}, once more: let the loader give lists")
     if type(batch) in (list, tuple):
         return type(batch)(map(copied_batch, batch))
     if isinstance(batch, tuple) and hasattr(batch, "_make"):  # a named tuple

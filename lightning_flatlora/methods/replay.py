@@ -9,7 +9,6 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torchmetrics import Metric
 
 from lightning_flatlora.methods.put_back import PutBack, buffers_of, metrics_on_copies, own_attributes, random_state
 from lightning_flatlora.methods.step_method import StepMethod
@@ -56,8 +55,6 @@ class Replay:
         self._parameters = list(module.parameters())
         self._optimizers = list(optimizers)
         self._watched = [] if is_sharded else _watchable(module)
-        self._device = torch.device("cpu")
-        self._at_start: list[PutBack] = []
         self.at_perturbed_weights: AbstractContextManager[None] | None = None
 
     def first_pass_starts(self, device: torch.device) -> None:
@@ -104,9 +101,6 @@ class Replay:
     def _noted(self) -> list[PutBack]:
         return [random_state(self._device), own_attributes(self._module), buffers_of(self._modules)]
 
-    def _metrics_on_copies(self) -> PutBack:
-        return metrics_on_copies(module for module in self._modules if isinstance(module, Metric))
-
     @contextmanager
     def running(self) -> Iterator[None]:
         """Inside, the second pass starts where the first one started, at weights that :meth:`ascent` has perturbed.
@@ -123,7 +117,7 @@ class Replay:
                 f"a step writes the parameter {written}, which no optimizer trains, as a momentum encoder's: a second "
                 "pass would write it again. Update it in on_train_batch_end, or use EFMLoRA, which takes one pass"
             )
-        of_first = [*self._noted(), self._metrics_on_copies()]
+        of_first = [*self._noted(), metrics_on_copies(self._modules)]
         _put_back(self._at_start)
         self._at_start = []  # its copies are not needed any more
         perturbed, self.at_perturbed_weights = self.at_perturbed_weights or nullcontext(), None
@@ -160,7 +154,7 @@ class Replay:
             device: on which they draw random numbers.
         """
         self.first_pass_starts(device)
-        before = [*self._at_start, self._metrics_on_copies()]
+        before = [*self._at_start, metrics_on_copies(self._modules)]
         try:
             yield
         finally:
