@@ -8,7 +8,7 @@ or to :func:`~lightning_flatlora.find_pairs`. For layers that keep one A and one
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import compress
+from itertools import chain, compress
 from typing import Any
 
 from torch import nn
@@ -86,17 +86,16 @@ def litgpt_pairs(model: nn.Module, /) -> list[LoRAPair]:
         A, B = _reader(layer, "lora_A"), _reader(layer, "lora_B")
         if A is None or B is None or not hasattr(layer, "scaling") or getattr(layer, "merged", False):
             continue
-        settings: Any = {"scaling": layer.scaling, "base": getattr(layer, "linear", None)}
+        base = getattr(layer, "linear", None)
         in_base: Any = _rows_in_base(layer) if hasattr(layer, "qkv_shapes") else [None]
-        if len(in_base) == 1:
-            pairs.append(_pair(name, "lora_B", A=A, B=B, base_rows=in_base[0], **settings))
-            continue
-        r, start = layer.r, 0  # not from a shape, since FSDP1 leaves a flat part of each parameter
+        start = 0
         for index, rows in enumerate(in_base):
-            A_rows, B_rows = range(index * r, (index + 1) * r), range(start, start + len(rows))
-            of_rows = {"A": replace(A, rows=A_rows), "B": replace(B, rows=B_rows)}
-            pairs.append(_pair(name, "lora_B", **of_rows, base_rows=rows, **settings))
-            start += len(rows)
+            if len(in_base) > 1:
+                # The rank is not taken from a shape, since FSDP1 leaves a flat part of each parameter.
+                A = replace(A, rows=range(index * layer.r, (index + 1) * layer.r))
+                B = replace(B, rows=range(start, start + len(rows)))
+                start += len(rows)
+            pairs.append(_pair(name, "lora_B", layer.scaling, A, B, base=base, base_rows=rows))
     return pairs
 
 
@@ -158,10 +157,7 @@ def nemo_pairs(model: nn.Module, /) -> list[LoRAPair]:
         >>> [(pair.name, pair.scaling) for pair in nemo_pairs(nn.Sequential(layer))]
         [('0.linear_out.weight', 8.0)]
     """
-    pairs: list[LoRAPair] = []
-    for finder in _NEMO:
-        pairs += finder(model)
-    return pairs
+    return list(chain.from_iterable(finder(model) for finder in _NEMO))
 
 
 def _reader(layer: nn.Module, name: str) -> ParameterRef | None:
