@@ -60,9 +60,7 @@ class WeightNoise:
 
     def __init__(self, model: nn.Module, adapter_name: str | None = None, *, finder: Finder | None = None) -> None:
         if is_sharded(model):
-            raise ValueError(
-                "noise on a whole weight needs the whole weight, of which FSDP leaves each rank a part: use DDP"
-            )
+            raise ValueError("noise on a whole weight needs all of it, and FSDP leaves each rank a part: use DDP")
         self._layers, self.left_out = output_terms(NoisyLayer, model, adapter_name, finder)
         self.names = list(chain.from_iterable(layer.names for layer in self._layers))
 
@@ -92,8 +90,7 @@ class NoisyLayer(OutputTerm):
 
     def draw(self, sigma: float, seed: int) -> None:
         """Set the noise, whose size is that of the weights as they are now."""
-        columns = self.weight.shape[1]
-        self._deviations = sigma * (self._squared_norms() / columns).sqrt()
+        self._deviations = sigma * (self._squared_norms() / self.weight.shape[1]).sqrt()
         # A tensor, since torch.compile would build a plain number into the graph and compile again for every seed.
         self._seed = torch.tensor(np.array(seed, np.uint64).astype(np.int64))
 
@@ -105,16 +102,14 @@ class NoisyLayer(OutputTerm):
     @cached_property
     def _base_squared(self) -> Tensor:
         """Compute ||W0_i||^2 of every row i: only once, since the base is frozen and this reads all of it."""
-        W0 = self.weight
-        wide = torch.promote_types(W0.dtype, torch.float32)
-        norms: Tensor = torch.linalg.vector_norm(W0, dim=1, dtype=wide)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        norms: Tensor = torch.linalg.vector_norm(self.weight, dim=1, dtype=wide)
         return norms.square()
 
     @torch.no_grad()
     def _squared_norms(self) -> Tensor:
         """Compute ||W0_i||^2 + 2 B_i (W0 A^T)_i + B_i A A^T B_i^T of every row i, with s in B, shape (n,)."""
-        W0 = self.weight
-        W0 = W0.to(torch.promote_types(W0.dtype, torch.float32))
+        W0 = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         # Under autocast the products would be rounded to 16 bits, and small norms with them.
         with torch.autocast(W0.device.type, enabled=False):
             A, B = (factor.to(W0.dtype) for factor in self.factors())

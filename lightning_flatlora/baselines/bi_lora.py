@@ -17,7 +17,7 @@ from lightning_flatlora.methods.checks import integer_problems
 from lightning_flatlora.output_terms import OutputTerm
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
 from lightning_flatlora.schedules import RhoSchedule, is_size
-from lightning_flatlora.sharding import Sharding, average_gradients
+from lightning_flatlora.sharding import average_gradients
 from lightning_flatlora.weight_noise import derived_seed
 
 
@@ -160,14 +160,13 @@ class BiLoRAStep(FullWeightStep):
         if not self.perturbs:
             return
         average_gradients(self.factors)
-        happens = Sharding().all_finite([*also_finite, *self.factors], self.factors[0].device)
+        happens = self.sharding.all_finite([*also_finite, *self.factors], self.factors[0].device)
         gradients = [torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in self.factors]
         length = nn.utils.get_total_norm(self.factors) * self.step_size * happens
         for factor, direction in zip(self.factors, joint_ascent(gradients, 1.0), strict=True):
             factor.addcmul_(direction, length.to(factor.device, factor.dtype))
-        shrinkage = (self.current_rho / self.norm()).clamp_max(1).sqrt()
         # Not even rounded, if the step is skipped.
-        shrinkage = torch.where(happens, shrinkage, 1.0)
+        shrinkage = torch.where(happens, (self.current_rho / self.norm()).clamp_max(1).sqrt(), 1.0)
         for factor in self.factors:
             factor.mul_(shrinkage.to(factor.device, factor.dtype))
         self.forget_gradients()

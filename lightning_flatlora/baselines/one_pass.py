@@ -14,7 +14,6 @@ from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.output_terms import OutputTerm, output_terms
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, rows_of
 from lightning_flatlora.schedules import RhoSchedule
-from lightning_flatlora.sharding import Sharding
 from lightning_flatlora.weight_noise import NoisyLayer, derived_seed, draw_noise
 
 Kind = Literal["nBAR", "oBAR"]
@@ -198,9 +197,7 @@ class BalancednessStep(StepMethod):
         problems = super().pair_problems()
         frozen = [pair.name for pair in self.pairs if pair.B.requires_grad and not pair.learns_A]
         if frozen:
-            problems.append(
-                f"A of {len(frozen)} pairs is frozen, as in {frozen[0]}, and can't be scaled: train it as well"
-            )
+            problems.append(f"A of {len(frozen)} pairs is frozen, as in {frozen[0]}, and can't be scaled: train it")
         return problems
 
     @override
@@ -214,7 +211,7 @@ class BalancednessStep(StepMethod):
         for param_group in self.optimizer.param_groups:
             for parameter in param_group["params"]:
                 strength[id(parameter)] = alpha * param_group["lr"]
-        happens = Sharding().all_finite(also_finite, self.pairs[0].B.device)
+        happens = self.sharding.all_finite(also_finite, self.pairs[0].B.device)
         norm = torch.linalg.vector_norm
         for pair in self.pairs:
             if pair.A.grad is None or pair.B.grad is None:

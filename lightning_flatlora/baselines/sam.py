@@ -159,13 +159,12 @@ class LoRASAMStep(StepMethod):
         gradients = [self.sharding.stack(group, gradients=True) for group in groups.values()]
         E: dict[nn.Parameter, Tensor] = {}
         for group, stack in zip(groups.values(), joint_ascent(gradients, self.current_rho), strict=True):
-            for factor, of_factor in zip(group, stack, strict=True):
-                E[factor] = of_factor.view(self.sharding.shape(factor))
+            E.update(zip(group, stack, strict=True))
         moves: dict[AnyRef, Tensor] = {}
         for pair in self.pairs:
             for factor, readers in ((pair.A, pair.A_readers), (pair.B, pair.readers)):
                 # A factor that is frozen is not perturbed.
                 for reader in readers if factor in E else ():
                     # A pair may be some rows of the parameter.
-                    moves[reader] = rows_of(E[factor], as_ref(reader).rows)
+                    moves[reader] = rows_of(E[factor].view(self.sharding.shape(factor)), as_ref(reader).rows)
         return perturbed(moves, self.sharding.only_views)
