@@ -104,9 +104,7 @@ def wrapping_problems(model: nn.Module, unsynchronized: Sequence[str], *, takes_
     if any(is_of("deepspeed", module) for module in modules):
         problems.append(f"DeepSpeed's engine owns the gradients and the optimizer's step: {_USE}")
     if megatron_runs or any(is_of("megatron", module) for module in modules):
-        problems.append(
-            f"Megatron keeps gradients in its own buffers, and its tensor parallelism splits the factors: {_USE}"
-        )
+        problems.append(f"Megatron keeps gradients in its own buffers; tensor parallelism splits the factors: {_USE}")
     if not takes_fsdp1 and FullyShardedDataParallel.fsdp_modules(model):
         problems.append(f"FSDP1 has only been tested under Lightning's Trainer: {_USE}")
     if any(isinstance(module, DataParallel) for module in modules):
@@ -118,13 +116,10 @@ def wrapping_problems(model: nn.Module, unsynchronized: Sequence[str], *, takes_
         )
     if sharded and not (by_fsdp and all(parameter.device_mesh.ndim == 1 for parameter in sharded)):
         problems.append(
-            "parameters are split otherwise than by fully_shard over one dimension, as by tensor parallelism or HSDP, "
-            f"which is not supported: {_USE}"
+            f"parameters must be split by fully_shard over one dimension, not as by tensor parallelism or HSDP: {_USE}"
         )
     if any(parameter.device.type != parameter.device_mesh.device_type for parameter in sharded):
-        problems.append(
-            "fully_shard's offload_policy must be left out: E must be where the layers run, and parameters with it"
-        )
+        problems.append("fully_shard's offload_policy must be left out: E and parameters must be where the layers run")
     return problems
 
 
