@@ -47,8 +47,7 @@ def lora_targets(
     Raises:
         ValueError: a setting is not one of these, or a tower has no such Linear that LoRA could reach.
     """
-    unknown = [projection for projection in projections if projection not in _LEAVES]
-    problems = [f"projections must be of {get_args(Projection)}, got {projection!r}" for projection in unknown]
+    problems = [f"projections must be of {get_args(Projection)}, got {p!r}" for p in projections if p not in _LEAVES]
     if towers not in get_args(Towers):
         problems.append(f"towers must be one of {get_args(Towers)}, got {towers!r}")
     if not projections:
