@@ -158,12 +158,8 @@ def _tied_as_one(pairs: Sequence[LoRAPair]) -> list[LoRAPair]:
         product = (id(pair.A), pair.A_rows, id(pair.B), pair.B_rows, pair.scaling)
         if product in by_product:
             first = by_product[product]
-            pair = replace(
-                first,
-                readers=[*first.readers, *pair.readers],
-                A_readers=[*first.A_readers, *pair.A_readers],
-                layers=[*first.layers, *pair.layers],
-            )
+            readers, A_readers = [*first.readers, *pair.readers], [*first.A_readers, *pair.A_readers]
+            pair = replace(first, readers=readers, A_readers=A_readers, layers=[*first.layers, *pair.layers])
         by_product[product] = pair
     return list(by_product.values())
 
@@ -212,9 +208,8 @@ def nothing_found(model: nn.Module, adapter_name: str | None, finder: Finder | N
         if not search.left_out:
             lines.append("Every B is frozen: disabled, is_trainable=False, or left to a BaseFinetuning callback?")
     else:
-        lines.append(
-            _other_adapters(model) or f"The model holds no LoRA layer, only {kinds}. Wrap it with peft.get_peft_model."
-        )
+        no_layer = f"The model holds no LoRA layer, only {kinds}. Wrap it with peft.get_peft_model."
+        lines.append(_other_adapters(model) or no_layer)
     lines += [f"Left out: {line}." for line in search.left_out]
     return " ".join(lines)
 
@@ -233,13 +228,13 @@ def _other_adapters(model: nn.Module) -> str | None:
             methods.add(type(module).__name__)
         elif isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning:
             methods.add(str(module.active_peft_config.peft_type.value))
+    found = ", ".join(sorted(others or methods))
     if others:
         return (
-            f"The model holds layers that look like another library's LoRA, {', '.join(sorted(others))}; without a "
+            f"The model holds layers that look like another library's LoRA, {found}; without a "
             "finder only peft's are found. Give one, such as finder=lightning_flatlora.pairs.finders.litgpt_pairs, "
             'torchtune_pairs, nemo_pairs, or PairsByName(a="lora_A", b="lora_B", scaling="scaling") with your names.'
         )
     if methods:
-        found = ", ".join(sorted(methods))
         return f"The model holds peft's {found}, and no LoRA layer: only LoRA's update is a product s B A."
     return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -151,10 +152,8 @@ def rows_of(tensor: Tensor, rows: range | None) -> Tensor:
 
 def all_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
     """The parameters that hold the factors of pairs, each once, A before B."""
-    factors: dict[nn.Parameter, None] = {}
-    for pair in pairs:
-        factors.update(dict.fromkeys((pair.A, pair.B)))
-    return list(factors)
+    factors = chain.from_iterable((pair.A, pair.B) for pair in pairs)
+    return list(dict.fromkeys(factors))
 
 
 def trained_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
@@ -172,7 +171,4 @@ def trained_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
 
 def readers_of(pairs: Iterable[LoRAPair]) -> list[AnyRef]:
     """Where the layers read the B of pairs."""
-    readers: list[AnyRef] = []
-    for pair in pairs:
-        readers += pair.readers
-    return readers
+    return list(chain.from_iterable(pair.readers for pair in pairs))

@@ -7,8 +7,9 @@ from itertools import chain
 from typing import Any
 
 from peft.tuners.adalora.layer import AdaLoraLayer
-from peft.tuners.lora import Embedding, LoraLayer, ParamWrapper, variants
+from peft.tuners.lora import Embedding, LoraLayer, ParamWrapper
 from peft.tuners.lora.tp_layer import LoraParallelLinear
+from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant, DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.xlora.layer import XLoraLayer
 from torch import nn
@@ -17,12 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_flatlora.class_overlay import plain_class
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 
-_EXACT_VARIANTS = (
-    variants.DoraLinearVariant,
-    variants.DoraConv1dVariant,
-    variants.DoraConv2dVariant,
-    variants.DoraConv3dVariant,
-)
+_EXACT_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 _NO_PRODUCTS: dict[type[nn.Module], str] = {
     Embedding: "LoRA on an embedding is not taken yet, except by a finder of your own",
     AdaLoraLayer: "AdaLoRA's update is B diag(E) A, and not a product s B A",
