@@ -25,12 +25,11 @@ class Overlay:
     """
 
     _overlay_state: ClassVar[str]
-    _plain_class: Any
+    _plain_class: type[nn.Module]
 
     def _get_name(self) -> str:
         """Print as the plain class."""
-        name: str = self._plain_class.__name__
-        return name
+        return self._plain_class.__name__
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles are of the plain class: an average or a saved module never holds a perturbed reader."""
@@ -70,19 +69,17 @@ class _Gated(Overlay):
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """Give a module's own class, whatever lies over it."""
-    kind: type[nn.Module] = module._plain_class if isinstance(module, Overlay) else type(module)
-    return kind
+    return module._plain_class if isinstance(module, Overlay) else type(module)
 
 
 def set_class(module: nn.Module) -> None:
     """Give a module the class of the mixins whose state it holds now; without any, its own class."""
     mixins = []
     for mixin in Overlay.__subclasses__():
-        # An empty state is not needed any more.
-        if not module.__dict__.get(mixin._overlay_state, True):
-            del module.__dict__[mixin._overlay_state]
-        if mixin._overlay_state in module.__dict__:
+        if module.__dict__.get(mixin._overlay_state):
             mixins.append(mixin)
+        else:  # an empty state is not needed any more
+            module.__dict__.pop(mixin._overlay_state, None)
     kind: Any = plain_class(module)
     if mixins:
         read = sorted(module.__dict__.get(READINGS, ()))

@@ -94,9 +94,8 @@ class _OfRadii(RhoSchedule):
             value = getattr(self, field.name)
             if field.name != "total_steps" and not is_size(value):
                 problems.append(f"{field.name} must be a finite number >= 0, got {value!r}")
-        total = getattr(self, "total_steps", None)
-        if total is not None and not is_integer(total, least=1):
-            problems.append(f"total_steps must be an integer >= 1 or None (the run's length), got {total!r}")
+            if field.name == "total_steps" and not (value is None or is_integer(value, least=1)):
+                problems.append(f"total_steps must be an integer >= 1 or None (the run's length), got {value!r}")
         if problems:
             raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
 

@@ -213,10 +213,8 @@ def measure_problems(measures: object) -> list[str]:
         return []
     if isinstance(measures, str) or not isinstance(measures, Sequence) or not measures:
         return [f"measures must be None or a list of names among {', '.join(MEASURES)}, got {measures!r}"]
-    problems = []
-    for name in measures:
-        if name not in MEASURES:
-            problems.append(f"measures holds {name!r}, which is none of {', '.join(MEASURES)}")
+    unknown = [name for name in measures if name not in MEASURES]
+    problems = [f"measures holds {name!r}, which is none of {', '.join(MEASURES)}" for name in unknown]
     if "top_eigenvalue" in measures and find_spec("scipy") is None:
         problems.append("the measure 'top_eigenvalue' needs scipy: pip install 'lightning-flatlora[flatness]'")
     return problems

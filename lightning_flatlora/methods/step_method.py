@@ -180,16 +180,11 @@ class StepMethod:
     def rate_problems(self) -> list[str]:
         """List why the size can't follow the learning rate, if it is to do so."""
         groups, problems = self._followed_groups(), []
+        follows = f"{self.argument} follows the learning rate"
         if any(isinstance(group["lr"], Tensor) for group in groups):
-            problems.append(
-                f"{self.argument} follows the learning rate, a tensor here: reading it would make the host wait. Give "
-                "the optimizer a float, or choose another schedule"
-            )
+            problems.append(f"{follows}, a tensor here: give the optimizer a float, or choose another schedule")
         if len(groups) > 1:
-            problems.append(
-                f"{self.argument} follows the learning rate, but what it moves is in several parameter groups: put it "
-                "into one, or choose another schedule"
-            )
+            problems.append(f"{follows} of several parameter groups: use one group, or choose another schedule")
         return problems
 
     def pair_problems(self) -> list[str]:
@@ -281,16 +276,15 @@ class StepMethod:
         Raises:
             MisconfigurationException: the state belongs to other pairs or settings; nothing has changed then.
         """
-        problems: list[str] = []
         try:
             step, initial_lr = state["step"], state["initial_lr"]
-            problems += checks.changed_problems(self, state["settings"])
+            problems = checks.changed_problems(self, state["settings"])
             if not problems:
                 self.restore(state, known)
         except ValueError as error:
-            problems.append(str(error))
+            problems = [str(error)]
         except (KeyError, TypeError) as error:
-            problems.append(f"the state is not one that {self.title} has saved, or it is damaged: {error!r}")
+            problems = [f"the state is not one that {self.title} has saved, or it is damaged: {error!r}"]
         checks.refuse(self, problems)
         self.step, self.initial_lr = step, initial_lr
 
