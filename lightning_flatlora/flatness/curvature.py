@@ -132,17 +132,10 @@ def top_eigenvalue(
         return flat.numpy()
 
     start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()
+    hessian = linalg.LinearOperator((size, size), matvec=matvec, dtype=start.dtype)
+    limits: Any = {"ncv": min(size, 20), "maxiter": restarts, "tol": tolerance}
     try:
-        eigenvalues = linalg.eigsh(
-            linalg.LinearOperator((size, size), matvec=matvec, dtype=start.dtype),
-            k=1,
-            which="LA",
-            v0=start,
-            ncv=min(size, 20),
-            tol=tolerance,
-            maxiter=restarts,
-            return_eigenvectors=False,
-        )
+        eigenvalues = linalg.eigsh(hessian, k=1, which="LA", v0=start, return_eigenvectors=False, **limits)
     except linalg.ArpackError:  # it needs a product that is not zero
         eigenvalues = [0.0 if set(norms) == {0.0} else torch.nan]
     return torch.tensor(float(eigenvalues[0]), dtype=torch.float64)
