@@ -10,13 +10,8 @@ from torch import Tensor, nn
 from lightning_flatlora import perturbed_read
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of
-from lightning_flatlora.perturbation.pair_stack import (
-    FreshPerturbation,
-    PairStack,
-    PairState,
-    fresh_perturbation,
-    stacked,
-)
+from lightning_flatlora.perturbation import pair_stack
+from lightning_flatlora.perturbation.pair_stack import FreshPerturbation, PairStack, PairState
 from lightning_flatlora.perturbed_read import AnyRef
 from lightning_flatlora.schedules import is_size
 from lightning_flatlora.sharding import Sharding
@@ -102,7 +97,7 @@ class Perturbation:
         kept = {pair.key: state for pair, state in self._states()}
         states = self._waiting | {pair.name: kept[pair.key] for pair in pairs if pair.key in kept}
         self.pairs, self._sharding = pairs, sharding or Sharding()
-        self._stacks = stacked(pairs, self._estimator, self._sharding)
+        self._stacks = pair_stack.stacked(pairs, self._estimator, self._sharding)
         if pairs and pairs[0].B.device.type == "cpu":
             # 16 MB, given back untouched. Until a block of some size has been, glibc returns the stacks' memory to the
             # system in each step, and faults every page in again: a quarter of E's time with small layers.
@@ -218,7 +213,7 @@ class Perturbation:
             raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
         # A manual training_step runs inside autocast, which would take the products in half precision.
         with torch.no_grad(), torch.autocast(self.pairs[0].B.device.type, enabled=False):
-            return fresh_perturbation(self._stacks, self.norm_scope, rho, at_perturbed, list(also_finite))
+            return pair_stack.fresh_perturbation(self._stacks, self.norm_scope, rho, at_perturbed, list(also_finite))
 
     def assign(self, fresh: FreshPerturbation) -> None:
         """Set E := fresh (Algorithm 1)."""
