@@ -12,13 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_flatlora import perturbed_read
 from lightning_flatlora.flatness.curvature import estimate
 from lightning_flatlora.flatness.factors import cosine_of, inner_product
 from lightning_flatlora.flatness.losses import Loss, LossGradient, joint_ascent, loss_gradient, value
 from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of, trained_factors
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
-from lightning_flatlora.perturbed_read import clean
+from lightning_flatlora.perturbed_read import clean, shown
 from lightning_flatlora.schedules import is_size
 from lightning_flatlora.weight_noise import WeightNoise
 
@@ -253,8 +252,8 @@ def fresh_perturbation(perturbation: Perturbation, rho: float, at: LossGradient)
 def read(perturbation: Perturbation, fresh: FreshPerturbation | None = None) -> list[Tensor]:
     """Return E of every pair, shape (n, r), in the order of the pairs: a fresh one, or the kept one."""
     with clean(readers_of(perturbation.pairs)), perturbation.applied(fresh and fresh.stacks):
-        shown = [perturbed_read.shown(pair.readers[0]) for pair in perturbation.pairs]
-    return [E.flatten(1) for E in shown if E is not None]
+        seen = [shown(pair.readers[0]) for pair in perturbation.pairs]
+    return [E.flatten(1) for E in seen if E is not None]
 
 
 def overlaps(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tensor]) -> Tensor:

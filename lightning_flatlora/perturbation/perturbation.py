@@ -98,10 +98,6 @@ class Perturbation:
         states = self._waiting | {pair.name: kept[pair.key] for pair in pairs if pair.key in kept}
         self.pairs, self._sharding = pairs, sharding or Sharding()
         self._stacks = pair_stack.stacked(pairs, self._estimator, self._sharding)
-        if pairs and pairs[0].B.device.type == "cpu":
-            # 16 MB, given back untouched. Until a block of some size has been, glibc returns the stacks' memory to the
-            # system in each step, and faults every page in again: a quarter of E's time with small layers.
-            torch.empty(2**24, dtype=torch.uint8)
         self._continue_from(states, [])
         for pair, state in self._states():
             if state.scaling != pair.scaling:
