@@ -25,7 +25,7 @@ def balancedness(A: Tensor, B: Tensor) -> Tensor:
         >>> balancedness(A=torch.eye(2, 3), B=torch.ones(4, 2))
         tensor(3., dtype=torch.float64)
     """
-    return (_wide(B).square().sum((-2, -1)) - _wide(A).square().sum((-2, -1))) / 2
+    return (_widest(B).square().sum((-2, -1)) - _widest(A).square().sum((-2, -1))) / 2
 
 
 def condition_number(X: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def condition_number(X: Tensor) -> Tensor:
     """
     finite = X.isfinite().all(-1).all(-1)
     # svdvals raises on values that are not finite, so these are replaced first.
-    values = torch.linalg.svdvals(_wide(X).where(finite[..., None, None], 0.0))
+    values = torch.linalg.svdvals(_widest(X).where(finite[..., None, None], 0.0))
     largest, smallest = values[..., 0], values[..., -1]
     rounding = torch.finfo(X.dtype).eps * min(X.shape[-2:]) ** 0.5 * largest
     return torch.where(smallest > rounding, largest / smallest, torch.inf).where(finite, torch.nan)
@@ -67,7 +67,7 @@ def inner_product(E1: Tensor, E2: Tensor, A: Tensor, scaling: float | Tensor = 1
         >>> inner_product(torch.ones(4, 2), torch.ones(4, 2), torch.eye(2, 3), scaling=2.0)
         tensor(32., dtype=torch.float64)
     """
-    E1, E2, A = _wide(E1), _wide(E2), _wide(A)
+    E1, E2, A = _widest(E1), _widest(E2), _widest(A)
     return scaling**2 * ((E1.mT @ E2) * (A @ A.mT)).sum((-2, -1))
 
 
@@ -140,11 +140,11 @@ def gradient_identity_residual(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Ten
         >>> gradient_identity_residual(A, B, grad_A=B.T @ G, grad_B=G @ A.T)
         tensor(0., dtype=torch.float64)
     """
-    left, right = _wide(B).mT @ _wide(grad_B), _wide(grad_A) @ _wide(A).mT
+    left, right = _widest(B).mT @ _widest(grad_B), _widest(grad_A) @ _widest(A).mT
     size = torch.linalg.matrix_norm(left) + torch.linalg.matrix_norm(right)
     return torch.where(size == 0, 0.0, torch.linalg.matrix_norm(left - right) / size)
 
 
-def _wide(X: Tensor) -> Tensor:
+def _widest(X: Tensor) -> Tensor:
     # MPS has no float64.
     return X.float() if X.device.type == "mps" else X.double()
