@@ -231,8 +231,8 @@ def _other_adapters(model: nn.Module) -> str | None:
     found = ", ".join(sorted(others or methods))
     if others:
         return (
-            f"The model holds layers that look like another library's LoRA, {found}; without a "
-            "finder only peft's are found. Give one, such as finder=lightning_flatlora.pairs.finders.litgpt_pairs, "
+            f"The model holds layers that look like another library's LoRA, {found}; without a finder only peft's are "
+            "found. Give one, such as finder=lightning_flatlora.pairs.finders.litgpt_pairs, "
             'torchtune_pairs, nemo_pairs, or PairsByName(a="lora_A", b="lora_B", scaling="scaling") with your names.'
         )
     if methods:
