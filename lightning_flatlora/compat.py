@@ -28,8 +28,6 @@ def is_lightning(value: object, *kinds: type[T]) -> TypeGuard[T]:
         >>> is_lightning(ModelCheckpoint(), Checkpoint), is_lightning("a string", Checkpoint)
         (True, False)
     """
-    if isinstance(value, kinds):
-        return True
     wanted = {_name(kind) for kind in kinds}
     return any(_name(each) in wanted for each in type(value).__mro__)
 

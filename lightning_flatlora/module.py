@@ -16,7 +16,7 @@ from lightning_flatlora.callbacks.fmlora import FMLoRAModuleCallback
 from lightning_flatlora.callbacks.strategies import backward_without_sync
 from lightning_flatlora.callbacks.training_step import ends_window, loss_of, takes_no_step
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.methods.b_perturbation import BPerturbationStep
+from lightning_flatlora.methods.b_perturbation import FMLoRAStep
 from lightning_flatlora.methods.checks import choice_problems, integer_problems
 from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule, is_size
@@ -37,11 +37,10 @@ _NOT_CALLED = {
 """Hooks that a subclass would override in vain, and what to do in their place."""
 
 
-class FMLoRAModuleStep(BPerturbationStep):
+class FMLoRAModuleStep(FMLoRAStep):
     """FMLoRA's step under the module's name."""
 
     title = "FMLoRAModule"
-    takes_two_passes = True
     needs_one_optimizer = True
 
 

@@ -1,6 +1,5 @@
 """FMLoRA and EFMLoRA for any LightningModule, and the callback through which an FMLoRAModule gets its hooks."""
 
-from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -141,7 +140,9 @@ class FMLoRAModuleCallback(MethodCallback):
             original = trainer.strategy.setup_optimizers
 
             def setup_optimizers(trainer: Trainer) -> None:
-                with counting_windows(trainer):
+                # Lightning knows of no windows in manual optimization, and its estimated_stepping_batches, which an LR
+                # scheduler may ask for, would count batches.
+                with put_on(trainer, {"accumulate_grad_batches": window_of(trainer)}):
                     original(trainer)
 
             def clip(module: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
@@ -207,11 +208,3 @@ class FMLoRAModuleCallback(MethodCallback):
         for config in trainer.lr_scheduler_configs:
             if config.interval == interval and (index + 1) % config.frequency == 0:
                 trainer.lightning_module.lr_scheduler_step(config.scheduler, None)
-
-
-def counting_windows(trainer: Trainer) -> ExitStack:
-    """Let ``trainer.estimated_stepping_batches`` count optimizer steps, until the stack that is returned is closed.
-
-    In manual optimization Lightning knows of no windows, and counts batches.
-    """
-    return put_on(trainer, {"accumulate_grad_batches": window_of(trainer)})

@@ -186,10 +186,9 @@ class TwoPasses(Passes):
         # Through the strategy, as Lightning calls it: DDP and FSDP prepare their backward in the forward of a wrapper.
         self._step = self._original_training_step if module.automatic_optimization else module.compute_loss
         self._step_name = "training_step" if module.automatic_optimization else "compute_loss"
-        self._local_ascent = ExitStack()
-        self._arguments: tuple[Any, ...] | None = None
         # An error may end a batch between its passes.
-        owner.patches.callback(self._local_ascent.close)
+        self._local_ascent: ExitStack = owner.patches.enter_context(ExitStack())
+        self._arguments: tuple[Any, ...] | None = None
 
     def look_again(self) -> None:
         """Find whose perturbation the second pass has, and what a step may write, before the first pass of an epoch."""

@@ -91,10 +91,9 @@ class SavesAdapters(_Base):
             error = any_error
         # One rank may fail alone, for example by a callback's state. It ends the others, too, which would wait for it.
         if trainer.strategy.reduce_boolean_decision(error is not None, all=False):
-            problem = f": {type(error).__name__}: {error}" if error else " on another rank, whose error says why"
-            raise MisconfigurationException(
-                f"AdapterCheckpoint: saving into {self.dirpath} would fail{problem}"
-            ) from error
+            reason = f": {type(error).__name__}: {error}" if error else " on another rank, whose error says why"
+            problem = f"AdapterCheckpoint: saving into {self.dirpath} would fail{reason}"
+            raise MisconfigurationException(problem) from error
 
     def _save_and_remove(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         # The folders that are missing are made at the first save.

@@ -175,10 +175,8 @@ def trained_names(module: nn.Module) -> set[str]:
 
 def note_trained(module: nn.Module) -> None:
     """Record which parameters require a gradient now, for all later checkpoints of the module."""
-    names = trained_names(module)
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
-            names.add(plain_name(name))
+    named = module.named_parameters(remove_duplicate=False)
+    trained_names(module).update(plain_name(name) for name, parameter in named if parameter.requires_grad)
 
 
 def note_rewritten(module: nn.Module) -> None:
