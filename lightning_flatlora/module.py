@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks.fmlora import FMLoRAModuleCallback
 from lightning_flatlora.callbacks.strategies import backward_without_sync
-from lightning_flatlora.callbacks.training_step import ends_window, loss_of, takes_no_step
+from lightning_flatlora.callbacks.training_step import ZERO_LOSS, ends_window, loss_of, takes_no_step
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.methods.b_perturbation import FMLoRAStep
 from lightning_flatlora.methods.checks import choice_problems, integer_problems
@@ -151,10 +151,7 @@ class FMLoRASteps(_Base):
                 # If the step has a second pass, it comes within this call: callbacks/passes.py wraps the strategy's.
                 self.manual_backward(loss / self.accumulate_grad_batches)
             elif trainer.world_size > 1:
-                raise RuntimeError(
-                    "compute_loss returned None on one of several ranks, and the others would wait for its gradient "
-                    "forever: return a loss of zero that depends on the parameters, as 0 * output.sum()"
-                )
+                raise RuntimeError(f"compute_loss returned None on one of several ranks while others wait: {ZERO_LOSS}")
         if last:
             if has_gradient(optimizer.optimizer):
                 optimizer.step()

@@ -118,9 +118,7 @@ class FlatnessMonitor(Callback):
         refuse(self, monitor_problems(trainer.strategy))
         method, measures, problems = _method_of(trainer), self.measures or (), []
         if method is None and self.rho is None:
-            problems.append(
-                "rho must be given where no EFMLoRA, FMLoRA or FMLoRAModule has one to take over: rho=0.5, for example"
-            )
+            problems.append("rho must be given where no EFMLoRA, FMLoRA or FMLoRAModule has one: as rho=0.5")
         if "ema" in measures and not isinstance(method, EFMLoRA):
             problems.append("the measure 'ema' needs an EFMLoRA callback, whose average it is: leave it out")
         if self.data == "val" and not trainer.enable_validation:

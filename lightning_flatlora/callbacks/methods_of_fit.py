@@ -127,10 +127,7 @@ class MethodsOfFit:
         if not method.lacks_horizon:
             return
         if math.isinf(method.horizon):
-            problem = (
-                f"{method.argument} spreads over the run, which has no end: set total_steps, max_steps or max_epochs"
-            )
-            refuse(method, [problem])
+            refuse(method, [f"{method.argument} spreads over an endless run: set total_steps, max_steps or max_epochs"])
         # No count has come with a checkpoint. Next to EFMLoRA an FMLoRAModule's callback follows nothing.
         if method.followed and method.step == 0 and trainer.global_step > 0:
             method.warn(

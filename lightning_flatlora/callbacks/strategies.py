@@ -110,9 +110,7 @@ def monitor_problems(strategy: strategies.Strategy) -> list[str]:
 def checkpoint_problems(strategy: strategies.Strategy) -> list[str]:
     """Why checkpoints of adapters can't be written under a strategy."""
     if is_lightning(strategy, strategies.DeepSpeedStrategy):
-        return [
-            "DeepSpeed keeps weights in a form of its own: use Lightning's ModelCheckpoint, or train under DDP or FSDP"
-        ]
+        return ["DeepSpeed keeps weights in its own form: use Lightning's ModelCheckpoint, or train under DDP or FSDP"]
     return []
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lightning_flatlora.compat import callbacks_of, is_lightning
 
+# What a step can do in place of returning None where its gradient is waited for.
+ZERO_LOSS = "return a loss of zero that depends on the parameters, as 0 * output.sum()"
+
 
 def loss_of(output: Any, source: str) -> Tensor | None:
     """Find the loss in the output of a step of some name: a tensor, a mapping with "loss", or None for a skipped batch.
@@ -22,9 +25,7 @@ def loss_of(output: Any, source: str) -> Tensor | None:
         return None
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"{source} must return the loss, a dict with the key 'loss', or None to skip, got {type(output).__name__}"
-        )
+        raise TypeError(f"{source} must return the loss, a dict with 'loss', or None, got {type(output).__name__}")
     return loss
 
 
@@ -38,11 +39,10 @@ def leave_batch_out(trainer: Trainer, name: str) -> None:
         RuntimeError: other ranks would wait for this batch's gradient, or a loss scaler would refuse the step.
     """
     what = f"{name} returned None in the second pass of a step, and a loss in the first"
-    remedy = "return a loss of zero that depends on the parameters, as 0 * output.sum()"
     if trainer.world_size > 1:
-        raise RuntimeError(f"{what}, and the other ranks would wait for its gradient forever: {remedy}")
+        raise RuntimeError(f"{what}, and the other ranks would wait for its gradient forever: {ZERO_LOSS}")
     if trainer.lightning_module.automatic_optimization and getattr(trainer.precision_plugin, "scaler", None):
-        raise RuntimeError(f"{what}, and the loss scaler refuses a step without gradients: {remedy}")
+        raise RuntimeError(f"{what}, and the loss scaler refuses a step without gradients: {ZERO_LOSS}")
     rank_zero_warn(f"{what}: the batch is left out. If this comes often, rho may be too large")
 
 

@@ -46,11 +46,7 @@ class SavesAdapters(_Base):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self not in trainer.checkpoint_callbacks:
-            problem = (
-                "this Trainer is of pytorch_lightning, which does not recognise it as a checkpoint callback: import "
-                "AdapterCheckpoint from lightning_flatlora.pytorch_lightning"
-            )
-            refuse(self, [problem])
+            refuse(self, ["under pytorch_lightning import AdapterCheckpoint from lightning_flatlora.pytorch_lightning"])
         super().setup(trainer, pl_module, stage)
         # peft writes with plain file operations, which know no remote file systems.
         if "://" in str(self.dirpath or ""):

@@ -40,9 +40,7 @@ def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
     contents.note_trained(module)
     contents.note_rewritten(module)
     for problem in merge_problems(module):
-        rank_zero_warn(
-            f"AdapterCheckpoint: at a save {problem}, as in on_validation_epoch_end, so a load will report another base"
-        )
+        rank_zero_warn(f"AdapterCheckpoint: at a save {problem}, or a load will report another base")
     kept, base = contents.divided_state(module, finder)
     sharding, sharded = sharding_of(strategy.model), is_sharded(strategy.model)
     mark: dict[str, Any] = {"format": export.FORMAT, "left_out": contents.identities_of(base, sharded)}
