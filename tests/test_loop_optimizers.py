@@ -160,15 +160,20 @@ def test_a_closure_that_fails_may_be_tried_again() -> None:
 # -- parameters that come later
 
 
+def last_layer_and_others(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    parts: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            parts[".4." not in name].append(parameter)
+    return parts
+
+
 def test_pairs_that_the_optimizer_lacks_are_named_and_perturbed_once_they_join_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """As in gradual unfreezing."""
     net = net_of()
-    of_last, others = [], []
-    for name, parameter in net.named_parameters():
-        if parameter.requires_grad:
-            (of_last if ".4." in name else others).append(parameter)
+    of_last, others = last_layer_and_others(net)
     optimizer = torch.optim.AdamW(of_last, lr=1e-2)
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         flat = method_of("EFMLoRA", net, optimizer, 0.3)
@@ -188,10 +193,8 @@ def test_pairs_that_the_optimizer_lacks_are_named_and_perturbed_once_they_join_i
 def test_groups_may_rotate() -> None:
     """As in training block by block."""
     net = net_of()
-    groups: list[list[nn.Parameter]] = [[], []]
-    for name, parameter in net.named_parameters():
-        if parameter.requires_grad:
-            groups[".4." in name].append(parameter)
+    last, others = last_layer_and_others(net)
+    groups = [others, last]
     optimizer = torch.optim.AdamW(groups[0], lr=1e-2)
     flat = method_of("EFMLoRA", net, optimizer, 0.3)
     for index, batch in enumerate(batches()):
@@ -203,10 +206,7 @@ def test_groups_may_rotate() -> None:
 
 def test_a_rate_that_can_not_be_followed_any_more_is_warned_of() -> None:
     net = net_of()
-    of_last, others = [], []
-    for name, parameter in net.named_parameters():
-        if parameter.requires_grad:
-            (of_last if ".4." in name else others).append(parameter)
+    of_last, others = last_layer_and_others(net)
     optimizer = torch.optim.AdamW(of_last, lr=1e-2)
     flat = method_of("EFMLoRA", net, optimizer, LearningRateRho(0.3))
     run(flat, net, optimizer, batches()[:2])
