@@ -224,7 +224,9 @@ class LoopMethod:
         pairs = self.method.pairs
         if any(pair.current_B is not pair.B and isinstance(pair.current_B, DTensor) for pair in pairs):
             title = self.method.title
-            raise RuntimeError(f"the model was sharded after {title} was made: make it later, or call look_again()")
+            raise RuntimeError(
+                f"{title} has other parameters: make it after the model is sharded, or call look_again()"
+            )
         held = {id(parameter) for parameter in parameters_of(self._optimizer)}
         if held != self._held or pairs[0].B.device != self._device:
             self.look_again()

@@ -169,6 +169,9 @@ class InstructionData(PartedData):
             parts.append(
                 f"{without_thoughts} of them without thoughts that the data hold: the template leaves them out"
             )
+        without_tools = sum(kept["leaves_tools"])
+        if without_tools:
+            parts.append(f"{without_tools} of them without the tools in the data, which the template does not write")
         thinking, opening = sum(kept["thinks"]), self.encoder.opening
         if part == "train" and (thinking or (opening and self.encoder.leaves_room)):
             others = f"{len(kept) - thinking} without, after {opening!r}, which prompts of `predict` lack"

@@ -22,8 +22,8 @@ def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
     Returns:
         ``input_ids`` and ``labels`` of each option, the greatest ``length`` in tokens, the place ``gold`` of the right
         option, ``answer`` and ``prompt_ids`` of a free answer that is to be generated, whether the model ``thinks``
-        before an answer, whether the template ``leaves_thoughts`` out, and the ``status``: "kept", "cut", "too long",
-        "no answer", the row's problem, or :data:`REFUSED` and why.
+        before an answer, whether the template ``leaves_thoughts`` or ``leaves_tools`` out, and the ``status``: "kept",
+        "cut", "too long", "no answer", the row's problem, or :data:`REFUSED` and why.
     """
     last = row["messages"][-1] if row["messages"] else None
     if row["problem"] or last is None or not (last["content"].strip() or last["more"]):
@@ -58,13 +58,15 @@ def _usable(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
         "prompt_ids": encoder.encode_prompt(context, tools=tools) if is_free else [],
         "thinks": any(e.thinks for e in encoded),
         "leaves_thoughts": any(e.leaves_thoughts for e in encoded),
+        "leaves_tools": bool(tools) and not encoder.takes_calls(1),
         "status": status,
     }
 
 
 def _unusable(status: str) -> Row:
     empty: Row = {"input_ids": [], "labels": [], "prompt_ids": [], "answer": ""}
-    return {**empty, "length": 0, "gold": 0, "thinks": False, "leaves_thoughts": False, "status": status}
+    flags = dict.fromkeys(("thinks", "leaves_thoughts", "leaves_tools"), False)
+    return {**empty, **flags, "length": 0, "gold": 0, "status": status}
 
 
 def template_message(message: Row) -> Row:

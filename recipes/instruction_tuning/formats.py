@@ -85,7 +85,8 @@ PAIRS = (
 
 NAMES = {*_LISTS, *_SYSTEM, _TOOLS, *_MORE, *(pair.question for pair in PAIRS), *(pair.answer for pair in PAIRS)}
 """Of columns that are read."""
-_ASKED = ("context", "choices", "options", "history")  # columns without which a question may lack its meaning
+# Columns without which a question may lack its meaning.
+_ASKED = ("context", "passage", "choices", "options", "history", "A", "B", "C", "D", "option_a", "option_b", "choice_a")
 
 
 class _UnusableError(Exception):
@@ -180,7 +181,8 @@ def _converted(row: Row, found: str | Pair) -> Row:
     """Up to the last answer that is learnt; a conversation without one keeps no message, and is counted later."""
     try:
         messages = _read_pair(row, found) if isinstance(found, Pair) else _messages(row[found] or [], found)
-        tools = [tool if "function" in tool else _function(tool) for tool in _objects(row.get(_TOOLS))]
+        functions = [tool.get("function") or tool for tool in _objects(row.get(_TOOLS))]
+        tools = [_function(function) for function in functions if function.get("name")]
     # One such row must not stop a run; how many there are is printed.
     except _UnusableError as error:
         return _row([], "", problem=str(error))
@@ -244,10 +246,10 @@ def _written(value: Any) -> str | None:
     """A text, or a number as it is written; "" for none, and None for what is neither.
 
     Example:
-        >>> _written(7.0), _written(0.5), _written(None), _written([])
-        ('7', '0.5', '', None)
+        >>> _written(7.0), _written(0.5), _written(None), _written([]), _written([1])
+        ('7', '0.5', '', '', None)
     """
-    if value is None or value != value:  # a missing number is not equal to itself
+    if value is None or value in ([], {}) or value != value:  # a missing number is not equal to itself
         return ""
     if isinstance(value, float) and value.is_integer():  # a column of integers in which one is missing
         return str(int(value))
@@ -271,9 +273,12 @@ def _message(given: Mapping[str, Any], column: str, learnt: bool) -> Message:
     weight = given.get("weight")
     is_learnt = learnt and (weight is None or float(weight) != 0)
     calls = _objects(content if role in _CALL_ROLES else given.get("tool_calls") or given.get("function_call"))
+    calls = [call for call in calls if any(call.values())]
     more = {name: given[name] for name in ("name", "tool_call_id") if given.get(name) and _ROLES[role] == "tool"}
     if calls:
         more = {"tool_calls": [_call(call) for call in calls]}
+    if _ROLES[role] == "tool" and isinstance(content, dict) and "type" not in content:
+        content = json.dumps(_without_none(content), ensure_ascii=False)
     text = "" if role in _CALL_ROLES else _joined(content)
     return turn(_ROLES[role], text, thoughts, is_learnt, json.dumps(more) if more else "")
 
@@ -294,16 +299,18 @@ def _function(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _objects(given: Any) -> list[dict[str, Any]]:
     """Tools, calls or arguments, which may be a text of JSON, and one without a list around it."""
+    is_text = isinstance(given, str)
     try:
-        value = json.loads(given or "[]") if isinstance(given, str | None) else given
+        value = json.loads(given) if is_text and given else given
     except ValueError:
-        value = None
-    listed = [value] if isinstance(value, dict) else value
+        value = given
+    listed = [value] if isinstance(value, dict) else value or []
     if not isinstance(listed, list) or not all(isinstance(part, dict) for part in listed):
         raise ValueError(
             f"tools, their calls and arguments must be JSON objects, and a row has {given!r}. {_LEAVE_OUT}"
         )
-    return [_without_none(part) for part in listed]
+    # In a text nobody has filled anything in.
+    return [part if is_text else _without_none(part) for part in listed]
 
 
 def _without_none(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """From messages to tokens through the model's own chat template, with labels on the answers alone."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -53,6 +52,7 @@ class ChatEncoder(TemplateEncoder):
     ) -> None:
         super().__init__(tokenizer, chat_template, system_prompt, template_arguments, reads_marks=True)
         self.max_length = max_length
+        self._takes: dict[int, bool] = {}
 
     def encode(self, messages: Sequence[Message], ends: bool = True, tools: list[Any] | None = None) -> EncodedChat:
         """Tokens and labels of a conversation, cut at ``max_length`` tokens.
@@ -65,11 +65,13 @@ class ChatEncoder(TemplateEncoder):
         Raises:
             RefusedConversationError: the template can't render the conversation, or leaves out what is about tools.
         """
-        if (tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)) and not self.takes_tools:
+        calls = max((len(message.get("tool_calls") or []) for message in messages), default=0)
+        if (calls or any(message["role"] == "tool" for message in messages)) and not self.takes_calls(min(calls, 2)):
             raise RefusedConversationError(
-                "the chat template does not write tools, their calls and results: set chat_template to one that does"
+                f"the chat template does not write {'several calls of tools' if calls > 1 else 'tools, their calls'} "
+                "and results: set chat_template to one that does"
             )
-        with self._given({"tools": tools} if tools else {}):
+        with self._given({"tools": tools} if tools and self.takes_calls(1) else {}):
             return self._encoded(messages, ends)
 
     def _encoded(self, messages: Sequence[Message], ends: bool) -> EncodedChat:
@@ -86,23 +88,34 @@ class ChatEncoder(TemplateEncoder):
         encoded.leaves_thoughts = any(thought not in text for thought in thoughts)
         return encoded
 
-    @cached_property
-    def takes_tools(self) -> bool:
-        """Whether the template writes tools, calls and results, and only calls among them are learnt."""
-        name, argument, value, result, description = (f"5d1probe{number}d1" for number in range(5))
-        call = {"type": "function", "id": "5d1probe5", "function": {"name": name, "arguments": {argument: value}}}
-        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
-        returned = {"role": "tool", "name": name, "tool_call_id": "5d1probe5", "content": result}
-        about = {"name": name, "description": description, "parameters": {"type": "object", "properties": {}}}
+    def takes_calls(self, count: int) -> bool:
+        """Return whether the template writes tools, that many calls in an answer and results, and learns only calls."""
+        if count not in self._takes:
+            self._takes[count] = self._writes_calls(max(count, 1))
+        return self._takes[count]
+
+    def _writes_calls(self, count: int) -> bool:
+        argument, description = "5d1probe0d1", "5d1probe1d1"
+        calls, tools, returned, learns, reads = [], [], [], [argument], [description]
+        for number in range(count):
+            name, value, result, identity = (f"5d1{what}{number}d1" for what in ("call", "value", "result", "id"))
+            function = {"name": name, "arguments": {argument: value}}
+            calls.append({"type": "function", "id": identity, "function": function})
+            about = {"name": name, "description": description, "parameters": {"type": "object", "properties": {}}}
+            tools.append({"type": "function", "function": about})
+            returned.append({"role": "tool", "name": name, "tool_call_id": identity, "content": result})
+            learns += [name, value]
+            reads.append(result)
+        answer = {"role": "assistant", "content": "", "tool_calls": calls}
         try:
-            with self._given({"tools": [{"type": "function", "function": about}]}):
-                ids, mask = self._tokens([*ASKED, answer, returned, {"role": "assistant", "content": "So."}], True)
+            with self._given({"tools": tools}):
+                ids, mask = self._tokens([*ASKED, answer, *returned, {"role": "assistant", "content": "So."}], True)
         except MisconfigurationException:
             return False
         read = self.tokenizer.decode(ids)
         learnt = self.tokenizer.decode([token for token, is_answer in zip(ids, mask, strict=True) if is_answer])
-        is_learnt = all(part in learnt for part in (name, argument, value)) and result not in learnt
-        return is_learnt and result in read and description in read
+        has_all = all(part in learnt for part in learns) and all(part in read for part in reads)
+        return has_all and not any(result in learnt for result in reads[1:])
 
     def _tokens(self, messages: list[Message], ends: bool) -> tuple[list[int], list[bool]]:
         """The tokens of a conversation, and which of them are learnt."""
@@ -118,7 +131,7 @@ class ChatEncoder(TemplateEncoder):
             thinks: leave room for thoughts.
             tools: that the model may call.
         """
-        with self._given({"tools": tools} if tools else {}):
+        with self._given({"tools": tools} if tools and self.takes_calls(1) else {}):
             return self._prompt(self._with_system(messages), thinks)
 
     def _prompt(self, messages: Sequence[Message], thinks: bool = False) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.data_files import FILES_TO_IGNORE
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -132,9 +133,13 @@ def warn_of_unread_tables(folder: Path, builder: Any) -> None:
     if card.is_file() and "data_files" in card.read_text(encoding="utf-8", errors="replace"):
         return  # the card decides what is read
     read = {Path(file).resolve() for file in chain.from_iterable((builder.config.data_files or {}).values())}
-    places = [file.relative_to(folder) for file in sorted(folder.rglob("*.*")) if table_ending(file.name)]
-    # Without hidden folders, such as .cache.
-    unread = [str(place) for place in places if place.parts[0][0] != "." and (folder / place).resolve() not in read]
+    unread = []
+    for file in sorted(folder.rglob("*.*")):
+        name = file.relative_to(folder)
+        # Such as .cache and __MACOSX, and dataset_info.json, which `datasets` passes over as well.
+        is_hidden = any(part.startswith((".", "__")) for part in name.parts) or file.name in FILES_TO_IGNORE
+        if table_ending(file.name) and not is_hidden and file.resolve() not in read:
+            unread.append(str(name))
     if unread:
         rank_zero_warn(
             f"dataset={str(folder)!r}: not read are {few(unread)}, which belong to no split. Name all files after "

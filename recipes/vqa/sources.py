@@ -40,7 +40,7 @@ FEATURES = datasets.Features(
 _LISTS = {"questions", "annotations", "data"}  # in the files of VQAv2, OK-VQA and TextVQA
 _IMAGES = ("image", "images")
 _QUESTIONS = ("question", "answers", "answer", "choices", "options", "hint")
-_OPTION = re.compile(r"((option|choice)_?)?[a-z]", re.IGNORECASE)  # A of MMBench, choice_a of SEED-Bench
+_OPTION = re.compile(r"[A-Z]|(?i:(option|choice)[_ ]?[a-z])")  # A of MMBench, choice_a of SEED-Bench
 TYPE_COLUMNS = ("type", "question_type", "answer_type", "category", "subject")
 
 
@@ -186,8 +186,12 @@ class _Converter:
     def _asked(self, row: Row, where: str) -> Row:
         if self.options:  # MMBench's form, in which "nan" is missing
             row = {name: None if value == "nan" else value for name, value in row.items()}
-        options = takewhile(lambda option: option not in (None, ""), (row[column] for column in self.options))
-        choices = _choices(list(options) or row.get("choices") or row.get("options"), where)
+        options = [row[column] for column in self.options]
+        while options and options[-1] in (None, ""):
+            options.pop()
+        if None in options or "" in options:
+            raise UnusableRowError(f"{where} has no option in one of the columns {', '.join(self.options)}")
+        choices = _choices(options or row.get("choices") or row.get("options"), where)
         question = _text(row, "question", where)
         if not question:
             raise UnusableRowError(f"{where} has no question")
@@ -195,7 +199,8 @@ class _Converter:
         if self.answered and not answers:
             raise UnusableRowError(f"{where} has no answer (its question: {question!r})")
         if self.answered and choices:
-            answers = [_letter_of(row.get("answer"), choices, where)]
+            right = row.get("answer")
+            answers = [_letter_of(answers[0] if right is None else right, choices, where)]
         question = self.prompt(question, choices, _text(row, "hint", where))
         return {"history": [], "question": question, "answers": answers, "choices": choices}
 
@@ -217,8 +222,8 @@ def _option_columns(columns: Sequence[str]) -> list[str]:
     """The columns that hold an option each, in the order of their letters; none without A and B.
 
     Example:
-        >>> _option_columns(["B", "A", "answer", "C", "F"]), _option_columns(["A"]), _option_columns(["choice_a", "b"])
-        (['A', 'B', 'C'], [], ['choice_a', 'b'])
+        >>> _option_columns(["B", "A", "answer", "C", "F"]), _option_columns(["A"]), _option_columns(["a", "b"])
+        (['A', 'B', 'C'], [], [])
     """
     by_letter = {column[-1].upper(): column for column in columns if _OPTION.fullmatch(column)}
     found = [by_letter[mark] for mark in takewhile(by_letter.__contains__, ascii_uppercase)]

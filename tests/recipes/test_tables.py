@@ -137,7 +137,7 @@ def test_files_of_a_folder_that_no_split_takes_are_named(tmp_path: Path, names: 
     ("names", "number"),
     [
         (["a.jsonl", "b.jsonl"], 6),
-        (["train-1.csv", "train-2.csv", ".cache/old.csv"], 6),
+        (["train-1.csv", "train-2.csv", ".cache/old.csv", "__MACOSX/train.csv", "x/.old/train.csv"], 6),
         (["train/a.jsonl", "train/b.jsonl", "test/c.jsonl"], 6),
         (["one.csv", "two.csv", "README.md"], 3),  # whose card names the first
     ],

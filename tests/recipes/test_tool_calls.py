@@ -102,8 +102,42 @@ def test_what_a_template_does_not_write_is_dropped_and_told(template: str, tiny:
     rows = [ROWS["openai"], {"messages": [ASK, SAY], "tools": TOOLS}, {"messages": [ASK, SAY]}, {"messages": TURNS}]
     settings: dict[str, Any] = {"chat_template": template, "validation_share": 0, "test_share": 0}
     data = instruction_data("fit", tiny, dataset=jsonl(rows), **settings)
-    told = "3 dropped: the chat template does not write tools, their calls and results: set chat_template"
-    assert f"train: 1 conversations; {told}" in data.reports["train"]
+    told = "2 dropped: the chat template does not write tools, their calls and results: set chat_template"
+    assert f"train: 2 conversations; {told}" in data.reports["train"]
+    # A list of tools that nobody calls is no reason to drop a conversation.
+    assert "1 of them without the tools in the data, which the template does not write" in data.reports["train"]
+
+
+@pytest.mark.parametrize(("name", "writes"), [("qwen3", True), ("qwen2_5", True), ("gptoss_training", False)])
+def test_several_calls_in_an_answer_are_all_learnt_or_refused(name: str, writes: bool, jsonl: Any) -> None:
+    """The training template of GPT-OSS writes the first one only."""
+    encoder = ChatEncoder(tokenizer(shipped(name), end="<|im_end|>"), 4000)
+    time = {"type": "function", "id": "c2", "function": {"name": "time", "arguments": {"zone": "CET"}}}
+    answer = {"role": "assistant", "tool_calls": [CALL, time]}
+    results = [{"role": "tool", "tool_call_id": identity, "content": "7"} for identity in ("c1", "c2")]
+    (row,) = sources.load(jsonl([{"messages": [ASK, answer, *results, SAY], "tools": TOOLS}]), "train")
+    encoded = encode(row, encoder, with_options=False)
+    if writes:
+        calling, _ = learnt(encoder, row)
+        assert "Paris" in calling
+        assert "CET" in calling
+    else:
+        assert encoded["status"].startswith("refused: the chat template does not write several calls of tools")
+
+
+def test_what_is_empty_is_no_tool_and_nulls_of_a_text_stay(jsonl: Any) -> None:
+    empty = ["null", "", "{}", "[{}]", '[{"type": "function", "function": null}]']
+    rows = [{"messages": [ASK, SAY], "tools": tools} for tools in empty]
+    assert [row["tools"] for row in sources.load(jsonl(rows), "train")] == [""] * len(empty)
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris", "days": null}'}}
+    told = {"role": "tool", "content": {"degrees": 20}}
+    rows = [{"messages": [ASK, {"role": "assistant", "tool_calls": [call]}, told, SAY], "context": []}]
+    (row,) = sources.load(jsonl(rows, "nulls.jsonl"), "train")
+    assert template_message(row["messages"][1])["tool_calls"][0]["function"]["arguments"] == {
+        "city": "Paris",
+        "days": None,
+    }
+    assert row["messages"][2]["content"] == '{"degrees": 20}'
 
 
 @pytest.mark.parametrize("name", ["gemma4", "llama3_1"])
@@ -126,13 +160,13 @@ def test_what_is_no_call_is_counted(tiny: str, jsonl: Any) -> None:
     rows.append({"conversations": [SHAREGPT[0], {"from": "function_call", "value": '{"name": "now"}'}, *SHAREGPT[2:]]})
     *broken, whole = sources.load(jsonl(rows), "train")
     whys = [
-        "must be JSON objects, and a row has 'weather",
-        *2 * ["must have a name, and a row"],
-        "objects, and a row has 3",
+        "refused: tools, their calls and arguments must be JSON objects, and a row has 'weather",
+        "no answer",
+        "refused: a call of a tool must have a name, and a row",
+        "refused: tools, their calls and arguments must be JSON objects, and a row has 3",
     ]
     for row, why in zip(broken, whys, strict=True):
-        assert row["problem"].startswith("refused: ")
-        assert why in row["problem"]
+        assert row["problem"].startswith(why)
     assert template_message(whole["messages"][1])["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}
     with pytest.raises(MisconfigurationException, match=r"has 'hammer'. Columns that --data.columns does not name"):
         sources.load(jsonl([{"question": "Why?", "answer": "So.", "tools": "hammer"}], "other.jsonl"), "train")

@@ -251,6 +251,21 @@ def test_options_in_a_column_for_each_are_asked(names: Any, tiny_vlm: str, tmp_p
     assert full["question"].startswith("Which is it?\nA. red\nB. green")
 
 
+def test_columns_with_a_gap_are_no_options_and_small_letters_are_other_columns(tiny_vlm: str, tmp_path: Path) -> None:
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    asked = {"image": "a.png", "question": "Which?", "answers": ["B"]}
+    rows = [{**asked, "A": "x", "B": "y", "C": None}, {**asked, "A": "x", "B": None, "C": "z"}]
+    file = tmp_path / "options.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match="row 1 has no option in one of the columns A, B, C"):
+        (kept,) = sources.load(str(file), "train")
+    assert (kept["choices"], kept["answers"]) == (["x", "y"], ["B"])
+    file = tmp_path / "numbers.jsonl"
+    file.write_text(json.dumps({"image": "a.png", "question": "How many?", "answer": "1", "a": 0.3, "b": 0.5}))
+    (row,) = sources.load(str(file), "train")
+    assert (row["choices"], row["answers"]) == ([], ["1"])
+
+
 def test_an_image_inside_of_a_message_has_a_remedy(jsonl: Any) -> None:
     said = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "Why?"}]
     rows = [{"messages": [{"role": "user", "content": said}]}]
