@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lightning_flatlora.clip import check_reached, joined_state_dict, lora_targets, split_attention
 from recipes.shared.command_line import CLIP_FIELDS
 from recipes.shared.ranks import rank
+from recipes.shared.taken import runs_no_code
 
 DEFAULT_LORA = {"r": 2, "lora_alpha": 1, "use_rslora": True, "lora_dropout": 0.25}
 """CLIP-LoRA's adapter, on q, k and v in all blocks of both towers; its scaling is alpha / sqrt(r), 0.71."""
@@ -69,6 +70,9 @@ def load_clip(
         MisconfigurationException: there is no such model, tag, file or field, or the weights can't be had.
     """
     name = _known_name(model, pretrained)
+    # Of a file or a repository, whose tokenizer open_clip would load with any arguments.
+    if not runs_no_code(open_clip.get_model_config(name) or {}):
+        raise MisconfigurationException(f"model={model!r}: its configuration may run code: give one that does not")
     quick = wants_quick_gelu(name, pretrained) if quick_gelu is None else quick_gelu
     # force_quick_gelu can only switch it on; to switch it off, the configuration is overridden.
     other = {"quick_gelu": False} if quick_gelu is False else {}

@@ -80,6 +80,10 @@ def export(adapter: Path, to: Path, dtype: DType = "auto", base: str | None = No
     if data.get("chat_template"):
         # What the run was trained with has to be what others ask with.
         given = data["chat_template"]
+        if "{" not in given and not given.endswith(".jinja"):
+            raise MisconfigurationException(
+                f"chat_template={given!r} in the run's config.yaml: only a template or a .jinja file is exported"
+            )
         tokenizer.chat_template = given if "{" in given else read_template(given)
     # Programs load a vision-language model together with its image processor.
     if "image" in getattr(whole, "input_modalities", ()):
@@ -159,7 +163,10 @@ def config_of(adapter: Path) -> PeftConfig:
         raise MisconfigurationException(
             f"{adapter} holds no adapter_config.json: give the folder next to a checkpoint, such as checkpoints/last"
         )
-    return PeftConfig.from_pretrained(str(adapter))
+    config = PeftConfig.from_pretrained(str(adapter))
+    if getattr(config, "megatron_config", None):  # peft 0.18 imports the module that it names
+        raise MisconfigurationException(f"{adapter} is an adapter for Megatron, which is not read")
+    return config
 
 
 def with_adapter(base: nn.Module, adapter: Path) -> PeftModel:

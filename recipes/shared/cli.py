@@ -278,6 +278,13 @@ class RecipeCLI(LightningCLI):
         if self.subcommand == "fit" and newest:
             rank_zero_info(f"To resume: {self.parser.prog} fit --ckpt_path {newest}")
 
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from the hyper-parameters in a checkpoint, which Lightning would lay over the model's.
+
+        They may name any class, and the recipes save none.
+        """
+
     def _check_checkpoint(self) -> None:
         """Refuse a checkpoint that can't be read, and name what its run had otherwise."""
         settings = self.config_init[self.subcommand]

@@ -4,12 +4,12 @@ Nothing is taken that chooses code other than the recipes' and this package's, o
 """
 
 import re
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 Settings = dict[str, Any]
+_LOADER: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # reads all that the parser's own does
 
 # The kinds of objects that are taken, by the paths of their classes.
 _PARTS = re.compile(r"recipes\.\w+\.(module|data)\.\w+")
@@ -28,6 +28,8 @@ _TEXTS = re.compile(
     "train_time_interval"
 )
 """What may be a text outside of the model and the data, which have their own."""
+_INSIDE = re.compile(r"(?!/)([\w=,:/+ -]|\.(?!\.)|\{[\w/]+(:\.?\d*[df]?)?\})*")
+"""A name that leads to no other folder, also after Lightning has put metrics into it."""
 _CODE = re.compile(r"class_path|trust|code_revision|weights_only|kernel|cache|offload|auto_map|megatron|_config$|__")
 """Entries within a dict by which the parser, transformers or peft import code or write files."""
 
@@ -51,7 +53,8 @@ def taken(run: Settings, usual: Settings) -> tuple[Settings, list[str]]:
         if run.get(name):
             found[name] = _object(name, run[name], classes, others)
     trainer, of_base = _dict(run.get("trainer")), _dict(usual.get("trainer"))
-    plain = {name: value for name, value in trainer.items() if _is_plain(name, value)}
+    # Without a logger a run would write into the folder in which it is started.
+    plain = {name: value for name, value in trainer.items() if name != "logger" and _is_plain(name, value)}
     found["trainer"] = plain
     for name in trainer.keys() - plain.keys() - {"callbacks"}:
         if not _is_like(trainer[name], {"strategy": "auto", **of_base}.get(name)):
@@ -73,7 +76,9 @@ def _object(name: str, given: Any, classes: re.Pattern[str], others: list[str]) 
     arguments = {}
     for key, value in _dict(given.get("init_args")).items():
         label = f"{name if classes is _PARTS else path.rpartition('.')[2]}.{key}"
-        if isinstance(value, dict) and _SCHEDULES.fullmatch(str(value.get("class_path"))):
+        if not str(key).isidentifier():  # the parser reads a dot in a name as a way inside
+            others.append(label)
+        elif isinstance(value, dict) and _SCHEDULES.fullmatch(str(value.get("class_path"))):
             arguments[key] = _object(label, value, _SCHEDULES, others)
         elif (_is_setting if classes is _PARTS else _is_plain)(key, value):
             arguments[key] = value
@@ -87,7 +92,7 @@ def _is_plain(name: str, value: Any) -> bool:
     if isinstance(value, list):
         return all(_is_plain(name, each) for each in value)
     if isinstance(value, str):
-        return bool(_TEXTS.fullmatch(name)) and _stays_inside(value)
+        return bool(_TEXTS.fullmatch(name) and _INSIDE.fullmatch(value))
     return value is None or isinstance(value, bool | int | float)
 
 
@@ -96,9 +101,8 @@ def _is_setting(name: str, value: Any) -> bool:
     if name in _OBJECTS:
         return _is_plain(name, value)
     if name in ("download", "predictions"):
-        return not value or (isinstance(value, str) and _stays_inside(value))
-    # With a slash it is a kernel's repository.
-    return runs_no_code(value) and not (name == "attn_implementation" and "/" in str(value))
+        return not value or (isinstance(value, str) and bool(_INSIDE.fullmatch(value)))
+    return runs_no_code(value) and _is_no_kernel(name, value)
 
 
 def runs_no_code(value: Any) -> bool:
@@ -106,16 +110,20 @@ def runs_no_code(value: Any) -> bool:
     if isinstance(value, str):
         try:
             # The parser does so, too, with texts within dicts.
-            value = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):
-            return True
-    if isinstance(value, dict):
-        return all(not _CODE.search(str(key)) and runs_no_code(each) for key, each in value.items())
-    return all(map(runs_no_code, value)) if isinstance(value, list) else True
+            value = yaml.load(value, Loader=_LOADER)
+        except yaml.YAMLError as error:
+            return not isinstance(error, yaml.constructor.ConstructorError)  # the parser reads recursive texts
+    if isinstance(value, list):
+        return all(map(runs_no_code, value))
+    for name, each in _dict(value).items():
+        if _CODE.search(str(name)) or not _is_no_kernel(name, each) or not runs_no_code(each):
+            return False
+    return True
 
 
-def _stays_inside(name: str) -> bool:
-    return not Path(name).is_absolute() and ".." not in name and not name.startswith("~")
+def _is_no_kernel(name: object, value: Any) -> bool:
+    """Return whether a value is not the repository of an attention kernel."""
+    return name != "attn_implementation" or "/" not in str(value)
 
 
 def _is_like(value: Any, usual: Any) -> bool:

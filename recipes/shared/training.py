@@ -2,6 +2,8 @@
 
 import math
 from copy import deepcopy
+from itertools import dropwhile
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -24,6 +26,16 @@ Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 
 BARE: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 """Arguments of a Trainer for programs that keep what they need themselves."""
+
+
+def saved_paths(checkpoint: dict[str, Any]) -> list[str]:
+    """Return the paths of checkpoints that the callbacks' states in a checkpoint name."""
+    paths: list[str] = []
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, dict):
+            paths += [str(value) for name, value in state.items() if str(name).endswith("_model_path")]
+            paths += map(str, state.get("best_k_models") or ())
+    return paths
 
 
 class RecipeModule(L.LightningModule):
@@ -126,10 +138,16 @@ class RecipeModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the state of a schedule of another kind, before it fails halfway or is taken for this one's.
 
+        And that of a saver of checkpoints with paths that lead out of its folder, which it would delete.
+
         Raises:
             MisconfigurationException: the checkpoint holds such a state.
         """
         super().on_load_checkpoint(checkpoint)
+        for path in saved_paths(checkpoint):
+            inner = dropwhile(lambda part: part == "..", Path(path).parts)
+            if ".." in inner or "://" in path:
+                raise MisconfigurationException(f"the checkpoint names another checkpoint of its run as {path!r}")
         before, now = checkpoint.get("chosen_scheduler"), self._name_of_scheduler()
         is_resumed = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if is_resumed and before != now:

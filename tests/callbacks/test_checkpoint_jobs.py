@@ -280,3 +280,14 @@ def test_ranks_that_would_go_on_from_different_steps_are_refused(
     train(folder)
     with pytest.raises(FileNotFoundError, match="Checkpoint file not found"):
         train(folder, ckpt_path=folder / "none.ckpt")
+
+
+@pytest.mark.parametrize("path", ["{folder}/ck/../mine", "local://{folder}/mine", "{folder}/mine"])
+def test_only_what_lies_in_its_own_folder_is_deleted(tmp_path: Path, path: str) -> None:
+    """A checkpoint that is resumed says itself which ones came before it."""
+    (tmp_path / "mine").mkdir()
+    keeps_one = saver(tmp_path / "ck", save_top_k=1, every_n_train_steps=1)
+    keeps_one.best_model_path = path.format(folder=tmp_path)
+    fit(tmp_path, Classifier(), [keeps_one], max_steps=2)
+    assert (tmp_path / "mine").exists()
+    assert len(list((tmp_path / "ck").glob("*.ckpt"))) == 1

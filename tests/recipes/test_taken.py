@@ -73,6 +73,8 @@ SAVER = {"class_path": "lightning_flatlora.AdapterCheckpoint", "init_args": {"mo
         ("trainer.callbacks", ["EarlyStopping"], r"trainer.callbacks \(EarlyStopping\)"),
         ("trainer.callbacks", [SAVER], "AdapterCheckpoint.dirpath"),
         ("trainer.callbacks", [{**SAVER, "init_args": {"filename": "../../x"}}], "AdapterCheckpoint.filename"),
+        ("trainer.callbacks", [{**SAVER, "init_args": {"filename": "{x].__class__}"}}], "AdapterCheckpoint.filename"),
+        ("trainer.logger", False, "trainer.logger"),
         ("run_name", "../../x", "run_name"),
         ("optimizer", EVIL, r"optimizer \(payload.Evil\)"),
         ("lr_scheduler.class_path", "torch.optim.lr_scheduler.LambdaLR", None),
@@ -80,6 +82,11 @@ SAVER = {"class_path": "lightning_flatlora.AdapterCheckpoint", "init_args": {"mo
         ("model.init_args.predictions", "/x/predictions.jsonl", "model.predictions"),
         ("model.init_args.lora.x", EVIL, "model.lora"),
         ("model.init_args.lora.x", '{"class\\x5fpath": payload.Evil}', "model.lora"),
+        ("model.init_args.lora.x", "{\tclass_path: payload.Evil}", "model.lora"),
+        ("model.init_args.lora.x", "{class_path: payload.Evil, d: 2026-13-45}", "model.lora"),
+        ("model.init_args.lora.x", "&a [*a, {class_path: payload.Evil}]", "model.lora"),
+        ("model.init_args", {"rho.class_path": "payload.Evil"}, "model.rho.class_path"),
+        ("model.init_args.model_config", {"attn_implementation": "someone/kernel"}, "model.model_config"),
         ("model.init_args.lora", {"megatron_core": "payload", "megatron_config": {"a": 1}}, "model.lora"),
         ("model.init_args.model_config", {"trust_remote_code": True}, "model.model_config"),
         ("model.init_args.attn_implementation", "someone/kernel", "model.attn_implementation"),
@@ -129,6 +136,30 @@ def test_the_parser_imports_nothing_that_a_foreign_run_names(
     assert not (tmp_path / "PWNED").exists()
     assert settings.trainer.max_epochs == 7
     assert settings.data.init_args.dataset == "my.jsonl"
+
+
+def test_the_hyper_parameters_in_a_checkpoint_choose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning would lay them over the model's settings, with a class of theirs."""
+    monkeypatch.setattr(ParsingCLI, "_run_subcommand", lambda self, name: None)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "payload.py").write_text(PAYLOAD)
+    checkpoint = folder_of(tmp_path, {})
+    torch.save({"hyper_parameters": {"_class_path": "payload.Evil", "model": "theirs"}}, checkpoint)
+    settings = parsed("test", f"--ckpt_path={checkpoint}")
+    assert not (tmp_path / "PWNED").exists()
+    assert (settings.model.class_path, settings.model.init_args.model) == (MODEL, "mine")
+
+
+@pytest.mark.parametrize("path", ["runs/a/../../mine", "local:///home/mine"])
+@pytest.mark.parametrize("name", ["last_model_path", "best_k_models"])
+def test_a_checkpoint_names_no_folder_to_delete(name: str, path: str) -> None:
+    module = TextClassification(model="mine")
+    module.on_load_checkpoint({"callbacks": {"Saver": {"last_model_path": "../runs/a/last.ckpt"}, "Other": 3}})
+    named = {path: 0.5} if name == "best_k_models" else path
+    with pytest.raises(MisconfigurationException, match="the checkpoint names another checkpoint of its run as"):
+        module.on_load_checkpoint({"callbacks": {"Saver": {name: named}}})
 
 
 def test_what_is_left_out_is_named_until_it_is_given(

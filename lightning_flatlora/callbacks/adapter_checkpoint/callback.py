@@ -133,6 +133,12 @@ class SavesAdapters(_Base):
             super()._save_checkpoint(trainer, filepath)
 
     @override
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        # A checkpoint that is resumed says itself which ones came before it, and Lightning deletes folders as well.
+        is_within = Path(str(self.dirpath)).resolve() in Path(previous).resolve().parents
+        return is_within and super()._should_remove_checkpoint(trainer, previous, current)
+
+    @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         path, folder = Path(filepath), export.folder_of(Path(filepath))
         # On rank zero only: for a slower rank the folder would vanish while it looks. A folder whose file somebody has
