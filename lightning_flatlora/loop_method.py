@@ -113,9 +113,7 @@ class LoopMethod:
         problems = merge_problems(module)
         if not assignment.pairs[0]:
             name = search.pairs[0].name
-            problems.append(
-                f"trainable LoRA factors, such as {name}, are not in the optimizer: give one that holds them"
-            )
+            problems.append(f"trainable LoRA factors, such as {name}, are not in the optimizer: give one with them")
         refuse(method, problems)
         self._leave_layers()
         self.search = search
