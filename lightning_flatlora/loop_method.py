@@ -190,10 +190,10 @@ class LoopMethod:
 
         def then_use_gradients() -> Any:
             nonlocal was_called
-            if was_called:
-                refuse(self.method, [f"{type(optimizer).__name__} {checks.SEVERAL_GRADIENTS}"])
-            was_called = True
             try:
+                if was_called:
+                    refuse(self.method, [f"{type(optimizer).__name__} {checks.SEVERAL_GRADIENTS}"])
+                was_called = True
                 loss = closure()
                 self._use_gradients()
             except BaseException:
