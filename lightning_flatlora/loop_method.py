@@ -71,7 +71,7 @@ class LoopMethod:
         method.horizon = math.inf if total_steps is None else total_steps
         method.is_skipped_on_overflow = True  # a loop does not say whether a scaler skips steps
         self.look_again()
-        checks.say_start(method, method.pairs, self.search.left_out, self._orphans)
+        checks.say_start(method, method.pairs, self.search, self._orphans)
         self._close_others()
         self._install()
         for handle in (

@@ -352,6 +352,10 @@ def series(x: Tensor) -> Tensor:
     return x[:, None, :]
 
 
+def two_channels(x: Tensor) -> Tensor:
+    return x.view(len(x), 2, -1)
+
+
 def tokens(x: Tensor) -> Tensor:
     return (x.abs() * 3).long()
 
@@ -540,6 +544,10 @@ KINDS: dict[str, Kind] = {
     "several adapters": layers(net=two_adapters),
     "experts": layers(net=lambda: under_peft(Experts, "0", "1")),
     "fused experts": Kind(net=lambda: under_peft(BesideFusedExperts, "linear", target_parameters=["experts.weight"])),
+    "embedding": Kind(net=lambda: Logits(under_peft(lambda: nn.Sequential(nn.Embedding(32, CLASSES)), "0"), tokens)),
+    "grouped convolution": layers(
+        net=lambda: Logits(under_peft(lambda: nn.Sequential(nn.Conv1d(2, 4, 1, groups=2)), "0"), two_channels)
+    ),
     "torchtune": layers(net=lambda: imitated(OfTorchtune), settings={"finder": torchtune_pairs}),
     "NeMo": layers(net=lambda: imitated(OfNeMo), settings={"finder": nemo_pairs}),
     "NeMo on Hugging Face": layers(net=lambda: imitated(OnHuggingFace), settings={"finder": nemo_pairs}),

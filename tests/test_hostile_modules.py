@@ -36,6 +36,7 @@ from lightning_flatlora import AdapterCheckpoint, loops
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*BatchEncoding:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),
 ]
 LOOPS = {"loops.EFMLoRA": loops.EFMLoRA, "loops.FMLoRA": loops.FMLoRA}
 BATCHES, EPOCHS, RHO, LR = 3, 2, 0.5, 0.02

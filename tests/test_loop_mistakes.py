@@ -1,9 +1,11 @@
 """What can't work in a loop is refused: at the start, or before a step that would leave nothing perturbed."""
 
 import logging
+import re
 import sys
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -102,12 +104,21 @@ def test_arguments_of_the_other_method_and_models_without_pairs_are_refused() ->
         loops.EFMLoRA(plain, sgd(plain), 0.3)
 
 
-def test_the_start_names_what_is_perturbed_and_what_is_not(caplog: pytest.LogCaptureFixture) -> None:
-    net = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "inner": nn.Linear(4, 4)})
-    model = get_peft_model(net, LoraConfig(r=2, target_modules=["embedding", "inner"]))
-    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+@pytest.mark.parametrize("width", [4, 400])
+def test_the_start_names_what_is_perturbed_and_what_is_not(width: int, caplog: pytest.LogCaptureFixture) -> None:
+    """A log line, or a warning if it is much of what is trained."""
+    net = nn.ModuleDict({"small": nn.Linear(4, 4), "large": nn.Linear(width, width)})
+    model: Any = get_peft_model(net, LoraConfig(r=2, target_modules=["small", "large"]))
+    model.base_model.model["small"].scaling["default"] = 0.0
+    share = 8 / (8 + 2 * width)
+    line = (
+        "EFMLoRA leaves unperturbed: its scaling is 0, so that no perturbation of B moves its weight (1 in all, first "
+        f"base_model.model.small.lora_B.default.weight); in all {share:.1%} of the adapters' trained parameters"
+    )
+    warns = pytest.warns(UserWarning, match=re.escape(line)) if width == 4 else nullcontext()
+    with warns, caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         loops.EFMLoRA(model, sgd(model), 0.3).close()
-    assert "EFMLoRA leaves unperturbed: Embedding: LoRA on an embedding is not taken yet" in caplog.text
+    assert (line in caplog.text) == (width == 400)
     assert "EFMLoRA: 1 LoRA pairs of rank 2, rho=0.3, start_step=0, every_n_steps=1" in caplog.text
 
 

@@ -222,7 +222,7 @@ def tied_by_memory() -> nn.Module:
     model = get_peft_model(net, LoraConfig(r=2, target_modules=["embedding", "inner", "head"]))
     layers = model.base_model.model
     head, embedding = layers["head"], layers["embedding"]
-    assert len(find_pairs(model).pairs) == 2
+    assert len(find_pairs(model).pairs) == 3
     head.lora_B["default"].weight = nn.Parameter(embedding.lora_embedding_A["default"].data.mT)
     head.lora_A["default"].weight = nn.Parameter(embedding.lora_embedding_B["default"].data.mT)
     return model
@@ -245,12 +245,9 @@ def of_mixed_tuners() -> nn.Module:
 
 
 LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
-    "embedding": (lambda: peft(["embed", "one"]), ["one.lora_B.default"], "Embedding: LoRA on an embedding .*embed"),
-    "grouped": (lambda: peft(["grouped", "one"]), ["one.lora_B.default"], "grouped convolution"),
     "AdaLoRA": (of_adalora, [], r"SVDLinear: AdaLoRA's update is B diag\(E\) A"),
     "aLoRA": (lambda: peft(["one"], alora_invocation_tokens=[1]), [], "ALora"),
     "foreign class": (foreign, [], "Foreign"),
-    "parameter": (lambda: peft(["two"], target_parameters=["one.weight"]), ["two.lora_B.default"], "ParamWrapper"),
     "X-LoRA": (of_xlora, ["conv.lora_B.default"], "Linear: X-LoRA weighs the adapters by a router"),
     "Arrow": (of_arrow, ["two.lora_B.plain"], "Linear: Arrow weighs the adapters by a router"),
     "LoHa": (of_mixed_tuners, ["two.lora_B.default"], "Linear of loha, which is no LoRA .1 in all, first .*one"),
@@ -263,7 +260,6 @@ for how in (parametrizations.weight_norm, parametrizations.spectral_norm, prune.
         LEFT_OUT[f"{how.__name__} of {factor}"] = made
 
 
-@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
 @pytest.mark.filterwarnings("ignore:aLoRA is currently only supported:UserWarning")
 @pytest.mark.parametrize("what", LEFT_OUT)
 def test_what_is_not_one_product_is_left_out_by_name(what: str) -> None:

@@ -132,8 +132,8 @@ class MethodCallback(Callback):
         if self.method.lacks_horizon:
             problems += horizon_problems(self.method.argument, trainer, pl_module)
         refuse(self, problems)
-        left_out = self.fit_methods.search.left_out if self.method.left_out is None else self.method.left_out
-        say_start(self.method, list(chain.from_iterable(method.pairs for method in self.methods)), left_out)
+        pairs = list(chain.from_iterable(method.pairs for method in self.methods))
+        say_start(self.method, pairs, self.fit_methods.search)
         for method in self.methods:
             method.is_skipped_on_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None
             method.install()

@@ -134,13 +134,13 @@ def _expected_sharpness(point: Point) -> Values:
 
 
 def _balancedness(point: Point) -> Values:
-    return {"balancedness": torch.stack([balancedness(*pair.matrices()) for pair in point.pairs])}
+    return {"balancedness": torch.stack([balancedness(*pair.matrices()).mean() for pair in point.pairs])}
 
 
 def _condition(point: Point) -> Values:
     factors = [pair.matrices() for pair in point.pairs]
-    of_A = torch.stack([condition_number(A) for A, _ in factors])
-    of_B = torch.stack([condition_number(B) for _, B in factors])
+    of_A = torch.stack([condition_number(A).median() for A, _ in factors])
+    of_B = torch.stack([condition_number(B).median() for _, B in factors])
     return {"condition_A": of_A, "condition_B": of_B}
 
 
@@ -160,7 +160,7 @@ def _gradient_residual(point: Point) -> Values:
         if pair.learns_A and pair.B.requires_grad:
             grad_A = rows_of(point.gradient.of(pair.A), pair.A_rows).flatten(1)
             grad_B = rows_of(point.gradient.of(pair.B), pair.B_rows).flatten(1)
-            residual = gradient_identity_residual(*pair.matrices(), grad_A, grad_B)
+            residual = gradient_identity_residual(*pair.matrices(), *pair.products(grad_A, grad_B)).max()
         residuals.append(residual)
     return {"gradient_residual": torch.stack(residuals)}
 

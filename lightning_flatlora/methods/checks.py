@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_flatlora import wrappers
+from lightning_flatlora.pairs.lora_pair import PairSearch
 from lightning_flatlora.schedules import is_integer
 from lightning_flatlora.sharding import is_sharded
 
@@ -105,16 +106,25 @@ def changed_problems(method: Any, saved: dict[str, Any]) -> list[str]:
     return problems
 
 
-def say_start(method: Any, pairs: Sequence[Any], left_out: Sequence[str], orphans: Sequence[Any] = ()) -> None:
+MUCH_LEFT_OUT = 0.2
+"""From this share of the adapters' trained parameters on, what is left unperturbed is a warning."""
+
+
+def say_start(method: Any, pairs: Sequence[Any], search: PairSearch, orphans: Sequence[Any] = ()) -> None:
     """Say what a method perturbs, by how much and when, and which layers and pairs of no optimizer it leaves out."""
     if pairs:
-        ranks = ", ".join(sorted({str(method.sharding.shape(pair.B)[1]) for pair in pairs}))
+        ranks = sorted({method.sharding.shape(pair.B)[1] // pair.experts for pair in pairs})
         when = f"start_step={method.start_step}, every_n_steps={method.every_n_steps}"
-        rank_zero_info(f"{method.title}: {len(pairs)} LoRA pairs of rank {ranks}, {method.argument}, {when}")
+        found = f"{len(pairs)} LoRA pairs of rank {', '.join(map(str, ranks))}"
+        rank_zero_info(f"{method.title}: {found}, {method.argument}, {when}")
+    left_out = list(search.left_out if method.left_out is None else method.left_out)
+    if left_out and method.left_out is None:
+        left_out.append(f"in all {search.share_left_out:.1%} of the adapters' trained parameters")
     if orphans:
-        left_out = [*left_out, f"{len(orphans)} pairs that the optimizer lacks, as {orphans[0].name}"]
+        left_out.append(f"{len(orphans)} pairs that the optimizer lacks, as {orphans[0].name}")
     if left_out:
-        rank_zero_info(f"{method.title} leaves unperturbed: " + "; ".join(left_out))
+        say = rank_zero_warn if search.share_left_out > MUCH_LEFT_OUT else rank_zero_info
+        say(f"{method.title} leaves unperturbed: " + "; ".join(left_out))
 
 
 def warn_of_late_start(method: Any) -> None:

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, NoPairsError, PairSearch
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, NoPairsError, PairSearch, trained_factors
 from lightning_flatlora.pairs.peft_pairs import active_adapters, check_adapter, kind_of, lora_layers, search_layers
 from lightning_flatlora.perturbed_read import as_ref
 from lightning_flatlora.sharding import matrix_shape
@@ -68,7 +68,7 @@ def search_pairs(
         raise ValueError("adapter_name applies to peft layers, finder to all others: give one of them")
     if finder is not None:
         pairs = pairs_from(finder, model)
-        return _divided(pairs, {id(pair.B) for pair in pairs if pair.B.requires_grad}, {}, [])
+        return _divided(pairs, {id(pair.B) for pair in pairs if pair.B.requires_grad}, {}, [], [])
     layers = lora_layers(model)
     check_adapter(layers, adapter_name, must_be_active)
     return _divided(*search_layers(model, layers, adapter_name))
@@ -123,11 +123,15 @@ def _misfit(pair: LoRAPair) -> str | None:
     got = f"A must be (r, m) and B (n, r), got {A} and {B}"
     if A[0] != B[1]:
         return got
-    return f"{got}, which look transposed" if A[0] > max(A[1], B[0]) else None
+    return f"{got}, which look transposed" if A[0] > pair.experts * max(A[1], B[0]) else None
 
 
 def _divided(
-    pairs: Sequence[LoRAPair], trained: set[int], left_out: dict[str, list[str]], others: Iterable[Any]
+    pairs: Sequence[LoRAPair],
+    trained: set[int],
+    left_out: dict[str, list[str]],
+    others: Iterable[Any],
+    plain: Iterable[nn.Parameter],
 ) -> PairSearch:
     """Divide the pairs of a model; the arguments are what :func:`search_layers` returns.
 
@@ -137,18 +141,23 @@ def _divided(
     for name, count in Counter(pair.name for pair in pairs).items():
         if count > 1:  # checkpoints know a pair by its name
             raise ValueError(f"the finder gives {count} pairs the name {name!r}: give each a name of its own")
-    search = PairSearch([], [])
+    perturbed: list[LoRAPair] = []
+    resting: list[LoRAPair] = []
+    unperturbed = set(plain)
     shared = _shared(pairs, others)
     for pair in pairs:
         is_trained = id(pair.B) in trained
         if pair not in shared:
-            (search.pairs if is_trained and pair.scaling != 0 else search.resting).append(pair)
+            (perturbed if is_trained and pair.scaling != 0 else resting).append(pair)
         # What is not trained in any case is not missed.
         if is_trained and (pair in shared or pair.scaling == 0):
             left_out.setdefault(IS_SHARED if pair in shared else SCALING_IS_0, []).append(pair.name)
-    for reason, names in left_out.items():
-        search.left_out.append(f"{reason} ({len(names)} in all, first {names[0]})")
-    return search
+            unperturbed.update((pair.A, pair.B))
+    lines = [f"{reason} ({len(names)} in all, first {names[0]})" for reason, names in left_out.items()]
+    left = sum(parameter.numel() for parameter in unperturbed if parameter.requires_grad)
+    # A rank of FSDP1 may hold nothing of any.
+    size = max(1, left + sum(factor.numel() for factor in trained_factors(perturbed)))
+    return PairSearch(perturbed, lines, resting, left / size)
 
 
 def _tied_as_one(pairs: Sequence[LoRAPair]) -> list[LoRAPair]:

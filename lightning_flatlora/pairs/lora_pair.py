@@ -43,6 +43,9 @@ class LoRAPair:
         base: the Linear to whose output the update is added, for noise on the whole weight; None where it is not known,
             and for peft's layers, which are asked themselves.
         base_rows: the rows of its weight that the update is of; None for all.
+        experts: how many products the two factors hold, for LoRA on a parameter of several experts, (experts, n, m).
+            peft keeps A as (experts * r, m), one expert's rows after another's, and B as (n, r * experts), in which
+            column ``k * experts + e`` is column k of expert e.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -64,6 +67,7 @@ class LoRAPair:
     B_rows: range | None = None
     base: nn.Module | None = None
     base_rows: range | None = None
+    experts: int = 1
 
     @property
     def learns_A(self) -> bool:
@@ -81,9 +85,13 @@ class LoRAPair:
         return as_ref(self.readers[0]).parameter
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """A (r, m) and B (n, r) as they are stored, a kernel's dimensions among the columns."""
+        """A and B as they are stored, a kernel's dimensions among the columns: see :meth:`products`."""
         A, B = rows_of(self.A.detach(), self.A_rows), rows_of(self.B.detach(), self.B_rows)
-        return A.flatten(1), B.flatten(1)
+        return self.products(A.flatten(1), B.flatten(1))
+
+    def products(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Two factors, or what has their shapes, as A (r, m) and B (n, r); of experts as stacks of these."""
+        return (A, B) if self.experts == 1 else (experts_of_A(A, self.experts), experts_of_B(B, self.experts))
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ class PairSearch:
         pairs: in the order of the model's modules.
         left_out: one line for each kind of LoRA layer that cannot be perturbed, naming it and the reason.
         resting: the other pairs: their B is not trained now, or their scaling is 0.
+        share_left_out: of the adapters' trained parameters, how many are left out, from 0 to 1.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -107,6 +116,7 @@ class PairSearch:
     pairs: list[LoRAPair]
     left_out: list[str]
     resting: list[LoRAPair] = field(default_factory=list)
+    share_left_out: float = 0.0
 
     @property
     def names(self) -> set[str]:
@@ -143,6 +153,21 @@ class Finder(Protocol):
 
     def __call__(self, model: nn.Module, /) -> list[LoRAPair]:
         """All pairs of a model, trained or not, each with its readers, in the same order at every call."""
+
+
+def experts_of_A(A: Tensor, experts: int) -> Tensor:
+    """A of every expert, a view of shape (..., experts, r, m), of A as peft keeps it, (..., experts * r, m)."""
+    return A.reshape(*A.shape[:-2], experts, -1, A.shape[-1])
+
+
+def experts_of_B(B: Tensor, experts: int) -> Tensor:
+    """B of every expert, a view of shape (..., experts, n, r), of B as peft keeps it, (..., n, r * experts)."""
+    return B.reshape(*B.shape[:-1], -1, experts).movedim(-1, -3)
+
+
+def joined_experts_of_B(B: Tensor) -> Tensor:
+    """B as peft keeps it, (..., n, r * experts), of B of every expert; the inverse of :func:`experts_of_B`."""
+    return B.movedim(-3, -1).flatten(-2)
 
 
 def rows_of(tensor: Tensor, rows: range | None) -> Tensor:

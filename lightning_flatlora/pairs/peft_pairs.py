@@ -3,13 +3,20 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 from peft.tuners.adalora.layer import AdaLoraLayer
-from peft.tuners.lora import Embedding, LoraLayer, ParamWrapper
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.tp_layer import LoraParallelLinear
-from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant, DoraLinearVariant
+from peft.tuners.lora.variants import (
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+    DoraEmbeddingVariant,
+    DoraLinearVariant,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.xlora.layer import XLoraLayer
 from torch import nn
@@ -17,12 +24,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_flatlora.class_overlay import plain_class
 from lightning_flatlora.pairs.lora_pair import LoRAPair
+from lightning_flatlora.perturbed_read import AnyRef, ParameterRef, as_ref
 
-_EXACT_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
+_EXACT_VARIANTS = (DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant, DoraEmbeddingVariant, DoraLinearVariant)
 _NO_PRODUCTS: dict[type[nn.Module], str] = {
-    Embedding: "LoRA on an embedding is not taken yet, except by a finder of your own",
     AdaLoraLayer: "AdaLoRA's update is B diag(E) A, and not a product s B A",
-    ParamWrapper: "LoRA on a bare parameter (as of experts) keeps several products in one pair, and is not taken yet",
     LoraParallelLinear: "tensor-parallel LoRA keeps a slice of each factor",
 }
 """Why no adapter of a layer is a pair, by the layer's kind."""
@@ -38,40 +44,62 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 def search_layers(
     model: nn.Module, layers: Sequence[tuple[str, LoraLayer]], adapter_name: str | None
-) -> tuple[list[LoRAPair], set[int], dict[str, list[str]], list[Any]]:
+) -> tuple[list[LoRAPair], set[int], dict[str, list[str]], list[Any], list[nn.Parameter]]:
     """Find the pairs of a model's LoRA layers, of one adapter or of all, of which the active ones are trained.
 
     Returns:
         All pairs, the identities of the B that are trained, names of layers by the reason for which they are no pair,
-        and the factors of adapters that are no pair.
+        the factors of adapters that are no pair, and the parameters of what is named as left out.
     """
     pairs: list[LoRAPair] = []
     trained: set[int] = set()
     left_out: dict[str, list[str]] = defaultdict(list)
     others: list[Any] = []
+    plain: list[nn.Parameter] = []
     for layer_name, layer in layers:
         for adapter, A, B in _adapters(layer):
             is_wanted = adapter_name in (None, adapter)
             is_active = adapter in layer.active_adapters
-            reason = _why_not(layer, adapter, A, B)
+            of_A, of_B = as_ref(A), as_ref(B)
+            reason = _why_not(layer, adapter, of_A.module, of_B.module)
             if not is_wanted or reason:
-                others += [getattr(factor, "weight", factor) for factor in (A, B)]
+                others += [of_A.parameter, of_B.parameter]
                 # An inactive adapter is not trained in any case, so nobody misses it.
                 if is_wanted and is_active:
                     left_out[f"{kind_of(layer).__name__}: {reason}"].append(clean_name(layer_name))
+                    plain += chain(of_A.module.parameters(), of_B.module.parameters())
                 continue
-            name = clean_name(f"{layer_name}.lora_B.{adapter}.weight")
-            scaling = float(layer.scaling[adapter])
-            pair = LoRAPair(name, A.weight, B.weight, scaling, readers=[B], A_readers=[A], layers=[layer])
-            pairs.append(pair)
-            if is_active and pair.B.requires_grad:
-                trained.add(id(pair.B))
+            pairs += _pairs_of(layer_name, layer, adapter, A, B)
+            if is_active and of_B.parameter.requires_grad:
+                trained.add(id(of_B.parameter))
     for name, module in model.named_modules():
         # In a PeftMixedModel; alone, they would be no pairs at all.
         if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
             tuner = kind_of(module).__module__.split(".")[-2]
             left_out[f"{kind_of(module).__name__} of {tuner}, which is no LoRA"].append(clean_name(name))
-    return pairs, trained, left_out, others
+            plain += [parameter for part, parameter in module.named_parameters() if not part.startswith("base_layer.")]
+    return pairs, trained, left_out, others, plain
+
+
+def _pairs_of(layer_name: str, layer: Any, adapter: str, A: AnyRef, B: AnyRef) -> list[LoRAPair]:
+    """One pair, or one for each group of a convolution, whose products are of rows of A and of as many parts of B's."""
+    of_A, of_B = as_ref(A), as_ref(B)
+    part = f"lora_embedding_B.{adapter}" if of_B is B else f"lora_B.{adapter}.weight"
+    name = clean_name(f"{layer_name}.{part}")
+    # Those of a ParamWrapper.
+    experts = getattr(layer, "num_experts", 1)
+    whole = LoRAPair(name, of_A.parameter, of_B.parameter, float(layer.scaling[adapter]), [B], [A], [layer])
+    groups = getattr(B, "groups", 1)
+    if groups == 1:
+        return [replace(whole, experts=experts)]
+    pairs = []
+    r, n = layer.r[adapter] // groups, layer.out_features // groups
+    for group in range(groups):
+        A_rows, B_rows = range(group * r, (group + 1) * r), range(group * n, (group + 1) * n)
+        own_name = f"{name}[{B_rows.start}:{B_rows.stop}]"
+        readers: Any = {"readers": [replace(of_B, rows=B_rows)], "A_readers": [replace(of_A, rows=A_rows)]}
+        pairs.append(replace(whole, name=own_name, **readers, A_rows=A_rows, B_rows=B_rows))
+    return pairs
 
 
 def clean_name(name: str) -> str:
@@ -100,11 +128,16 @@ def kind_of(layer: nn.Module) -> type[nn.Module]:
     return kind.__bases__[-1] if issubclass(kind, FSDPModule) else kind
 
 
-def _adapters(layer: LoraLayer) -> Iterator[tuple[str, Any, Any]]:
-    """Every adapter with the modules of A and B, or the parameters themselves where a layer keeps these bare."""
+def _adapters(layer: LoraLayer) -> Iterator[tuple[str, AnyRef, AnyRef]]:
+    """Every adapter with the readers of A and B."""
     for of_A, of_B in ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)):
         for adapter in of_B:
-            yield adapter, bare(of_A[adapter]), bare(of_B[adapter])
+            yield adapter, _reader(of_A, adapter), _reader(of_B, adapter)
+
+
+def _reader(factors: Any, adapter: str) -> AnyRef:
+    """A module whose weight is the factor, or the place of the parameter itself, which embeddings keep."""
+    return ParameterRef(factors, adapter) if isinstance(factors, nn.ParameterDict) else bare(factors[adapter])
 
 
 def _why_not(layer: LoraLayer, adapter: str, A: object, B: object) -> str | None:
@@ -123,11 +156,13 @@ def _why_not(layer: LoraLayer, adapter: str, A: object, B: object) -> str | None
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, _EXACT_VARIANTS):
         return f"the variant {type(variant).__name__} is not known to add exactly s B A, with a B that is trained"
+    if getattr(layer.get_base_layer(), "sparse", False):
+        return "an embedding with sparse=True has sparse gradients"
     for factor in (A, B):
+        if isinstance(factor, nn.ParameterDict):
+            continue
         if not isinstance(factor, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             return f"a factor is a {type(factor).__name__}, not a Linear or a convolution"
-        if getattr(factor, "groups", 1) != 1:
-            return "a grouped convolution's update is not one product B A"
         # Then what trains are parameters beside the weight, under other names.
         names = [name for name, _ in factor.named_parameters()]
         if names and "weight" not in names:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_flatlora import functional
 from lightning_flatlora.functional import Ascent, Estimator, NormScope
-from lightning_flatlora.pairs.lora_pair import LoRAPair, rows_of
+from lightning_flatlora.pairs.lora_pair import LoRAPair, experts_of_A, experts_of_B, joined_experts_of_B, rows_of
 from lightning_flatlora.sharding import Sharding, matrix_shape
 
 LARGEST_STACK = 2**19
@@ -28,8 +28,8 @@ class PairState(NamedTuple):
     """What is kept of a pair from one search of the model to the next, and in a checkpoint.
 
     Attributes:
-        E: its perturbation, shape (n, r).
-        has_average: whether its moving average has begun, a boolean, shape ().
+        E: its perturbation, of B's shape, (n, r) or (n, r * experts).
+        has_average: whether the moving average of each of its products has begun, booleans, shape (experts,).
         scaling: s of the pair when E was computed, float64 on the CPU, shape ().
     """
 
@@ -41,10 +41,12 @@ class PairState(NamedTuple):
 class PairStack:
     """Pairs of one shape, dtype and device, with their perturbations.
 
+    A pair is one product s B A, or as many as it has experts, each a layer for itself in all that is computed.
+
     Attributes:
         pairs: the pairs, L of them.
-        E: their perturbations, shape (L, n, r), float32 or wider.
-        has_average: whether the moving average of each has begun, booleans, shape (L,).
+        E: their perturbations, shape (L, n, r * experts), float32 or wider.
+        has_average: whether the moving average of each product has begun, booleans, shape (L, experts).
 
     Args:
         pairs: as :func:`stacked` groups them.
@@ -61,16 +63,17 @@ class PairStack:
         # Listed once: a walk over pairs takes as long as the products of small factors.
         self._A, self._A_rows = [pair.A for pair in pairs], [pair.A_rows for pair in pairs]
         self._B, self._B_rows = [pair.B for pair in pairs], [pair.B_rows for pair in pairs]
-        self.scaling = torch.tensor([pair.scaling for pair in pairs], dtype=dtype, device=device)
-        n, r = matrix_shape(sharding.shape(first.B))
+        self.experts = first.experts
+        scaling = torch.tensor([pair.scaling for pair in pairs], dtype=dtype, device=device)
+        self.scaling = scaling.repeat_interleave(self.experts)
+        n, columns = matrix_shape(sharding.shape(first.B))
         n = n if first.B_rows is None else len(first.B_rows)
-        self.E = torch.zeros(len(pairs), n, r, dtype=dtype, device=device)
-        self.has_average = torch.zeros(len(pairs), dtype=torch.bool, device=device)
+        self.E = torch.zeros(len(pairs), n, columns, dtype=dtype, device=device)
+        self.has_average = torch.zeros(len(pairs), self.experts, dtype=torch.bool, device=device)
+        # Which products had a gradient in the last ascent, of the same shape.
+        self._had_gradient = torch.zeros_like(self.has_average)
         # Other than the pairs' own only between loading a state and the next search.
         self.scaling_of_E = torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64)
-        # Which B had a gradient in the last ascent, shape (L,), None where all had one; and the same for the host.
-        self._with_gradient: Tensor | None = None
-        self._have_gradients = [True] * len(pairs)
 
     def states(self) -> Iterator[tuple[LoRAPair, PairState]]:
         """Every pair with its state, whose tensors are views."""
@@ -79,31 +82,27 @@ class PairStack:
 
     def average(self, fresh_E: Tensor, finite: Tensor, beta: float) -> None:
         """Move E towards a fresh one, see :meth:`Perturbation.average`."""
-        is_taken = finite.to(fresh_E.device)
-        if self._with_gradient is not None:  # a pair without a gradient keeps its E
-            is_taken = is_taken & self._with_gradient
-        weight = torch.full((len(fresh_E),), beta, dtype=fresh_E.dtype, device=fresh_E.device)
+        is_taken = self._had_gradient & finite.to(fresh_E.device)
+        weight = torch.full_like(self.has_average, beta, dtype=fresh_E.dtype)
         # The first E is taken whole: there is no average yet to move, and (1 - beta) 0 + beta E would be too short.
         weight = torch.where(self.has_average, weight, 1.0) * is_taken
-        self.E.lerp_(fresh_E, weight[:, None, None])
+        experts_of_B(self.E, self.experts).lerp_(experts_of_B(fresh_E, self.experts), weight[..., None, None])
         self.has_average |= is_taken
 
     def ascent(self, at_perturbed: bool) -> Ascent:
-        """The batched ascent of the stack's pairs, from the gradients that they hold."""
-        self._note_gradients()
+        """The batched ascent of the stack's products, L * experts of them, from the gradients that the pairs hold."""
         A, grad_B = self._stacked(of_B=False), self._stacked(of_B=True, gradients=True)
         if self.unread_A:
-            return functional.ascent_projected(A, grad_B, self.scaling)
-        B = self._stacked(of_B=True)
-        if at_perturbed:
-            # Rounded as the layer reads it, so that the factors are those at which the gradients were taken.
-            B = (B + self.E).to(self._B[0].dtype).to(self.E.dtype)
-        # A trained A beside a frozen B would enter the norm, although its B can't be perturbed.
-        grad_A = self._stacked(of_B=False, gradients=True)
-        if self._with_gradient is not None:
-            # Not in place: a stack of one pair is a view of the user's own gradient.
-            grad_A = grad_A.masked_fill(~self._with_gradient[:, None, None], 0.0)
-        return functional.ascent_average(A, B, grad_A, grad_B, self.scaling)
+            ascent = functional.ascent_projected(A, grad_B, self.scaling)
+        else:
+            B = self._stacked(of_B=True)
+            if at_perturbed:
+                # Rounded as the layer reads it, so that the factors are those at which the gradients were taken.
+                B = (B + self._split(self.E, of_B=True)).to(self._B[0].dtype).to(self.E.dtype)
+            grad_A = self._stacked(of_B=False, gradients=True)
+            ascent = functional.ascent_average(A, B, grad_A, grad_B, self.scaling)
+        self._had_gradient = (ascent.squared_norm > 0).view_as(self.has_average)
+        return ascent
 
     @property
     def unread_A(self) -> list[nn.Parameter]:
@@ -115,7 +114,7 @@ class PairStack:
         return [] if learns and self._estimator == "average" else self._A
 
     def _stacked(self, of_B: bool, *, gradients: bool = False) -> Tensor:
-        """A or B of every pair, or their gradients, shape (L, rows, columns); a single one may be a view."""
+        """A or B of every product, or their gradients, (L * experts, rows, columns); a single one may be a view."""
         parameters, rows = (self._B, self._B_rows) if of_B else (self._A, self._A_rows)
         if rows[0] is None:
             stacked = self.sharding.stack(parameters, gradients=gradients)
@@ -124,19 +123,15 @@ class PairStack:
             distinct = list(dict.fromkeys(parameters))
             whole = dict(zip(distinct, self.sharding.stack(distinct, gradients=gradients), strict=True))
             stacked = torch.stack([rows_of(whole[each], part) for each, part in zip(parameters, rows, strict=True)])
-        return stacked.to(self.E.dtype)
+        return self._split(stacked.to(self.E.dtype), of_B)
 
-    def _note_gradients(self) -> None:
-        """Note which B have a gradient; the mask is filled on the device when it changes, so no copy is waited for."""
-        have = self.sharding.have_gradients(self._B)
-        if have != self._have_gradients:
-            self._have_gradients, self._with_gradient = have, None
-            if not all(have):
-                self._with_gradient = torch.ones_like(self.has_average)
-                for i, has_gradient in enumerate(have):
-                    # Filled there, since the host would wait for a copy.
-                    if not has_gradient:
-                        self._with_gradient[i].zero_()
+    def _split(self, stacked: Tensor, of_B: bool) -> Tensor:
+        """What has the shape of the pairs' A or B, as one matrix for each product."""
+        return (experts_of_B if of_B else experts_of_A)(stacked, self.experts).flatten(0, 1)
+
+    def joined(self, products: Tensor) -> Tensor:
+        """What :meth:`_split` has split of B, as B is again, shape (L, n, r * experts)."""
+        return joined_experts_of_B(products.view(len(self.pairs), self.experts, *products.shape[1:]))
 
 
 def stacked(pairs: Iterable[LoRAPair], estimator: Estimator, sharding: Sharding) -> list[PairStack]:
@@ -146,7 +141,7 @@ def stacked(pairs: Iterable[LoRAPair], estimator: Estimator, sharding: Sharding)
         A, B = pair.A, pair.B
         rows = [part and len(part) for part in (pair.A_rows, pair.B_rows)]
         # A frozen A has no gradient, and an ascent of its own.
-        key = (sharding.shape(A), sharding.shape(B), A.dtype, B.dtype, B.device, pair.learns_A, *rows)
+        key = (sharding.shape(A), sharding.shape(B), pair.experts, A.dtype, B.dtype, B.device, pair.learns_A, *rows)
         groups[key].append(pair)
     stacks = []
     for (A_shape, B_shape, *_), group in groups.items():
@@ -165,7 +160,7 @@ class FreshPerturbation(NamedTuple):
     """E as one gradient gives it.
 
     Attributes:
-        stacks: one (L, n, r) tensor for each stack of layers of one shape; zeros where ``finite`` is false.
+        stacks: one tensor for each stack of pairs, of its E's shape; zeros where ``finite`` is false.
         finite: whether every gradient was finite, a boolean on the device, shape ().
         is_zero: rho was the number 0, so E is known to be zero without asking the device.
     """
@@ -198,9 +193,9 @@ def fresh_perturbation(
     if norm_scope == "global":
         norms = [total.to(norm.device, norm.dtype).expand_as(norm) for norm in norms]
     fresh = []
-    for ascent, norm in zip(ascents, norms, strict=True):
+    for stack, ascent, norm in zip(stacks, ascents, norms, strict=True):
         scale = functional.perturbation_scale(norm, rho)[:, None, None]
-        fresh.append(ascent.direction.mul_(scale).masked_fill_(~finite.to(norm.device), 0.0))
+        fresh.append(stack.joined(ascent.direction.mul_(scale).masked_fill_(~finite.to(norm.device), 0.0)))
     # Not of a tensor, which the host would have to wait for.
     is_zero = not isinstance(rho, Tensor) and rho == 0
     return FreshPerturbation(fresh, finite, is_zero)

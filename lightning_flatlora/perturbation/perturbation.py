@@ -24,7 +24,8 @@ class Perturbation:
     pass between :meth:`on` and :meth:`off`, or inside :meth:`applied`. Only :meth:`state_dict` waits for the device.
 
     A pair learns while its B is trained. One whose B is frozen reads the clean B and keeps its E until it is trained
-    again. One that has no gradient in a step, such as an expert that no sample was routed to, keeps its E as well.
+    again. A product whose gradient is missing or zero in a step keeps its E as well, such as that of an expert to which
+    no token was routed.
 
     Attributes:
         may_be_nonzero: whether the average may be other than zero, as far as the host knows.
@@ -251,7 +252,7 @@ class Perturbation:
         states = self._waiting | {pair.name: state for pair, state in self._states()}
         return {
             "E": {name: state.E.detach().cpu().clone() for name, state in states.items()},
-            "averaged": {name: bool(state.has_average) for name, state in states.items()},
+            "averaged": {name: state.has_average.squeeze().tolist() for name, state in states.items()},
             "scalings": {name: float(state.scaling) for name, state in states.items()},
         }
 

@@ -1,0 +1,166 @@
+"""LoRA on embeddings and grouped convolutions trains as the Linear layers and convolutions that compute the same."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_flatlora import find_pairs, loops
+from lightning_flatlora.flatness.landscape import loss_at, random_direction
+from lightning_flatlora.pairs import NoPairsError
+
+WORDS, WIDTH, GROUPS, CHANNELS, RANK = 7, 4, 2, 6, 4
+LORA: Any = {"r": RANK, "lora_alpha": 8, "init_lora_weights": False}
+
+
+def of_embedding(**config: Any) -> nn.Module:
+    net = nn.Sequential(nn.Embedding(WORDS, WIDTH)).double()
+    return get_peft_model(net, LoraConfig(**LORA, target_modules=["0"], **config))
+
+
+def of_one_hot(like: nn.Module) -> nn.Module:
+    """A Linear on one-hot vectors, whose weight is the embedding's transposed."""
+    other: Any = get_peft_model(
+        nn.Sequential(nn.Linear(WORDS, WIDTH, bias=False)).double(), LoraConfig(**LORA, target_modules=["0"])
+    )
+    mine, theirs = other.base_model.model[0], like.base_model.model[0]  # type: ignore[union-attr, index]
+    mine.base_layer.weight.data.copy_(theirs.base_layer.weight.mT)
+    mine.lora_A["default"].weight.data.copy_(theirs.lora_embedding_A["default"])
+    mine.lora_B["default"].weight.data.copy_(theirs.lora_embedding_B["default"])
+    return other
+
+
+class OneHot(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(F.one_hot(x, WORDS).double())
+
+
+class Groups(nn.Module):
+    """A grouped convolution as one convolution for each group, whose weights for other groups' channels are zeros."""
+
+    def __init__(self, convolution: nn.Conv1d) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList()
+        n, m = CHANNELS // GROUPS, CHANNELS // GROUPS
+        for group in range(GROUPS):
+            part = nn.Conv1d(CHANNELS, n, 3, bias=False).double()
+            nn.init.zeros_(part.weight)
+            own = convolution.weight.data[group * n : (group + 1) * n]
+            part.weight.data[:, group * m : (group + 1) * m].copy_(own)
+            self.parts.append(part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=1)
+
+
+def of_groups() -> nn.Module:
+    net = nn.Sequential(nn.Conv1d(CHANNELS, CHANNELS, 3, groups=GROUPS, bias=False)).double()
+    return get_peft_model(net, LoraConfig(**LORA, target_modules=["0"]))
+
+
+def of_parts(like: nn.Module) -> nn.Module:
+    layer: Any = like.base_model.model[0]  # type: ignore[union-attr, index]
+    config: Any = LORA | {"r": RANK // GROUPS, "lora_alpha": 8 // GROUPS}  # the same alpha / r
+    net = nn.Sequential(Groups(layer.base_layer))
+    other: Any = get_peft_model(
+        net, LoraConfig(**config, target_modules=[f"0.parts.{group}" for group in range(GROUPS)])
+    )
+    A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
+    for part, of_A, of_B in zip(other.base_model.model[0].parts, A.chunk(GROUPS), B.chunk(GROUPS), strict=True):
+        part.lora_A["default"].weight.data.copy_(of_A)
+        part.lora_B["default"].weight.data.copy_(of_B)
+    return other
+
+
+def words() -> list[Tensor]:
+    torch.manual_seed(2)
+    return [torch.randint(WORDS, (3, 5)) for _ in range(4)]
+
+
+def series() -> list[Tensor]:
+    torch.manual_seed(2)
+    return [torch.randn(2, CHANNELS, 8, dtype=torch.float64) for _ in range(4)]
+
+
+def embeddings() -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    model = of_embedding()
+    return model, OneHot(of_one_hot(model)), words()
+
+
+def convolutions() -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    model = of_groups()
+    return model, of_parts(model), series()
+
+
+def train(method: str, model: nn.Module, batches: Sequence[Tensor], **settings: Any) -> list[Tensor]:
+    """The outputs of a network in and after some steps."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    flat = getattr(loops, method)(model, optimizer, 0.3, **settings)
+    outputs = []
+    for batch in batches:
+        for each_pass in flat.training_passes():
+            with each_pass:
+                output = model(batch)
+                (output.tanh() - output.roll(1, -1)).square().mean().backward()
+        outputs.append(output.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    flat.close()
+    with torch.no_grad():
+        return [*outputs, model(batches[0])]
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
+@pytest.mark.parametrize("norm_scope", ["global", "layer"])
+@pytest.mark.parametrize("estimator", ["average", "projected"])
+@pytest.mark.parametrize("method", ["EFMLoRA", "FMLoRA"])
+@pytest.mark.parametrize("made", [embeddings, convolutions])
+def test_it_trains_as_the_layers_that_compute_the_same(
+    made: Callable[[], tuple[nn.Module, nn.Module, list[Tensor]]], method: str, estimator: str, norm_scope: str
+) -> None:
+    model, other, batches = made()
+    mine = train(method, model, batches, estimator=estimator, norm_scope=norm_scope)
+    theirs = train(method, other, batches, estimator=estimator, norm_scope=norm_scope)
+    assert not torch.allclose(mine[-1], mine[0])
+    for one, two in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+
+
+def test_an_embedding_with_DoRA_reads_the_perturbation_as_stored_weights() -> None:
+    model = of_embedding(use_dora=True)
+    (pair,) = find_pairs(model).pairs
+    batch = words()[0]
+    E = random_direction([pair], seed=1)
+    at_E = loss_at(lambda: model(batch).square().mean(), [pair], (0.5, E))
+    with torch.no_grad():
+        pair.B.add_(0.5 * E[0])
+    torch.testing.assert_close(model(batch).square().mean().detach(), at_E, rtol=1e-14, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
+def test_the_pairs_of_a_grouped_convolution_are_named_by_their_rows() -> None:
+    model = of_groups()
+    names = [pair.name for pair in find_pairs(model).pairs]
+    assert names == [f"base_model.model.0.lora_B.default.weight[{rows}]" for rows in ("0:3", "3:6")]
+    # A step along one group's direction moves this group's channels only.
+    first, _ = find_pairs(model).pairs
+    (x, *_) = series()
+    before = model(x)
+    moved = []
+    loss_at(lambda: moved.append(model(x)) or moved[-1].sum(), [first], (1.0, random_direction([first], seed=1)))
+    assert torch.equal(moved[0][:, 3:], before[:, 3:])
+    assert not torch.allclose(moved[0][:, :3], before[:, :3])
+
+
+def test_an_embedding_with_sparse_gradients_is_named() -> None:
+    net = nn.Sequential(nn.Embedding(WORDS, WIDTH, sparse=True))
+    with pytest.raises(NoPairsError, match="Embedding: an embedding with sparse=True has sparse gradients"):
+        find_pairs(get_peft_model(net, LoraConfig(**LORA, target_modules=["0"])))
