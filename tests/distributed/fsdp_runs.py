@@ -40,6 +40,25 @@ def images(use_dora: bool) -> nn.Module:
     return get_peft_model(Images(), config).double()
 
 
+class Experts(nn.Module):
+    """Two parameters of three experts, to which samples are routed; in many batches of a rank an expert has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 5, 8)), nn.Parameter(torch.randn(3, 3, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        which = (x[:, 0] > 0.3).long() + (x[:, 1] > 0)
+        hidden = torch.tanh(torch.einsum("bi,boi->bo", x, self.up[which]))
+        return torch.einsum("bi,boi->bo", hidden, self.down[which])
+
+
+def experts() -> nn.Module:
+    torch.manual_seed(3)
+    targets: Any = {"target_modules": ["0"], "target_parameters": ["1.up", "1.down"]}
+    return get_peft_model(nn.Sequential(nn.Linear(6, 8), Experts()), LoraConfig(r=2, lora_alpha=5, **targets)).double()
+
+
 class Checkpointed(nn.Module):
     """A layer whose activations are computed again in backward."""
 
@@ -61,6 +80,7 @@ def checkpointed(use_reentrant: bool) -> nn.Module:
 
 NETWORKS = {
     "plain": network,
+    "experts": experts,
     "convolution": lambda: images(use_dora=False),
     "dora": lambda: images(use_dora=True),
     "checkpointed": lambda: checkpointed(use_reentrant=False),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -70,7 +70,8 @@ def shard(net: nn.Module, device_mesh: Any) -> nn.Module:
     """What configure_model and Fabric do under ModelParallelStrategy: every LoRA layer a unit, then the rest."""
     mesh = device_mesh["data_parallel"]
     for layer in net.modules():
-        if isinstance(layer, LoraLayer):
+        # peft reads an expert's parameter outside of its own module, so experts must be part of a larger unit.
+        if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper):
             fully_shard(layer, mesh=mesh)
     return fully_shard(net, mesh=mesh)
 
