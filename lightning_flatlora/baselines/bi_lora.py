@@ -145,7 +145,8 @@ class BiLoRAStep(FullWeightStep):
         seed = derived_seed(self.seed, zlib.crc32(term.names[0].encode()))
         generator = torch.Generator().manual_seed(seed)
         A = nn.init.kaiming_uniform_(torch.empty(rank, m, dtype=dtype), a=5**0.5, generator=generator)
-        return nn.Parameter(A), nn.Parameter(torch.zeros(n, rank, dtype=dtype))
+        B = torch.zeros(n, rank, dtype=dtype, device=term.weight.device)
+        return nn.Parameter(A.to(B.device)), nn.Parameter(B)
 
     @override
     def forget_gradients(self) -> None:

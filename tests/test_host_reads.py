@@ -1,0 +1,224 @@
+"""No step of a method waits for the device: each of them trains a model on "meta", whose tensors have no values.
+
+There every read of a value raises, as by ``.item()``, ``bool(tensor)`` or ``.cpu()``. Some reads are on purpose and not
+of such a step: a state for a checkpoint, FlatnessMonitor's measurements, and what the last test names. Under fp16 it is
+Lightning's GradScaler that reads whether to skip a step, and not the package.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import litgpt_models
+import pytest
+import torch
+from helpers import BASELINES, FRONT_ENDS, build, calling, driver_of, fit, is_perturbed
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_flatlora import CosineRho, LearningRateRho, loops
+from lightning_flatlora.pairs.finders import litgpt_pairs
+from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.weight_noise import WeightNoise
+
+META = torch.device("meta")
+WINDOW, STEPS = 2, 5
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+
+
+@pytest.fixture(autouse=True)
+def _what_meta_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give it an autocast and a random state, and let its buffers be put back as another device's are."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **settings: nullcontext())
+    random = SimpleNamespace(get_rng_state=lambda device: None, set_rng_state=lambda state, device: None)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: random)
+    monkeypatch.setattr("lightning_flatlora.methods.put_back._is_copyable", lambda buffer: buffer is not None)
+
+
+class Net(nn.Module):
+    """A convolution, an attention whose three projections are one parameter, buffers, dropout, and a Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 8, 3)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm, self.dropout, self.out = nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).flatten(2).mT
+        x = self.attention(x, x, x, need_weights=False)[0].mean(1)
+        return self.out(self.dropout(self.norm(x)))
+
+
+def net_on_meta() -> nn.Module:
+    with META:
+        return get_peft_model(Net(), LoraConfig(r=2, target_modules=["conv", "attention", "out"]))
+
+
+def litgpt_on_meta() -> nn.Module:
+    """Of each attention the pairs of queries, keys and values are rows of one A and of one B."""
+    with META:
+        return litgpt_models.gpt("q, v")
+
+
+class Copies(TorchDispatchMode):
+    """Operations inside that have tensors of two devices: on a GPU a copy from the host may wait, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.is_on = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        kinds = {t.device.type for t in pytree.tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
+        if self.is_on and len(kinds) > 1:
+            self.seen.append(str(func))
+        return out
+
+
+# -- loops
+
+
+def run_loop(method: str, net: nn.Module, inputs: Tensor, rho: Any = 0.5, lr: float = 0.1, **settings: Any) -> Any:
+    """Train for some steps of several micro-batches, and give the method and what was copied."""
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr)
+    flat = getattr(loops, method)(net, optimizer, rho, total_steps=STEPS, **settings)
+    copies = Copies()
+    with copies:
+        for _ in range(STEPS):
+            for _ in range(WINDOW):
+                for each_pass in flat.training_passes() if method == "FMLoRA" else [nullcontext()]:
+                    with each_pass:
+                        net(inputs).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return flat, copies.seen
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"estimator": "projected", "rho": LearningRateRho(0.5)},
+        {"norm_scope": "layer", "start_step": 1, "every_n_steps": 2},
+        {"estimator": "projected", "norm_scope": "layer", "rho": CosineRho(0.5, 0.1)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model", ["peft", "litgpt"])
+@pytest.mark.parametrize("method", ["EFMLoRA", "FMLoRA"])
+def test_a_loop(method: str, model: str, settings: dict[str, Any]) -> None:
+    if model == "peft":
+        flat, copied = run_loop(method, net_on_meta(), torch.empty(4, 2, 5, 5, device=META), **settings)
+    else:
+        tokens = torch.empty(2, 6, dtype=torch.long, device=META)
+        flat, copied = run_loop(method, litgpt_on_meta(), tokens, finder=litgpt_pairs, **settings)
+        assert any(pair.B_rows is not None for pair in flat.method.pairs)
+    assert flat.step == STEPS
+    assert {stack.E.device for stack in flat.perturbation._stacks} == {META}
+    assert flat.perturbation.may_be_nonzero or method == "FMLoRA"
+    assert not copied
+
+
+# -- callbacks and FMLoRAModule
+
+
+class OnMeta(SingleDeviceStrategy):
+    """Lightning's strategy, which at the end would move the model to the CPU."""
+
+    def teardown(self) -> None:
+        pass
+
+
+class AnyDevice(CPUAccelerator):
+    def setup_device(self, device: torch.device) -> None:
+        pass
+
+
+class Batches(IterableDataset[Any]):
+    """Batches on meta. Without a length, which Lightning compares on the device."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(WINDOW * STEPS):
+            labels = torch.empty(4, dtype=torch.long, device=META)
+            yield torch.empty(4, 2, 5, 5, device=META), labels, torch.empty(4, device=META)
+
+
+def fit_on_meta(tmp_path: Path, name: str, **settings: Any) -> tuple[Any, list[str]]:
+    """Train by a front end or a baseline, as if a loss scaler ran; give its callback and what was copied."""
+    module, callbacks, more = build(name, net=net_on_meta(), accumulate=WINDOW, **settings)
+    copies = Copies()
+    copies.is_on = False
+
+    def start(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        copies.is_on = batch_idx > 0  # the model is searched in the first batch
+        driver_of(trainer).method.is_skipped_on_overflow = True
+
+    watch = calling(on_train_batch_start=start, on_train_batch_end=lambda *args: setattr(copies, "is_on", False))
+    on_meta: dict[str, Any] = {"strategy": OnMeta(META), "accelerator": AnyDevice(), "max_epochs": 1}
+    with copies:
+        trainer = fit(tmp_path, module, [watch, *callbacks], DataLoader(Batches(), batch_size=None), **on_meta, **more)
+    assert trainer.global_step == STEPS
+    return driver_of(trainer), copies.seen
+
+
+@pytest.mark.parametrize("name", [*FRONT_ENDS, *BASELINES])
+def test_a_fit(tmp_path: Path, name: str) -> None:
+    callback, copied = fit_on_meta(tmp_path, name)
+    assert callback.step == STEPS
+    # The seed of this noise is a tensor of the CPU, which the operator reads there.
+    expected = {"lightning_flatlora.noise_product.default"} if name == "RandomPerturbation" else set()
+    assert set(copied) == expected
+
+
+def test_noise_on_whole_weights() -> None:
+    net, inputs = net_on_meta(), torch.empty(4, 2, 5, 5, device=META)
+    with WeightNoise(net).applied(0.5, seed=3):
+        net(inputs).sum().backward()
+    assert not is_perturbed(net)
+
+
+# -- what is seen, and what reads on purpose
+
+
+@pytest.mark.parametrize("read", [Tensor.item, bool, Tensor.cpu, Tensor.tolist, torch.nonzero])
+def test_a_read_in_a_step_would_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Any) -> None:
+    original = Perturbation.ascend
+
+    def ascend(*args: Any, **settings: Any) -> Any:
+        fresh = original(*args, **settings)
+        read(fresh.finite)
+        return fresh
+
+    monkeypatch.setattr(Perturbation, "ascend", ascend)
+    for run in (
+        lambda: run_loop("EFMLoRA", net_on_meta(), torch.empty(4, 2, 5, 5, device=META)),
+        lambda: fit_on_meta(tmp_path, "fmlora"),
+    ):
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"meta"):
+            run()
+
+
+def test_a_copy_in_a_step_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Perturbation.average
+
+    def average(self: Perturbation, fresh: Any, beta: float) -> None:
+        original(self, fresh._replace(finite=torch.tensor(True).to(META)), beta)
+
+    monkeypatch.setattr(Perturbation, "average", average)
+    _, copied = run_loop("EFMLoRA", net_on_meta(), torch.empty(4, 2, 5, 5, device=META))
+    assert copied == ["aten._to_copy.default"] * STEPS
+
+
+def test_a_first_step_at_a_rate_of_zero_reads_the_gradients() -> None:
+    """A warm-up has one such step. Only its gradients tell it from the one by which PyTorch makes a state."""
+    with pytest.raises(RuntimeError, match="meta"):
+        run_loop("EFMLoRA", net_on_meta(), torch.empty(4, 2, 5, 5, device=META), lr=0.0)
