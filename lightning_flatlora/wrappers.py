@@ -102,7 +102,7 @@ def wrapping_problems(model: nn.Module, unsynchronized: Sequence[str], *, takes_
     by_fsdp = any(isinstance(module, FSDPModule) for module in modules)
     problems = []
     if any(is_of("deepspeed", module) for module in modules):
-        problems.append(f"DeepSpeed's engine owns the gradients and the optimizer's step: {_USE}")
+        problems.append(f"DeepSpeed is not supported yet: {_USE}")
     if megatron_runs or any(is_of("megatron", module) for module in modules):
         problems.append(f"Megatron keeps gradients in its own buffers; tensor parallelism splits the factors: {_USE}")
     if not takes_fsdp1 and FullyShardedDataParallel.fsdp_modules(model):

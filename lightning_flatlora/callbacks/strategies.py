@@ -64,7 +64,7 @@ def _kind_problems(strategy: strategies.Strategy) -> list[str]:
     """Why a method can't work under a kind of strategy."""
     name = type(strategy).__name__
     if is_lightning(strategy, strategies.DeepSpeedStrategy):
-        return [f"DeepSpeed owns the gradients and gives them to no callback: {_USE}"]
+        return [f"DeepSpeed is not supported yet: {_USE}"]
     if is_lightning(strategy, *_XLA) or not is_lightning(strategy, *_SUPPORTED):
         return [f"the strategy {name} has not been tested: with accelerator='gpu' or 'cpu', {_USE}"]
     if not is_lightning(strategy, strategies.DDPStrategy) or strategy.model is None:
