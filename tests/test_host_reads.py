@@ -30,7 +30,10 @@ from lightning_flatlora.weight_noise import WeightNoise
 
 META = torch.device("meta")
 WINDOW, STEPS = 2, 5
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*groups > 1. Merging is not supported"),  # peft's
+]
 
 
 @pytest.fixture(autouse=True)
@@ -42,24 +45,36 @@ def _what_meta_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_flatlora.methods.put_back._is_copyable", lambda buffer: buffer is not None)
 
 
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(3, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bm,enm->bn", x, self.up)
+
+
 class Net(nn.Module):
-    """A convolution, an attention whose three projections are one parameter, buffers, dropout, and a Linear."""
+    """Every kind of layer: an attention has its three projections in one parameter, and experts are one, too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(2, 8, 3)
+        self.conv, self.grouped = nn.Conv2d(2, 8, 3), nn.Conv2d(8, 8, 1, groups=2)
+        self.table = nn.Embedding(9, 8)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.experts = Experts()
         self.norm, self.dropout, self.out = nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x).flatten(2).mT
+        x = self.grouped(self.conv(x)).flatten(2).mT + self.table(torch.arange(9, device=x.device))
         x = self.attention(x, x, x, need_weights=False)[0].mean(1)
-        return self.out(self.dropout(self.norm(x)))
+        return self.out(self.dropout(self.norm(self.experts(x))))
 
 
 def net_on_meta() -> nn.Module:
+    layers = ["conv", "grouped", "table", "attention", "out"]
     with META:
-        return get_peft_model(Net(), LoraConfig(r=2, target_modules=["conv", "attention", "out"]))
+        return get_peft_model(Net(), LoraConfig(r=2, target_modules=layers, target_parameters=["experts.up"]))
 
 
 def litgpt_on_meta() -> nn.Module:
