@@ -15,11 +15,12 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
+    Qwen3MoeConfig,
     RobertaConfig,
     ViTConfig,
 )
 
-_CAUSAL = ("gpt2", "llama")
+_CAUSAL = ("gpt2", "llama", "qwen3_moe")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Workload:
 
     Attributes:
         config: of transformers.
-        targets: the layers that get LoRA.
+        targets: the layers that get LoRA, as peft takes them.
         batch: sequences or images in a step.
         length: tokens in a sequence; images have their own.
         layers: blocks of the model.
@@ -37,7 +38,7 @@ class Workload:
     """
 
     config: PretrainedConfig
-    targets: tuple[str, ...]
+    targets: tuple[str, ...] | str
     batch: int
     length: int
     layers: int
@@ -57,9 +58,8 @@ class Workload:
         network: Any = (AutoModelForCausalLM if self.causal else AutoModel).from_config(config)
         if not self.full:
             linears = self.config.model_type != "gpt2"  # whose Conv1D keeps weights transposed
-            lora = LoraConfig(
-                r=self.rank, lora_alpha=2 * self.rank, target_modules=list(self.targets), fan_in_fan_out=not linears
-            )
+            targets = self.targets if isinstance(self.targets, str) else list(self.targets)
+            lora = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=targets, fan_in_fan_out=not linears)
             network = get_peft_model(network, lora)
         return cast("nn.Module", network)
 
@@ -153,6 +153,13 @@ def _two_blocks(width: int) -> Workload:
     return Workload(config, _QV_LLAMA, batch=4, length=128, layers=2)
 
 
+def _mixture_of_experts(width: int) -> Qwen3MoeConfig:
+    """Qwen3-30B-A3B's 128 experts, of which 8 take a token, and its proportions, in a small width."""
+    sizes: dict[str, Any] = {"hidden_size": width, "moe_intermediate_size": 3 * width // 8, "vocab_size": 1024}
+    heads: dict[str, Any] = {"num_attention_heads": width // 64, "num_key_value_heads": 1, "head_dim": 64}
+    return Qwen3MoeConfig(**sizes, **heads, num_experts=128, num_experts_per_tok=8)
+
+
 WORKLOADS: dict[str, Workload | Stack] = {
     "minilm": Workload(_bert(384, 12), _QUERY_VALUE, batch=16, length=40, layers=6),
     "smollm2": Workload(
@@ -174,6 +181,8 @@ WORKLOADS: dict[str, Workload | Stack] = {
     "width-768": _two_blocks(768),
     "width-1024": _two_blocks(1024),
     "width-2048": _two_blocks(2048),
+    # Attention, routers, and two parameters of all experts in each layer.
+    "mixture-of-experts": Workload(_mixture_of_experts(256), "all-linear", batch=4, length=256, layers=4, rank=4),
     "small-layers": Stack(layers=600, width=64, batch=16),
     "tiny": Workload(_bert(32, 2), _QUERY_VALUE, batch=4, length=8, layers=2),
 }
