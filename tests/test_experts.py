@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
 from lightning_flatlora import LoRAPair, find_pairs, loops
@@ -16,6 +17,9 @@ from lightning_flatlora.flatness.sharpness import overlaps, read
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.weight_noise import WeightNoise
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(ParamWrapper, "get_delta_factors"), reason="this peft takes all experts for transposed ones"
+)
 EXPERTS, WIDTH, HIDDEN, RANK = 3, 5, 4, 2
 LORA: Any = {"r": RANK, "lora_alpha": 6, "init_lora_weights": False}
 Batch = tuple[Tensor, Tensor]

@@ -132,10 +132,8 @@ class PairStack:
             return stacked
         if not of_B:
             return experts_of_A(stacked, self.experts).flatten(0, 1)
-        n = stacked.shape[1]
-        return _transposed(stacked.reshape(len(stacked), -1, self.experts)).view(
-            -1, n, stacked.shape[2] // self.experts
-        )
+        columns = stacked.reshape(len(stacked), -1, self.experts)
+        return _transposed(columns).view(len(columns) * self.experts, stacked.shape[1], -1)
 
     def joined(self, products: Tensor) -> Tensor:
         """What :meth:`_split` has split of B, as B is again, shape (L, n, r * experts)."""
