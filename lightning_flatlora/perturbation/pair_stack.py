@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_flatlora import functional
 from lightning_flatlora.functional import Ascent, Estimator, NormScope
-from lightning_flatlora.pairs.lora_pair import LoRAPair, experts_of_A, experts_of_B, rows_of
+from lightning_flatlora.pairs.lora_pair import LoRAPair, experts_of_A, rows_of
 from lightning_flatlora.sharding import Sharding, matrix_shape
 
 LARGEST_STACK = 2**19
@@ -86,7 +86,8 @@ class PairStack:
         weight = torch.full_like(self.has_average, beta, dtype=fresh_E.dtype)
         # The first E is taken whole: there is no average yet to move, and (1 - beta) 0 + beta E would be too short.
         weight = torch.where(self.has_average, weight, 1.0) * is_taken
-        experts_of_B(self.E, self.experts).lerp_(experts_of_B(fresh_E, self.experts), weight[..., None, None])
+        by_expert = (*self.E.shape[:2], -1, self.experts)
+        self.E.view(by_expert).lerp_(fresh_E.view(by_expert), weight[:, None, None])
         self.has_average |= is_taken
 
     def ascent(self, at_perturbed: bool) -> Ascent:
