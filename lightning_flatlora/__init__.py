@@ -4,6 +4,7 @@ from lightning_flatlora.callbacks import AdapterCheckpoint as AdapterCheckpoint
 from lightning_flatlora.callbacks import EFMLoRA as EFMLoRA
 from lightning_flatlora.callbacks import FlatnessMonitor as FlatnessMonitor
 from lightning_flatlora.callbacks import FMLoRA as FMLoRA
+from lightning_flatlora.callbacks import Requeue as Requeue
 from lightning_flatlora.callbacks import load_adapter_checkpoint as load_adapter_checkpoint
 from lightning_flatlora.module import FMLoRAModule as FMLoRAModule
 from lightning_flatlora.pairs import find_pairs as find_pairs

@@ -38,6 +38,10 @@ class FlatnessMonitor(callbacks.FlatnessMonitor, Callback):
     """:class:`lightning_flatlora.FlatnessMonitor`."""
 
 
+class Requeue(callbacks.Requeue, Callback):
+    """:class:`lightning_flatlora.Requeue`."""
+
+
 class LoRASAM(baselines.LoRASAM, Callback):
     """:class:`lightning_flatlora.baselines.LoRASAM`."""
 

@@ -8,7 +8,7 @@ import yaml
 from recipes.shared.taken import taken
 
 RECIPES = Path(__file__).parent.parent
-_NO_METHODS = ("AdapterCheckpoint", "FlatnessMonitor")
+_NO_METHODS = ("AdapterCheckpoint", "FlatnessMonitor", "Requeue")
 """Callbacks of the package that leave the training as it is."""
 
 
