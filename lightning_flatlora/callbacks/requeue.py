@@ -20,7 +20,7 @@ from lightning_flatlora.methods.checks import refuse
 
 _PATIENCE = 5.0
 """Seconds in which a repeated signal is one signal: torchrun and systemd may both send it to a process."""
-_ENDS = (signal.SIGINT, signal.SIGTERM)
+_ENDS = {signal.SIGINT, signal.SIGTERM}
 """Whoever sends these, such as ``scancel``, decides whether the job comes back."""
 _SAID = b"\nA signal: the run saves itself after this step and ends; again in more than 5 s ends it now, unsaved\n"
 
@@ -55,41 +55,38 @@ class Requeue(Callback):
         unknown = set(signals) - signal.Signals.__members__.keys()
         refuse(self, [f"signals must be names such as 'SIGTERM', got {each!r}" for each in sorted(unknown)])
         self.signals = [signal.Signals[each] for each in signals]
-        self._patches = ExitStack()
-        self._begin()
-
-    def _begin(self) -> None:
-        self._patches.close()
         self._held: dict[int, float] = {}  # when each signal came first
-        self._step = -1  # before the last batch
-        self._is_even = True
+        self._patches = ExitStack()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not _savers(trainer):
             refuse(self, ["a run comes back from last.ckpt: add AdapterCheckpoint(dirpath, save_last=True)"])
         if current_thread() is not main_thread():
-            rank_zero_warn("Requeue: only a process's main thread can hold signals back, and fit runs in another one")
+            refuse(self, ["only the main thread can hold signals back, and fit runs in another one: leave it out"])
+        self._patches.close()
+        self._held.clear()
+        self._step = -1  # before the last batch
+        if not getattr(trainer, "fast_dev_run", False):
+            # Lightning sets handlers for a fit, which these replace at once, and restores those of before after it.
+            self._after(trainer._signal_connector, "register_signal_handlers", self._hold, trainer)
+            # After all that a loop does for a batch or an epoch: hooks, validation, schedulers.
+            for loop in (trainer.fit_loop.epoch_loop, trainer.fit_loop):
+                self._after(loop, "on_advance_end", self._end_if_asked, trainer, loop)
 
-    @override
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._hold(trainer)
+    def _after(self, owner: Any, name: str, more: Callable[..., None], *given: Any) -> None:
+        """Let a method of an object do more, until the fit is over."""
+        method = getattr(owner, name)
 
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._hold(trainer)
-        if not trainer.global_step and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
-            advice = "give fit ckpt_path='last', and AdapterCheckpoint a dirpath, if it has saved anything"
-            rank_zero_warn(f"Requeue: this job was requeued, and begins at its start: {advice}")
-        for loop in (trainer.fit_loop.epoch_loop, trainer.fit_loop):
-            self._patches.enter_context(put_on(loop, {"on_advance_end": self._then_end(trainer, loop)}))
+        def longer(*args: Any) -> None:
+            method(*args)
+            more(*given)
+
+        self._patches.enter_context(put_on(owner, {name: longer}))
 
     def _hold(self, trainer: Trainer) -> None:
-        """Take the signals from Lightning, which has just set handlers, and restores those of before when fit ends."""
-        if getattr(trainer, "fast_dev_run", False) or current_thread() is not main_thread():
-            return
         of_slurm = getattr(trainer._accelerator_connector.cluster_environment, "requeue_signal", None)
-        for number in [*self.signals, *([of_slurm] if of_slurm else [])]:
+        for number in {*self.signals, of_slurm or self.signals[0]}:
             # A shell lets its background jobs ignore SIGINT.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)
@@ -102,65 +99,51 @@ class Requeue(Callback):
         with suppress(OSError):
             os.write(2, _SAID)
 
-    def _then_end(self, trainer: Trainer, loop: Any) -> Callable[..., None]:
-        """Put the end behind all that a loop does after a batch, or an epoch: hooks, validation, schedulers."""
-        on_advance_end = loop.on_advance_end
-
-        def method(*args: Any) -> None:
-            on_advance_end(*args)
-            # A loop that is done leaves the end to the one around it, or to the fit, which is over.
-            if self._is_asked(trainer) and not loop.done:
-                self._end(trainer)
-
-        return method
-
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step = trainer.global_step
 
-    def _is_asked(self, trainer: Trainer) -> bool:
-        """Return whether the last batch ended in an optimizer step, and a signal has come to any rank."""
-        # No checkpoint holds the gradients of an accumulation.
-        is_between_steps = trainer.global_step != self._step
-        return is_between_steps and trainer.strategy.reduce_boolean_decision(bool(self._held), all=False)
-
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # In a resumed run Lightning has the batch in which the validation ended as begun, and would resume it again.
+        total = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+        total.ready = total.started = total.completed
         # Ranks with different numbers of batches can't agree in each, and end after the validation.
         batches = torch.tensor(float(sum(trainer.num_val_batches)), device=trainer.strategy.root_device)
-        of_ranks = set(trainer.strategy.all_gather(batches).flatten().tolist())
-        self._is_even = trainer.world_size == 1 or (len(of_ranks) == 1 and of_ranks != {float("inf")})
+        counts = trainer.strategy.all_gather(batches)
+        self._is_even = bool((counts == batches).all() and batches.isfinite())
 
     @override
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        is_in_fit = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if is_in_fit and self._is_even and self._is_asked(trainer):
-            # Lightning resumes a validation that ended within a batch, but leaves out as many batches as were done.
-            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-            progress.increment_started()
-            progress.current.reset()
-            self._end(trainer)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_even:
+            self._end_if_asked(trainer, trainer.fit_loop.epoch_loop.val_loop)
 
-    def _end(self, trainer: Trainer) -> None:
+    def _end_if_asked(self, trainer: Trainer, loop: Any) -> None:
+        """Save and end if a signal has come to any rank, and the last batch ended in an optimizer step."""
+        reduce = trainer.strategy.reduce_boolean_decision
+        # No checkpoint holds the gradients of an accumulation.
+        if trainer.global_step == self._step or not reduce(bool(self._held), all=False):
+            return
+        if loop is trainer.fit_loop.epoch_loop.val_loop:
+            # Lightning resumes a validation that ended within a batch, but leaves out as many batches as were done.
+            loop.batch_progress.increment_started()
+            loop.batch_progress.current.reset()
+        elif loop.done:
+            return  # it leaves the end to the one around it, or to the fit, which is over
         for saver in _savers(trainer):
             saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
             rank_zero_info(f"Requeue: step {trainer.global_step} is saved in {saver.last_model_path}")
-        for logger in trainer.loggers:
-            logger.save()
-        comes_back = trainer.strategy.reduce_boolean_decision(bool(self._held.keys() - set(_ENDS)), all=False)
+        comes_back = reduce(bool(self._held.keys() - _ENDS), all=False)
         if comes_back and trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:
             _requeue()
         raise SystemExit(128 + max(self._held, default=signal.SIGTERM))
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._begin()
-
-    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        late = [number for number in _ENDS if number in self._held]
-        self._begin()
-        for number in late:  # after the last step; what follows the fit may take long
+        self._patches.close()
+        # What came after the last step is delivered, since what follows the fit may take long.
+        for number in _ENDS & self._held.keys():
+            del self._held[number]
             signal.raise_signal(number)
 
 
@@ -176,9 +159,6 @@ def _requeue() -> None:
     if "SLURM_ARRAY_JOB_ID" in os.environ:  # the last task's own id is that of the array, and would requeue all tasks
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-        problem = f"{done.stderr.strip()} (status {done.returncode})" if done.returncode else ""
-    except OSError as error:
-        problem = str(error)
-    if problem:
-        rank_zero_warn(f"Requeue: scontrol requeue {job} failed: {problem}. Submit the job again, and it resumes")
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        rank_zero_warn(f"Requeue: {error}. All is saved: submit job {job} again, and it resumes")

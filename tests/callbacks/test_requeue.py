@@ -1,6 +1,5 @@
 """A signal ends a run between steps, saved; the run that comes back ends in the bits of one that nobody interrupted."""
 
-import json
 import os
 import signal
 import stat
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ByHand, ResumableLoader, assert_same_run, build, fit, make_loader, same
+from helpers import ByHand, Classifier, ResumableLoader, assert_same_run, build, fit, make_loader, same, trainer_of
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -60,6 +59,7 @@ def run(
     accumulate: int = 1,
     requeue: Any = None,
     monitor: str | None = "val_loss",
+    batches: int = BATCHES,
     **settings: Any,
 ) -> Any:
     """Train three epochs of five batches with a validation of three, or what ``settings`` say."""
@@ -69,7 +69,7 @@ def run(
         kwargs = {}
     saver = AdapterCheckpoint(folder / "saved", monitor=monitor, save_last=True, save_top_k=1)
     callbacks = [requeue or Requeue(), *callbacks, *others, saver]
-    loader = ResumableLoader(list(make_loader(BATCHES)))
+    loader = ResumableLoader(list(make_loader(batches)))
     kwargs = {"max_epochs": EPOCHS, "plugins": LightningEnvironment(), **kwargs, **settings}
     val = make_loader(3, seed=7) if monitor == "val_loss" else None
     return fit(folder, module, callbacks, loader, val=val, ckpt_path="last" if resume else None, **kwargs)
@@ -119,3 +119,263 @@ def test_it_comes_back(tmp_path: Path, method: str, moment: str) -> None:
     hook = MOMENTS[moment]
     send = Send(next(name for name in vars(hook) if name.startswith("on_")), hook.left)
     assert_comes_back(tmp_path, method, send, num_sanity_val_steps=1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("call", [2, 3])
+def test_it_does_not_end_within_an_accumulation(tmp_path: Path, method: str, call: int) -> None:
+    """Not between its batches, and not in a validation there: no checkpoint holds the gradients."""
+    if method != "by hand":
+        settings: dict[str, Any] = {"accumulate": 2, "val_check_interval": 1}
+        assert_comes_back(tmp_path, method, Send("on_train_batch_start", call), **settings)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "other", method, Send("on_validation_batch_start", 3 * call), accumulate=2, val_check_interval=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"val_check_interval": 2},
+        {"check_val_every_n_epoch": 2},
+        {"max_steps": 13},
+        {"batches": 1, "limit_val_batches": 0, "monitor": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("call", [0, 1])
+def test_it_comes_back_whenever_the_run_validates(tmp_path: Path, settings: dict[str, Any], call: int) -> None:
+    """Also if an epoch is one step."""
+    assert_comes_back(tmp_path, "efmlora", Send("on_train_batch_start", call), **settings)
+
+
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_start", "on_train_batch_start"])
+def test_it_comes_back_many_times(tmp_path: Path, hook: str) -> None:
+    """Also out of a validation that a start before has not finished."""
+    expected: list[Any] = []
+    whole = run(tmp_path / "whole", "efmlora", Notes(expected))
+    notes: list[Any] = []
+    for start in range(40):
+        try:
+            call = (0, 1, 4)[start % 3]
+            again = run(tmp_path / "ended", "efmlora", Notes(notes), Send(hook, call), resume=start > 0)
+            break
+        except SystemExit:
+            pass
+    assert start > 1
+    assert notes == expected
+    assert_same_run(whole, again)
+
+
+# -- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_it_holds_the_signals_that_it_is_given(tmp_path: Path, number: signal.Signals) -> None:
+    requeue = Requeue(signals=[number.name])
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "efmlora", Send("on_train_batch_start", 2, number), requeue=requeue)
+    assert end.value.code == 128 + number
+    assert torch.load(tmp_path / "saved/last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_it_puts_the_handlers_back(tmp_path: Path) -> None:
+    """After each kind of end; Lightning's own hold only until this callback's replace them."""
+
+    def handler(*_: Any) -> None:
+        raise AssertionError
+
+    before = [signal.signal(number, handler) for number in (signal.SIGUSR1, signal.SIGTERM)]
+    ends: list[Any] = [None, Send("on_train_batch_start"), Send("on_train_batch_start", 0, signal.SIGTERM), Fails()]
+    try:
+        for index, end in enumerate(ends):
+            try:
+                run(tmp_path / str(index), "efmlora", *[end] * (end is not None))
+            except (SystemExit, RuntimeError):
+                assert end is not None
+            found = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
+            assert found == [handler, handler], end
+    finally:
+        for number, old in zip((signal.SIGUSR1, signal.SIGTERM), before, strict=True):
+            signal.signal(number, old)
+
+
+class Fails(Callback):
+    def on_train_batch_end(self, *args: Any) -> None:
+        raise RuntimeError
+
+
+class Never(Callback):
+    """A step that does not end: waits for a signal that is repeated, early and late."""
+
+    def __init__(self, pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pauses, self.time, self.sent = pauses, 100.0, 0
+        monkeypatch.setattr("lightning_flatlora.callbacks.requeue.time.monotonic", lambda: self.time)
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == 1:
+            for pause in self.pauses:
+                self.time += pause
+                self.sent += 1
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("pauses", "step"), [([0, 0.1, 4.8], 2), ([0, 0.1, 5.0, 1.0], None)])
+def test_a_signal_that_is_repeated_late_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: list[float], step: int | None
+) -> None:
+    """Early it comes from those who send it twice."""
+    never = Never(pauses, monkeypatch)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "efmlora", never)
+    assert end.value.code == TERM
+    assert never.sent == 3
+    file = tmp_path / "saved/last.ckpt"
+    assert (torch.load(file, weights_only=True)["global_step"] if file.exists() else None) == step
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_after_the_last_step_is_delivered_when_the_fit_is_over(tmp_path: Path, number: int) -> None:
+    """That of SLURM has come to its end: the run is done."""
+    got: list[int] = []
+    before = signal.signal(number, lambda *_: got.append(number))
+    trainer = run(tmp_path, "efmlora", Send("on_train_epoch_end", EPOCHS - 1, number))
+    assert trainer.current_epoch == EPOCHS
+    trainer.test(trainer.lightning_module, make_loader())
+    signal.signal(number, before)
+    assert got == [number] * (number == signal.SIGTERM)
+
+
+def test_it_holds_the_signal_of_lightnings_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = slurm(tmp_path, monkeypatch)
+    plugins = SLURMEnvironment(requeue_signal=signal.SIGUSR2)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "efmlora", Send("on_train_batch_start", 2, signal.SIGUSR2), plugins=plugins)
+    assert end.value.code == 128 + signal.SIGUSR2
+    assert calls() == [["requeue", "77"]]
+
+
+# -- SLURM
+
+
+def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, status: int = 0, **more: str) -> Any:
+    """One task of a SLURM job, whose scontrol writes down its arguments; a function that reads these."""
+    of_job = {"ID": "77", "NAME": "train", "NODELIST": "localhost"}
+    of_task = {"NTASKS": "1", "NTASKS_PER_NODE": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "NNODES": "1"}
+    for name, value in {**{f"JOB_{key}": of_job[key] for key in of_job}, **of_task, **more}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    tools = folder / "tools"
+    tools.mkdir()
+    scontrol = tools / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tools}/calls\nexit {status}\n')
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+
+    def calls() -> list[list[str]]:
+        file = tools / "calls"
+        return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+
+    return calls
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_slurm_job_is_requeued_by_its_signal_and_not_by_scancels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    calls = slurm(tmp_path, monkeypatch)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "efmlora", Send("on_train_batch_start", 2, number), plugins=SLURMEnvironment())
+    assert calls() == [["requeue", "77"]] * (number == signal.SIGUSR1)
+    assert not list(tmp_path.glob("hpc*"))  # Lightning's
+    assert torch.load(tmp_path / "saved/last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_of_an_array_only_this_task_is_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = slurm(tmp_path, monkeypatch, ARRAY_JOB_ID="70", ARRAY_TASK_ID="3")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "plain", Send("on_train_batch_start"), plugins=SLURMEnvironment())
+    assert calls() == [["requeue", "70_3"]]
+
+
+@pytest.mark.parametrize("status", [1, None])
+def test_a_job_that_can_not_be_requeued_is_saved_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int | None
+) -> None:
+    """An error of scontrol's, or none on the path, as in containers."""
+    slurm(tmp_path, monkeypatch, status or 0)
+    if status is None:
+        monkeypatch.setenv("PATH", "")
+    with (
+        pytest.warns(UserWarning, match=r"Requeue: .*scontrol.* All is saved: submit job 77 again, and it resumes"),
+        pytest.raises(SystemExit) as end,
+    ):
+        run(tmp_path, "plain", Send("on_train_batch_start"), plugins=SLURMEnvironment())
+    assert end.value.code == USR1
+    assert (tmp_path / "saved/last.ckpt").exists()
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_lightnings_checkpoint_of_another_job_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """It would be loaded without a word; the job that wrote it, which was requeued, may have it."""
+    slurm(tmp_path, monkeypatch)
+    stale = tmp_path / "hpc_ckpt_1.ckpt"
+    trainer = run(tmp_path, "efmlora", plugins=SLURMEnvironment())
+    trainer.save_checkpoint(stale)
+    callbacks: list[Callback] = [AdapterCheckpoint(tmp_path)]
+    again = trainer_of(tmp_path, callbacks, plugins=SLURMEnvironment(), limit_val_batches=0)
+    with pytest.raises(MisconfigurationException, match=r"hpc_ckpt_1.ckpt is another run's, .*default_root_.* rename"):
+        getattr(again, command)(Classifier(), make_loader())
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run(tmp_path, "efmlora", plugins=SLURMEnvironment(), max_epochs=EPOCHS + 1).global_step == 20
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    "saver", [[], [{"save_last": None}], [{"save_last": True, "save_weights_only": True}]], ids=str
+)
+def test_a_fit_that_could_not_come_back_is_refused(tmp_path: Path, saver: list[dict[str, Any]]) -> None:
+    module, callbacks, _ = build("efmlora")
+    callbacks += [Requeue(), *(AdapterCheckpoint(tmp_path, **each) for each in saver)]
+    with pytest.raises(MisconfigurationException, match=r"Requeue: a run comes back from last.ckpt: add AdapterCheckp"):
+        fit(tmp_path, module, callbacks)
+
+
+def test_unknown_signals_are_refused() -> None:
+    with pytest.raises(
+        MisconfigurationException, match=r"Requeue: signals must be names such as 'SIGTERM', got 'USR1'"
+    ):
+        Requeue(signals=["USR1", "SIGTERM"])
+
+
+def test_a_fit_in_another_thread_is_refused(tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            run(tmp_path)
+        except MisconfigurationException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    assert "only the main thread can hold signals back" in str(errors[0])
+
+
+def test_a_trial_run_holds_nothing(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    seen: list[Any] = []
+    run(tmp_path, "efmlora", Looks(seen), fast_dev_run=True)
+    assert seen == [before]
+
+
+class Looks(Callback):
+    def __init__(self, seen: list[Any]) -> None:
+        self.seen = seen
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.seen.append(signal.getsignal(signal.SIGUSR1))
