@@ -60,6 +60,8 @@ class Requeue(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if getattr(trainer, "fast_dev_run", False):
+            return  # nothing is saved
         if not _savers(trainer):
             refuse(self, ["a run comes back from last.ckpt: add AdapterCheckpoint(dirpath, save_last=True)"])
         if current_thread() is not main_thread():
@@ -67,12 +69,11 @@ class Requeue(Callback):
         self._patches.close()
         self._held.clear()
         self._step = -1  # before the last batch
-        if not getattr(trainer, "fast_dev_run", False):
-            # Lightning sets handlers for a fit, which these replace at once, and restores those of before after it.
-            self._after(trainer._signal_connector, "register_signal_handlers", self._hold, trainer)
-            # After all that a loop does for a batch or an epoch: hooks, validation, schedulers.
-            for loop in (trainer.fit_loop.epoch_loop, trainer.fit_loop):
-                self._after(loop, "on_advance_end", self._end_if_asked, trainer, loop)
+        # Lightning sets handlers for a fit, which these replace at once, and restores those of before after it.
+        self._after(trainer._signal_connector, "register_signal_handlers", self._hold, trainer)
+        # After all that a loop does for a batch or an epoch: hooks, validation, schedulers.
+        for loop in (trainer.fit_loop.epoch_loop, trainer.fit_loop):
+            self._after(loop, "on_advance_end", self._end_if_asked, trainer, loop)
 
     def _after(self, owner: Any, name: str, more: Callable[..., None], *given: Any) -> None:
         """Let a method of an object do more, until the fit is over."""
@@ -106,7 +107,7 @@ class Requeue(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # In a resumed run Lightning has the batch in which the validation ended as begun, and would resume it again.
-        total = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+        total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
         total.ready = total.started = total.completed
         # Ranks with different numbers of batches can't agree in each, and end after the validation.
         batches = torch.tensor(float(sum(trainer.num_val_batches)), device=trainer.strategy.root_device)

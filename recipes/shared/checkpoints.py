@@ -10,6 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from recipes.shared.configs import listed, methods_of_run
 
+LAST_IF_ANY = "last-if-any"
+"""Of ``--ckpt_path``: the last checkpoint of the run itself, and none at its first start."""
 _STEP_SETTINGS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
 
@@ -19,22 +21,43 @@ def last_checkpoint(settings: Namespace) -> Path:
     Raises:
         MisconfigurationException: there is none.
     """
-    name = f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*{ModelCheckpoint.FILE_EXTENSION}"
-    searched = _folders(settings)
-    checkpoints: list[Path] = []
-    for folder in searched:
-        # Of any version of a run, or without versions.
-        checkpoints += [*folder.glob(f"*/checkpoints/{name}"), *folder.glob(name)]
+    searched, checkpoints = _folders(settings), _last_checkpoints(settings)
     if not checkpoints:
         places = " and ".join(map(str, searched)) or "nowhere: nothing saves any"
         raise MisconfigurationException(
             f"--ckpt_path last: there is no last checkpoint, searched for in {places}. Leave it out to start again, or "
             "give a file, or the --method or --run_name of the run"
         )
-    # By time and not by name, in which version_10 comes before version_9.
-    newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
-    rank_zero_info(f"--ckpt_path last is {newest}")
+    rank_zero_info(f"--ckpt_path last is {checkpoints[-1]}")
+    return checkpoints[-1]
+
+
+def own_checkpoint(settings: Namespace, command: str) -> Path | None:
+    """The last checkpoint of the one run that logs as one with these settings; None if none has saved yet.
+
+    Raises:
+        MisconfigurationException: several have, or nothing is to be trained.
+    """
+    checkpoints = _last_checkpoints(settings)
+    runs = sorted({str(path.parent) for path in checkpoints})
+    if command != "fit" or len(runs) > 1:
+        problem = f"several runs have saved there, in {', '.join(runs)}" if command == "fit" else "it is for fit"
+        raise MisconfigurationException(f"--ckpt_path {LAST_IF_ANY}: {problem}. Give a file, or another --run_name")
+    newest = checkpoints[-1] if checkpoints else None
+    found = f"resumes {newest}" if newest else "none yet, so the run begins"
+    rank_zero_info(f"--ckpt_path {LAST_IF_ANY}: {found}")
     return newest
+
+
+def _last_checkpoints(settings: Namespace) -> list[Path]:
+    """All last checkpoints of the runs that log into the same folder, the newest at the end."""
+    name = f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*{ModelCheckpoint.FILE_EXTENSION}"
+    checkpoints: list[Path] = []
+    for folder in _folders(settings):
+        # Of any version of a run, or without versions.
+        checkpoints += [*folder.glob(f"*/checkpoints/{name}"), *folder.glob(name)]
+    # By time and not by name, in which version_10 comes before version_9.
+    return sorted(checkpoints, key=lambda path: path.stat().st_mtime)
 
 
 def _folders(settings: Namespace) -> list[Path]:
@@ -106,7 +129,7 @@ def _compared(settings: dict[str, Any]) -> dict[str, Any]:
     trainer = settings.get("trainer") or {}
     methods = methods_of_run(settings)
     of_a_step = {name: trainer.get(name) for name in _STEP_SETTINGS}
-    compared = {section: settings.get(section) for section in ("model", "data", "optimizer")}
+    compared = {section: settings.get(section) for section in ("model", "data", "optimizer", "seed_everything")}
     compared["trainer"] = {**of_a_step, "method": ", ".join(methods) or "none", **methods}
     flat = _flat(compared)
     # What a run started from is of no account any more: its checkpoint holds all that it took over.

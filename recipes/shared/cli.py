@@ -24,7 +24,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from recipes.shared.checkpoints import differing_settings, last_checkpoint, problem_of
+from lightning_flatlora import AdapterCheckpoint, Requeue
+from recipes.shared.checkpoints import LAST_IF_ANY, differing_settings, last_checkpoint, own_checkpoint, problem_of
 from recipes.shared.command_line import (
     hint,
     in_order,
@@ -36,7 +37,6 @@ from recipes.shared.command_line import (
 )
 from recipes.shared.configs import is_method, listed, methods_of, settings_help, settings_of_run, shipped_configs
 from recipes.shared.files import set_aside
-from recipes.shared.interrupt import InterruptAfterStep
 from recipes.shared.precision import fast_precision
 from recipes.shared.progress import progress_bar, without_missing_weights
 from recipes.shared.ranks import gathered
@@ -103,7 +103,9 @@ class RecipeCLI(LightningCLI):
     run come between the two, from its ``config.yaml``: its model, data, method and the Trainer's plain values, see
     :func:`recipes.shared.taken.taken`. ``--ckpt_path last`` is the newest last checkpoint of the runs that log into the
     same folder, and an error if there is none. In a fit a warning names what is given otherwise than there: of the
-    model, the data, the method, the optimizer, the precision, accumulation and clipping.
+    model, the data, the method, the optimizer, the seed, the precision, accumulation and clipping. ``--ckpt_path
+    last-if-any`` makes one command both a run's first start and its return: a fit that goes on saves where the run has
+    saved before, and what is given otherwise is an error.
 
     ``--method`` chooses a method's configuration, ``--rho`` its radius. ``--optimizer`` and ``--lr_scheduler`` each
     replace their own part of what the recipe trains with. Switching the progress bar, the checkpoints or the model
@@ -120,6 +122,7 @@ class RecipeCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None, recipe: str = "", **settings: Any) -> None:
         self._recipe = recipe
+        self._goes_on = False
         if recipe:
             settings["parser_kwargs"] = {"prog": f"python -m recipes.{recipe}"}
         try:
@@ -176,10 +179,12 @@ class RecipeCLI(LightningCLI):
         """The arguments behind all that they leave out."""
         given = with_base_and_method(self._recipe, given)
         checkpoint = option(given, "--ckpt_path")
-        if checkpoint == "last":
+        if checkpoint in ("last", LAST_IF_ANY):
             settings = parser.parse_args([command, *in_order(given)])[command]
-            checkpoint = str(last_checkpoint(settings))
-            given.append(f"--ckpt_path={checkpoint}")
+            found = last_checkpoint(settings) if checkpoint == "last" else own_checkpoint(settings, command)
+            self._goes_on = checkpoint == LAST_IF_ANY and found is not None
+            checkpoint = str(found) if found else None
+            given.append(f"--ckpt_path={checkpoint or 'null'}")
         # "hpc" and addresses are no files of a run.
         if checkpoint is None or not Path(checkpoint).exists():
             return given
@@ -217,14 +222,23 @@ class RecipeCLI(LightningCLI):
         self._choose_precision()
         settings = self._get(self.config_init, "trainer")
         # In place of the configuration's list; LightningCLI still adds the callbacks that it makes itself.
-        callbacks = [*wanted_callbacks(settings, self.subcommand or "run"), InterruptAfterStep()]
-        trainer = super().instantiate_trainer(**{"callbacks": callbacks, **kwargs})
+        callbacks = wanted_callbacks(settings, self.subcommand or "run")
+        savers = [each for each in callbacks if isinstance(each, AdapterCheckpoint)]
+        if any(each.save_last and not each.save_weights_only for each in savers):
+            # Ctrl-C, too, ends a run between two steps.
+            callbacks.append(Requeue(["SIGUSR1", "SIGTERM", "SIGINT"]))
+        for saver in savers if self._goes_on else []:
+            saver.dirpath = saver.dirpath or str(Path(self._get(self.config_init, "ckpt_path")).parent)
+        # Each run has its own, in which Lightning under SLURM finds no checkpoint of another run.
+        folders = [getattr(each, "log_dir", None) for each in listed(settings.logger)]
+        folder = settings.default_root_dir or next(filter(None, folders), None)
+        trainer = super().instantiate_trainer(**{"callbacks": callbacks, "default_root_dir": folder, **kwargs})
         for logger in trainer.loggers:
             _ = logger.version  # fixed at first sight: all must look before the first has made its folder
         if settings.fast_dev_run:
             # Lightning suppresses every other file, but not the one at the end of training.
-            for saver in trainer.checkpoint_callbacks:
-                saver.save_last = None  # type: ignore[attr-defined]
+            for each in trainer.checkpoint_callbacks:
+                each.save_last = None  # type: ignore[attr-defined]
         return trainer
 
     def _choose_precision(self) -> None:
@@ -300,6 +314,11 @@ class RecipeCLI(LightningCLI):
             return
         now = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
         differences = differing_settings(before, now)
+        if differences and self._goes_on:
+            raise MisconfigurationException(
+                f"--ckpt_path {LAST_IF_ANY}: {checkpoint} is of another run: {'; '.join(differences)}. Give this run a "
+                "--run_name, or leave these settings out to go on with that one"
+            )
         if differences:
             rank_zero_warn(f"--ckpt_path {checkpoint} is of a run with other settings: {'; '.join(differences)}")
 

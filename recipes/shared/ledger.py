@@ -235,7 +235,9 @@ def _options_in(path: Path) -> list[str] | None:
 
 
 # Of a signal that ends a process, Python reports the negative number, and a shell 128 more than the number.
-_STATUSES_OF_STOPS = {-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM}
+_STOPS = (signal.SIGTERM, signal.SIGUSR1)
+"""Requests to end: SIGUSR1 is SLURM's, whose time is over."""
+_STATUSES_OF_STOPS = {status for number in (signal.SIGINT, *_STOPS) for status in (-number, 128 + number)}
 
 
 class StoppedError(Exception):
@@ -251,7 +253,7 @@ class StoppedError(Exception):
 
     @property
     def is_by_user(self) -> bool:
-        """Whether Ctrl-C or a request to terminate has ended it, and not an error."""
+        """Whether Ctrl-C, a request to terminate or SLURM has ended it, and not an error."""
         return self.status in _STATUSES_OF_STOPS
 
 
@@ -264,21 +266,22 @@ def run_process(command: Sequence[str]) -> None:
     process = subprocess.Popen(command, close_fds=False)  # it keeps the claim, see Ledger.claimed
     status, is_stopped = None, False
 
-    def terminate(*_: Any) -> None:
+    def stop(number: int, _: Any) -> None:
         # It may end with status 0, as a Trainer does.
         nonlocal is_stopped
         is_stopped = True
-        process.terminate()
+        process.send_signal(number)
 
     # Ctrl-C reaches the command by itself, but a request to end this process would leave it running.
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {number: signal.signal(number, stop) for number in _STOPS}
     while status is None:
         try:
             status = process.wait()
         except KeyboardInterrupt:
             # The command got it too, and saves a checkpoint before it ends; a second one ends it at once.
             is_stopped = True
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if is_stopped:
         status = 130  # as a shell reports a command that Ctrl-C has ended
     if status:

@@ -325,7 +325,7 @@ def test_lightnings_checkpoint_of_another_job_is_refused(
     trainer.save_checkpoint(stale)
     callbacks: list[Callback] = [AdapterCheckpoint(tmp_path)]
     again = trainer_of(tmp_path, callbacks, plugins=SLURMEnvironment(), limit_val_batches=0)
-    with pytest.raises(MisconfigurationException, match=r"hpc_ckpt_1.ckpt is another run's, .*default_root_.* rename"):
+    with pytest.raises(MisconfigurationException, match=r"hpc_ckpt_1.ckpt is of another run, .*default_root_.* rename"):
         getattr(again, command)(Classifier(), make_loader())
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert run(tmp_path, "efmlora", plugins=SLURMEnvironment(), max_epochs=EPOCHS + 1).global_step == 20

@@ -187,8 +187,8 @@ def read_adapters(trainer: Trainer, finder: Finder | None) -> None:
         # Lightning takes such a file without being asked, whichever run has left it in the folder.
         if os.path.basename(str(path)).startswith("hpc_ckpt_") and not int(os.environ.get("SLURM_RESTART_COUNT", 0)):
             raise MisconfigurationException(
-                f"AdapterCheckpoint: {path} is another run's, whose SLURM job Lightning has requeued: give the Trainer a "
-                "default_root_dir without such a file, or rename it and give it as ckpt_path to resume that run"
+                f"AdapterCheckpoint: {path} is of another run, whose SLURM job Lightning has requeued: give the "
+                "Trainer a default_root_dir without such a file, or rename it and pass it as ckpt_path to resume it"
             )
         export.check(path)
         exists = not path or "://" in str(path) or os.path.exists(path)
