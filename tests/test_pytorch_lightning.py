@@ -146,7 +146,7 @@ def test_one_callback_without_a_list(tmp_path):
 def test_all_are_of_that_library():
     """A command line takes only callbacks of its own library, and checkpoints come last in a Trainer's list."""
     defined = [each for each in vars(flatlora).values() if getattr(each, "__module__", "") == flatlora.__name__]
-    assert len(defined) == 10
+    assert len(defined) == 11
     for each in defined:
         base = "LightningModule" if each is flatlora.FMLoRAModule else "Callback"
         assert issubclass(each, getattr(pytorch_lightning, base))

@@ -121,16 +121,19 @@ def test_a_command_that_is_stopped_has_time_to_save(tmp_path: Path) -> None:
     assert (tmp_path / "saved").exists()
 
 
-def test_a_request_to_end_reaches_the_command() -> None:
-    """Otherwise it would train on, beside the one that a new start begins in its folder."""
-    before = signal.getsignal(signal.SIGTERM)
-    Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+@pytest.mark.parametrize("name", ["TERM", "USR1"])
+def test_a_request_to_end_reaches_the_command(name: str) -> None:
+    """Otherwise it would train on, beside the one that a new start begins in its folder. SLURM sends SIGUSR1."""
+    number = signal.Signals[f"SIG{name}"]
+    before = signal.getsignal(number)
+    Timer(0.3, os.kill, (os.getpid(), number)).start()
     with pytest.raises(StoppedError) as stop:
-        run_process(["sh", "-c", "trap 'exit 0' TERM; sleep 9 & wait"])  # with status 0, as a Trainer ends
+        run_process(["sh", "-c", f"trap 'exit 0' {name}; sleep 9 & wait"])  # with status 0, as a Trainer ends
     assert stop.value.is_by_user
+    assert StoppedError(128 + number).is_by_user  # as Requeue ends
     with pytest.raises(StoppedError, match="exit status 3"):
         run_process(["sh", "-c", "exit 3"])
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 def _claims(folder: Path) -> None:
