@@ -4,6 +4,7 @@ import os
 import signal
 import stat
 import threading
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,13 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("moment", MOMENTS)
+WHERE_METHODS_DIFFER = ("between the average and the optimizer", "last batch", "validation")
+
+
+@pytest.mark.parametrize(
+    ("method", "moment"),
+    [*(("efmlora", moment) for moment in MOMENTS), *product(("plain", *METHODS[2:]), WHERE_METHODS_DIFFER)],
+)
 def test_it_comes_back(tmp_path: Path, method: str, moment: str) -> None:
     hook = MOMENTS[moment]
     send = Send(next(name for name in vars(hook) if name.startswith("on_")), hook.left)
