@@ -224,7 +224,8 @@ class RecipeCLI(LightningCLI):
         # In place of the configuration's list; LightningCLI still adds the callbacks that it makes itself.
         callbacks = wanted_callbacks(settings, self.subcommand or "run")
         savers = [each for each in callbacks if isinstance(each, AdapterCheckpoint)]
-        if any(each.save_last and not each.save_weights_only for each in savers):
+        has_own = any(isinstance(each, Requeue) for each in callbacks)
+        if not has_own and any(each.save_last and not each.save_weights_only for each in savers):
             # Ctrl-C, too, ends a run between two steps.
             callbacks.append(Requeue(["SIGUSR1", "SIGTERM", "SIGINT"]))
         for saver in savers if self._goes_on else []:

@@ -1,5 +1,6 @@
 """A data module whose training loader resumes where a checkpoint has left it."""
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -13,6 +14,11 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from typing_extensions import override
 
 PARTS_OF_STAGE = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
+
+
+def _ignore_sigterm(_: int) -> None:
+    """Let a worker outlive a signal to all processes of a job, so that this one can end between two steps."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class LateLoader(StatefulDataLoader):  # type: ignore[misc]
@@ -137,6 +143,7 @@ class ResumableData(L.LightningDataModule):
             sampler=sampler,
             collate_fn=collate_fn,
             num_workers=self.num_workers,
+            worker_init_fn=_ignore_sigterm,
             pin_memory=torch.cuda.is_available(),
             # Its own generator: a loader draws a seed whenever it starts, which a resumed run does at another moment.
             generator=torch.Generator().manual_seed(self.seed),

@@ -1,7 +1,9 @@
 """One command starts a run and goes on with it, after signals at any moment; the end is the uninterrupted run's."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,8 +12,10 @@ import pytest
 from helpers import same
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipe_runs import packaged_arguments, quick, trained
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_flatlora import Requeue
+from recipes.shared.resumable import ResumableData
 
 pytestmark = [
     pytest.mark.usefixtures("command_line", "own_datasets"),
@@ -108,6 +112,20 @@ def test_it_does_not_go_on_with_another_run(options: list[str], monkeypatch: pyt
         fit(*options)
     with pytest.raises(MisconfigurationException, match=r"last-if-any: it is for fit\. Give a file"):
         quick("test", packaged_arguments("instruction_tuning", "efmlora"), *options, "--ckpt_path=last-if-any")
+
+
+def test_workers_outlive_a_signal_to_all_processes_of_a_job() -> None:
+    """Or their death would end the run within a step. torchrun and scancel signal them, too."""
+    data = ResumableData()
+    data.num_workers, data.seed = 1, 0
+    rows = list(range(8))
+    sampler: Any = DistributedSampler(rows, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type]
+    batches = iter(data.whole_batches(rows, sampler))
+    first = next(batches)
+    for worker in multiprocessing.active_children():
+        # Not from this process, whose signals a worker of PyTorch's takes for its end.
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert [first, *batches] == rows
 
 
 def test_a_run_that_saves_no_last_checkpoint_holds_no_signal(options: list[str]) -> None:
