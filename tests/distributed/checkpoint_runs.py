@@ -13,7 +13,7 @@ from helpers import ResumableLoader, same
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import fsdp
 from peft import LoraConfig, get_peft_model
-from strategies import full_weights, strategy_of
+from strategies import full_weights, places, strategy_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -63,7 +63,7 @@ def trainer_of(strategy: str, callbacks: list[L.Callback], **settings: Any) -> L
     if strategy != "single":
         double = {"double": True} if strategy.startswith("fsdp1") else {}
         kind = strategy_of(strategy, **double, **settings.pop("strategy_settings", {}))
-        settings |= {"strategy": kind, "devices": int(os.environ["LOCAL_WORLD_SIZE"]), "use_distributed_sampler": False}
+        settings |= {"strategy": kind, **places()}
     else:
         settings |= {"devices": 1}
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from fits import PRECISION_OF_FLOAT64, Sharded, parts
 from float64_runs import dataset, fit_in_float64, network
-from strategies import strategy_of
+from strategies import places, strategy_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -58,7 +58,7 @@ def count(strategy: str, front_end: str, accumulate: int) -> dict[str, Any]:
     module, callbacks, trainer = parts(front_end, net, accumulate)
     counter = OneStep(accumulate)
     precision, double = PRECISION_OF_FLOAT64[strategy.partition("-")[0]]
-    devices = {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "use_distributed_sampler": False, "max_steps": 4}
+    devices = {**places(), "max_steps": 4}
     loader = Sharded(dataset(), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
     used = strategy_of(strategy, **double)
     fit_in_float64(module, 1, [*callbacks, counter], loader, strategy=used, precision=precision, **devices, **trainer)

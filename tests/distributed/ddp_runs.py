@@ -16,9 +16,9 @@ import lightning_flatlora.pytorch_lightning
 from lightning_flatlora import EFMLoRA, FMLoRA
 
 
-def joint_batches() -> "DataLoader[Any]":
-    """What two ranks see together, in one batch."""
-    return DataLoader(dataset(), batch_size=SIZE)
+def joint_batches(size: int = SIZE) -> "DataLoader[Any]":
+    """What all ranks see together, in one batch."""
+    return DataLoader(dataset(), batch_size=size)
 
 
 def turns() -> "DataLoader[Any]":

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from float64_runs import RHO, SIZE, Automatic, Manual, dataset, fit_in_float64, network
-from strategies import full_weights, shard, strategy_of
+from strategies import full_weights, places, shard, strategy_of
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -19,11 +19,11 @@ PRECISION_OF_FLOAT64: dict[str, tuple[str | None, dict[str, Any]]] = {
 
 
 class Sharded(DataLoader):  # type: ignore[type-arg]
-    """Batches of half the size, ranks taking turns on the samples: two ranks' batches make one of the full size."""
+    """A rank's share of each batch, ranks taking turns on the samples: all ranks' shares make one of the full size."""
 
-    def __init__(self, data: TensorDataset, ranks: int, rank: int) -> None:
+    def __init__(self, data: TensorDataset, ranks: int, rank: int, size: int = SIZE) -> None:
         sampler: Any = DistributedSampler(data, num_replicas=ranks, rank=rank, shuffle=False)
-        super().__init__(data, batch_size=SIZE // ranks, sampler=sampler)
+        super().__init__(data, batch_size=size // ranks, sampler=sampler)
 
 
 class _ConfiguresModel:
@@ -69,21 +69,21 @@ def train(
     strategy_settings: dict[str, Any] | None = None,
     epochs: int = 2,
     batches: int | None = None,
+    size: int = SIZE,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train on this rank's half of each batch, or of an epoch's first ones; the trained weights and E, whole."""
+    """Train on this rank's share of each batch, or of an epoch's first ones; the trained weights and E, whole."""
     wide = getattr(torch, dtype)
     net = network().to(wide)
     module, callbacks, trainer = parts(front_end, net, accumulate, clip, **settings)
     x, y = dataset().tensors
-    loader = Sharded(TensorDataset(x.to(wide), y), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
+    loader = Sharded(TensorDataset(x.to(wide), y), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), size)
     if dtype == "float64":
         precision, double = PRECISION_OF_FLOAT64[strategy.partition("-")[0]]
         strategy_settings = {**double, **(strategy_settings or {})}
     used = strategy_of(strategy, **(strategy_settings or {}))
-    devices = {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "use_distributed_sampler": False}
-    devices["limit_train_batches"] = batches
-    fit_in_float64(module, epochs, callbacks, loader, strategy=used, precision=precision, **devices, **trainer)
+    trainer |= {"strategy": used, "precision": precision, "limit_train_batches": batches, **places()}
+    fit_in_float64(module, epochs, callbacks, loader, **trainer)
     driver = callbacks[0] if callbacks else getattr(module, "_callback", None)
     E = driver.perturbation.state_dict()["E"] if driver else {}
     return {"weights": full_weights(used, net), "E": E}

@@ -10,7 +10,7 @@ from float64_runs import RHO, dataset, fit_in_float64, network
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from peft import LoraConfig, get_peft_model
-from strategies import WRAPPING, FSDPOnCPU, full_weights, strategy_of
+from strategies import WRAPPING, FSDPOnCPU, full_weights, places, strategy_of
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -198,6 +198,5 @@ def _fit(strategy: str, module: Any, callbacks: list[Any], data: Any = None, **t
     precision, double = PRECISION_OF_FLOAT64[strategy.partition("-")[0]]
     used = strategy_of(strategy, **double)
     loader = Sharded(data or dataset(), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
-    devices = {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "use_distributed_sampler": False}
-    fit_in_float64(module, 1, callbacks, loader, strategy=used, **{"precision": precision, **devices, **trainer})
+    fit_in_float64(module, 1, callbacks, loader, strategy=used, **{"precision": precision, **places(), **trainer})
     return used

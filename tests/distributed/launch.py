@@ -1,15 +1,18 @@
 """Run functions on several processes, in the environment that torchrun gives them, and bring back what each returns."""
 
 import json
+import socket
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import worker
-from processes import start
+from processes import CAN_FORK, end, start
 from torch.distributed import TCPStore
+from torch.distributed.run import main as torchrun
 
 
 def launch(
@@ -28,6 +31,49 @@ def launch(
     return Results(folder, ranks)  # where one is missing, its run hung
 
 
+def launch_on_nodes(folder: Path, runs: dict[str, tuple[str, dict[str, Any]]], timeout: float = 300) -> "Results":
+    """Do as :func:`launch` on two nodes of one rank each, whose torchruns meet on this machine."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    run_by_torchrun(worker.__file__, folder, nodes=2, output=folder / "output.txt", timeout=timeout)
+    return Results(folder, 2)
+
+
+def run_by_torchrun(
+    script: str,
+    *arguments: object,
+    nodes: int = 1,
+    ranks: int = 1,
+    restarts: int = 0,
+    output: Path,
+    timeout: float = 300,
+) -> list[int | None]:
+    """Start torchrun on every node, as ``torchrun --nnodes NODES --nproc_per_node RANKS ... script arguments`` does.
+
+    Returns:
+        The exit code of each torchrun that ended by itself.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    options: dict[str, Any] = {
+        "nnodes": nodes,
+        "nproc-per-node": ranks,
+        "rdzv-backend": "c10d",
+        "rdzv-endpoint": f"localhost:{port}",
+        "rdzv-id": "tests",
+        "max-restarts": restarts,
+        "monitor-interval": 0.1,
+        "start-method": "fork" if CAN_FORK else "spawn",
+    }
+    # Ranks are forked from torchrun, which has imported the libraries, and then run the script.
+    command = ["--run-path", *(f"--{name}={value}" for name, value in options.items()), script, *map(str, arguments)]
+    environment = {"OMP_NUM_THREADS": "1"}
+    if restarts:
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    agents = [start(torchrun, command, output=output, environment=environment) for _ in range(nodes)]
+    return _ended(agents, timeout)
+
+
 def run_on(
     ranks: int, function: Callable[..., Any], *arguments: Any, output: Path, timeout: float = 500
 ) -> list[int | None]:
@@ -41,14 +87,18 @@ def run_on(
     for rank in range(ranks):
         variables = _of_torchrun(rank, ranks, store.port)
         processes.append(start(function, *arguments, output=output, environment=variables))
+    return _ended(processes, timeout)
+
+
+def _ended(processes: list[BaseProcess], timeout: float) -> list[int | None]:
+    """Wait until all have ended, or one has failed or so many seconds are over; then end what still runs."""
     deadline = time.monotonic() + timeout
     codes: list[int | None] = [None]
     while None in codes and not any(codes) and time.monotonic() < deadline:
         time.sleep(0.05)
         codes = [process.exitcode for process in processes]
     for process in processes:
-        process.kill()
-        process.join()
+        end(process)
     return codes
 
 

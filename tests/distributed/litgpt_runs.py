@@ -7,7 +7,7 @@ import litgpt_models
 import torch
 from fits import PRECISION_OF_FLOAT64
 from helpers import trainer_of
-from strategies import full_weights, strategy_of
+from strategies import full_weights, places, strategy_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
@@ -42,7 +42,7 @@ def train(strategy: str, front_end: str, folder: str) -> dict[str, Any]:
     used = strategy_of(strategy, **settings)
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     batches = [batch.chunk(ranks)[rank] for batch in litgpt_models.batches(STEPS, ROWS)]
-    devices = {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "use_distributed_sampler": False, "max_epochs": 1}
+    devices = {**places(), "max_epochs": 1}
     save = AdapterCheckpoint(folder, filename="{step}", every_n_train_steps=STEPS, finder=litgpt_pairs)
     trainer = trainer_of(None, [callback, save], strategy=used, precision=precision, **devices)
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,18 @@ def run(function: Callable[..., Any], *arguments: Any, output: Path, timeout: fl
     """Call a function in a process of its own; its exit code, or None if it was killed after so many seconds."""
     process = start(function, *arguments, output=output)
     process.join(timeout)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-        return None
-    return process.exitcode
+    code = process.exitcode
+    end(process)
+    return code
+
+
+def end(process: BaseProcess) -> None:
+    """Kill a process of :func:`start` and those that it has started, if any still runs."""
+    assert process.pid
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # it may have had no time yet to lead a group
+    process.join()
 
 
 def run_module(name: str, arguments: Sequence[str]) -> None:

@@ -48,6 +48,13 @@ WRAPPING = {
 }
 
 
+def places() -> dict[str, Any]:
+    """Where a Trainer's ranks are, by torchrun's variables; each rank's loader has only its own samples."""
+    devices = int(os.environ["LOCAL_WORLD_SIZE"])
+    nodes = int(os.environ["WORLD_SIZE"]) // devices
+    return {"devices": devices, "num_nodes": nodes, "use_distributed_sampler": False}
+
+
 def strategy_of(name: str, **settings: Any) -> Strategy:
     """A strategy for two or more CPU processes.
 

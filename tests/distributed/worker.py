@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -35,3 +36,7 @@ def _all_ended(folder: Path, name: str) -> bool:
     while time.monotonic() < deadline and not all(file.exists() for file in files):
         time.sleep(0.1)
     return all(file.exists() for file in files)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
