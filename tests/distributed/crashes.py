@@ -59,9 +59,12 @@ def die() -> None:
 
 
 def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
-    """Die at a "step", or before a file is "renamed"; or "copy" what a kill would leave."""
-    if kill["at"] == "step":
-        return [At(kill["step"])]
+    """Die as a "step" begins or in its "forward", or before a file is "renamed"; or "copy" what a kill would leave.
+
+    Or have the torchrun that has started this process "terminated", before a file is renamed.
+    """
+    if kill["at"] in ("step", "forward"):
+        return [At(kill["step"], kill["at"])]
     numbers = iter(range(1, 10000))
 
     def hook(event: str, args: Any) -> None:
@@ -72,21 +75,29 @@ def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
         if kill["at"] == "copy":
             shutil.copytree(folder, folder.with_name(f"{folder.name}-{next(numbers)}"), symlinks=True)
         elif event == "os.rename" and str(args[1]).endswith(".ckpt"):
-            die()
+            if kill["at"] == "renamed":
+                die()
+            print("in a save", flush=True)
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(60)
 
     sys.addaudithook(hook)
     return []
 
 
 class At(L.Callback):
-    """Dies when a step begins."""
+    """Dies when a step begins, or in the middle of its forward."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, moment: str) -> None:
+        self.step, self.moment = step, moment
 
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step != self.step:
+            return
+        if self.moment == "step":
             die()
+        last = [layer for layer in pl_module.net.modules() if isinstance(layer, torch.nn.Linear)][-1]
+        last.register_forward_pre_hook(lambda *inputs: die())
 
 
 def fork(ranks: int, folder: Path, strategy: str, kill: Any, resume: bool = False) -> list[int]:
@@ -159,3 +170,13 @@ def _step(file: Path) -> int:
         return int(torch.load(file, weights_only=True)["global_step"])
     except Exception:
         return -1
+
+
+def train_or_resume(folder: Path, strategy: str, kill: dict[str, Any] | None) -> None:
+    """What torchrun starts, and starts again; it is killed once."""
+    is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    train(folder, strategy, kill if is_first else None, resume=(folder / "last.ckpt").exists())
+
+
+if __name__ == "__main__":
+    train_or_resume(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))

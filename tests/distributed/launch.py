@@ -63,6 +63,7 @@ def run_by_torchrun(
         "rdzv-id": "tests",
         "max-restarts": restarts,
         "monitor-interval": 0.1,
+        "shutdown-timeout": 3,
         "start-method": "fork" if CAN_FORK else "spawn",
     }
     # Ranks are forked from torchrun, which has imported the libraries, and then run the script.

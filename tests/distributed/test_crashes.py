@@ -6,10 +6,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import crashes as training
 import pytest
 import torch
-from crashes import main
 from helpers import same
+from launch import run_by_torchrun
 from processes import run
 from safetensors.torch import load_file
 
@@ -32,7 +33,7 @@ def crashes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
     folder = tmp_path_factory.mktemp("crashes")
     (folder / "plan.json").write_text(json.dumps({**WHOLE, **KILLS, **COPIED}))
     output = folder / "output.txt"
-    assert run(main, folder, output=output) == 0, output.read_text()[-3000:]
+    assert run(training.main, folder, output=output) == 0, output.read_text()[-3000:]
     return folder, json.loads((folder / "ends.json").read_text())
 
 
@@ -46,6 +47,41 @@ def test_a_killed_run_resumes_from_the_last_checkpoint(crashes: tuple[Path, Any]
     assert min(left.values()) >= left["saved"] == 2
     assert ends[f"{name}-resumed"] == [0, 0]
     ended, expected = (torch.load(folder / f"{run}.end", weights_only=True) for run in (name, strategy))
+    assert same(ended, expected)
+
+
+def by_torchrun(place: Path, strategy: str, kill: Any, **settings: Any) -> tuple[list[int | None], str]:
+    """Train on two ranks, from the last checkpoint if there is one; torchrun's exit code, and what was written."""
+    arguments = (place, strategy, json.dumps(kill))
+    output = place.with_suffix(".txt")
+    codes = run_by_torchrun(training.__file__, *arguments, ranks=2, output=output, timeout=120, **settings)
+    return codes, output.read_text()
+
+
+@pytest.mark.parametrize("strategy", WHOLE)
+def test_torchrun_starts_ranks_again_that_are_killed_in_a_step(crashes: tuple[Path, Any], strategy: str) -> None:
+    folder, _ = crashes
+    place = folder / f"restarted-{strategy}"
+    kill = {"at": "forward", "step": 3, "rank": 1}
+    codes, said = by_torchrun(place, strategy, kill, restarts=1)
+    assert codes == [0], said[-3000:]
+    assert f"Restoring states from the checkpoint path at {place / 'last.ckpt'}" in said
+    ended, expected = (torch.load(folder / f"{run}.end", weights_only=True) for run in (place.name, strategy))
+    assert same(ended, expected)
+
+
+@pytest.mark.parametrize("strategy", WHOLE)
+def test_a_termination_within_a_save_leaves_the_former_checkpoint(crashes: tuple[Path, Any], strategy: str) -> None:
+    """Torchrun is told to end, and ends its ranks; started again it ends with what no termination would change."""
+    folder, _ = crashes
+    place = folder / f"terminated-{strategy}"
+    codes, said = by_torchrun(place, strategy, {"at": "terminated", "rank": 0})
+    assert codes == [1], said[-3000:]
+    assert "in a save" in said
+    assert {file.name: content(file)["step"] for file in place.glob("*.ckpt")} == {"last.ckpt": 2, "step=2.ckpt": 2}
+    codes, said = by_torchrun(place, strategy, None)
+    assert codes == [0], said[-3000:]
+    ended, expected = (torch.load(folder / f"{run}.end", weights_only=True) for run in (place.name, strategy))
     assert same(ended, expected)
 
 
