@@ -5,6 +5,7 @@ Processes are forked from this one, which has imported everything and computes n
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -61,10 +62,11 @@ def die() -> None:
 def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
     """Die as a "step" begins or in its "forward", or before a file is "renamed"; or "copy" what a kill would leave.
 
-    Or have the torchrun that has started this process "terminated", before a file is renamed.
+    Or have the torchrun that has started this process "terminated", before a file is renamed. Or let no file grow
+    "full", beyond a size, from a step on.
     """
-    if kill["at"] in ("step", "forward"):
-        return [At(kill["step"], kill["at"])]
+    if kill["at"] in ("step", "forward", "full"):
+        return [At(**kill)]
     numbers = iter(range(1, 10000))
 
     def hook(event: str, args: Any) -> None:
@@ -86,18 +88,21 @@ def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
 
 
 class At(L.Callback):
-    """Dies when a step begins, or in the middle of its forward."""
+    """Dies when a step begins, or in the middle of its forward; or has a full disk from then on."""
 
-    def __init__(self, step: int, moment: str) -> None:
-        self.step, self.moment = step, moment
+    def __init__(self, step: int, at: str, rank: int = 0, size: int = 0) -> None:
+        self.step, self.at, self.size = step, at, size
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         if trainer.global_step != self.step:
             return
-        if self.moment == "step":
+        if self.at == "step":
             die()
-        last = [layer for layer in pl_module.net.modules() if isinstance(layer, torch.nn.Linear)][-1]
-        last.register_forward_pre_hook(lambda *inputs: die())
+        elif self.at == "forward":
+            last = [layer for layer in pl_module.net.modules() if isinstance(layer, torch.nn.Linear)][-1]
+            last.register_forward_pre_hook(lambda *inputs: die())
+        else:
+            limit_files(self.size)
 
 
 def fork(ranks: int, folder: Path, strategy: str, kill: Any, resume: bool = False) -> list[int]:
@@ -170,6 +175,20 @@ def _step(file: Path) -> int:
         return int(torch.load(file, weights_only=True)["global_step"])
     except Exception:
         return -1
+
+
+def limit_files(size: int) -> None:
+    """Let no file of this process grow beyond a size, of -1 for any; writing more is an error, as on a full disk."""
+    _, highest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, highest))
+
+
+def train_on_a_full_disk(folder: Path, size: int) -> None:
+    """What a process does: its second save fails."""
+    try:
+        train(folder, "single", {"at": "full", "step": 3, "size": size, "rank": 0}, resume=False)
+    finally:
+        limit_files(-1)  # what it writes of the error goes into a file, too
 
 
 def train_or_resume(folder: Path, strategy: str, kill: dict[str, Any] | None) -> None:

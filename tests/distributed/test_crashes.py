@@ -85,6 +85,21 @@ def test_a_termination_within_a_save_leaves_the_former_checkpoint(crashes: tuple
     assert same(ended, expected)
 
 
+@pytest.mark.parametrize("size", [100, 3000])
+def test_a_full_disk_within_a_save_leaves_the_former_checkpoint(crashes: tuple[Path, Any], size: int) -> None:
+    """Whether it is full at the adapter's first file or at the checkpoint's."""
+    folder, _ = crashes
+    place, output = folder / f"full-{size}", folder / f"full-{size}.txt"
+    assert run(training.train_on_a_full_disk, place, size, output=output, timeout=60) == 1
+    said = f"OSError: AdapterCheckpoint: could not write {place / 'step=4.ckpt'} (0.0 MB): [Errno 27] File too large"
+    assert said in output.read_text()
+    assert {path.name for path in place.iterdir()} == {"last", "last.ckpt", "step=2", "step=2.ckpt"}
+    assert all(content(file)["step"] == step_of(file.with_suffix("")) == 2 for file in place.glob("*.ckpt"))
+    assert run(training.train, place, "single", None, True, output=output, timeout=60) == 0
+    ended, expected = (torch.load(folder / f"{run}.end", weights_only=True) for run in (place.name, "copied"))
+    assert same(ended, expected)
+
+
 def test_a_kill_before_any_change_of_the_folder_leaves_a_checkpoint(crashes: tuple[Path, Any]) -> None:
     """What is there before each file operation of a save is complete, and of the uninterrupted run.
 
