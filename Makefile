@@ -10,7 +10,7 @@ LITGPT := 0.5.13
 # An environment with the oldest releases that are supported.
 OLDEST := .venv-oldest
 
-.PHONY: help test test-oldest demo lint docs gpu-test benchmark clean
+.PHONY: help test test-oldest demo lint docs gpu-test slurm-test benchmark clean
 
 help:
 	@echo "make demo       what the perturbation changes, against LoRA with and without dropout, in one picture"
@@ -18,6 +18,7 @@ help:
 	@echo "make docs       the site, in docs/_build/html"
 	@echo "make test-oldest  the package's tests with the oldest supported Lightning, peft and torchmetrics"
 	@echo "make gpu-test   the tests that need a CUDA device"
+	@echo "make slurm-test the tests that need root and SLURM's daemons, which they start: apt-get install slurm-wlm munge"
 	@echo "make benchmark  step time of every method relative to LoRA"
 
 $(RECIPES): EXTRAS := recipes
@@ -49,7 +50,7 @@ docs: $(DEV)
 # The type checker and the site take one core each.
 test: $(DEV)
 	$(MAKE) --jobs=2 lint docs
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm"
 
 $(OLDEST)/.installed: pyproject.toml tests/oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
@@ -63,6 +64,9 @@ test-oldest: $(OLDEST)/.installed
 
 gpu-test: $(DEV)
 	$(BIN)/python -m pytest -m gpu
+
+slurm-test: $(DEV)
+	$(BIN)/python -m pytest -m slurm tests/distributed
 
 benchmark: $(RECIPES)
 	$(BIN)/python -m recipes.benchmarks.step

@@ -17,6 +17,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     for name, (function, arguments) in json.loads((folder / "runs.json").read_text()).items():
+        if (folder / f"{name}.rank{rank}.pt").exists():
+            continue  # done before the job was requeued
         module, attribute = function.split(":")
         try:
             result: Any = getattr(importlib.import_module(module), attribute)(**arguments)
@@ -38,5 +40,9 @@ def _all_ended(folder: Path, name: str) -> bool:
     return all(file.exists() for file in files)
 
 
+SLURMS = {"SLURM_PROCID": "RANK", "SLURM_NTASKS": "WORLD_SIZE", "SLURM_NTASKS_PER_NODE": "LOCAL_WORLD_SIZE"}
+"""Its names of what the runs read by torchrun's."""
+
 if __name__ == "__main__":
+    os.environ.update({name: os.environ[its] for its, name in SLURMS.items() if its in os.environ})
     main(Path(sys.argv[1]))
