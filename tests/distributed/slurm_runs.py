@@ -14,7 +14,7 @@ from strategies import full_weights
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA, Requeue
 
-EPOCHS, SIGNALLED = 17, 5
+EPOCHS, SIGNALLED = 17, 8
 STEPS = EPOCHS * BATCHES
 
 
