@@ -75,6 +75,7 @@ class Cluster:
         places: dict[str, Any] = {"folder": self.folder, "controller": controller, "first": first, "second": second}
         # Lightning's ranks meet at port 15000 plus the last four digits of the job's number.
         self.conf.write_text(SETTINGS.format(host=HOST, job=controller % 9000 + 1, **places))
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")  # containers may not change theirs
         for name in ("controller", *NODES):
             (self.folder / name).mkdir()
         key = self.folder / "munge.key"
@@ -138,20 +139,24 @@ class Cluster:
 
     def stop(self) -> None:
         """End jobs, daemons and what they have started, whatever state they are in."""
-        with suppress(OSError, subprocess.TimeoutExpired):
-            self.ask("scancel", "--state=RUNNING", "--signal=KILL", "--full", timeout=10)
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:
             with suppress(subprocess.TimeoutExpired):
                 daemon.wait(5)
-        # The nodes' own helpers outlive them; all have our configuration in their environment.
+        # A job and its helpers, which hide their environment and log here, outlive the daemons.
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if f"SLURM_CONF={self.conf}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                if self._has_started(process):
                     os.kill(int(process.name), signal.SIGKILL)
         for daemon in self._daemons:
             daemon.wait(10)
+
+    def _has_started(self, process: Path) -> bool:
+        if f"SLURM_CONF={self.conf}".encode() in (process / "environ").read_bytes().split(b"\0"):
+            return True
+        files = [os.readlink(file) for file in (process / "fd").iterdir()]
+        return "slurmstepd" in (process / "comm").read_text() and any(str(self.folder) in file for file in files)
 
 
 def free_ports(number: int) -> list[int]:
