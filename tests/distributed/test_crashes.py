@@ -85,7 +85,7 @@ def test_a_termination_within_a_save_leaves_the_former_checkpoint(crashes: tuple
     assert same(ended, expected)
 
 
-@pytest.mark.parametrize("size", [100, 3000])
+@pytest.mark.parametrize("size", [100, 9000])
 def test_a_full_disk_within_a_save_leaves_the_former_checkpoint(crashes: tuple[Path, Any], size: int) -> None:
     """Whether it is full at the adapter's first file or at the checkpoint's."""
     folder, _ = crashes
