@@ -131,6 +131,8 @@ class Requeue(Callback):
             loop.batch_progress.current.reset()
         elif loop.done:
             return  # it leaves the end to the one around it, or to the fit, which is over
+        elif loop is trainer.fit_loop and trainer.max_steps != -1:
+            return  # with max_steps Lightning would resume in the epoch that is over: after the next step, then
         for saver in _savers(trainer):
             saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
             rank_zero_info(f"Requeue: step {trainer.global_step} is saved in {saver.last_model_path}")

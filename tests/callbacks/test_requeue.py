@@ -154,6 +154,12 @@ def test_it_comes_back_whenever_the_run_validates(tmp_path: Path, settings: dict
     assert_comes_back(tmp_path, "efmlora", Send("on_train_batch_start", call), **settings)
 
 
+@pytest.mark.parametrize("validates", [True, False])
+def test_it_comes_back_from_an_epochs_last_batch_with_max_steps(tmp_path: Path, validates: bool) -> None:
+    settings: dict[str, Any] = {} if validates else {"limit_val_batches": 0, "monitor": None}
+    assert_comes_back(tmp_path, "efmlora", Send("on_train_batch_start", 4), max_steps=13, **settings)
+
+
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_start", "on_train_batch_start"])
 def test_it_comes_back_many_times(tmp_path: Path, hook: str) -> None:
     """Also out of a validation that a start before has not finished."""
