@@ -1,6 +1,7 @@
 """LoRA on parameters that hold several experts: one pair holds a product for each, and every one is a layer."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -232,3 +233,42 @@ def test_weight_noise_names_the_experts_that_it_leaves_out() -> None:
     model = get_peft_model(net, LoraConfig(**LORA, target_modules=["0"], target_parameters=["1.up"]))
     (line,) = WeightNoise(model).left_out
     assert line.startswith("ParamWrapper: its base, a Fused, is no plain Linear")
+
+
+@pytest.mark.parametrize("experts", [0, -1, 2.0, True, 4])
+def test_a_finders_number_of_experts_divides_the_rows_of_A(experts: Any) -> None:
+    (pair,) = find_pairs(of_one_parameter()).pairs
+    told = replace(pair, experts=experts)
+    rule = f"experts must be an integer >= 1 that divides the 6 rows of A, got {experts}"
+    with pytest.raises(ValueError, match=rule):
+        find_pairs(nn.Sequential(), finder=lambda model: [told])
+
+
+def of_one_parameter() -> nn.Module:
+    net = nn.Sequential(Fused(False).double())
+    return get_peft_model(net, LoraConfig(**LORA, target_modules=[], target_parameters=["0.up"]))
+
+
+class Tied(nn.Module):
+    """An embedding and a head that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, WIDTH), nn.Linear(WIDTH, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Any:
+        return self.head(self.embed(tokens))
+
+
+def test_a_second_pass_may_read_a_tied_parameter_under_an_adapter() -> None:
+    model = get_peft_model(Tied(), LoraConfig(**LORA, target_modules=[], target_parameters=["head.weight"]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    flat = loops.FMLoRA(model, optimizer, 0.3)
+    before = find_pairs(model).pairs[0].B.detach().clone()
+    for each_pass in flat.training_passes():
+        with each_pass:
+            model(torch.arange(7)).square().mean().backward()
+    optimizer.step()
+    flat.close()
+    assert not torch.equal(find_pairs(model).pairs[0].B, before)

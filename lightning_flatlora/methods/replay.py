@@ -181,15 +181,15 @@ def _watchable(module: nn.Module) -> list[nn.Parameter]:
     put somewhere else in the first forward pass.
     """
     watchable = []
-    # Around whose parameters peft puts a parametrization in each forward, which counts as a write.
-    wrapped = {part.get_base_layer() for part in module.modules() if isinstance(part, ParamWrapper)}
+    # Around them peft puts a parametrization in each forward, which counts as a write. Others may be tied to them.
+    wrapped = {part.get_param() for part in module.modules() if isinstance(part, ParamWrapper)}
     for part in module.modules():
         # An RNN's flatten_parameters, which many call in forward, moves them in the memory of a GPU.
-        if isinstance(part, nn.RNNBase) or part in wrapped:
+        if isinstance(part, nn.RNNBase):
             continue
         for parameter in part.parameters(recurse=False):
             if is_lazy(parameter) or parameter.is_inference() or parameter.layout != torch.strided:
                 continue
-            if type(parameter) is nn.Parameter and type(parameter.data) is Tensor:
+            if parameter not in wrapped and type(parameter) is nn.Parameter and type(parameter.data) is Tensor:
                 watchable.append(parameter)
     return watchable

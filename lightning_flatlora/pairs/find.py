@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, NoPairsError, PairSearch, trained_factors
 from lightning_flatlora.pairs.peft_pairs import active_adapters, check_adapter, kind_of, lora_layers, search_layers
 from lightning_flatlora.perturbed_read import as_ref
+from lightning_flatlora.schedules import is_integer
 from lightning_flatlora.sharding import matrix_shape
 
 SCALING_IS_0 = "its scaling is 0, so that no perturbation of B moves its weight"
@@ -120,6 +121,8 @@ def _misfit(pair: LoRAPair) -> str | None:
     if min(pair.A.ndim, pair.B.ndim) < 2:
         return None
     A, B = shapes
+    if not is_integer(pair.experts, least=1) or A[0] % pair.experts:
+        return f"experts must be an integer >= 1 that divides the {A[0]} rows of A, got {pair.experts!r}"
     got = f"A must be (r, m) and B (n, r), got {A} and {B}"
     if A[0] != B[1]:
         return got
