@@ -3,15 +3,20 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import trainer_of
+from lightning.pytorch import LightningModule
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_flatlora import LoRAPair, find_pairs, loops
+from lightning_flatlora.baselines import BalancednessRegularization
 from lightning_flatlora.flatness import Point, loss_gradient, measure, random_direction, trained_factors
 from lightning_flatlora.flatness.landscape import loss_at
 from lightning_flatlora.flatness.sharpness import overlaps, read
@@ -136,6 +141,30 @@ def test_fused_experts_train_as_if_each_had_layers_of_its_own(
     mine, theirs = by_expert(model), by_expert(other)
     assert mine.keys() == theirs.keys()
     assert not torch.allclose(mine[True, 0][1], start)
+    for key in mine:
+        torch.testing.assert_close(mine[key], theirs[key], rtol=0, atol=1e-12)
+
+
+class Learner(LightningModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: Batch) -> Tensor:
+        return loss_of(self.net, batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.net.parameters() if p.requires_grad], lr=0.05)
+
+
+@pytest.mark.parametrize("kind", ["nBAR", "oBAR"])
+def test_factors_are_balanced_expert_by_expert(tmp_path: Path, kind: Any) -> None:
+    model = fused()
+    other = apart_from(model)
+    for net in (model, other):
+        trainer = trainer_of(tmp_path, [BalancednessRegularization(2.0, kind)], max_epochs=1)
+        trainer.fit(Learner(net), DataLoader(list(batches()), batch_size=None))
+    mine, theirs = by_expert(model), by_expert(other)
     for key in mine:
         torch.testing.assert_close(mine[key], theirs[key], rtol=0, atol=1e-12)
 
