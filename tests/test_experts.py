@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_flatlora import LoRAPair, find_pairs, loops
-from lightning_flatlora.baselines import BalancednessRegularization
+from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, RandomPerturbation
 from lightning_flatlora.flatness import Point, loss_gradient, measure, random_direction, trained_factors
 from lightning_flatlora.flatness.landscape import loss_at
 from lightning_flatlora.flatness.sharpness import overlaps, read
@@ -276,6 +276,18 @@ def test_a_finders_number_of_experts_divides_the_rows_of_A(experts: Any) -> None
 def of_one_parameter() -> nn.Module:
     net = nn.Sequential(Fused(False).double())
     return get_peft_model(net, LoraConfig(**LORA, target_modules=[], target_parameters=["0.up"]))
+
+
+@pytest.mark.parametrize("method", [RandomPerturbation, BiLoRA])
+def test_methods_on_linear_layers_warn_of_the_share_of_experts(tmp_path: Path, method: Any) -> None:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), Fused(False))
+    model = get_peft_model(net, LoraConfig(**LORA, target_modules=["0"], target_parameters=["1.up"]))
+    pairs = find_pairs(model).pairs
+    sizes = {pair.experts: pair.A.numel() + pair.B.numel() for pair in pairs}
+    share = sizes[EXPERTS] / sum(sizes.values())
+    with pytest.warns(UserWarning, match=rf"leaves unperturbed: ParamWrapper: .*; in all {share:.1%} of the adapters'"):
+        trainer_of(tmp_path, [method(0.1)], max_steps=0).fit(Learner(model), DataLoader([0]))
 
 
 class Tied(nn.Module):

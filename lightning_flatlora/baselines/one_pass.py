@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +13,7 @@ from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.methods.checks import choice_problems, integer_problems
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.output_terms import OutputTerm, output_terms
-from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, rows_of
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, rows_of, trained_factors
 from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.weight_noise import NoisyLayer, derived_seed, draw_noise
 
@@ -95,6 +96,10 @@ class FullWeightStep(StepMethod):
         # Nothing is searched if no pair is trained now.
         if any(pair.B.requires_grad for pair in pairs):
             self.terms, self.left_out = output_terms(self.kind, module, self.adapter_name, self.finder)
+            perturbed = set(trained_factors(chain.from_iterable(term.pairs for term in self.terms)))
+            sizes = {factor: factor.numel() for factor in trained_factors(pairs)}
+            left = sum(size for factor, size in sizes.items() if factor not in perturbed)
+            self.share_left_out = left / sum(sizes.values())
 
     @property
     @override

@@ -118,12 +118,14 @@ def say_start(method: Any, pairs: Sequence[Any], search: PairSearch, orphans: Se
         found = f"{len(pairs)} LoRA pairs of rank {', '.join(map(str, ranks))}"
         rank_zero_info(f"{method.title}: {found}, {method.argument}, {when}")
     left_out = list(search.left_out if method.left_out is None else method.left_out)
-    if left_out and method.left_out is None:
-        left_out.append(f"in all {search.share_left_out:.1%} of the adapters' trained parameters")
+    # A method may leave out some of the pairs, which are what the search has not left out.
+    share = search.share_left_out + (1 - search.share_left_out) * method.share_left_out
+    if left_out:
+        left_out.append(f"in all {share:.1%} of the adapters' trained parameters")
     if orphans:
         left_out.append(f"{len(orphans)} pairs that the optimizer lacks, as {orphans[0].name}")
     if left_out:
-        say = rank_zero_warn if search.share_left_out > MUCH_LEFT_OUT else rank_zero_info
+        say = rank_zero_warn if share > MUCH_LEFT_OUT else rank_zero_info
         say(f"{method.title} leaves unperturbed: " + "; ".join(left_out))
 
 

@@ -37,6 +37,7 @@ class StepMethod:
         place: says in messages which optimizer this is, if there are several.
         pairs: those whose factors the optimizer holds. A pair takes part in a step if its B has a gradient.
         left_out: lines about the layers that the method leaves out; None for those of the search.
+        share_left_out: of the pairs' trained parameters, how many are of these layers, from 0 to 1.
         step: optimizer steps taken so far, from 0.
         horizon: optimizer steps of the whole run, infinite if unknown.
         sharding: how the ranks share the pairs' factors.
@@ -93,6 +94,7 @@ class StepMethod:
         self.place = ""
         self.pairs: list[LoRAPair] = []
         self.left_out: list[str] | None = None
+        self.share_left_out = 0.0
         self.step = 0
         self.horizon = math.inf
         self.is_skipped_on_overflow = False
