@@ -185,6 +185,7 @@ def fit_on_meta(tmp_path: Path, name: str, **settings: Any) -> tuple[Any, list[s
     return driver_of(trainer), copies.seen
 
 
+@pytest.mark.filterwarnings("ignore:(RandomPerturbation|BiLoRA) leaves unperturbed:UserWarning")
 @pytest.mark.parametrize("name", [*FRONT_ENDS, *BASELINES])
 def test_a_fit(tmp_path: Path, name: str) -> None:
     callback, copied = fit_on_meta(tmp_path, name)
