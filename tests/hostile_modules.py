@@ -544,12 +544,7 @@ KINDS: dict[str, Kind] = {
     "several adapters": layers(net=two_adapters),
     "experts": layers(net=lambda: under_peft(Experts, "0", "1")),
     "fused experts": Kind(net=lambda: under_peft(BesideFusedExperts, "linear", target_parameters=["experts.weight"])),
-    # Of an embedding peft draws B and leaves A zero, so that no perturbation of B would move the first step's weight.
-    "embedding": Kind(
-        net=lambda: Logits(
-            under_peft(lambda: nn.Sequential(nn.Embedding(32, CLASSES)), "0", init_lora_weights=False), tokens
-        )
-    ),
+    "embedding": Kind(net=lambda: Logits(under_peft(lambda: nn.Sequential(nn.Embedding(32, CLASSES)), "0"), tokens)),
     "grouped convolution": layers(
         net=lambda: Logits(under_peft(lambda: nn.Sequential(nn.Conv1d(2, 4, 1, groups=2)), "0"), two_channels)
     ),

@@ -1,4 +1,4 @@
-"""LoRA on embeddings and grouped convolutions trains as the Linear layers and convolutions that compute the same."""
+"""LoRA on embeddings and grouped convolutions trains as the layers that compute the same."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from lightning_flatlora import find_pairs, loops
 from lightning_flatlora.flatness.landscape import loss_at, random_direction
+from lightning_flatlora.flatness.sharpness import read
 from lightning_flatlora.pairs import NoPairsError
+from lightning_flatlora.pairs.finders import PairsByName
 
 WORDS, WIDTH, GROUPS, CHANNELS, RANK = 7, 4, 2, 6, 4
 LORA: Any = {"r": RANK, "lora_alpha": 8, "init_lora_weights": False}
@@ -22,25 +24,19 @@ def of_embedding(**config: Any) -> nn.Module:
     return get_peft_model(net, LoraConfig(**LORA, target_modules=["0"], **config))
 
 
-def of_one_hot(like: nn.Module) -> nn.Module:
-    """A Linear on one-hot vectors, whose weight is the embedding's transposed."""
-    other: Any = get_peft_model(
-        nn.Sequential(nn.Linear(WORDS, WIDTH, bias=False)).double(), LoraConfig(**LORA, target_modules=["0"])
-    )
-    mine, theirs = other.base_model.model[0], like.base_model.model[0]  # type: ignore[union-attr, index]
-    mine.base_layer.weight.data.copy_(theirs.base_layer.weight.mT)
-    mine.lora_A["default"].weight.data.copy_(theirs.lora_embedding_A["default"])
-    mine.lora_B["default"].weight.data.copy_(theirs.lora_embedding_B["default"])
-    return other
+class OnOneHot(nn.Module):
+    """What an embedding computes, with the factor that peft starts at zero as B: x (W + s B A) for one-hot rows x."""
 
-
-class OneHot(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, like: nn.Module) -> None:
         super().__init__()
-        self.net = net
+        layer: Any = like.base_model.model[0]  # type: ignore[union-attr, index]
+        self.scaling = layer.scaling["default"]
+        self.register_buffer("weight", layer.base_layer.weight.detach().clone())
+        self.A = nn.Parameter(layer.lora_embedding_B["default"].detach().mT.clone())
+        self.B = nn.Parameter(layer.lora_embedding_A["default"].detach().mT.clone())
 
     def forward(self, x: Tensor) -> Any:
-        return self.net(F.one_hot(x, WORDS).double())
+        return F.one_hot(x, WORDS).double() @ (self.weight + self.scaling * self.B @ self.A)
 
 
 class Groups(nn.Module):
@@ -92,7 +88,7 @@ def series() -> list[Tensor]:
 
 def embeddings() -> tuple[nn.Module, nn.Module, list[Tensor]]:
     model = of_embedding()
-    return model, OneHot(of_one_hot(model)), words()
+    return model, OnOneHot(model), words()
 
 
 def convolutions() -> tuple[nn.Module, nn.Module, list[Tensor]]:
@@ -103,7 +99,8 @@ def convolutions() -> tuple[nn.Module, nn.Module, list[Tensor]]:
 def train(method: str, model: nn.Module, batches: Sequence[Tensor], **settings: Any) -> list[Tensor]:
     """The outputs of a network in and after some steps."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    flat = getattr(loops, method)(model, optimizer, 0.3, **settings)
+    finder = PairsByName("A", "B", "scaling") if isinstance(model, OnOneHot) else None
+    flat = getattr(loops, method)(model, optimizer, 0.3, finder=finder, **settings)
     outputs = []
     for batch in batches:
         for each_pass in flat.training_passes():
@@ -132,6 +129,30 @@ def test_it_trains_as_the_layers_that_compute_the_same(
     assert not torch.allclose(mine[-1], mine[0])
     for one, two in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["EFMLoRA", "FMLoRA"])
+def test_an_embeddings_perturbation_is_of_size_rho_from_the_first_step_on(method: str) -> None:
+    """From peft's own start, in which one factor is zero: a perturbation of the other one would be huge."""
+    torch.manual_seed(0)
+    config: Any = LORA | {"init_lora_weights": True}
+    model = get_peft_model(
+        nn.Sequential(nn.Embedding(WORDS, WIDTH)).double(), LoraConfig(**config, target_modules=["0"])
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    flat = getattr(loops, method)(model, optimizer, 0.3, estimator="projected")
+    (pair,) = flat.perturbation.pairs
+    assert not pair.B.any()
+    for batch in words() * 3:
+        for each_pass in flat.training_passes():
+            with each_pass:
+                (model(batch) - batch[..., None]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        A, E = pair.products(pair.A, *read(flat.perturbation))
+        size = (pair.scaling * E @ A).norm().item()
+        assert 0.1 < size < 0.3 * 1.01
+        assert size == pytest.approx(0.3, rel=0.02) or method == "EFMLoRA"
 
 
 def test_an_embedding_with_DoRA_reads_the_perturbation_as_stored_weights() -> None:

@@ -16,7 +16,7 @@ from lightning_flatlora.flatness.losses import Loss, LossGradient, value
 from lightning_flatlora.flatness.sharpness import fresh_perturbation, overlaps, read
 from lightning_flatlora.functional import pseudo_inverse_roots
 from lightning_flatlora.output_terms import adapted_layers
-from lightning_flatlora.pairs.lora_pair import LoRAPair, joined_experts_of_B
+from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import AnyRef, perturbed
 
@@ -59,8 +59,7 @@ def random_direction(pairs: Sequence[LoRAPair], seed: int) -> Direction:
         root = first_root.mT / pair.scaling
         # On the CPU, so that the draw does not depend on the device.
         normal = torch.randn(B.shape, generator=generator, dtype=torch.float64)
-        drawn = (normal.to(root) @ root).to(wide)
-        direction.append(drawn if pair.experts == 1 else joined_experts_of_B(drawn))
+        direction.append(pair.as_stored((normal.to(root) @ root).to(wide)))
     return normalized(pairs, direction)
 
 
@@ -89,7 +88,7 @@ def loss_at(loss: Loss, pairs: Sequence[LoRAPair], *steps: tuple[float, Directio
     moves: dict[AnyRef, Tensor] = {}
     for index, pair in enumerate(pairs):
         E = torch.stack([x * direction[index] for x, direction in steps]).sum(0)
-        moves.update(dict.fromkeys(pair.readers, E.view(len(E), *pair.B.shape[1:])))
+        moves.update(dict.fromkeys(pair.readers, E.reshape(len(E), *pair.B.shape[1:])))
     with perturbed(moves):
         return value(loss)
 

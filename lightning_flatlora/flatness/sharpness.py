@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_flatlora.flatness.curvature import estimate
 from lightning_flatlora.flatness.factors import cosine_of, inner_product
 from lightning_flatlora.flatness.losses import Loss, LossGradient, joint_ascent, loss_gradient, value
-from lightning_flatlora.pairs.lora_pair import LoRAPair, experts_of_B, readers_of, trained_factors
+from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of, trained_factors
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 from lightning_flatlora.perturbed_read import clean, shown
 from lightning_flatlora.schedules import is_size
@@ -260,7 +260,7 @@ def overlaps(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tenso
     """Compute the inner products of two perturbations in full weight space: squared weights' units, shape (pairs,)."""
     products = []
     for pair, one, other in zip(pairs, E1, E2, strict=True):
-        one, other = experts_of_B(one, pair.experts), experts_of_B(other, pair.experts)
+        (_, one), (_, other) = pair.products(pair.A, one), pair.products(pair.A, other)
         products.append(inner_product(one, other, pair.matrices()[0], pair.scaling).sum())
     return torch.stack([product.to(products[0].device) for product in products])
 

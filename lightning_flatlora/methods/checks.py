@@ -113,7 +113,7 @@ MUCH_LEFT_OUT = 0.2
 def say_start(method: Any, pairs: Sequence[Any], search: PairSearch, orphans: Sequence[Any] = ()) -> None:
     """Say what a method perturbs, by how much and when, and which layers and pairs of no optimizer it leaves out."""
     if pairs:
-        ranks = sorted({method.sharding.shape(pair.B)[1] // pair.experts for pair in pairs})
+        ranks = sorted({method.sharding.shape(pair.B)[not pair.is_transposed] // pair.experts for pair in pairs})
         when = f"start_step={method.start_step}, every_n_steps={method.every_n_steps}"
         found = f"{len(pairs)} LoRA pairs of rank {', '.join(map(str, ranks))}"
         rank_zero_info(f"{method.title}: {found}, {method.argument}, {when}")

@@ -116,7 +116,8 @@ def _misfit(pair: LoRAPair) -> str | None:
         if rows is not None and factor.ndim > 1 and rows.stop > len(factor):
             return f"the rows {rows} are not all there: the parameter has {len(factor)}"
         length, columns = matrix_shape(factor.shape)
-        shapes.append((length if rows is None else len(rows), columns))
+        shape = (length if rows is None else len(rows), columns)
+        shapes.append(shape[::-1] if pair.is_transposed else shape)
     # Between its passes FSDP1 leaves a flat part of each parameter, which says nothing about shapes.
     if min(pair.A.ndim, pair.B.ndim) < 2:
         return None

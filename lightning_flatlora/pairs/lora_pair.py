@@ -46,6 +46,7 @@ class LoRAPair:
         experts: how many products the two factors hold, for LoRA on a parameter of several experts, (experts, n, m).
             peft keeps A as (experts * r, m), one expert's rows after another's, and B as (n, r * experts), in which
             column ``k * experts + e`` is column k of expert e.
+        is_transposed: whether the parameters are stored as A^T (m, r) and B^T (r, n).
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -68,6 +69,7 @@ class LoRAPair:
     base: nn.Module | None = None
     base_rows: range | None = None
     experts: int = 1
+    is_transposed: bool = False
 
     @property
     def learns_A(self) -> bool:
@@ -90,8 +92,16 @@ class LoRAPair:
         return self.products(A.flatten(1), B.flatten(1))
 
     def products(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Two factors, or what has their shapes, as A (r, m) and B (n, r); of experts as stacks of these."""
+        """What has the shapes of the parameters, as A (r, m) and B (n, r); of experts as stacks of these."""
+        if self.is_transposed:
+            return A.mT, B.mT
         return (A, B) if self.experts == 1 else (experts_of_A(A, self.experts), experts_of_B(B, self.experts))
+
+    def as_stored(self, B: Tensor) -> Tensor:
+        """What :meth:`products` gives for B, as the parameter is stored."""
+        if self.is_transposed:
+            return B.mT
+        return B if self.experts == 1 else B.movedim(-3, -1).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -163,11 +173,6 @@ def experts_of_A(A: Tensor, experts: int) -> Tensor:
 def experts_of_B(B: Tensor, experts: int) -> Tensor:
     """B of every expert, a view of shape (..., experts, n, r), of B as peft keeps it, (..., n, r * experts)."""
     return B.reshape(*B.shape[:-1], -1, experts).movedim(-1, -3)
-
-
-def joined_experts_of_B(B: Tensor) -> Tensor:
-    """B as peft keeps it, (..., n, r * experts), of B of every expert; the inverse of :func:`experts_of_B`."""
-    return B.movedim(-3, -1).flatten(-2)
 
 
 def rows_of(tensor: Tensor, rows: range | None) -> Tensor:

@@ -84,14 +84,15 @@ def search_layers(
 def _pairs_of(layer_name: str, layer: Any, adapter: str, A: AnyRef, B: AnyRef) -> list[LoRAPair]:
     """One pair, or one for each group of a convolution, whose products are of rows of A and of as many parts of B's."""
     of_A, of_B = as_ref(A), as_ref(B)
-    part = f"lora_embedding_B.{adapter}" if of_B is B else f"lora_B.{adapter}.weight"
+    is_embedding = of_B is B
+    part = f"lora_embedding_A.{adapter}" if is_embedding else f"lora_B.{adapter}.weight"
     name = clean_name(f"{layer_name}.{part}")
     # Those of a ParamWrapper.
     experts = getattr(layer, "num_experts", 1)
     whole = LoRAPair(name, of_A.parameter, of_B.parameter, float(layer.scaling[adapter]), [B], [A], [layer])
     groups = getattr(B, "groups", 1)
     if groups == 1:
-        return [replace(whole, experts=experts)]
+        return [replace(whole, experts=experts, is_transposed=is_embedding)]
     pairs = []
     r, n = layer.r[adapter] // groups, layer.out_features // groups
     for group in range(groups):
@@ -130,9 +131,12 @@ def kind_of(layer: nn.Module) -> type[nn.Module]:
 
 def _adapters(layer: LoraLayer) -> Iterator[tuple[str, AnyRef, AnyRef]]:
     """Every adapter with the readers of A and B."""
-    for of_A, of_B in ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)):
-        for adapter in of_B:
-            yield adapter, _reader(of_A, adapter), _reader(of_B, adapter)
+    for adapter in layer.lora_B:
+        yield adapter, _reader(layer.lora_A, adapter), _reader(layer.lora_B, adapter)
+    # An embedding's update starts with zeros in the factor that peft calls A: transposed, it is B. Small perturbations
+    # of the other one, which all of its gradient needs, would be large while the zeros are small.
+    for adapter in layer.lora_embedding_B:
+        yield adapter, _reader(layer.lora_embedding_B, adapter), _reader(layer.lora_embedding_A, adapter)
 
 
 def _reader(factors: Any, adapter: str) -> AnyRef:

@@ -28,7 +28,7 @@ class PairState(NamedTuple):
     """What is kept of a pair from one search of the model to the next, and in a checkpoint.
 
     Attributes:
-        E: its perturbation, of B's shape, (n, r) or (n, r * experts).
+        E: its perturbation, as B is stored: (n, r), of experts (n, r * experts), or transposed (r, n).
         has_average: whether the moving average of each of its products has begun, booleans, shape (experts,).
         scaling: s of the pair when E was computed, float64 on the CPU, shape ().
     """
@@ -45,7 +45,7 @@ class PairStack:
 
     Attributes:
         pairs: the pairs, L of them.
-        E: their perturbations, shape (L, n, r * experts), float32 or wider.
+        E: their perturbations, as B is stored, shape (L, n, r * experts) or transposed (L, r, n), float32 or wider.
         has_average: whether the moving average of each product has begun, booleans, shape (L, experts).
 
     Args:
@@ -63,12 +63,12 @@ class PairStack:
         # Listed once: a walk over pairs takes as long as the products of small factors.
         self._A, self._A_rows = [pair.A for pair in pairs], [pair.A_rows for pair in pairs]
         self._B, self._B_rows = [pair.B for pair in pairs], [pair.B_rows for pair in pairs]
-        self.experts = first.experts
+        self.experts, self.is_transposed = first.experts, first.is_transposed
         scaling = torch.tensor([pair.scaling for pair in pairs], dtype=dtype, device=device)
         self.scaling = scaling.repeat_interleave(self.experts)
-        n, columns = matrix_shape(sharding.shape(first.B))
-        n = n if first.B_rows is None else len(first.B_rows)
-        self.E = torch.zeros(len(pairs), n, columns, dtype=dtype, device=device)
+        rows, columns = matrix_shape(sharding.shape(first.B))
+        rows = rows if first.B_rows is None else len(first.B_rows)
+        self.E = torch.zeros(len(pairs), rows, columns, dtype=dtype, device=device)
         self.has_average = torch.zeros(len(pairs), self.experts, dtype=torch.bool, device=device)
         # Which products had a gradient in the last ascent, of the same shape.
         self._had_gradient = torch.zeros_like(self.has_average)
@@ -129,6 +129,8 @@ class PairStack:
 
     def _split(self, stacked: Tensor, of_B: bool) -> Tensor:
         """What has the shape of the pairs' A or B, as one matrix for each product."""
+        if self.is_transposed:
+            return stacked.mT
         if self.experts == 1:
             return stacked
         if not of_B:
@@ -137,7 +139,9 @@ class PairStack:
         return _transposed(columns).view(len(columns) * self.experts, stacked.shape[1], -1)
 
     def joined(self, products: Tensor) -> Tensor:
-        """What :meth:`_split` has split of B, as B is again, shape (L, n, r * experts)."""
+        """What :meth:`_split` gives for B, of the shape of E."""
+        if self.is_transposed:
+            return _transposed(products)
         if self.experts == 1:
             return products
         return _transposed(products.reshape(len(self.pairs), self.experts, -1)).view_as(self.E)
@@ -159,7 +163,8 @@ def stacked(pairs: Iterable[LoRAPair], estimator: Estimator, sharding: Sharding)
         A, B = pair.A, pair.B
         rows = [part and len(part) for part in (pair.A_rows, pair.B_rows)]
         # A frozen A has no gradient, and an ascent of its own.
-        key = (sharding.shape(A), sharding.shape(B), pair.experts, A.dtype, B.dtype, B.device, pair.learns_A, *rows)
+        layout = (sharding.shape(A), sharding.shape(B), pair.experts, pair.is_transposed)
+        key = (*layout, A.dtype, B.dtype, B.device, pair.learns_A, *rows)
         groups[key].append(pair)
     stacks = []
     for (A_shape, B_shape, *_), group in groups.items():
