@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
@@ -203,6 +203,11 @@ class BalancednessStep(StepMethod):
         frozen = [pair.name for pair in self.pairs if pair.B.requires_grad and not pair.learns_A]
         if frozen:
             problems.append(f"A of {len(frozen)} pairs is frozen, as in {frozen[0]}, and can't be scaled: train it")
+        experts = [pair.name for pair in self.pairs if pair.experts > 1]
+        if experts:
+            problems.append(
+                f"{experts[0]} holds a pair of factors for each expert: leave experts out of target_parameters"
+            )
         return problems
 
     @override
@@ -217,27 +222,16 @@ class BalancednessStep(StepMethod):
             for parameter in param_group["params"]:
                 strength[id(parameter)] = alpha * param_group["lr"]
         happens = self.sharding.all_finite(also_finite, self.pairs[0].B.device)
+        norm = torch.linalg.vector_norm
         for pair in self.pairs:
             if pair.A.grad is None or pair.B.grad is None:
                 continue
-            grad_A, grad_B = _norms(pair, pair.A.grad, pair.B.grad)
-            norm_A, norm_B = _norms(pair, pair.A, pair.B)
-            B_grows = grad_B >= grad_A if self.kind == "nBAR" else norm_B < norm_A
-            # An expert to which no token was routed has a gradient of zeros, and stays as one without any.
-            moves = (grad_A + grad_B > 0) & happens.to(grad_A.device)
-            # A sign of 0 changes nothing: the scaler is about to skip the step, and the host need not wait to know it.
-            sign = torch.where(B_grows, 1.0, -1.0).to(pair.B.dtype) * moves
             A, B = rows_of(pair.A, pair.A_rows), rows_of(pair.B, pair.B_rows)
-            of_A = of_B = sign
-            if pair.experts > 1:
-                # In the order in which peft keeps their rows and columns.
-                rank = len(A) // pair.experts
-                of_A, of_B = sign.repeat_interleave(rank)[:, None], sign.repeat(rank)
-            B.mul_(1 + strength[id(pair.B)] * of_B)
-            A.mul_(1 - strength[id(pair.A)] * of_A)
-
-
-def _norms(pair: LoRAPair, A: Tensor, B: Tensor) -> list[Tensor]:
-    """The norms of what has the shapes of a pair's parameters, of experts one for each."""
-    parts = pair.products(rows_of(A, pair.A_rows).flatten(1), rows_of(B, pair.B_rows).flatten(1))
-    return [torch.linalg.vector_norm(part, dim=(-2, -1)) for part in parts]
+            if self.kind == "nBAR":
+                B_grows = norm(rows_of(pair.B.grad, pair.B_rows)) >= norm(rows_of(pair.A.grad, pair.A_rows))
+            else:
+                B_grows = norm(B) < norm(A)
+            # A sign of 0 changes nothing: the scaler is about to skip the step, and the host need not wait to know it.
+            sign = torch.where(B_grows, 1.0, -1.0).to(B.dtype) * happens.to(B.device)
+            B.mul_(1 + strength[id(pair.B)] * sign)
+            A.mul_(1 - strength[id(pair.A)] * sign)

@@ -95,7 +95,9 @@ class LoRAPair:
         """What has the shapes of the parameters, as A (r, m) and B (n, r); of experts as stacks of these."""
         if self.is_transposed:
             return A.mT, B.mT
-        return (A, B) if self.experts == 1 else (experts_of_A(A, self.experts), experts_of_B(B, self.experts))
+        if self.experts == 1:
+            return A, B
+        return A.reshape(self.experts, -1, A.shape[1]), B.reshape(len(B), -1, self.experts).movedim(-1, 0)
 
     def as_stored(self, B: Tensor) -> Tensor:
         """What :meth:`products` gives for B, as the parameter is stored."""
@@ -163,16 +165,6 @@ class Finder(Protocol):
 
     def __call__(self, model: nn.Module, /) -> list[LoRAPair]:
         """All pairs of a model, trained or not, each with its readers, in the same order at every call."""
-
-
-def experts_of_A(A: Tensor, experts: int) -> Tensor:
-    """A of every expert, a view of shape (..., experts, r, m), of A as peft keeps it, (..., experts * r, m)."""
-    return A.reshape(*A.shape[:-2], experts, -1, A.shape[-1])
-
-
-def experts_of_B(B: Tensor, experts: int) -> Tensor:
-    """B of every expert, a view of shape (..., experts, n, r), of B as peft keeps it, (..., n, r * experts)."""
-    return B.reshape(*B.shape[:-1], -1, experts).movedim(-1, -3)
 
 
 def rows_of(tensor: Tensor, rows: range | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_flatlora import functional
 from lightning_flatlora.functional import Ascent, Estimator, NormScope
-from lightning_flatlora.pairs.lora_pair import LoRAPair, experts_of_A, rows_of
+from lightning_flatlora.pairs.lora_pair import LoRAPair, rows_of
 from lightning_flatlora.sharding import Sharding, matrix_shape
 
 LARGEST_STACK = 2**19
@@ -134,7 +134,7 @@ class PairStack:
         if self.experts == 1:
             return stacked
         if not of_B:
-            return experts_of_A(stacked, self.experts).flatten(0, 1)
+            return stacked.reshape(len(stacked) * self.experts, -1, stacked.shape[2])
         columns = stacked.reshape(len(stacked), -1, self.experts)
         return _transposed(columns).view(len(columns) * self.experts, stacked.shape[1], -1)
 
