@@ -16,7 +16,7 @@ from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_flatlora import LoRAPair, find_pairs, loops
+from lightning_flatlora import EFMLoRA, FMLoRAModule, LoRAPair, find_pairs, loops
 from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, RandomPerturbation
 from lightning_flatlora.flatness import Point, loss_gradient, measure, random_direction, trained_factors
 from lightning_flatlora.flatness.landscape import loss_at
@@ -160,9 +160,7 @@ class Learner(LightningModule):
 
 def test_experts_are_refused_by_the_method_that_scales_whole_factors(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, [BalancednessRegularization(2.0, "nBAR")], max_epochs=1)
-    with pytest.raises(
-        MisconfigurationException, match=r"0\.lora_B\.default\.weight holds a pair of factors for each expert"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"factors of several experts.* leave experts out"):
         trainer.fit(Learner(fused()), DataLoader(list(batches()), batch_size=None))
 
 
@@ -188,6 +186,28 @@ def test_an_expert_without_tokens_keeps_its_perturbation() -> None:
         assert torch.equal(after[1], before[1])
         assert not torch.equal(after[0], before[0])
     assert perturbation.state_dict()["averaged"] == {pair.name: [True] * EXPERTS for pair in pairs}
+
+
+class TwoPassLearner(FMLoRAModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(rho=0.3, accumulate_grad_batches=2)
+        self.net = net
+
+    def compute_loss(self, batch: Batch, batch_idx: int) -> Tensor:
+        return loss_of(self.net, batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.net.parameters() if p.requires_grad], lr=0.05)
+
+
+def test_an_expert_of_any_micro_batch_moves_the_average_of_a_window(tmp_path: Path) -> None:
+    """The first micro-batch has no tokens for expert 2, and the second only for that one."""
+    flat = EFMLoRA(0.3)
+    trainer = trainer_of(tmp_path, [flat], max_epochs=1, limit_train_batches=2)
+    trainer.fit(TwoPassLearner(fused()), DataLoader(list(batches()), batch_size=None))
+    for pair in flat.perturbation.pairs:
+        _, E = pair.products(pair.A, flat.perturbation.state_dict()["E"][pair.name])
+        assert E.abs().sum((1, 2)).count_nonzero() == EXPERTS
 
 
 def test_the_first_perturbation_of_an_expert_is_taken_whole_after_a_resume_too() -> None:

@@ -203,10 +203,9 @@ class BalancednessStep(StepMethod):
         frozen = [pair.name for pair in self.pairs if pair.B.requires_grad and not pair.learns_A]
         if frozen:
             problems.append(f"A of {len(frozen)} pairs is frozen, as in {frozen[0]}, and can't be scaled: train it")
-        experts = [pair.name for pair in self.pairs if pair.experts > 1]
-        if experts:
+        if any(pair.experts > 1 for pair in self.pairs):
             problems.append(
-                f"{experts[0]} holds a pair of factors for each expert: leave experts out of target_parameters"
+                "a pair holds factors of several experts, of different sizes: leave experts out of the adapter"
             )
         return problems
 

@@ -159,7 +159,8 @@ class EFMLoRAStep(BPerturbationStep):
             self._sum = fresh
         else:
             stacks = list(torch._foreach_add(self._sum.stacks, fresh.stacks))
-            self._sum = FreshPerturbation(stacks, self._sum.finite & fresh.finite, fresh.is_zero)
+            with_gradient = list(map(torch.logical_or, self._sum.with_gradient, fresh.with_gradient))
+            self._sum = FreshPerturbation(stacks, self._sum.finite & fresh.finite, fresh.is_zero, with_gradient)
         return self.perturbation.applied(fresh.stacks)
 
     def _average_ascents(self, also_finite: Iterable[nn.Parameter]) -> None:
@@ -168,5 +169,5 @@ class EFMLoRAStep(BPerturbationStep):
             return
         finite = self.perturbation.all_finite(also_finite) & self._sum.finite
         stacks = list(torch._foreach_div(self._sum.stacks, self._ascents))
-        self.perturbation.average(FreshPerturbation(stacks, finite, self._sum.is_zero), self.beta)
+        self.perturbation.average(self._sum._replace(stacks=stacks, finite=finite), self.beta)
         self.forget_gradients()

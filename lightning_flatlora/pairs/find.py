@@ -131,11 +131,7 @@ def _misfit(pair: LoRAPair) -> str | None:
 
 
 def _divided(
-    pairs: Sequence[LoRAPair],
-    trained: set[int],
-    left_out: dict[str, list[str]],
-    others: Iterable[Any],
-    plain: Iterable[nn.Parameter],
+    pairs: Sequence[LoRAPair], trained: set[int], left_out: dict[str, list[str]], others: list[Any], plain: list[Any]
 ) -> PairSearch:
     """Divide the pairs of a model; the arguments are what :func:`search_layers` returns.
 
@@ -145,14 +141,12 @@ def _divided(
     for name, count in Counter(pair.name for pair in pairs).items():
         if count > 1:  # checkpoints know a pair by its name
             raise ValueError(f"the finder gives {count} pairs the name {name!r}: give each a name of its own")
-    perturbed: list[LoRAPair] = []
-    resting: list[LoRAPair] = []
-    unperturbed = set(plain)
+    search, unperturbed = PairSearch([], []), set(plain)
     shared = _shared(pairs, others)
     for pair in pairs:
         is_trained = id(pair.B) in trained
         if pair not in shared:
-            (perturbed if is_trained and pair.scaling != 0 else resting).append(pair)
+            (search.pairs if is_trained and pair.scaling != 0 else search.resting).append(pair)
         # What is not trained in any case is not missed.
         if is_trained and (pair in shared or pair.scaling == 0):
             left_out.setdefault(IS_SHARED if pair in shared else SCALING_IS_0, []).append(pair.name)
@@ -160,8 +154,8 @@ def _divided(
     lines = [f"{reason} ({len(names)} in all, first {names[0]})" for reason, names in left_out.items()]
     left = sum(parameter.numel() for parameter in unperturbed if parameter.requires_grad)
     # A rank of FSDP1 may hold nothing of any.
-    size = max(1, left + sum(factor.numel() for factor in trained_factors(perturbed)))
-    return PairSearch(perturbed, lines, resting, left / size)
+    size = max(1, left + sum(factor.numel() for factor in trained_factors(search.pairs)))
+    return replace(search, left_out=lines, share_left_out=left / size)
 
 
 def _tied_as_one(pairs: Sequence[LoRAPair]) -> list[LoRAPair]:

@@ -10,13 +10,7 @@ from typing import Any
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.tp_layer import LoraParallelLinear
-from peft.tuners.lora.variants import (
-    DoraConv1dVariant,
-    DoraConv2dVariant,
-    DoraConv3dVariant,
-    DoraEmbeddingVariant,
-    DoraLinearVariant,
-)
+from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant, DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.xlora.layer import XLoraLayer
 from torch import nn
@@ -26,7 +20,8 @@ from lightning_flatlora.class_overlay import plain_class
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbed_read import AnyRef, ParameterRef, as_ref
 
-_EXACT_VARIANTS = (DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant, DoraEmbeddingVariant, DoraLinearVariant)
+# That of an embedding is a DoraLinearVariant.
+_EXACT_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 _NO_PRODUCTS: dict[type[nn.Module], str] = {
     AdaLoraLayer: "AdaLoRA's update is B diag(E) A, and not a product s B A",
     LoraParallelLinear: "tensor-parallel LoRA keeps a slice of each factor",

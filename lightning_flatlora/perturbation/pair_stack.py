@@ -70,8 +70,6 @@ class PairStack:
         rows = rows if first.B_rows is None else len(first.B_rows)
         self.E = torch.zeros(len(pairs), rows, columns, dtype=dtype, device=device)
         self.has_average = torch.zeros(len(pairs), self.experts, dtype=torch.bool, device=device)
-        # Which products had a gradient in the last ascent, of the same shape.
-        self._had_gradient = torch.zeros_like(self.has_average)
         # Other than the pairs' own only between loading a state and the next search.
         self.scaling_of_E = torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64)
 
@@ -80,9 +78,9 @@ class PairStack:
         for pair, E, has_average, scaling in zip(self.pairs, self.E, self.has_average, self.scaling_of_E, strict=True):
             yield pair, PairState(E, has_average, scaling)
 
-    def average(self, fresh_E: Tensor, finite: Tensor, beta: float) -> None:
+    def average(self, fresh_E: Tensor, with_gradient: Tensor, finite: Tensor, beta: float) -> None:
         """Move E towards a fresh one, see :meth:`Perturbation.average`."""
-        is_taken = self._had_gradient & finite.to(fresh_E.device)
+        is_taken = with_gradient.view_as(self.has_average) & finite.to(fresh_E.device)
         weight = torch.full_like(self.has_average, beta, dtype=fresh_E.dtype)
         # The first E is taken whole: there is no average yet to move, and (1 - beta) 0 + beta E would be too short.
         weight = torch.where(self.has_average, weight, 1.0) * is_taken
@@ -94,13 +92,10 @@ class PairStack:
         """The batched ascent of the stack's products, L * experts of them, from the gradients that the pairs hold."""
         A, grad_B = self._stacked(of_B=False), self._stacked(of_B=True, gradients=True)
         if self.unread_A:
-            ascent = functional.ascent_projected(A, grad_B, self.scaling)
-        else:
-            B = self._stacked(of_B=True, at_perturbed=at_perturbed)
-            grad_A = self._stacked(of_B=False, gradients=True)
-            ascent = functional.ascent_average(A, B, grad_A, grad_B, self.scaling)
-        self._had_gradient = (ascent.squared_norm > 0).view_as(self.has_average)
-        return ascent
+            return functional.ascent_projected(A, grad_B, self.scaling)
+        B = self._stacked(of_B=True, at_perturbed=at_perturbed)
+        grad_A = self._stacked(of_B=False, gradients=True)
+        return functional.ascent_average(A, B, grad_A, grad_B, self.scaling)
 
     @property
     def unread_A(self) -> list[nn.Parameter]:
@@ -186,11 +181,13 @@ class FreshPerturbation(NamedTuple):
         stacks: one tensor for each stack of pairs, of its E's shape; zeros where ``finite`` is false.
         finite: whether every gradient was finite, a boolean on the device, shape ().
         is_zero: rho was the number 0, so E is known to be zero without asking the device.
+        with_gradient: for each stack which of its products, (L * experts,), had a gradient that is not zero.
     """
 
     stacks: list[Tensor]
     finite: Tensor
     is_zero: bool
+    with_gradient: list[Tensor]
 
 
 def fresh_perturbation(
@@ -202,6 +199,7 @@ def fresh_perturbation(
     """
     ascents = [stack.ascent(at_perturbed) for stack in stacks]
     norms = [ascent.squared_norm for ascent in ascents]
+    with_gradient = [norm > 0 for norm in norms]
     # Every entry of a gradient enters a norm, so the norms answer for the pairs, except for the gradients of A that a
     # projected estimate does not read.
     unread = list(others)
@@ -221,4 +219,4 @@ def fresh_perturbation(
         fresh.append(stack.joined(ascent.direction.mul_(scale).masked_fill_(~finite.to(norm.device), 0.0)))
     # Not of a tensor, which the host would have to wait for.
     is_zero = not isinstance(rho, Tensor) and rho == 0
-    return FreshPerturbation(fresh, finite, is_zero)
+    return FreshPerturbation(fresh, finite, is_zero, with_gradient)

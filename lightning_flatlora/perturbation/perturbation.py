@@ -229,8 +229,8 @@ class Perturbation:
         """
         if not 0 < beta <= 1:
             raise ValueError(f"beta must be in (0, 1], got {beta!r}")
-        for stack, fresh_E in zip(self._stacks, fresh.stacks, strict=True):
-            stack.average(fresh_E, fresh.finite, beta)
+        for stack, fresh_E, with_gradient in zip(self._stacks, fresh.stacks, fresh.with_gradient, strict=True):
+            stack.average(fresh_E, with_gradient, fresh.finite, beta)
         self.may_be_nonzero |= not fresh.is_zero
 
     @property
