@@ -182,7 +182,7 @@ WORKLOADS: dict[str, Workload | Stack] = {
     "width-1024": _two_blocks(1024),
     "width-2048": _two_blocks(2048),
     # Attention, routers, and two parameters of all experts in each layer.
-    "mixture-of-experts": Workload(_mixture_of_experts(256), "all-linear", batch=4, length=256, layers=4, rank=4),
+    "mixture-of-experts": Workload(_mixture_of_experts(256), "all-linear", batch=4, length=512, layers=4, rank=4),
     "small-layers": Stack(layers=600, width=64, batch=16),
     "tiny": Workload(_bert(32, 2), _QUERY_VALUE, batch=4, length=8, layers=2),
 }
