@@ -204,9 +204,7 @@ class BalancednessStep(StepMethod):
         if frozen:
             problems.append(f"A of {len(frozen)} pairs is frozen, as in {frozen[0]}, and can't be scaled: train it")
         if any(pair.experts > 1 for pair in self.pairs):
-            problems.append(
-                "a pair holds factors of several experts, of different sizes: leave experts out of the adapter"
-            )
+            problems.append("a pair holds factors of several experts: leave experts out of the adapter")
         return problems
 
     @override

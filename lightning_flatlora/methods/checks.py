@@ -106,10 +106,6 @@ def changed_problems(method: Any, saved: dict[str, Any]) -> list[str]:
     return problems
 
 
-MUCH_LEFT_OUT = 0.2
-"""From this share of the adapters' trained parameters on, what is left unperturbed is a warning."""
-
-
 def say_start(method: Any, pairs: Sequence[Any], search: PairSearch, orphans: Sequence[Any] = ()) -> None:
     """Say what a method perturbs, by how much and when, and which layers and pairs of no optimizer it leaves out."""
     if pairs:
@@ -125,7 +121,7 @@ def say_start(method: Any, pairs: Sequence[Any], search: PairSearch, orphans: Se
     if orphans:
         left_out.append(f"{len(orphans)} pairs that the optimizer lacks, as {orphans[0].name}")
     if left_out:
-        say = rank_zero_warn if share > MUCH_LEFT_OUT else rank_zero_info
+        say = rank_zero_warn if share > 0.2 else rank_zero_info
         say(f"{method.title} leaves unperturbed: " + "; ".join(left_out))
 
 

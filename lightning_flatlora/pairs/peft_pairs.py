@@ -128,8 +128,8 @@ def _adapters(layer: LoraLayer) -> Iterator[tuple[str, AnyRef, AnyRef]]:
     """Every adapter with the readers of A and B."""
     for adapter in layer.lora_B:
         yield adapter, _reader(layer.lora_A, adapter), _reader(layer.lora_B, adapter)
-    # An embedding's update starts with zeros in the factor that peft calls A: transposed, it is B. Small perturbations
-    # of the other one, which all of its gradient needs, would be large while the zeros are small.
+    # Of an embedding peft starts the factor A with zeros, so that one is B, transposed. A perturbation of the other one
+    # would be huge as long as A is small.
     for adapter in layer.lora_embedding_B:
         yield adapter, _reader(layer.lora_embedding_B, adapter), _reader(layer.lora_embedding_A, adapter)
 
