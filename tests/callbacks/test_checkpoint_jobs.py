@@ -11,13 +11,13 @@ import peft.peft_model
 import pytest
 import torch
 from checkpointed_bases import WEIGHTS, saver, state, validate
-from helpers import Classifier, fit, same
+from helpers import Classifier, fit, make_loader, same
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lightning_flatlora import load_adapter_checkpoint
+from lightning_flatlora import AdapterCheckpoint, load_adapter_checkpoint
 from lightning_flatlora.callbacks.adapter_checkpoint import export
 from lightning_flatlora.callbacks.adapter_checkpoint.export import LIST, PARTIAL
 from lightning_flatlora.callbacks.adapter_checkpoint.transfer import MARK
@@ -291,3 +291,34 @@ def test_only_what_lies_in_its_own_folder_is_deleted(tmp_path: Path, path: str) 
     fit(tmp_path, Classifier(), [keeps_one], max_steps=2)
     assert (tmp_path / "mine").exists()
     assert len(list((tmp_path / "ck").glob("*.ckpt"))) == 1
+
+
+# -- the last checkpoint
+
+
+class Worsens(Classifier):
+    """Its first epoch is its best, and its fifth does not begin."""
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("loss", float(self.current_epoch))
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 4:
+            raise Killed
+
+
+@pytest.mark.parametrize(
+    "settings", [{"monitor": "loss"}, {"monitor": "loss", "every_n_epochs": 2}, {"save_top_k": 0}], ids=str
+)
+def test_the_last_checkpoint_is_of_the_last_epoch(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Also if the epoch is not among the best, or a run that comes back would repeat all epochs since then."""
+    with pytest.raises(Killed):
+        fit(
+            tmp_path,
+            Worsens(),
+            [AdapterCheckpoint(tmp_path, save_last=True, **settings)],
+            make_loader(3),
+            val=make_loader(1),
+            max_epochs=5,
+        )
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 12

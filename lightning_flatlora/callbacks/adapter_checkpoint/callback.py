@@ -128,6 +128,14 @@ class SavesAdapters(_Base):
         return super().file_exists(filepath, trainer) or super().file_exists(folder, trainer)
 
     @override
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+        # Since 2.6 Lightning writes last.ckpt only if it has saved another file here, such as one of the best. A run
+        # that comes back would repeat all epochs since then.
+        if self.save_last:
+            self._last_global_step_saved = trainer.global_step
+
+    @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         with adapters_only(trainer, self.finder):
             super()._save_checkpoint(trainer, filepath)
