@@ -182,7 +182,7 @@ class RecipeCLI(LightningCLI):
         if checkpoint in ("last", LAST_IF_ANY):
             settings = parser.parse_args([command, *in_order(given)])[command]
             found = last_checkpoint(settings) if checkpoint == "last" else own_checkpoint(settings, command)
-            self._goes_on = checkpoint == LAST_IF_ANY and found is not None
+            self._goes_on = checkpoint == LAST_IF_ANY
             checkpoint = str(found) if found else None
             given.append(f"--ckpt_path={checkpoint or 'null'}")
         # "hpc" and addresses are no files of a run.
@@ -228,8 +228,9 @@ class RecipeCLI(LightningCLI):
         if not has_own and any(each.save_last and not each.save_weights_only for each in savers):
             # Ctrl-C, too, ends a run between two steps.
             callbacks.append(Requeue(["SIGUSR1", "SIGTERM", "SIGINT"]))
-        for saver in savers if self._goes_on else []:
-            saver.dirpath = saver.dirpath or str(Path(self._get(self.config_init, "ckpt_path")).parent)
+        checkpoint: Any = self._get(self.config_init, "ckpt_path") if self._goes_on else None
+        for saver in savers if checkpoint else []:
+            saver.dirpath = saver.dirpath or str(Path(checkpoint).parent)
         # Each run has its own, in which Lightning under SLURM finds no checkpoint of another run.
         folders = [getattr(each, "log_dir", None) for each in listed(settings.logger)]
         folder = settings.default_root_dir or next(filter(None, folders), None)
@@ -291,7 +292,9 @@ class RecipeCLI(LightningCLI):
         saved = chain.from_iterable(Path(saver.dirpath or "").glob("last*.ckpt") for saver in savers)
         newest = max(saved, key=lambda path: path.stat().st_mtime, default=None)
         if self.subcommand == "fit" and newest:
-            rank_zero_info(f"To resume: {self.parser.prog} fit --ckpt_path {newest}")
+            # Another would begin a second run's folder, and this one then refuses to choose.
+            command = f": {self.parser.prog} fit --ckpt_path {newest}"
+            rank_zero_info(f"To resume{', give the same command again' if self._goes_on else command}")
 
     @override
     def _parse_ckpt_path(self) -> None:
