@@ -169,6 +169,7 @@ class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
     holds the adapters, everything outside of the base, all buffers, and every parameter of the base that has ever
     required a gradient, such as a head that was trained and then frozen. The rest of the base is recognized on loading.
 
+    With ``save_last=True`` each moment to save writes ``last.ckpt``, also if the monitored value is not among the best.
     A process that is killed at any moment leaves a checkpoint to resume from. No file is deleted that this callback has
     not written, and what would fail at the first save fails when the fit starts. Rank zero writes directly, not through
     a CheckpointIO plugin. docs/checkpoints.md has more.
