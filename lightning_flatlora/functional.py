@@ -18,8 +18,8 @@ NormScope = Literal["global", "layer"]
 DAMPING = 1e-6
 """delta of :func:`damped_inverse_root`, relative to the trace."""
 
+# Columns of a Gram matrix that are computed by one product, as half of it is known by symmetry.
 _BLOCK = 64
-"""Columns of a Gram matrix that are computed by one product, as half of it is known by symmetry."""
 
 
 class Ascent(NamedTuple):

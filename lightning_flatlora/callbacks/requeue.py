@@ -18,10 +18,10 @@ from lightning_flatlora.callbacks.adapter_checkpoint import SavesAdapters
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.methods.checks import refuse
 
+# Seconds in which a repeated signal is one signal: torchrun and systemd may both send it to a process.
 _PATIENCE = 5.0
-"""Seconds in which a repeated signal is one signal: torchrun and systemd may both send it to a process."""
+# Whoever sends these, such as scancel, decides whether the job comes back.
 _ENDS = {signal.SIGINT, signal.SIGTERM}
-"""Whoever sends these, such as ``scancel``, decides whether the job comes back."""
 _SAID = b"\nA signal: the run saves itself after this step and ends; again in more than 5 s ends it now, unsaved\n"
 
 

@@ -22,11 +22,11 @@ from lightning_flatlora.perturbed_read import AnyRef, ParameterRef, as_ref
 
 # That of an embedding is a DoraLinearVariant.
 _EXACT_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
+# Why no adapter of a layer is a pair, by the layer's kind.
 _NO_PRODUCTS: dict[type[nn.Module], str] = {
     AdaLoraLayer: "AdaLoRA's update is B diag(E) A, and not a product s B A",
     LoraParallelLinear: "tensor-parallel LoRA keeps a slice of each factor",
 }
-"""Why no adapter of a layer is a pair, by the layer's kind."""
 
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPER_NAMES = re.compile(rf"(^|\.)({'|'.join(_WRAPPED)})(?=\.)")

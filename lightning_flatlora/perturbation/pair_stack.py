@@ -13,15 +13,12 @@ from lightning_flatlora.functional import Ascent, Estimator, NormScope
 from lightning_flatlora.pairs.lora_pair import LoRAPair, rows_of
 from lightning_flatlora.sharding import Sharding, matrix_shape
 
+# Elements of a stacked factor in one computation on a CPU: 2 MB of float32, which its caches hold. A larger factor is
+# computed by itself, without a copy. Stacks exist to save calls, and from this size on the work of a call takes far
+# longer than making it.
 LARGEST_STACK = 2**19
-"""Elements of a stacked factor in one computation on a CPU: 2 MB of float32, which its caches hold.
-
-A larger factor is computed by itself, without a copy. Stacks exist to save calls, and from this size on the work of a
-call takes far longer than making it.
-"""
-
+# The same limit where launching a kernel costs more than a large allocation: 32 MB of float32.
 LARGEST_STACK_ON_ACCELERATORS = 2**23
-"""The same limit where launching a kernel costs more than a large allocation: 32 MB of float32."""
 
 
 class PairState(NamedTuple):
