@@ -234,10 +234,11 @@ def _options_in(path: Path) -> list[str] | None:
     return options if is_ours else None
 
 
-# Of a signal that ends a process, Python reports the negative number, and a shell 128 more than the number.
+# Requests to end: SIGUSR1 is SLURM's, when the job's time is over.
 _STOPS = (signal.SIGTERM, signal.SIGUSR1)
-"""Requests to end: SIGUSR1 is SLURM's, whose time is over."""
-_STATUSES_OF_STOPS = {status for number in (signal.SIGINT, *_STOPS) for status in (-number, 128 + number)}
+# Of a signal that ends a process, Python reports the negative number, and a shell 128 more than the number.
+_STATUSES_OF_STOPS = {-number for number in (signal.SIGINT, *_STOPS)}
+_STATUSES_OF_STOPS |= {128 + number for number in (signal.SIGINT, *_STOPS)}
 
 
 class StoppedError(Exception):
