@@ -71,10 +71,11 @@ class Net(nn.Module):
         return self.out(self.dropout(self.norm(self.experts(x))))
 
 
-def net_on_meta() -> nn.Module:
+def net_on_meta(experts: bool = True) -> nn.Module:
     layers = ["conv", "grouped", "table", "attention", "out"]
+    parameters = ["experts.up"] if experts else []
     with META:
-        return get_peft_model(Net(), LoraConfig(r=2, target_modules=layers, target_parameters=["experts.up"]))
+        return get_peft_model(Net(), LoraConfig(r=2, target_modules=layers, target_parameters=parameters))
 
 
 def litgpt_on_meta() -> nn.Module:
@@ -169,7 +170,8 @@ class Batches(IterableDataset[Any]):
 
 def fit_on_meta(tmp_path: Path, name: str, **settings: Any) -> tuple[Any, list[str]]:
     """Train by a front end or a baseline, as if a loss scaler ran; give its callback and what was copied."""
-    module, callbacks, more = build(name, net=net_on_meta(), accumulate=WINDOW, **settings)
+    net = net_on_meta(experts=name not in ("nBAR", "oBAR"))  # which refuse them
+    module, callbacks, more = build(name, net=net, accumulate=WINDOW, **settings)
     copies = Copies()
     copies.is_on = False
 

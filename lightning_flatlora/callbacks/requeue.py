@@ -14,7 +14,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.adapter_checkpoint import SavesAdapters
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.methods.checks import refuse
 
@@ -28,10 +27,10 @@ _SAID = b"\nA signal: the run saves itself after this step and ends; again in mo
 class Requeue(Callback):
     """End a job that is about to be killed between two optimizer steps, saved so that it can come back.
 
-    A signal is held back until the end of the optimizer step, on all ranks at one step. Then AdapterCheckpoint writes
-    ``last.ckpt``, a SLURM job is requeued, and the process exits with status 128 + signal. A validation ends after one
-    of its batches, and the resumed run repeats all of it. A signal that is repeated after more than five seconds ends
-    the process at once, unsaved.
+    A signal is held back until the end of the optimizer step, on all ranks at one step. Then AdapterCheckpoint (or a
+    ModelCheckpoint, with the base) writes ``last.ckpt``, a SLURM job is requeued, and the process exits with status
+    128 + signal. A validation ends after one of its batches, and the resumed run repeats all of it. A signal that is
+    repeated after more than five seconds ends the process at once, unsaved.
 
     Start the job by ``trainer.fit(..., ckpt_path="last")``, which begins at the start if nothing is saved yet, and give
     AdapterCheckpoint a ``dirpath``, which does not change from one start to the next. See docs/many_devices.md.
@@ -41,7 +40,7 @@ class Requeue(Callback):
             and so does the ``requeue_signal`` of Lightning's SLURMEnvironment.
 
     Raises:
-        MisconfigurationException: there is no such signal (here), or no AdapterCheckpoint with ``save_last=True`` (at
+        MisconfigurationException: there is no such signal (here), or no checkpoint callback with ``save_last=True`` (at
             the start of fit).
 
     Example:
@@ -151,9 +150,9 @@ class Requeue(Callback):
 
 
 def _savers(trainer: Trainer) -> list[Any]:
-    """Return the callbacks that write a last.ckpt from which a run resumes."""
-    savers: list[Any] = [each for each in trainer.checkpoint_callbacks if isinstance(each, SavesAdapters)]
-    return [saver for saver in savers if saver.save_last and not saver.save_weights_only]
+    """Return the callbacks that write a last.ckpt from which a run resumes; a link may be to an earlier step."""
+    savers: list[Any] = [each for each in trainer.checkpoint_callbacks if getattr(each, "save_last", None) is True]
+    return [saver for saver in savers if not saver.save_weights_only]
 
 
 def _requeue() -> None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, cast
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_flatlora import AdapterCheckpoint, Requeue
+from lightning_flatlora import Requeue
 from recipes.shared.checkpoints import LAST_IF_ANY, differing_settings, last_checkpoint, own_checkpoint, problem_of
 from recipes.shared.command_line import (
     hint,
@@ -223,9 +223,9 @@ class RecipeCLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         # In place of the configuration's list; LightningCLI still adds the callbacks that it makes itself.
         callbacks = wanted_callbacks(settings, self.subcommand or "run")
-        savers = [each for each in callbacks if isinstance(each, AdapterCheckpoint)]
+        savers = [each for each in callbacks if isinstance(each, ModelCheckpoint)]
         has_own = any(isinstance(each, Requeue) for each in callbacks)
-        if not has_own and any(each.save_last and not each.save_weights_only for each in savers):
+        if not has_own and any(each.save_last is True and not each.save_weights_only for each in savers):
             # Ctrl-C, too, ends a run between two steps.
             callbacks.append(Requeue(["SIGUSR1", "SIGTERM", "SIGINT"]))
         checkpoint: Any = self._get(self.config_init, "ckpt_path") if self._goes_on else None

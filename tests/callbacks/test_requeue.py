@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import ByHand, Classifier, ResumableLoader, assert_same_run, build, fit, make_loader, same, trainer_of
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -61,6 +62,7 @@ def run(
     requeue: Any = None,
     monitor: str | None = "val_loss",
     batches: int = BATCHES,
+    kind: Any = AdapterCheckpoint,
     **settings: Any,
 ) -> Any:
     """Train three epochs of five batches with a validation of three, or what ``settings`` say."""
@@ -68,7 +70,7 @@ def run(
     module, callbacks, kwargs = build("plain" if classes else method, accumulate=accumulate, **classes)
     if classes:
         kwargs = {}
-    saver = AdapterCheckpoint(folder / "saved", monitor=monitor, save_last=True, save_top_k=1)
+    saver = kind(folder / "saved", monitor=monitor, save_last=True, save_top_k=1)
     callbacks = [requeue or Requeue(), *callbacks, *others, saver]
     loader = ResumableLoader(list(make_loader(batches)))
     kwargs = {"max_epochs": EPOCHS, "plugins": LightningEnvironment(), **kwargs, **settings}
@@ -145,6 +147,7 @@ def test_it_does_not_end_within_an_accumulation(tmp_path: Path, method: str, cal
         {"check_val_every_n_epoch": 2},
         {"max_steps": 13},
         {"batches": 1, "limit_val_batches": 0, "monitor": None},
+        {"kind": ModelCheckpoint},
     ],
     ids=str,
 )
