@@ -135,7 +135,7 @@ def test_a_step_of_efmlora_adds_one_kernel_for_each_pair() -> None:
     """That of B + E. The algebra of E is a fixed number of calls for each shape, whatever the number of pairs."""
     extra = [kernels_of_a_step(blocks, loops.EFMLoRA) - kernels_of_a_step(blocks, None) for blocks in (2, 32)]
     assert extra[1] - extra[0] <= 30 * 7
-    assert extra[0] - 2 * 7 <= 400  # 343 with PyTorch 2.13
+    assert extra[0] - 2 * 7 <= 400  # 351 with PyTorch 2.13
 
 
 def test_a_step_of_fmlora_takes_fewer_kernels_than_two_steps() -> None:
