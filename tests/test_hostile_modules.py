@@ -37,6 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*BatchEncoding:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # of experts, by peft 0.18
 ]
 LOOPS = {"loops.EFMLoRA": loops.EFMLoRA, "loops.FMLoRA": loops.FMLoRA}
 BATCHES, EPOCHS, RHO, LR = 3, 2, 0.5, 0.02
