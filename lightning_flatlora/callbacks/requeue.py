@@ -86,7 +86,8 @@ class Requeue(Callback):
 
     def _hold(self, trainer: Trainer) -> None:
         of_slurm = getattr(trainer._accelerator_connector.cluster_environment, "requeue_signal", None)
-        for number in {*self.signals, of_slurm or self.signals[0]}:
+        numbers: set[Any] = {*self.signals, of_slurm} - {None}
+        for number in numbers:
             # A shell lets its background jobs ignore SIGINT.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)

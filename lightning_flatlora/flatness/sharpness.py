@@ -250,7 +250,7 @@ def fresh_perturbation(perturbation: Perturbation, rho: float, at: LossGradient)
 
 
 def read(perturbation: Perturbation, fresh: FreshPerturbation | None = None) -> list[Tensor]:
-    """Return E of every pair, shape (n, r), in the order of the pairs: a fresh one, or the kept one."""
+    """Return E of every pair, of B's shape as a matrix, in the order of the pairs: a fresh one, or the kept one."""
     with clean(readers_of(perturbation.pairs)), perturbation.applied(fresh and fresh.stacks):
         seen = [shown(pair.readers[0]) for pair in perturbation.pairs]
     return [E.flatten(1) for E in seen if E is not None]

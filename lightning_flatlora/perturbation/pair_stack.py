@@ -91,6 +91,7 @@ class PairStack:
         if self.unread_A:
             return functional.ascent_projected(A, grad_B, self.scaling)
         B = self._stacked(of_B=True, at_perturbed=at_perturbed)
+        # That of an A whose B is frozen is worth nothing there, as it agrees with no gradient of B.
         grad_A = self._stacked(of_B=False, gradients=True)
         return functional.ascent_average(A, B, grad_A, grad_B, self.scaling)
 

@@ -53,6 +53,23 @@ class Experts(nn.Module):
         return torch.einsum("bi,boi->bo", hidden, self.down[which])
 
 
+class Words(nn.Module):
+    """Six features as six words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(10, 5), nn.Linear(30, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = (x.abs() * 3).long().clamp(max=9)
+        return self.head(torch.tanh(self.table(words)).flatten(1))
+
+
+def embedding() -> nn.Module:
+    torch.manual_seed(3)
+    return get_peft_model(Words(), LoraConfig(r=2, lora_alpha=5, target_modules=["table", "head"])).double()
+
+
 def experts() -> nn.Module:
     torch.manual_seed(3)
     targets: Any = {"target_modules": ["0"], "target_parameters": ["1.up", "1.down"]}
@@ -81,6 +98,7 @@ def checkpointed(use_reentrant: bool) -> nn.Module:
 NETWORKS = {
     "plain": network,
     "experts": experts,
+    "embedding": embedding,
     "convolution": lambda: images(use_dora=False),
     "dora": lambda: images(use_dora=True),
     "checkpointed": lambda: checkpointed(use_reentrant=False),

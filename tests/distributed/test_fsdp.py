@@ -15,6 +15,7 @@ BATCHES = 5  # odd: the last window of two is shorter
 CLIPS = {"norm": [0.05, "norm"], "value": [1e-3, "value"]}
 # How a layer reads B does not depend on the method; what is computed again in backward does.
 NETWORKS = [("EFMLoRA", "convolution"), ("FMLoRA", "dora"), ("EFMLoRA", "experts"), ("FMLoRA", "experts")]
+NETWORKS += [("EFMLoRA", "embedding")]
 NETWORKS += product(FRONT_ENDS["fsdp1"], ("checkpointed", "checkpointed, reentrant"))
 
 

@@ -1,6 +1,7 @@
 """A signal to any rank ends all of them at one step, saved; the run that comes back ends as one that nobody ended."""
 
 import signal
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ STEP_OF_END = {"first rank": 3, "other rank between the average and the optimize
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     folder = tmp_path_factory.mktemp("requeue")
-    runs = {f"{strategy} {name}": (strategy, RUNS[name]) for strategy in STRATEGIES for name in RUNS}
+    runs = {f"{strategy} {name}": (strategy, RUNS[name]) for strategy, name in product(STRATEGIES, RUNS)}
     runs |= {f"ddp {name}": ("ddp", UNEVEN[name]) for name in UNEVEN}
     arguments = {}
     for name, (strategy, settings) in runs.items():
