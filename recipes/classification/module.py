@@ -1,4 +1,4 @@
-"""The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
+"""The LightningModule: a classifier of texts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -20,10 +20,9 @@ from recipes.language.warm_start import load_factors
 from recipes.shared.diverged import wrong_where_nan
 from recipes.shared.fitting import FittingModule
 from recipes.shared.predictions import PredictionWriter
-from recipes.shared.training import AutomaticTraining, ManualTraining
 
 
-class TextClassifier(FittingModule, PretrainedModel):
+class TextClassification(FittingModule, PretrainedModel):
     """A pretrained model with LoRA that tells the class of a text or a number, by a new head or by label words.
 
     A head is trained plainly beside the adapter: the methods perturb the weights that LoRA adapts, and no others. The
@@ -168,11 +167,3 @@ class TextClassifier(FittingModule, PretrainedModel):
         metric = cast("MeanMetric", self.metrics[name])
         metric.update(*values)
         self.log(name, metric, prog_bar=True, add_dataloader_idx=False)
-
-
-class TextClassification(TextClassifier, AutomaticTraining):
-    """Automatic optimization: plain LoRA, or with EFMLoRA or FMLoRA among the Trainer's callbacks."""
-
-
-class TextClassificationFM(TextClassifier, ManualTraining):
-    """FMLoRA in manual optimization; accumulation and clipping are arguments here, not of the Trainer."""

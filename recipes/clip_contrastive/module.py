@@ -1,4 +1,4 @@
-"""The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
+"""The LightningModule: images and captions learn to find each other."""
 
 from typing import Any, cast
 
@@ -16,11 +16,11 @@ from recipes.clip_contrastive.batches import Batch
 from recipes.clip_contrastive.loss import ContrastiveLoss, Kind
 from recipes.clip_contrastive.retrieval import Retrieval
 from recipes.shared.sharding import check_strategy, shard
-from recipes.shared.training import AutomaticTraining, ManualTraining, Schedule
+from recipes.shared.training import Schedule
 
 
-class ContrastiveBase(ClipModule):
-    """An open_clip model on images and captions: what training by any method and evaluation have in common.
+class ContrastiveModel(ClipModule):
+    """An open_clip model on images and captions.
 
     Args:
         model: see :class:`recipes.clip.module.ClipModule`.
@@ -171,11 +171,3 @@ def unfrozen(base: nn.Module) -> nn.Module:
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(not name.startswith("text_decoder."))
     return base.train()
-
-
-class ContrastiveModel(ContrastiveBase, AutomaticTraining):
-    """Automatic optimization: all weights, plain LoRA, or with EFMLoRA or FMLoRA among the Trainer's callbacks."""
-
-
-class ContrastiveModelFM(ContrastiveBase, ManualTraining):
-    """FMLoRA in manual optimization; accumulation and clipping are arguments here, not of the Trainer."""

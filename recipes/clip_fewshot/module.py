@@ -1,4 +1,4 @@
-"""The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
+"""The LightningModule: a classifier of images by texts."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -22,13 +22,12 @@ from recipes.clip_fewshot.prompts import tokenize
 from recipes.shared.diverged import wrong_where_nan
 from recipes.shared.predictions import PredictionWriter
 from recipes.shared.sharding import check_strategy, shard
-from recipes.shared.training import AutomaticTraining, ManualTraining
 
 _CHUNK = 256  # texts that the text tower reads at once in evaluation
 
 
-class ClipClassifier(ClipModule):
-    """CLIP with LoRA as a classifier of images by texts: what all methods, evaluation and prediction have in common.
+class FewShot(ClipModule):
+    """CLIP with LoRA as a classifier of images by texts.
 
     A class's features are, in evaluation, the mean of its texts' normalized features, normalized again. Training uses
     the same, computed once, where the text tower is frozen; where it is adapted, every step encodes the first text of
@@ -194,11 +193,3 @@ def scalars_as_buffers(net: nn.Module) -> None:
         if parameter.ndim == 0:
             delattr(net, name)
             net.register_buffer(name, parameter.detach())
-
-
-class FewShot(ClipClassifier, AutomaticTraining):
-    """Automatic optimization: plain LoRA, or with EFMLoRA or FMLoRA among the Trainer's callbacks."""
-
-
-class FewShotFM(ClipClassifier, ManualTraining):
-    """FMLoRA in manual optimization; accumulation and clipping are arguments here, not of the Trainer."""

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from recipes.clip_fewshot.evaluation import write_evaluation
-from recipes.clip_fewshot.module import ClipClassifier
+from recipes.clip_fewshot.module import FewShot
 from recipes.shared.files import set_aside, write_whole
 from recipes.shared.ledger import commit
 from recipes.shared.predictions import run_folder
@@ -92,7 +92,7 @@ def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
         name: before the logged metrics' names, and of the files.
     """
     module, data, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy  # type: ignore[attr-defined]
-    assert isinstance(module, ClipClassifier)
+    assert isinstance(module, FewShot)
     # Of each part, since frozen batch norms are in evaluation mode while the rest trains.
     training = {part: part.training for part in module.modules()}
     module.eval()

@@ -11,12 +11,12 @@ from typing_extensions import override
 
 from recipes.demo.data import Batch
 from recipes.demo.encoder import CutEncoder, pooled
-from recipes.shared.training import AutomaticTraining
+from recipes.shared.training import RecipeModule
 
 _RANK = 8
 
 
-class TaskClassifier(AutomaticTraining):
+class TaskClassifier(RecipeModule):
     """Classes of texts from the mean over the tokens.
 
     Args:

@@ -1,4 +1,4 @@
-"""The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
+"""The LightningModule: a language model that learns answers."""
 
 from typing import Any
 
@@ -13,11 +13,10 @@ from typing_extensions import override
 from recipes.language.model import add_adapter, load_base
 from recipes.language.module import LanguageModel
 from recipes.language.warm_start import load_factors
-from recipes.shared.training import AutomaticTraining, ManualTraining
 
 
-class InstructionModel(LanguageModel):
-    """What both modules have beyond a language model.
+class InstructionTuning(LanguageModel):
+    """A causal language model with LoRA that learns the answers of conversations.
 
     Args:
         attn_implementation: transformers' name of how attention is computed: "sdpa", "eager", "flash_attention_2" or
@@ -73,11 +72,3 @@ class InstructionModel(LanguageModel):
             betas=self.betas,
         )
         return optimizer
-
-
-class InstructionTuning(InstructionModel, AutomaticTraining):
-    """Automatic optimization: plain LoRA, or with EFMLoRA or FMLoRA among the Trainer's callbacks."""
-
-
-class InstructionTuningFM(InstructionModel, ManualTraining):
-    """FMLoRA in manual optimization; accumulation and clipping are arguments here, not of the Trainer."""

@@ -1,4 +1,4 @@
-"""The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
+"""The LightningModule: a language model that says meanings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +15,9 @@ from recipes.nlg.decoding import DEFAULT, arguments, check_decoding
 from recipes.nlg.metrics import METRICS, Metric, check_metrics
 from recipes.nlg.written import WrittenTexts
 from recipes.shared.predictions import run_folder
-from recipes.shared.training import AutomaticTraining, ManualTraining
 
 
-class TextGenerator(LanguageModel):
+class TextGeneration(LanguageModel):
     """A causal language model with LoRA that writes texts for meanings.
 
     GPT-2's joint projection of q, k and v is split where ``lora.target_modules`` names its parts
@@ -102,11 +101,3 @@ class TextGenerator(LanguageModel):
         assert self.net is not None
         options = arguments(self.decoding, max(map(len, prompt_ids), default=1))
         return generate_answers(self.net, prompt_ids, self.tokenizer, self.max_new_tokens, **options)
-
-
-class TextGeneration(TextGenerator, AutomaticTraining):
-    """Automatic optimization: plain LoRA, or with EFMLoRA or FMLoRA among the Trainer's callbacks."""
-
-
-class TextGenerationFM(TextGenerator, ManualTraining):
-    """FMLoRA in manual optimization; accumulation and clipping are arguments here, not of the Trainer."""

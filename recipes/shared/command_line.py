@@ -24,8 +24,6 @@ from recipes.shared.configs import (
     settings_of_run,
 )
 
-MANUAL = "fmlora_manual"
-"""The method that is a module; all others are callbacks, which any module takes."""
 CLIP_FIELDS = ("projections", "blocks", "towers")
 """Where an adapter on a CLIP model goes."""
 
@@ -138,11 +136,6 @@ def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path, trains: bo
     own = [config for config in given if not _is_among(Path(config), overlays)]
     taken = "model and data"
     method, had = option(others, "--method"), run.get("method")
-    if method not in (None, had) and MANUAL in (method, had):
-        raise MisconfigurationException(
-            f"--method {method}: {checkpoint} is of a run with {had or 'lora'}, and {MANUAL} has another module, so "
-            "one cannot go on as the other: leave the method out, or start a new run"
-        )
     callbacks = _callbacks_given(own, others)
     if trains and callbacks and methods_of_run(run) and method is None and not any(map(is_method, callbacks)):
         methods = [f"{name} with rho {each.get('rho')}" for name, each in methods_of_run(run).items()]

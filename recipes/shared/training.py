@@ -20,8 +20,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 from typing_extensions import override
 
-from lightning_flatlora import FMLoRAModule
-
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 
 BARE: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -66,6 +64,10 @@ class RecipeModule(L.LightningModule):
     def loss(self, batch: Any) -> Tensor:
         """The mean loss of a batch, shape (); logged as ``train_loss``."""
         raise NotImplementedError
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch)
 
     @override
     def on_train_start(self) -> None:
@@ -185,22 +187,6 @@ class RecipeModule(L.LightningModule):
             model.clip_grad_norm_(gradient_clip_val)  # over all ranks; Lightning refuses it
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-
-class AutomaticTraining(RecipeModule):
-    """Trains by :meth:`loss` in automatic optimization, where methods are callbacks of the Trainer."""
-
-    @override
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.loss(batch)
-
-
-class ManualTraining(RecipeModule, FMLoRAModule):
-    """Trains by :meth:`loss` with FMLoRA in manual optimization."""
-
-    @override
-    def compute_loss(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.loss(batch)
 
 
 class EvaluatedModule(RecipeModule):

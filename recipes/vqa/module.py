@@ -1,4 +1,4 @@
-"""The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
+"""The LightningModule: a vision-language model that answers questions."""
 
 from functools import cached_property
 from typing import Any, cast
@@ -12,13 +12,12 @@ from recipes.language.batches import Batch
 from recipes.language.model import DType, add_adapter, answer_log_likelihood, generated
 from recipes.language.module import LanguageModel
 from recipes.shared.fitting import FittingModule
-from recipes.shared.training import AutomaticTraining, ManualTraining
 from recipes.vqa.metrics import AnswerMetrics
 from recipes.vqa.model import load_base, load_processor, model_source
 
 
-class VisionLanguageModel(FittingModule, LanguageModel):
-    """A generative vision-language model with LoRA: training by any method, evaluation and prediction.
+class VQA(FittingModule, LanguageModel):
+    """A generative vision-language model with LoRA, or trained as a whole.
 
     Args:
         model: a Hub name, a local directory, or "packaged" for the model of ``python -m recipes.vqa.offline``; it has
@@ -114,11 +113,3 @@ class VisionLanguageModel(FittingModule, LanguageModel):
         answers = self.answers(batch["prompts"])
         rows = zip(batch["name"], batch["question"], answers, strict=True)
         return [{"image": image, "prompt": question, "answer": answer} for image, question, answer in rows]
-
-
-class VQA(VisionLanguageModel, AutomaticTraining):
-    """Automatic optimization: plain LoRA or all weights, or with EFMLoRA or FMLoRA among the Trainer's callbacks."""
-
-
-class VQAFM(VisionLanguageModel, ManualTraining):
-    """FMLoRA in manual optimization; accumulation and clipping are arguments here, not of the Trainer."""

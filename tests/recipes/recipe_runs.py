@@ -68,11 +68,11 @@ def run(command: str, folder: str, recipe: str, method: str, strategy: str, opti
     }
 
 
-def quick(command: str, configs: list[str], *options: str) -> RecipeCLI:
+def quick(command: str, configs: list[str], *options: str, recipe: str = "") -> RecipeCLI:
     """A command line in this process, with configurations and what makes a run short and quiet on any machine."""
     given = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true"]
     given += ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
-    return RecipeCLI([command, *configs, *given, *options])
+    return RecipeCLI([command, *configs, *given, *options], recipe=recipe)
 
 
 def trained(cli: RecipeCLI) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from lightning_flatlora import EFMLoRA, FMLoRAModule
+from lightning_flatlora import EFMLoRA
 from lightning_flatlora.schedules import ConstantRho
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.resumable import ResumableData
@@ -58,28 +58,15 @@ class Tiny(RecipeModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
 
-    def squared(self, batch: Tensor) -> Tensor:
+    @override
+    def loss(self, batch: Tensor) -> Tensor:
         return (self.net(batch).squeeze(1) - batch.sum(1)).square().mean()
 
     @override
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.squared(batch)
-
-    @override
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val_loss", (self.net(batch).squeeze(1) - batch.sum(1)).square().mean())
+        self.log("val_loss", self.loss(batch))
 
     test_step = validation_step
-
-
-class TinyFM(Tiny, FMLoRAModule):
-    """The same in manual optimization."""
-
-    training_step = FMLoRAModule.training_step  # type: ignore[assignment]
-
-    @override
-    def compute_loss(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.squared(batch)
 
 
 class Numbers(L.LightningDataModule):
@@ -112,19 +99,16 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(path)
 
 
-def run(command: str, config: str, *options: str, module: str = "Tiny") -> RecipeCLI:
-    arguments = [command, f"--config={config}", f"--model={__name__}.{module}", "--trainer.enable_progress_bar=false"]
-    arguments += ["--model.init_args.rho=0.1"] if module == "TinyFM" else []
+def run(command: str, config: str, *options: str) -> RecipeCLI:
+    arguments = [command, f"--config={config}", f"--model={__name__}.Tiny", "--trainer.enable_progress_bar=false"]
     return RecipeCLI([*arguments, *options])
 
 
 # -- every recipe's parser
 
 
-@pytest.mark.parametrize(
-    ("recipe", "method"), [*((name, "lora") for name in RECIPES), ("classification", "fmlora_manual")]
-)
-def test_every_configuration_takes_lightnings_usual_options(recipe: str, method: str) -> None:
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_configuration_takes_lightnings_usual_options(recipe: str) -> None:
     options = [
         "--trainer.accelerator=cpu",
         "--trainer.precision=32-true",
@@ -141,7 +125,7 @@ def test_every_configuration_takes_lightnings_usual_options(recipe: str, method:
         "--lr_scheduler=ExponentialLR",
         "--lr_scheduler.gamma=0.5",
     ]
-    cli = RecipeCLI([*packaged_arguments(recipe, method), *options], run=False)
+    cli = RecipeCLI([*packaged_arguments(recipe), *options], run=False)
     callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     assert not [callback for callback in callbacks if isinstance(callback, Checkpoint | ProgressBar)]
     assert any(isinstance(callback, EarlyStopping) for callback in callbacks)
@@ -166,19 +150,17 @@ def test_a_run_whose_output_is_a_file_shows_its_progress_in_lines(
 # -- the optimizer and the schedule
 
 
-@pytest.mark.parametrize("module", ["Tiny", "TinyFM"])
-def test_the_chosen_optimizer_keeps_the_recipes_schedule(config: str, module: str) -> None:
-    cli = run("fit", config, "--optimizer=SGD", "--optimizer.lr=0.2", module=module)
+def test_the_chosen_optimizer_keeps_the_recipes_schedule(config: str) -> None:
+    cli = run("fit", config, "--optimizer=SGD", "--optimizer.lr=0.2")
     assert type(cli.trainer.optimizers[0]) is torch.optim.SGD
     assert sorted(set(cli.model.rates), reverse=True) == pytest.approx([0.2, 0.15, 0.1, 0.05])
     moved = [p for name, p in cli.model.named_parameters() if "lora_B" in name]
     assert all(p.abs().sum() > 0 for p in moved)
 
 
-@pytest.mark.parametrize("module", ["Tiny", "TinyFM"])
-def test_the_chosen_schedule_is_stepped_once_an_epoch(config: str, module: str) -> None:
+def test_the_chosen_schedule_is_stepped_once_an_epoch(config: str) -> None:
     chosen = ["--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.5", "--trainer.max_epochs=2"]
-    cli = run("fit", config, *chosen, module=module)
+    cli = run("fit", config, *chosen)
     assert type(cli.trainer.optimizers[0]) is torch.optim.AdamW
     rates = cli.model.rates
     assert rates == pytest.approx([0.1] * (len(rates) // 2) + [0.05] * (len(rates) // 2))
@@ -197,15 +179,14 @@ def test_a_module_of_another_kind_chooses_itself(config: str) -> None:
         RecipeCLI(["fit", f"--config={config}", model, "--optimizer=SGD", "--optimizer.lr=1"])
 
 
-@pytest.mark.parametrize("module", ["Tiny", "TinyFM"])
-def test_resuming_under_another_schedule_is_refused(config: str, module: str) -> None:
-    run("fit", config, module=module)
+def test_resuming_under_another_schedule_is_refused(config: str) -> None:
+    run("fit", config)
     longer, other = ["--ckpt_path=last", "--trainer.max_epochs=2"], ["--lr_scheduler=ExponentialLR"]
     other.append("--lr_scheduler.gamma=0.5")
     with pytest.raises(MisconfigurationException, match=r"run had no --lr_scheduler, and this one has .*Exp"):
-        run("fit", config, *other, *longer, module=module)
-    assert run("fit", config, *longer, module=module).trainer.current_epoch == 2
-    run("test", config, *other, "--ckpt_path=last", module=module)  # which needs no schedule
+        run("fit", config, *other, *longer)
+    assert run("fit", config, *longer).trainer.current_epoch == 2
+    run("test", config, *other, "--ckpt_path=last")  # which needs no schedule
 
 
 # -- checkpoints by name
@@ -274,11 +255,10 @@ class Stops(L.Callback):
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended:UserWarning")
-@pytest.mark.parametrize("module", ["Tiny", "TinyFM"])
-def test_a_run_that_is_told_to_stop_resumes_within_its_epoch(config: str, module: str) -> None:
-    stopped = run("fit", config, f"--trainer.callbacks+={__name__}.Stops", "--trainer.max_epochs=2", module=module)
+def test_a_run_that_is_told_to_stop_resumes_within_its_epoch(config: str) -> None:
+    stopped = run("fit", config, f"--trainer.callbacks+={__name__}.Stops", "--trainer.max_epochs=2")
     assert (stopped.trainer.global_step, "val_loss" in stopped.trainer.callback_metrics) == (3, True)
-    resumed = run("fit", config, "--ckpt_path=last", "--trainer.max_epochs=2", module=module)
+    resumed = run("fit", config, "--ckpt_path=last", "--trainer.max_epochs=2")
     assert (len(resumed.model.rates), resumed.trainer.global_step) == (1 + 4, 8)
 
 

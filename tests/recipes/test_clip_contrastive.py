@@ -16,7 +16,7 @@ from recipe_runs import run, trainer
 from lightning_flatlora import FMLoRA
 from recipes.clip.export import main as export_main
 from recipes.clip_contrastive.data import ContrastiveData
-from recipes.clip_contrastive.module import ContrastiveModel, ContrastiveModelFM
+from recipes.clip_contrastive.module import ContrastiveModel
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.sharding import BlocksAndFactors
 
@@ -105,14 +105,9 @@ def test_gradient_checkpointing_changes_no_gradient(small_clip: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("method", [FMLoRA(rho=0.1, sync_ascent=False), None])
-def test_an_ascent_of_each_rank_is_refused(
-    method: Any, small_clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module: Any = ContrastiveModel(small_clip, lora=LORA)
-    if method is None:
-        module = ContrastiveModelFM(small_clip, lora=LORA, rho=0.1, sync_ascent=False)
-    module.trainer = trainer(tmp_path, *filter(None, [method]))
+def test_an_ascent_of_each_rank_is_refused(small_clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ContrastiveModel(small_clip, lora=LORA)
+    module.trainer = trainer(tmp_path, FMLoRA(rho=0.1, sync_ascent=False))
     monkeypatch.setattr(L.Trainer, "world_size", 2)
     with pytest.raises(MisconfigurationException, match="sync_ascent=False has no meaning"):
         module.configure_model()

@@ -38,12 +38,9 @@ def test_the_recipes_base_and_the_method_are_laid_below_what_is_given() -> None:
     assert settings.run_name == settings.method == "efmlora"
     assert (settings.data.init_args.dataset, settings.model.init_args.learning_rate) == ("my.jsonl", 0.5)
     assert settings.trainer.callbacks[-1].init_args.rho == 2
-    manual = parsed("fit", "--method=fmlora_manual", "--rho=2")
-    assert (manual.model.init_args.rho, manual.rho) == (2, None)
-    assert manual.trainer.callbacks == parsed("fit").trainer.callbacks
     with pytest.raises(MisconfigurationException, match="--rho is the radius of one method"):
         parsed("fit", "--rho=2")
-    with pytest.raises(MisconfigurationException, match="--method sam: there are efmlora, fmlora, fmlora_manual, lora"):
+    with pytest.raises(MisconfigurationException, match="--method sam: there are efmlora, fmlora, lora"):
         parsed("fit", "--method=sam")
 
 
@@ -110,16 +107,9 @@ def test_a_run_that_goes_on_may_have_another_name(checkpoint: str) -> None:
         assert {logger.init_args.name for logger in settings.trainer.logger} == {name}
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--trainer.callbacks+=lightning_flatlora.FlatnessMonitor"], r"its EFMLoRA with rho 0.3: give --method"),
-        (["--method=fmlora_manual"], "fmlora_manual has another module"),
-    ],
-)
-def test_a_runs_method_is_not_lost_without_a_word(given: list[str], message: str, checkpoint: str) -> None:
-    with pytest.raises(MisconfigurationException, match=message):
-        parsed("fit", checkpoint, *given)
+def test_a_runs_method_is_not_lost_without_a_word(checkpoint: str) -> None:
+    with pytest.raises(MisconfigurationException, match=r"its EFMLoRA with rho 0.3: give --method"):
+        parsed("fit", checkpoint, "--trainer.callbacks+=lightning_flatlora.FlatnessMonitor")
     both = parsed("fit", checkpoint, "--method=efmlora", "--trainer.callbacks+=lightning_flatlora.FlatnessMonitor")
     assert [each.class_path.split(".")[-1] for each in both.trainer.callbacks[-2:]] == ["EFMLoRA", "FlatnessMonitor"]
     parsed("test", checkpoint, "--trainer.callbacks+=lightning.pytorch.callbacks.Timer")

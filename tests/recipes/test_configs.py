@@ -79,18 +79,11 @@ def test_a_method_changes_what_its_overlay_names_and_nothing_else(recipe: str, m
     for name in names:
         assert (plain[name], changed.pop(name)) == ("lora", method)
     assert not lost
-    if method == "fmlora_manual":
-        assert changed.pop("model.class_path") == plain["model.class_path"] + "FM"
-        owner = "model.init_args."
-        assert changed.pop("trainer.gradient_clip_val", None) is None
-        assert changed[f"{owner}gradient_clip_val"] == plain["trainer.gradient_clip_val"]
-        assert changed[f"{owner}accumulate_grad_batches"] == plain["trainer.accumulate_grad_batches"]
-    else:
-        (callback,) = {name.split(".")[2] for name in changed}
-        assert callback.lower() == method
-        owner = f"trainer.callbacks.{callback}.init_args."
-        assert changed.pop(f"trainer.callbacks.{callback}.class_path") == f"lightning_flatlora.{callback}"
-        assert changed.get(f"{owner}beta", 0.9) == 0.9
+    (callback,) = {name.split(".")[2] for name in changed}
+    assert callback.lower() == method
+    owner = f"trainer.callbacks.{callback}.init_args."
+    assert changed.pop(f"trainer.callbacks.{callback}.class_path") == f"lightning_flatlora.{callback}"
+    assert changed.get(f"{owner}beta", 0.9) == 0.9
     assert changed[f"{owner}rho"] == RHO.get(recipe, 0.03)
     assert not [name for name in changed if not name.startswith(owner) or name in plain]
 

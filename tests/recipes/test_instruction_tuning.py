@@ -1,13 +1,14 @@
 """The recipe on a tiny random Llama with SmolLM2's tokenizer, and once on SmolLM2 itself."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from recipe_runs import config_arguments, instruction_data, packaged_arguments, quick, trainer
+from recipe_runs import config_arguments, instruction_data, packaged_arguments, quick, trained, trainer
 from torch import Tensor
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA
@@ -16,11 +17,32 @@ from recipes.instruction_tuning.module import InstructionTuning
 from recipes.language.batches import Collate
 from recipes.language.chat import IGNORED
 from recipes.language.model import answer_log_likelihood
+from recipes.shared.configs import RECIPES
 from recipes.shared.random_state import RandomState
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}
+
+
+# -- the module
+
+
+def test_the_pages_module_in_manual_optimization_gives_the_callbacks_weights(
+    tiny: str, sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = RECIPES.parent / "docs" / "recipes" / "instruction_tuning.md"
+    (program,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "mine.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = [f"--model.model={tiny}", f"--data.dataset={sums}", "--model.lora.lora_dropout=0", "--trainer.max_steps=3"]
+    given += ["--data.validation_share=0.1", "--data.batch_size=4", "--model.warmup_share=0"]
+    manual = ["--model=mine.ManualTuning", "--model.rho=0.05", "--model.gradient_clip_val=1"]
+    weights = []
+    for method in (["--method=fmlora", "--rho=0.05"], [*manual, "--trainer.gradient_clip_val=null"]):
+        weights.append(trained(quick("fit", [], *method, *given, recipe="instruction_tuning")))
+    assert any(weight.any() for name, weight in weights[0].items() if "lora_B" in name)
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
 
 
 # -- what the model is asked

@@ -69,7 +69,7 @@ def test_every_method_trains_saves_an_adapter_and_is_tested(
 ) -> None:
     fitted = {}
     for method in methods_of(recipes[name].folder):
-        # Dropout may be drawn otherwise in manual optimization; without an adapter there is none.
+        # Without an adapter there is no dropout.
         short = [*SHORT, *([] if method == "full" else ["--model.init_args.lora.lora_dropout=0"])]
         fitted[method] = start(name, method, *short)
         (folder,) = (tmp_path / "runs" / recipes[name].folder).glob("*/version_0")
@@ -83,9 +83,6 @@ def test_every_method_trains_saves_an_adapter_and_is_tested(
     plain = start(name, "efmlora", *SHORT, "--model.init_args.lora.lora_dropout=0", "--trainer.callbacks.rho=0")
     assert same(fitted["lora"], plain)
     assert not any(same(fitted["lora"], fitted[method]) for method in ("efmlora", "fmlora"))
-    if name != "classification by prompts":  # whose class is another one than the overlay's, and does not clip
-        for key, weight in fitted["fmlora"]["weights"].items():
-            torch.testing.assert_close(fitted["fmlora_manual"]["weights"][key], weight, rtol=1e-5, atol=1e-7)
 
 
 def assert_complete(folder: Path, name: str, weights: dict[str, torch.Tensor], has_adapter: bool) -> None:

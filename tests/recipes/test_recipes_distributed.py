@@ -32,8 +32,8 @@ SHARDED = [
     *(("instruction_tuning", "fsdp2"), ("instruction_tuning", "fsdp1"), ("vqa", "fsdp2")),
 ]
 """What is trained by EFMLoRA, or by itself, in shards; instruction tuning stands for nlg, whose module is alike."""
-OF_FMLORA = (("ddp", "fmlora"), ("fsdp1", "fmlora"), ("fsdp2", "fmlora_manual"))
-"""As a callback and in manual optimization, of contrastive training: its loss is over the batches of all ranks."""
+OF_FMLORA = (("ddp", "fmlora"), ("fsdp1", "fmlora"), ("fsdp2", "fmlora"))
+"""Of contrastive training: its loss is over the batches of all ranks."""
 RESUMED = {"clip_contrastive": "ddp", "clip_fewshot": "fsdp1", "instruction_tuning": "fsdp2"}
 """One recipe for each way in which batches are drawn; the last one in packed rows."""
 MEASURED = {
@@ -55,11 +55,10 @@ EVERY_STEP = [
 def training(name: str, method: str) -> list[str]:
     """Arguments of short runs without dropout; instruction tuning's clips so much that Adam's epsilon counts."""
     options = [NO_DROPOUT] if method != "full" else []
-    clip = "model.init_args" if method == "fmlora_manual" else "trainer"
     if name == "instruction_tuning":
-        options += ["--trainer.max_epochs=1", f"--{clip}.gradient_clip_val=1e-7"]
+        options += ["--trainer.max_epochs=1", "--trainer.gradient_clip_val=1e-7"]
     elif name in ("clip_contrastive", *MODES):  # so that the size of the gradient counts
-        options += [f"--{clip}.gradient_clip_val=null"]
+        options += ["--trainer.gradient_clip_val=null"]
     return options
 
 
