@@ -1,12 +1,14 @@
-"""The direction of imports between the folders of the recipes.
+"""The direction of imports between the folders of the recipes, and the classes above a recipe's module.
 
 shared <- language, clip and studies <- the recipes <- the programs that drive them.
 """
 
 import ast
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from lightning import LightningModule
 
 import recipes
 
@@ -51,3 +53,13 @@ def test_imports_between_folders_have_one_direction(folder: str) -> None:
     for path in files:
         forbidden = folders_imported_by(path) - may_import(folder)
         assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipes_module_has_at_most_three_own_classes_above_it(name: str) -> None:
+    """So that whoever changes a recipe can read all that its module is."""
+    file = import_module(f"recipes.{name}.module")
+    modules = [kind for kind in vars(file).values() if isinstance(kind, type) and kind.__module__ == file.__name__]
+    (module,) = (kind for kind in modules if issubclass(kind, LightningModule))
+    own = [kind for kind in module.__mro__[1:] if kind.__module__.startswith(("recipes.", "lightning_flatlora."))]
+    assert len(own) <= 3, own

@@ -1,12 +1,9 @@
 """The LightningModule: a classifier of texts."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
-import lightning as L
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from typing_extensions import override
@@ -16,13 +13,11 @@ from recipes.classification.metrics import chosen_metrics, new_metric
 from recipes.classification.readouts import Batch, LabelWords, NewHead
 from recipes.language.model import PACKAGED_ENCODER
 from recipes.language.module import PretrainedModel
-from recipes.language.warm_start import load_factors
 from recipes.shared.diverged import wrong_where_nan
-from recipes.shared.fitting import FittingModule
 from recipes.shared.predictions import PredictionWriter
 
 
-class TextClassification(FittingModule, PretrainedModel):
+class TextClassification(PretrainedModel):
     """A pretrained model with LoRA that tells the class of a text or a number, by a new head or by label words.
 
     A head is trained plainly beside the adapter: the methods perturb the weights that LoRA adapts, and no others. The
@@ -60,7 +55,7 @@ class TextClassification(FittingModule, PretrainedModel):
         self.head_learning_rate = head_learning_rate
         self.start_from = start_from
         self.writer = PredictionWriter(predictions, "texts")
-        self.metrics = nn.ModuleDict()
+        self.metrics: Any = nn.ModuleDict()
 
     @property
     def data(self) -> TextData:
@@ -68,13 +63,9 @@ class TextClassification(FittingModule, PretrainedModel):
         return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
 
     @override
-    def load_net(self) -> PeftModel:
+    def load_adapted(self) -> Any:
         self._add_metrics()
-        net = self.readout.load(self.model_name, self.lora, self.weights_dtype(), self.data, self.tokenizer)
-        # A checkpoint brings the weights of an evaluation. In a fit the trainer does not yet know of one here.
-        if self.start_from is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            load_factors(net, self.start_from)
-        return net
+        return self.readout.load(self.model_name, self.lora, self.weights_dtype(), self.data, self.tokenizer)
 
     @override
     def must_fit(self) -> dict[str, Any]:
@@ -85,12 +76,13 @@ class TextClassification(FittingModule, PretrainedModel):
         """Metrics of every part; they depend on the number of classes, which only the data know."""
         classes = len(self.data.classes)
         self.metric_names = chosen_metrics(self.wanted_metrics, classes)
-        for prefix in (*self._validation_prefixes(), "test"):
-            self.metrics[f"{prefix}_loss"] = MeanMetric()
+        for stage in (*self._validations(), "test"):
+            self.metrics[f"{stage}_loss"] = MeanMetric()
             for name in self.metric_names:
-                self.metrics[f"{prefix}_{name}"] = new_metric(name, classes)
+                self.metrics[f"{stage}_{name}"] = new_metric(name, classes)
 
-    def _validation_prefixes(self) -> list[str]:
+    def _validations(self) -> list[str]:
+        """Return what the metrics of each validation part begin with."""
         return ["val", *self.data.validation_parts[1:]]
 
     @override
@@ -110,7 +102,6 @@ class TextClassification(FittingModule, PretrainedModel):
 
     def logits(self, batch: Batch) -> Tensor:
         """Of the classes, or the number, float32, (rows, classes or 1)."""
-        assert self.net is not None  # configure_model comes first
         return self.readout.logits(self.net, batch)
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -127,20 +118,26 @@ class TextClassification(FittingModule, PretrainedModel):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(self._validation_prefixes()[dataloader_idx], batch)
+        self.evaluate(self._validations()[dataloader_idx], batch)
 
     @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("test", batch)
+    def on_validation_epoch_end(self) -> None:
+        for stage in self._validations():
+            self.log_evaluation(stage)
 
-    def _evaluate(self, prefix: str, batch: Batch) -> None:
+    @override
+    def evaluate(self, stage: str, batch: Batch) -> None:
         logits, labels = self.logits(batch), batch["labels"]
         predicted = logits.squeeze(1) if self.data.regression else wrong_where_nan(logits, labels).argmax(dim=1)
-        self._update(f"{prefix}_loss", self.losses(logits, labels))
+        self.metrics[f"{stage}_loss"].update(self.losses(logits, labels))
         for name in self.metric_names:
-            self._update(f"{prefix}_{name}", predicted, labels)
-        score = self.metrics[f"{prefix}_{self.metric_names[0]}"]
-        self.log(f"{prefix}_score", cast("MeanMetric", score), add_dataloader_idx=False)
+            self.metrics[f"{stage}_{name}"].update(predicted, labels)
+
+    @override
+    def log_evaluation(self, stage: str) -> None:
+        for name in ("loss", *self.metric_names):
+            self.log(f"{stage}_{name}", self.metrics[f"{stage}_{name}"], prog_bar=True)
+        self.log(f"{stage}_score", self.metrics[f"{stage}_{self.metric_names[0]}"])
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
@@ -157,13 +154,3 @@ class TextClassification(FittingModule, PretrainedModel):
         for texts, of_row in zip(batch["texts"], found, strict=True):
             rows.append({**dict(zip(self.data.text_columns, texts, strict=True)), **of_row})
         return rows
-
-    @override
-    def configure_callbacks(self) -> list[L.Callback]:
-        inherited = cast("Sequence[L.Callback]", super().configure_callbacks())  # FMLoRAModule has one
-        return [*inherited, self.writer]
-
-    def _update(self, name: str, *values: Tensor) -> None:
-        metric = cast("MeanMetric", self.metrics[name])
-        metric.update(*values)
-        self.log(name, metric, prog_bar=True, add_dataloader_idx=False)

@@ -6,11 +6,10 @@ from typing import Any
 from typing_extensions import override
 
 from recipes.clip.model import Clip, hold_statistics, load_clip
-from recipes.shared.fitting import FittingModule
-from recipes.shared.training import EvaluatedModule
+from recipes.shared.training import RecipeModule
 
 
-class ClipModule(FittingModule, EvaluatedModule):
+class ClipModule(RecipeModule):
     """An open_clip model with LoRA.
 
     Args:
@@ -20,7 +19,7 @@ class ClipModule(FittingModule, EvaluatedModule):
         quick_gelu: the activation that the weights were trained with; None is what the tag, or else the model's
             configuration, says. A file of OpenAI's weights needs true.
         lora: fields of peft's LoraConfig, and which ``projections``, ``blocks`` and ``towers`` get an adapter.
-        kwargs: of the next class.
+        kwargs: of :class:`recipes.shared.training.RecipeModule`: the optimizer's settings.
     """
 
     def __init__(
@@ -37,7 +36,6 @@ class ClipModule(FittingModule, EvaluatedModule):
         self.quick_gelu = quick_gelu
         self.lora = lora
         self.augmentation: dict[str, Any] | None = None
-        self.net: Any = None  # what `configure_model` makes
 
     @cached_property
     def clip(self) -> Clip:
@@ -50,4 +48,5 @@ class ClipModule(FittingModule, EvaluatedModule):
 
     @override
     def on_train_start(self) -> None:
+        super().on_train_start()
         hold_statistics(self)

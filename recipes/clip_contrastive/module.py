@@ -15,8 +15,6 @@ from recipes.clip.module import ClipModule
 from recipes.clip_contrastive.batches import Batch
 from recipes.clip_contrastive.loss import ContrastiveLoss, Kind
 from recipes.clip_contrastive.retrieval import Retrieval
-from recipes.shared.sharding import check_strategy, shard
-from recipes.shared.training import Schedule
 
 
 class ContrastiveModel(ClipModule):
@@ -31,17 +29,12 @@ class ContrastiveModel(ClipModule):
             with their text decoder left as it is.
         learn_logit_scale: train the scale of the similarities, and SigLIP's bias, too; None does where all weights are
             trained. CLIP's scale is kept at 100 at most.
-        learning_rate: AdamW's largest learning rate.
-        weight_decay: AdamW's, of matrices; vectors, such as biases and norms, and the logit scale have none.
-        betas: AdamW's, of its averages of the gradient and of the gradient's square.
-        eps: AdamW's, which is added to the root of the average square.
-        schedule: the learning rate after warm-up: "cosine" or "linear" to 0, or "constant_with_warmup".
-        warmup_steps: optimizer steps over which the learning rate rises from 0.
         gradient_checkpointing: compute each block's activations again in backward instead of keeping them: larger
             batches in the same memory, for a third more time.
         augmentation: fields of open_clip's AugmentationCfg for training, such as ``scale``, the smallest and largest
             share of an image's area that a random crop keeps; None is open_clip's, 0.9 to 1.
-        kwargs: of the next class, for FMLoRA's module its rho and others.
+        kwargs: the optimizer's settings; ``weight_decay`` is of matrices, and not of vectors, such as biases and
+            norms, and the logit scale.
     """
 
     def __init__(
@@ -52,12 +45,6 @@ class ContrastiveModel(ClipModule):
         lora: dict[str, Any] | None = None,
         loss: Kind = "auto",
         learn_logit_scale: bool | None = None,
-        learning_rate: float = 1e-4,
-        weight_decay: float = 0.01,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        schedule: Schedule = "cosine",
-        warmup_steps: int = 0,
         gradient_checkpointing: bool = False,
         augmentation: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -65,49 +52,44 @@ class ContrastiveModel(ClipModule):
         super().__init__(model, pretrained, quick_gelu, lora, **kwargs)
         self.loss_kind: Kind = loss
         self.learn_logit_scale = lora is None if learn_logit_scale is None else learn_logit_scale
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.betas = betas
-        self.eps = eps
-        self.schedule: Schedule = schedule
-        self.warmup_steps = warmup_steps
         self.gradient_checkpointing = gradient_checkpointing
         self.augmentation = augmentation
-        self.contrastive: Any = None  # what `configure_model` makes
+        self.contrastive: Any = None  # what `load_net` makes
+        self._vectors: set[str] = set()
         # The mean loss of an image among its batch, and recall both ways.
         self.losses: Any = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
         self.retrievals: Any = nn.ModuleDict({stage: Retrieval() for stage in ("val", "test")})
 
     @override
+    def load_net(self) -> Any:
+        base: Any = self.clip.net
+        self.contrastive = ContrastiveLoss(
+            base.logit_scale, getattr(base, "logit_bias", None), self.loss_kind, self.learn_logit_scale
+        )
+        for name in self.contrastive.state_dict():  # it has them now; and FSDP can't shard what has no dimension
+            base.register_parameter(name, None)
+        if self.gradient_checkpointing:
+            base.set_grad_checkpointing(True)
+        return add_lora(base, self.lora) if self.lora is not None else unfrozen(base)
+
+    @override
     def configure_model(self) -> None:
         if self._trainer is not None:
             self._check_trainer(self.trainer)
-        if self.net is None:
-            base: Any = self.clip.net
-            self.contrastive = ContrastiveLoss(
-                base.logit_scale, getattr(base, "logit_bias", None), self.loss_kind, self.learn_logit_scale
-            )
-            for name in self.contrastive.state_dict():  # it has them now; and FSDP can't shard what has no dimension
-                base.register_parameter(name, None)
-            if self.gradient_checkpointing:
-                base.set_grad_checkpointing(True)
-            self.net = add_lora(base, self.lora) if self.lora is not None else unfrozen(base)
-            # Noted before any sharding: FSDP1 flattens parameters, and a flat matrix looks like a vector.
+        super().configure_model()
+        if not self._vectors:
+            # Noted before FSDP1 flattens parameters: a flat matrix looks like a vector.
             self._vectors = {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
-        if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
-            mesh = self.device_mesh["data_parallel"]
-            shard(self.net, mesh, methods=("encode_image", "encode_text"))
-            # Lightning calls this before every stage, and a module can be sharded only once.
-            if not isinstance(self.contrastive, FSDPModule):
-                fully_shard(self.contrastive, mesh=mesh)
+        # Lightning calls this before every stage, and a module can be sharded only once.
+        if self.device_mesh is not None and not isinstance(self.contrastive, FSDPModule):
+            fully_shard(self.contrastive, mesh=self.device_mesh["data_parallel"])
 
     def _check_trainer(self, trainer: L.Trainer) -> None:
         """Refuse strategies and settings that can't work with this loss."""
-        check_strategy(trainer.strategy, None, self.lora)
         if isinstance(trainer.strategy, FSDPStrategy) and self.lora is None:
             raise MisconfigurationException("lora=None trains all weights, which FSDP1 can't here: use FSDP2 or ddp")
-        places = [self, *trainer.callbacks]  # type: ignore[attr-defined]
-        if trainer.world_size > 1 and any(getattr(place, "sync_ascent", True) is False for place in places):
+        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+        if trainer.world_size > 1 and any(getattr(each, "sync_ascent", True) is False for each in callbacks):
             raise MisconfigurationException(
                 "sync_ascent=False has no meaning here: the loss is that of all devices' joint batch; set it to true"
             )

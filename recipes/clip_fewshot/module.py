@@ -1,10 +1,8 @@
 """The LightningModule: a classifier of images by texts."""
 
-from collections.abc import Sequence
 from itertools import chain
 from typing import Any, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from open_clip.transform import PreprocessCfg
@@ -21,7 +19,6 @@ from recipes.clip_fewshot.evaluation import Evaluation, write_evaluation
 from recipes.clip_fewshot.prompts import tokenize
 from recipes.shared.diverged import wrong_where_nan
 from recipes.shared.predictions import PredictionWriter
-from recipes.shared.sharding import check_strategy, shard
 
 _CHUNK = 256  # texts that the text tower reads at once in evaluation
 
@@ -43,7 +40,6 @@ class FewShot(ClipModule):
         weight_decay: AdamW's, on the adapter.
         min_learning_rate: at the end of the cosine schedule, which spans the run.
         predictions: name of the file that `predict` writes, .jsonl or .csv.
-        kwargs: of the next class, for FMLoRA's module its rho and others.
     """
 
     def __init__(
@@ -56,11 +52,9 @@ class FewShot(ClipModule):
         weight_decay: float = 0.01,
         min_learning_rate: float = 1e-6,
         predictions: str = "predictions.jsonl",
-        **kwargs: Any,
     ) -> None:
-        super().__init__(model, pretrained, quick_gelu, DEFAULT_LORA if lora is None else lora, **kwargs)
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
+        optimizer: dict[str, Any] = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+        super().__init__(model, pretrained, quick_gelu, DEFAULT_LORA if lora is None else lora, **optimizer)
         self.min_learning_rate = min_learning_rate
         self.writer = PredictionWriter(predictions, "images")
         self.classes: list[str] = []
@@ -88,19 +82,18 @@ class FewShot(ClipModule):
         return PreprocessCfg(**cast("dict[str, Any]", self._base().visual.preprocess_cfg))
 
     @override
+    def load_net(self) -> Any:
+        scalars_as_buffers(self.clip.net)
+        net = add_lora(self.clip.net, self.lora)
+        self._trains_text = any(p.requires_grad for name, p in net.named_parameters() if "visual" not in name)
+        return net
+
+    @override
     def configure_model(self) -> None:
-        if self._trainer is not None:
-            check_strategy(self.trainer.strategy, None, self.lora)
-        if self.net is None:
-            scalars_as_buffers(self.clip.net)
-            self.net = add_lora(self.clip.net, self.lora)
-            text = [p for name, p in self._base().named_parameters() if "visual" not in name]
-            self._trains_text = any(p.requires_grad for p in text)
+        super().configure_model()
         # The export builds the network without data. Not in checkpoints, since the data give the texts in every run.
         if self.prompts:
             self.register_buffer("tokens", self._tokens(), persistent=False)
-        if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
-            shard(self.net, self.device_mesh["data_parallel"], methods=("encode_image", "encode_text"))
 
     @override
     def must_fit(self) -> dict[str, Any]:
@@ -180,11 +173,6 @@ class FewShot(ClipModule):
         probabilities, labels = self.probabilities(batch["images"]).max(dim=1)
         rows = zip(batch["paths"], labels.tolist(), probabilities.tolist(), strict=True)
         return [{"image": path, "class": self.classes[label], "probability": p} for path, label, p in rows]
-
-    @override
-    def configure_callbacks(self) -> list[L.Callback]:
-        inherited = cast("Sequence[L.Callback]", super().configure_callbacks())  # FMLoRAModule has one
-        return [*inherited, self.writer]
 
 
 def scalars_as_buffers(net: nn.Module) -> None:

@@ -1,7 +1,6 @@
 """What is trained: the upper layers of an encoder with LoRA, and a new head."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -26,14 +25,10 @@ class TaskClassifier(RecipeModule):
         dropout: on the adapter's input.
     """
 
-    warmup_share = 0.06
-    weight_decay = 0.0
-
     def __init__(self, encoder: CutEncoder, classes: int, learning_rate: float, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.learning_rate = learning_rate
+        super().__init__(learning_rate, warmup_share=0.06)
         lora = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, lora_dropout=dropout, target_modules=["query", "value"])
-        self.net: Any = get_peft_model(encoder.upper(), lora)
+        self.net = get_peft_model(encoder.upper(), lora)
         self.head = nn.Linear(encoder.width, classes)
 
     def logits(self, batch: Batch) -> Tensor:

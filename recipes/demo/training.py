@@ -78,5 +78,6 @@ def trained(settings: Settings, encoder: CutEncoder, seed: int, arm: str, config
         enable_progress_bar=False,
         **BARE,
     )
-    trainer.fit(module, training_batches(examples, encoder.states, settings.batch_size, settings.steps, seed))
+    batches = training_batches(examples, encoder.states, settings.batch_size, settings.steps, seed)
+    trainer.fit(module, batches, val_dataloaders=[])
     return module

@@ -3,16 +3,13 @@
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from recipes.language.model import add_adapter, load_base
+from recipes.language.model import load_base
 from recipes.language.module import LanguageModel
-from recipes.language.warm_start import load_factors
 
 
 class InstructionTuning(LanguageModel):
@@ -46,13 +43,9 @@ class InstructionTuning(LanguageModel):
         self.loraplus_ratio = loraplus_ratio
 
     @override
-    def load_net(self) -> PeftModel:
+    def load_base(self) -> Any:
         config = None if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
-        net = add_adapter(load_base(self.model_name, self.weights_dtype(), self.quantization, config), self.lora)
-        # A checkpoint brings the weights of an evaluation. In a fit the trainer does not yet know of one here.
-        if self.start_from is not None and self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            load_factors(net, self.start_from)
-        return net
+        return load_base(self.model_name, self.weights_dtype(), self.quantization, config)
 
     @override
     def new_optimizer(self) -> Optimizer:
@@ -62,7 +55,6 @@ class InstructionTuning(LanguageModel):
             raise MisconfigurationException(
                 "loraplus_ratio makes an AdamW of its own: leave out either it or --optimizer"
             )
-        assert self.net is not None  # configure_model comes first
         optimizer: Optimizer = create_loraplus_optimizer(
             self.net,
             torch.optim.AdamW,

@@ -3,16 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftModel
 from typing_extensions import override
 
 from recipes.language.batches import Batch
 from recipes.language.joint_attention import split_attention
-from recipes.language.model import add_adapter, generate_answers, load_base
+from recipes.language.model import generate_answers, load_base
 from recipes.language.module import LanguageModel
 from recipes.nlg.decoding import DEFAULT, arguments, check_decoding
-from recipes.nlg.metrics import METRICS, Metric, check_metrics
+from recipes.nlg.metrics import METRICS, Metric
 from recipes.nlg.written import WrittenTexts
 from recipes.shared.predictions import run_folder
 
@@ -50,26 +48,21 @@ class TextGeneration(LanguageModel):
         self.model_config = model_config
         self.label_smoothing = label_smoothing
         self.decoding = dict(DEFAULT) if decoding is None else decoding
-        if not 0 <= label_smoothing < 1:
-            raise MisconfigurationException(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
         check_decoding(self.decoding)
-        check_metrics(metrics)
         self.written = {stage: WrittenTexts(stage, metrics) for stage in ("val", "test")}
 
     @override
-    def load_net(self) -> PeftModel:
-        base: Any = load_base(self.model_name, self.weights_dtype(), self.quantization, self.model_config)
-        lora: dict[str, Any] = self.lora
+    def load_base(self) -> Any:
+        base = load_base(self.model_name, self.weights_dtype(), self.quantization, self.model_config)
         # Before the adapter, which finds its layers by their names.
-        split_attention(base, lora.get("target_modules"))
-        return add_adapter(base, self.lora)
+        split_attention(base, self.lora.get("target_modules"))
+        return base
 
     @override
-    def readable_tokens(self, net: PeftModel) -> int | None:
-        """Without learnt positions as well, no more than the model's configuration names."""
-        config: Any = net.config
-        learnt, named = super().readable_tokens(net), getattr(config, "max_position_embeddings", None)
-        return min((places for places in (learnt, named) if places is not None), default=None)
+    def readable_tokens(self) -> int | None:
+        """Return no more than the model's configuration names, also without learnt positions."""
+        bounds = (super().readable_tokens(), getattr(self.net.config, "max_position_embeddings", None))
+        return min((bound for bound in bounds if bound is not None), default=None)
 
     @override
     def writes_answers(self) -> bool:
@@ -81,8 +74,8 @@ class TextGeneration(LanguageModel):
             self.written[stage].add(batch, self.generate(batch["prompt_ids"]))
             return
         log_likelihood, tokens = self.log_likelihood(batch)
-        metrics: Any = self.metrics[stage]
-        metrics.update_loss(log_likelihood, tokens)
+        for name in ("loss", "perplexity"):
+            self.metrics[stage][name].update(-log_likelihood / tokens, tokens)
 
     @override
     def log_evaluation(self, stage: str) -> None:
@@ -97,7 +90,6 @@ class TextGeneration(LanguageModel):
 
     @override
     def generate(self, prompt_ids: list[list[int]]) -> list[str]:
-        """Texts for meanings that are given as the tokens of their prompts."""
-        assert self.net is not None
+        """Return texts for meanings that are given as the tokens of their prompts."""
         options = arguments(self.decoding, max(map(len, prompt_ids), default=1))
         return generate_answers(self.net, prompt_ids, self.tokenizer, self.max_new_tokens, **options)

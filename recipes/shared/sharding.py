@@ -1,6 +1,5 @@
 """A recipe's model sharded by its own transformer blocks: under FSDP2, and under FSDP1."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
@@ -17,6 +16,7 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+_METHODS = ("generate", "encode_image", "encode_text")
 _OVERLAYS = "recipes/configs/strategies"
 
 
@@ -73,13 +73,12 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names or id(module) in stacked]
 
 
-def shard(net: nn.Module, mesh: DeviceMesh, methods: Sequence[str] = ()) -> None:
+def shard(net: nn.Module, mesh: DeviceMesh) -> None:
     """Apply FSDP2 in place, unless that has been done: each block a unit, and the rest another.
 
     Args:
         net: a peft model around one of transformers or open_clip.
         mesh: the ranks that share the parameters.
-        methods: of ``net`` that are called besides its forward, such as generate or encode_image.
     """
     if isinstance(net, FSDPModule):
         return
@@ -89,8 +88,9 @@ def shard(net: nn.Module, mesh: DeviceMesh, methods: Sequence[str] = ()) -> None
     for block in reversed(units):  # FSDP2 wants inner modules first
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
-    for method in methods:  # they bypass the forward of `net`, which gathers what is in no block, such as embeddings
-        register_fsdp_forward_method(net, method)
+    for method in _METHODS:  # they bypass the forward of `net`, which gathers what is in no block, such as embeddings
+        if hasattr(net, method):
+            register_fsdp_forward_method(net, method)
 
 
 def is_sharded(net: nn.Module) -> bool:

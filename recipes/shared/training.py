@@ -20,6 +20,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 from typing_extensions import override
 
+from recipes.shared.fitting import refuse_another
+from recipes.shared.predictions import PredictionWriter
+from recipes.shared.sharding import check_strategy, shard
+
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 
 BARE: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -37,32 +41,89 @@ def saved_paths(checkpoint: dict[str, Any]) -> list[str]:
 
 
 class RecipeModule(L.LightningModule):
-    """Trains with AdamW and a schedule that spans the run, or what was chosen instead; clips by norm under FSDP1 too.
+    """A model with LoRA: its training by a loss, and validation and test, which are the same under two names.
 
-    Attributes:
-        warmup_steps: optimizer steps over which the learning rate rises from 0.
-        warmup_share: the same as a share of the run's steps; the longer of the two counts.
+    A recipe defines :meth:`load_net`, :meth:`loss`, :meth:`evaluate` and :meth:`log_evaluation`. It trains with AdamW
+    and a schedule that spans the run, or what was chosen instead, and clips by norm under FSDP1 too.
+
+    Args:
+        learning_rate: AdamW's largest learning rate.
+        weight_decay: AdamW's, on what is trained.
         betas: AdamW's, of its averages of the gradient and of the gradient's square.
         eps: AdamW's, which is added to the root of the average square.
+        schedule: the learning rate after warm-up: "linear" or "cosine" to 0, or "constant_with_warmup".
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        warmup_share: the same as a share of the run's steps; the longer of the two counts.
+        kwargs: of the next class; a recipe's module may stand before an FMLoRAModule.
+
+    Attributes:
+        net: the model, which :meth:`configure_model` loads.
+        lora: fields of peft's LoraConfig.
+        quantization: the format of the frozen weights.
+        writer: what writes the file of predictions; None where nothing is predicted.
         chosen_optimizer: in place of AdamW, as LightningCLI gives it: ``class_path`` and ``init_args``. It gets the
             same parameters; ``learning_rate``, ``weight_decay``, ``betas`` and ``eps`` have no effect then.
         chosen_scheduler: in place of the recipe's schedule, in the same form; LightningCLI's are stepped once an epoch.
     """
 
-    learning_rate: float
-    weight_decay: float
-    schedule: Schedule = "linear"
-    warmup_steps: int = 0
-    warmup_share: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    lora: Any = None
+    quantization: str | None = None
+    writer: PredictionWriter | None = None
     chosen_optimizer: Any = None
     chosen_scheduler: Any = None
     _cut: Any = None
     """The fit loop's state at the step in whose epoch the run was told to stop."""
 
+    def __init__(
+        self,
+        learning_rate: float = 2e-4,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        schedule: Schedule = "linear",
+        warmup_steps: int = 0,
+        warmup_share: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.eps = eps
+        self.schedule: Schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.warmup_share = warmup_share
+        self.net: Any = None
+
+    # -- the model
+
+    def load_net(self) -> Any:
+        """Return the pretrained model with a new adapter."""
+        raise NotImplementedError
+
+    @override
+    def configure_model(self) -> None:
+        if self._trainer is not None:
+            check_strategy(self.trainer.strategy, self.quantization, self.lora)
+        # Lightning calls this before every stage, and a second adapter must not go into the first.
+        if self.net is None:
+            self.net = self.load_net()
+        if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
+            shard(self.net, self.device_mesh["data_parallel"])
+
+    def must_fit(self) -> dict[str, Any]:
+        """Return what has to be as it was in a checkpoint's run, by the words for it; known once the model is there."""
+        return {}
+
+    @override
+    def configure_callbacks(self) -> list[L.Callback]:
+        inherited: Any = super().configure_callbacks()  # FMLoRAModule has one
+        return [*inherited, *([self.writer] if self.writer else [])]
+
+    # -- training
+
     def loss(self, batch: Any) -> Tensor:
-        """The mean loss of a batch, shape (); logged as ``train_loss``."""
+        """Return the mean loss of a batch, shape (); logged as ``train_loss``."""
         raise NotImplementedError
 
     @override
@@ -78,11 +139,10 @@ class RecipeModule(L.LightningModule):
                 f"this run resumes at step {self.trainer.global_step}, but has {steps} steps with the batch size, "
                 "devices and accumulation given now, so its learning rate would be 0: resume with those of its start"
             )
-        net = getattr(self, "net", None)
-        if isinstance(net, PeftModel):
-            lora = net.active_peft_config
+        if isinstance(self.net, PeftModel):
+            lora = self.net.active_peft_config
             settings = f"rank {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}"
-            rank_zero_info(f"LoRA of {settings} on {len(net.base_model.targeted_module_names)} layers")
+            rank_zero_info(f"LoRA of {settings} on {len(self.net.base_model.targeted_module_names)} layers")
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -128,9 +188,12 @@ class RecipeModule(L.LightningModule):
             config["monitor"] = scheduler.monitor
         return {"optimizer": optimizer, "lr_scheduler": config}
 
+    # -- checkpoints
+
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        checkpoint["must_fit"] = self.must_fit()
         checkpoint["chosen_scheduler"] = self._name_of_scheduler()
         if self._cut is not None:
             # By max_time, after which Lightning counts the epoch as done: resuming would leave out the rest of it.
@@ -138,14 +201,18 @@ class RecipeModule(L.LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the state of a schedule of another kind, before it fails halfway or is taken for this one's.
+        """Refuse a checkpoint of another model or other classes, and states that would do harm.
 
-        And that of a saver of checkpoints with paths that lead out of its folder, which it would delete.
+        These are that of a schedule of another kind, before it fails halfway or is taken for this one's, and that of a
+        saver of checkpoints with paths that lead out of its folder, which it would delete.
 
         Raises:
-            MisconfigurationException: the checkpoint holds such a state.
+            MisconfigurationException: it is such a checkpoint.
         """
         super().on_load_checkpoint(checkpoint)
+        # Without a Trainer there are no data, and so no classes.
+        if self._trainer is not None:
+            refuse_another(checkpoint.get("must_fit", {}), self.must_fit())
         for path in saved_paths(checkpoint):
             inner = dropwhile(lambda part: part == "..", Path(path).parts)
             if ".." in inner or "://" in path:
@@ -188,19 +255,14 @@ class RecipeModule(L.LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-
-class EvaluatedModule(RecipeModule):
-    """Validation and test are the same, under two names.
-
-    They are not in :class:`RecipeModule`: Lightning warns of a ``validation_step`` without validation data.
-    """
+    # -- validation and test
 
     def evaluate(self, stage: str, batch: Any) -> None:
         """Update the metrics of "val" or "test" with a batch."""
         raise NotImplementedError
 
     def log_evaluation(self, stage: str) -> None:
-        """Log the metrics at the end of "val" or "test", and start them anew; every rank calls it."""
+        """Log the metrics at the end of "val" or "test", and reset them; every rank calls it."""
         raise NotImplementedError
 
     @override

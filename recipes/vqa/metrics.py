@@ -4,12 +4,6 @@ import re
 from collections import Counter
 from itertools import product
 
-import lightning as L
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
-
-from recipes.language.evaluation import log_updated
-from recipes.shared.ranks import gathered
 from recipes.vqa.choices import chosen_letter, letter_by_lmms_eval
 
 _ARTICLES = {"a", "an", "the"}
@@ -28,7 +22,6 @@ _CONTRACTED = {
 }
 _WHOLE = ("ma'am", "o'clock", "'twas", "'ow's'at", "y'all", "y'all'll", "y'all'd've")
 _AGREEING = 3  # people who make an answer fully right
-_TYPE = "type_"  # how the metrics of the questions' types are kept
 _PEOPLE = 4  # with at least so many answers, three are left when one is set aside
 
 
@@ -128,68 +121,26 @@ def is_right(answer: str, expected: list[str], choices: list[str]) -> bool:
     return text != "" and text == normalized_answer(expected_answer(expected))
 
 
-class AnswerMetrics(nn.Module):
-    """Metrics of one evaluation: loss per answer token, exact match, for choices also lmms-eval's, VQA accuracy, exact
-    match per type.
+def scores(answer: str, expected: list[str], kind: str, choices: list[str]) -> dict[str, float]:
+    """Return what a generated answer scores by each metric that its question has.
 
-    Attributes:
-        compared: answers that the ranks have compared so far.
+    Args:
+        answer: by the model.
+        expected: answers of one or several people.
+        kind: of the question, "" for none.
+        choices: the question's options, none if it is answered freely.
+
+    Example:
+        >>> scores("red", ["red"], "What colour?", [])
+        {'exact_match': 1.0, 'exact_match_what_colour_': 1.0}
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loss = MeanMetric()
-        self.exact_match = MeanMetric()
-        self.lmms_eval_match = MeanMetric()
-        self.vqa_accuracy = MeanMetric()
-        self.per_type = nn.ModuleDict()
-        self.compared = 0
-
-    def update_loss(self, log_likelihood: Tensor, tokens: Tensor) -> None:
-        """Take up the expected answers' log-likelihoods in nats and numbers of tokens, each (examples,)."""
-        self.loss.update(-log_likelihood / tokens, tokens)
-
-    def update_answers(
-        self, predictions: list[str], answers: list[list[str]], types: list[str], choices: list[list[str]]
-    ) -> None:
-        """Take up generated answers.
-
-        Args:
-            predictions: by the model.
-            answers: of one or several people to each question.
-            types: of the questions, "" for none.
-            choices: of each question the options, none if it is answered freely.
-        """
-        for answer, expected, kind, options in zip(predictions, answers, types, choices, strict=True):
-            right = float(is_right(answer, expected, options))
-            self.exact_match.update(right)
-            if options:
-                named = letter_by_lmms_eval(answer)
-                self.lmms_eval_match.update(float(named == expected_answer(expected)))
-            if len(expected) >= _PEOPLE:
-                self.vqa_accuracy.update(vqa_accuracy(answer, expected))
-            if kind:
-                self._of_type(kind).update(right)
-
-    def log(self, module: L.LightningModule, stage: str) -> None:
-        """Log those that some rank's data has updated, at the end of an evaluation; every rank has to call it."""
-        self.compared = 0
-        for key in sorted(set().union(*gathered(list(self.per_type)))):
-            self._kept(key)  # of other ranks too: they are reduced together
-        names = ("loss", "exact_match", "lmms_eval_match", "vqa_accuracy")
-        named: dict[str, MeanMetric] = {name: getattr(self, name) for name in names}
-        for key in sorted(self.per_type):
-            named[f"exact_match_{key.removeprefix(_TYPE)}"] = self._kept(key)
-        log_updated(module, stage, named, shown=("loss", "exact_match"))
-
-    def _of_type(self, kind: str) -> MeanMetric:
-        # A submodule's name must not hold a dot, nor be that of a method, such as "train".
-        return self._kept(_TYPE + re.sub(r"\W+", "_", kind.casefold()))
-
-    def _kept(self, key: str) -> MeanMetric:
-        if key not in self.per_type:
-            # A type shows up in the middle of an evaluation, when the other metrics have long been moved.
-            self.per_type[key] = MeanMetric().to(self.loss.device)
-        metric = self.per_type[key]
-        assert isinstance(metric, MeanMetric)
-        return metric
+    right = float(is_right(answer, expected, choices))
+    found = {"exact_match": right}
+    if choices:
+        found["lmms_eval_match"] = float(letter_by_lmms_eval(answer) == expected_answer(expected))
+    if len(expected) >= _PEOPLE:
+        found["vqa_accuracy"] = vqa_accuracy(answer, expected)
+    if kind:
+        name = re.sub(r"\W+", "_", kind.casefold())  # a metric's name must not hold a dot
+        found[f"exact_match_{name}"] = right
+    return found

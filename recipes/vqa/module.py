@@ -1,22 +1,23 @@
 """The LightningModule: a vision-language model that answers questions."""
 
+import sys
 from functools import cached_property
-from typing import Any, cast
+from itertools import islice
+from typing import Any
 
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from recipes.language.batches import Batch
-from recipes.language.model import DType, add_adapter, answer_log_likelihood, generated
+from recipes.language.evaluation import Means
+from recipes.language.model import DType, answer_log_likelihood, generated
 from recipes.language.module import LanguageModel
-from recipes.shared.fitting import FittingModule
-from recipes.vqa.metrics import AnswerMetrics
+from recipes.vqa.metrics import scores
 from recipes.vqa.model import load_base, load_processor, model_source
 
 
-class VQA(FittingModule, LanguageModel):
+class VQA(LanguageModel):
     """A generative vision-language model with LoRA, or trained as a whole.
 
     Args:
@@ -55,7 +56,6 @@ class VQA(FittingModule, LanguageModel):
         # Kept apart, because self.lora holds the default where it was None.
         self.trains_all = lora is None
         self.validation_answers = validation_answers
-        self.metrics = nn.ModuleDict({stage: AnswerMetrics() for stage in ("val", "test")})
 
     @cached_property
     def processor(self) -> Any:
@@ -67,45 +67,41 @@ class VQA(FittingModule, LanguageModel):
         model_source(self.model_name)
 
     @override
-    def load_net(self) -> Any:
-        base = load_base(self.model_name, self.weights_dtype(), self.quantization)
-        return base if self.trains_all else add_adapter(base, self.lora)
+    def load_base(self) -> Any:
+        return load_base(self.model_name, self.weights_dtype(), self.quantization)
+
+    @override
+    def with_adapter(self, base: Any) -> Any:
+        return base if self.trains_all else super().with_adapter(base)
 
     @override
     def must_fit(self) -> dict[str, Any]:
-        assert self.net is not None  # configure_model comes first
         config = self.net.config
         text = config.get_text_config()
         return {"kind of model": config.model_type, "layers": text.num_hidden_layers, "width": text.hidden_size}
 
     @override
     def log_likelihood(self, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Each row's answer: log-likelihood in nats and number of tokens, each (rows,)."""
-        assert self.net is not None  # configure_model comes first
         return answer_log_likelihood(self.net, batch["inputs"], batch["labels"], label_smoothing)
 
     @override
     def evaluate(self, stage: str, batch: Batch) -> None:
-        metrics = cast("AnswerMetrics", self.metrics[stage])
-        metrics.update_loss(*self.log_likelihood(batch))
-        left = len(batch["answers"]) if stage == "test" else self.validation_answers - metrics.compared
-        if left > 0:
-            self._compare(metrics, batch, None if stage == "test" else left)
-
-    def _compare(self, metrics: AnswerMetrics, batch: Batch, left: int | None) -> None:
-        """Generate on all ranks, which sharded models need, and compare the first ``left`` of all ranks' answers."""
-        # The ranks' last batches differ in size, so that each must know how many answers come before its own.
-        counts = cast("Tensor", self.all_gather(torch.tensor(len(batch["answers"]), device=self.device))).flatten()
-        before = int(counts[: self.global_rank].sum())
-        first = None if left is None else max(left - before, 0)
+        metrics: Means = self.metrics[stage]
+        log_likelihood, tokens = self.log_likelihood(batch)
+        metrics["loss"].update(-log_likelihood / tokens, tokens)
+        most = sys.maxsize if stage == "test" else self.validation_answers
+        if metrics.compared >= most:
+            return
+        first = self.among_first(most, len(batch["answers"]), metrics)
+        # Of the whole batch, on all ranks, which sharded models need.
         answers = self.answers(batch["prompts"])
-        references = (batch[name][:first] for name in ("answers", "types", "choices"))
-        metrics.update_answers(answers[:first], *references)
-        metrics.compared += int(counts.sum())
+        rows = zip(answers, batch["answers"], batch["types"], batch["choices"], strict=True)
+        for row in islice(rows, first):
+            for name, value in scores(*row).items():
+                metrics[name].update(value)
 
     def answers(self, prompts: dict[str, Tensor]) -> list[str]:
-        """Answers to encoded prompts, each token the most likely one."""
-        assert self.net is not None
+        """Return answers to encoded prompts, each token the most likely one."""
         return generated(self.net, prompts, self.processor.tokenizer, self.max_new_tokens, self.answer_end())
 
     @override

@@ -37,17 +37,13 @@ pytestmark = [
 class Tiny(RecipeModule):
     """Learns a sum of three numbers with LoRA; its parameters are made late, as in the recipes."""
 
-    def __init__(self, learning_rate: float = 0.1, weight_decay: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.net: Any = None
+    def __init__(self, learning_rate: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(learning_rate, **kwargs)
         self.rates: list[float] = []
 
     @override
-    def configure_model(self) -> None:
-        if self.net is None:
-            self.net = get_peft_model(nn.Sequential(nn.Linear(3, 1)), LoraConfig(r=1, target_modules=["0"]))
+    def load_net(self) -> Any:
+        return get_peft_model(nn.Sequential(nn.Linear(3, 1)), LoraConfig(r=1, target_modules=["0"]))
 
     @override
     def recipe_schedule(self, optimizer: Any) -> LRScheduler:
@@ -63,10 +59,12 @@ class Tiny(RecipeModule):
         return (self.net(batch).squeeze(1) - batch.sum(1)).square().mean()
 
     @override
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val_loss", self.loss(batch))
+    def evaluate(self, stage: str, batch: Tensor) -> None:
+        self.log(f"{stage}_loss", self.loss(batch))
 
-    test_step = validation_step
+    @override
+    def log_evaluation(self, stage: str) -> None:
+        """Nothing is left to log."""
 
 
 class Numbers(L.LightningDataModule):
@@ -130,7 +128,6 @@ def test_every_configuration_takes_lightnings_usual_options(recipe: str) -> None
     assert not [callback for callback in callbacks if isinstance(callback, Checkpoint | ProgressBar)]
     assert any(isinstance(callback, EarlyStopping) for callback in callbacks)
     cli.model.weight = nn.Parameter(torch.zeros(2, 2))
-    cli.model._vectors = set()  # of clip_contrastive, whose configure_model has not been called
     configured = cli.model.configure_optimizers()
     assert type(configured["optimizer"]) is torch.optim.SGD
     assert configured["optimizer"].param_groups[0]["params"] == [cli.model.weight]
@@ -318,7 +315,7 @@ def test_a_fit_tells_where_it_is_and_what_comes_next(config: str, caplog: pytest
     (told,) = [message for message in caplog.messages if message.startswith("The run is in runs/tiny/version_0. To")]
     file = told.rpartition("test --ckpt_path ")[2]
     tested = run("test", config, f"--ckpt_path={file}")
-    assert tested.trainer.callback_metrics["val_loss"] > 0
+    assert tested.trainer.callback_metrics["test_loss"] > 0
 
 
 def test_fast_dev_run_leaves_no_file(config: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from recipes.vqa.choices import chosen_letter, letter_by_lmms_eval
-from recipes.vqa.metrics import AnswerMetrics, is_right, normalized_answer, vqa_accuracy
+from recipes.vqa.metrics import is_right, normalized_answer, scores, vqa_accuracy
 
 STATES = ("Texas", "Louisiana", "New York")
 
@@ -26,9 +26,7 @@ def test_the_accuracy_is_the_mean_over_people_set_aside() -> None:
         answers = (["dog"] * agreeing + ["cat", "fox"] * 10)[:people]
         assert vqa_accuracy("dog", answers) == pytest.approx(accuracy_by_the_letter("dog", answers)), answers
     # Three people are too few for it.
-    metrics = AnswerMetrics()
-    metrics.update_answers(["dog"], [["dog"] * 3], [""], [[]])
-    assert not metrics.vqa_accuracy.update_called
+    assert "vqa_accuracy" not in scores("dog", ["dog"] * 3, "", [])
 
 
 @pytest.mark.parametrize(
@@ -120,13 +118,10 @@ def test_the_letter_that_lmms_eval_reads(answer: str, named: str | None) -> None
 
 
 def test_both_ways_to_read_a_choice_are_measured() -> None:
-    metrics = AnswerMetrics()
-    metrics.update_answers(["B", "The answer is B.", "A", ""], [["B"]] * 4, [""] * 4, [list(STATES)] * 4)
-    assert metrics.exact_match.compute() == pytest.approx(2 / 4)
-    assert metrics.lmms_eval_match.compute() == pytest.approx(1 / 4)
-    free = AnswerMetrics()
-    free.update_answers(["B"], [["B"]], [""], [[]])
-    assert not free.lmms_eval_match.update_called
+    found = [scores(answer, ["B"], "", list(STATES)) for answer in ("B", "The answer is B.", "A", "")]
+    assert [each["exact_match"] for each in found] == [1, 1, 0, 0]
+    assert [each["lmms_eval_match"] for each in found] == [1, 0, 0, 0]
+    assert scores("B", ["B"], "", []) == {"exact_match": 1}
 
 
 def test_no_answer_is_never_right() -> None:
