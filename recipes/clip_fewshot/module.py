@@ -60,7 +60,7 @@ class FewShot(ClipModule):
         self.classes: list[str] = []
         self.prompts: list[list[str]] = []
         self.tokens: Tensor
-        self.metrics = nn.ModuleDict()
+        self.metrics: Any = nn.ModuleDict()
         self._trains_text = True
         self._class_features: Tensor | None = None
 
@@ -155,18 +155,14 @@ class FewShot(ClipModule):
     @override
     def evaluate(self, stage: str, batch: Batch) -> None:
         probabilities = wrong_where_nan(self.probabilities(batch["images"]), batch["labels"])
-        self.evaluation(stage).update(probabilities, batch["labels"])
+        self.metrics[stage].update(probabilities, batch["labels"])
 
     @override
     def log_evaluation(self, stage: str) -> None:
-        values, confusion = self.evaluation(stage).take()
+        values, confusion = self.metrics[stage].take()
         self.log_dict({f"{stage}_{name}": value for name, value in values.items()}, prog_bar=stage == "val")
         if stage == "test":
             write_evaluation(self.trainer, stage, values, confusion, self.classes)
-
-    def evaluation(self, stage: str) -> Evaluation:
-        """The metrics of "val" or "test"."""
-        return cast("Evaluation", self.metrics[stage])
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:

@@ -104,7 +104,7 @@ def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
             # Through the strategy, whose wrapped model gathers what is sharded; trainer.test would set all up
             # anew in the middle of fit.
             strategy.test_step(strategy.batch_to_device(batch), number)
-    values, confusion = module.evaluation("test").take()
+    values, confusion = module.metrics["test"].take()
     for part, mode in training.items():
         part.training = mode
     for logger in trainer.loggers:

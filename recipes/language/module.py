@@ -49,6 +49,7 @@ class PretrainedModel(RecipeModule):
     """
 
     packaged_model = PACKAGED
+    gradient_checkpointing = False
     max_new_tokens = 0
     start_from: str | None = None
 
@@ -74,6 +75,8 @@ class PretrainedModel(RecipeModule):
     @override
     def load_net(self) -> Any:
         net = self.load_adapted()
+        if self.gradient_checkpointing:
+            checkpoint_activations(net)
         # A checkpoint brings the weights of an evaluation. In a fit the trainer does not yet know of one here.
         if self.start_from is not None and self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             load_factors(net, self.start_from)
@@ -150,18 +153,11 @@ class LanguageModel(PretrainedModel):
 
     @override
     def load_adapted(self) -> Any:
-        net = self.with_adapter(self.load_base())
-        if self.gradient_checkpointing:
-            checkpoint_activations(net)
-        return net
+        return add_adapter(self.load_base(), self.lora)
 
     def load_base(self) -> Any:
         """Return the pretrained model."""
         return load_base(self.model_name, self.weights_dtype(), self.quantization)
-
-    def with_adapter(self, base: Any) -> Any:
-        """Return what is trained of a pretrained model."""
-        return add_adapter(base, self.lora)
 
     @override
     def weights_dtype(self) -> DType:

@@ -118,7 +118,8 @@ class RecipeModule(L.LightningModule):
     @override
     def configure_callbacks(self) -> list[L.Callback]:
         inherited: Any = super().configure_callbacks()  # FMLoRAModule has one
-        return [*inherited, *([self.writer] if self.writer else [])]
+        writers = [self.writer] if self.writer else []
+        return [*inherited, *writers]
 
     # -- training
 
@@ -154,13 +155,7 @@ class RecipeModule(L.LightningModule):
         """The learning rate in time where none was chosen, which is stepped with every optimizer step."""
         steps = self.optimizer_steps()
         warmup_steps = max(self.warmup_steps, math.ceil(self.warmup_share * steps))
-        if self.warmup_steps >= steps:
-            rank_zero_info(
-                f"The learning rate rises over {self.warmup_steps} steps, and the run has {steps}, so it never reaches "
-                f"{self.learning_rate:g}: lower warmup_steps"
-            )
-        scheduler = get_scheduler(self.schedule, optimizer, warmup_steps, steps)
-        return cast("LRScheduler", scheduler)
+        return cast("LRScheduler", get_scheduler(self.schedule, optimizer, warmup_steps, steps))
 
     def parameter_groups(self) -> list[Any]:
         """What the optimizer gets: trained parameters, or groups of them."""
@@ -187,6 +182,33 @@ class RecipeModule(L.LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             config["monitor"] = scheduler.monitor
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run, for ``configure_optimizers``.
+
+        Raises:
+            MisconfigurationException: the run has no end.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise MisconfigurationException(
+                "the learning rate's schedule spreads over the run, which has no end: set max_steps or max_epochs"
+            )
+        return int(steps)
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        model = self.trainer.strategy.model
+        # A rank holds a part of the gradients: it can limit each value by itself, but does not know the norm of all.
+        if isinstance(model, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm != "value":
+            model.clip_grad_norm_(gradient_clip_val)  # over all ranks; Lightning refuses it
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # -- checkpoints
 
@@ -227,33 +249,6 @@ class RecipeModule(L.LightningModule):
 
     def _name_of_scheduler(self) -> str | None:
         return self.chosen_scheduler["class_path"] if self.chosen_scheduler else None
-
-    def optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run, for ``configure_optimizers``.
-
-        Raises:
-            MisconfigurationException: the run has no end.
-        """
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise MisconfigurationException(
-                "the learning rate's schedule spreads over the run, which has no end: set max_steps or max_epochs"
-            )
-        return int(steps)
-
-    @override
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        model = self.trainer.strategy.model
-        # A rank holds a part of the gradients: it can limit each value by itself, but does not know the norm of all.
-        if isinstance(model, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm != "value":
-            model.clip_grad_norm_(gradient_clip_val)  # over all ranks; Lightning refuses it
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # -- validation and test
 

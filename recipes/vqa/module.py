@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from recipes.language.batches import Batch
 from recipes.language.evaluation import Means
-from recipes.language.model import DType, answer_log_likelihood, generated
+from recipes.language.model import DType, add_adapter, answer_log_likelihood, generated
 from recipes.language.module import LanguageModel
 from recipes.vqa.metrics import scores
 from recipes.vqa.model import load_base, load_processor, model_source
@@ -67,12 +67,9 @@ class VQA(LanguageModel):
         model_source(self.model_name)
 
     @override
-    def load_base(self) -> Any:
-        return load_base(self.model_name, self.weights_dtype(), self.quantization)
-
-    @override
-    def with_adapter(self, base: Any) -> Any:
-        return base if self.trains_all else super().with_adapter(base)
+    def load_adapted(self) -> Any:
+        base = load_base(self.model_name, self.weights_dtype(), self.quantization)
+        return base if self.trains_all else add_adapter(base, self.lora)
 
     @override
     def must_fit(self) -> dict[str, Any]:

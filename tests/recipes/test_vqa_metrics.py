@@ -2,9 +2,15 @@
 
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
+from recipe_runs import trainer
+from typing_extensions import override
 
+from recipes.language.evaluation import Means
 from recipes.vqa.choices import chosen_letter, letter_by_lmms_eval
 from recipes.vqa.metrics import is_right, normalized_answer, scores, vqa_accuracy
 
@@ -122,6 +128,29 @@ def test_both_ways_to_read_a_choice_are_measured() -> None:
     assert [each["exact_match"] for each in found] == [1, 1, 0, 0]
     assert [each["lmms_eval_match"] for each in found] == [1, 0, 0, 0]
     assert scores("B", ["B"], "", []) == {"exact_match": 1}
+
+
+class Judged(BoringModel):
+    """Asks one kind of question in each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics = Means()
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.metrics[f"kind_{batch_idx}"].update(batch_idx)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self.metrics.log(self, "val")
+
+
+def test_a_kind_of_question_may_come_after_the_sanity_check(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=3, num_sanity_val_steps=1)
+    fit.fit(Judged())
+    found = {name: value.item() for name, value in fit.callback_metrics.items() if "kind" in name}
+    assert found == {"val_kind_0": 0, "val_kind_1": 1, "val_kind_2": 2}
 
 
 def test_no_answer_is_never_right() -> None:
