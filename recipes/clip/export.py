@@ -90,7 +90,7 @@ def trained(checkpoint: Path, config: Path) -> Any:
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningModule, "model")
     # The run may be somebody else's.
-    settings, others = taken(yaml.safe_load(config.read_text(encoding="utf-8")), {})
+    settings, others = taken(yaml.safe_load(config.read_text(encoding="utf-8")))
     if "model" not in settings:
         raise MisconfigurationException(
             f"{config} has no model of the recipes, and other classes are not imported: {', '.join(others)}"

@@ -1,118 +1,91 @@
 """The checkpoints that ``--ckpt_path`` names, and the settings of their runs."""
 
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from recipes.shared.configs import listed, methods_of_run
+from recipes.shared.configs import listed, methods_of_run, written_settings
+from recipes.shared.taken import Settings, taken
 
+LAST = "last*.ckpt"
 LAST_IF_ANY = "last-if-any"
 """Of ``--ckpt_path``: the last checkpoint of the run itself, and none at its first start."""
 _STEP_SETTINGS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
 
-def last_checkpoint(settings: Namespace) -> Path:
-    """The newest last checkpoint of the runs that log into the same folder as one with these settings.
+def last_checkpoint(name: str, settings: Namespace, command: str) -> Path | None:
+    """Find the newest last checkpoint of the runs that log into the same folder as one with these settings.
+
+    Args:
+        name: "last", or "last-if-any", which begins a fit without one.
+        settings: of the run that asks.
+        command: "fit" or another one.
 
     Raises:
-        MisconfigurationException: there is none.
+        MisconfigurationException: there is none, or "last-if-any" would have to choose between runs.
     """
-    searched, checkpoints = _folders(settings), _last_checkpoints(settings)
-    if not checkpoints:
-        places = " and ".join(map(str, searched)) or "nowhere: nothing saves any"
-        raise MisconfigurationException(
-            f"--ckpt_path last: there is no last checkpoint, searched for in {places}. Leave it out to start again, or "
-            "give a file, or the --method or --run_name of the run"
-        )
-    rank_zero_info(f"--ckpt_path last is {checkpoints[-1]}")
-    return checkpoints[-1]
-
-
-def own_checkpoint(settings: Namespace, command: str) -> Path | None:
-    """The last checkpoint of the one run that logs as one with these settings; None if none has saved yet.
-
-    Raises:
-        MisconfigurationException: several have, or nothing is to be trained.
-    """
-    checkpoints = _last_checkpoints(settings)
+    folders, checkpoints = _folders(settings), []
+    for folder in folders:
+        checkpoints += [*folder.glob(f"*/checkpoints/{LAST}"), *folder.glob(LAST)]
     runs = sorted({str(path.parent) for path in checkpoints})
-    if command != "fit" or len(runs) > 1:
-        problem = f"several runs have saved there, in {', '.join(runs)}" if command == "fit" else "it is for fit"
-        raise MisconfigurationException(f"--ckpt_path {LAST_IF_ANY}: {problem}. Give a file, or another --run_name")
-    newest = checkpoints[-1] if checkpoints else None
-    found = f"resumes {newest}" if newest else "none yet, so the run begins"
-    rank_zero_info(f"--ckpt_path {LAST_IF_ANY}: {found}")
+    if name == LAST_IF_ANY and len(runs) > 1:
+        raise MisconfigurationException(
+            f"--ckpt_path {name}: several runs have saved: {', '.join(runs)}. Give a file, or another --run_name"
+        )
+    if not checkpoints and (name == "last" or command != "fit"):
+        searched = " and ".join(map(str, folders)) or "no folder, as no logger names one"
+        raise MisconfigurationException(
+            f"--ckpt_path {name}: there is no last checkpoint, searched for in {searched}. "
+            "Leave it out to start again, or give a file, or the --method or --run_name of the run"
+        )
+    newest = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
+    rank_zero_info(f"--ckpt_path {name}: {newest or 'none yet, so the run begins'}")
     return newest
 
 
-def _last_checkpoints(settings: Namespace) -> list[Path]:
-    """All last checkpoints of the runs that log into the same folder, the newest at the end."""
-    name = f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*{ModelCheckpoint.FILE_EXTENSION}"
-    checkpoints: list[Path] = []
-    for folder in _folders(settings):
-        # Of any version of a run, or without versions.
-        checkpoints += [*folder.glob(f"*/checkpoints/{name}"), *folder.glob(name)]
-    # By time and not by name, in which version_10 comes before version_9.
-    return sorted(checkpoints, key=lambda path: path.stat().st_mtime)
-
-
 def _folders(settings: Namespace) -> list[Path]:
-    """Where the savers of a configuration save."""
-    if settings.trainer.enable_checkpointing is False:
-        return []
+    """Return the folders in which savers have their own, and the one of the runs, which the first logger names."""
     folders = []
     for callback in listed(settings.trainer.callbacks):
-        arguments = callback.get("init_args", {})
-        if "dirpath" in arguments:
-            folders.append(Path(arguments["dirpath"] or _of_runs(settings)))
-    # Without any, Lightning adds one.
-    return list(dict.fromkeys(folders or [_of_runs(settings)]))
+        if callback.get("init_args", {}).get("dirpath"):
+            folders.append(Path(callback.init_args.dirpath))
+    for logger in listed(settings.trainer.logger)[:1]:
+        if isinstance(logger, Namespace):
+            folders.append(Path(logger.init_args.save_dir, logger.init_args.name or settings.run_name))
+    return list(dict.fromkeys(folders))
 
 
-def _of_runs(settings: Namespace) -> Path:
-    """Where a ModelCheckpoint saves by itself."""
-    trainer = settings.trainer
-    root = Path(trainer.default_root_dir or "")
-    if trainer.logger in (None, True):
-        return root / "lightning_logs"
-    if not trainer.logger:
-        return root / "checkpoints"
-    first = listed(trainer.logger)[0].get("init_args", {})
-    name = first.get("name") or first.get("project") or settings.run_name or ""
-    return Path(first.get("save_dir") or root, name)
+def settings_of_run(checkpoint: str) -> Settings:
+    """Return what may be taken of the settings of a checkpoint's run, and say what is not; empty without its file.
 
-
-def problem_of(path: str | None, has_savers: bool = True) -> str | None:
-    """Why a checkpoint can't be read, if it is a local file, or a folder of a sharded one; None where nothing is wrong.
-
-    "hpc" and names of a registry are Lightning's own, and other places have an address.
-
-    Args:
-        path: as it is given.
-        has_savers: the configuration's AdapterCheckpoint takes part.
+    Raises:
+        MisconfigurationException: there is no such checkpoint.
     """
-    if path is not None and not has_savers:
-        return "it lacks the frozen weights, which --trainer.enable_checkpointing=false lets nobody add: leave it out"
-    if path is None or path == "hpc" or "://" in path or path.startswith("registry"):
-        return None
-    if path == "best":
-        return "which one is the best is known only to the run that has saved it: give the file, named after its step"
-    place = Path(path).expanduser()
-    if not place.exists():
-        return "there is no such file"
-    # A sharded checkpoint of PyTorch's is a folder with this file.
-    if place.is_dir() and not (place / ".metadata").exists():
-        files = sorted(place.glob("*.ckpt")) or sorted(place.parent.glob(f"{place.name}.ckpt"))
-        return "it is a folder" + (f"; give a file, such as {files[0]}" if files else " without a checkpoint")
-    return None
+    path = Path(checkpoint).expanduser()
+    # PyTorch's sharded checkpoints are folders with this file, and other names are Lightning's own.
+    is_there = path.is_file() or (path / ".metadata").exists()
+    if not is_there and "://" not in checkpoint and not checkpoint.startswith(("hpc", "registry")):
+        raise MisconfigurationException(
+            f"--ckpt_path {checkpoint}: there is no such file: give one, such as runs/.../checkpoints/last.ckpt"
+        )
+    written = written_settings(path)
+    if not is_there or not written:
+        return {}
+    run, left_out = taken(written)
+    file = path.parent.parent / "config.yaml"
+    rank_zero_info(f"The settings are as in {file}, except for strategy, plugins, loggers and what is given here")
+    if left_out:
+        rank_zero_info(
+            f"Not taken from {file}, since they may choose other code or where files are written: "
+            f"{', '.join(left_out)}. If you trust the file and need them, give them here"
+        )
+    return run
 
 
-def differing_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings in which a fit that goes on differs from the run before, a text for each."""
+def differing_settings(before: Settings, now: Settings) -> list[str]:
+    """Return the settings in which a fit that goes on differs from the run before, a text for each."""
     there, here = _compared(before), _compared(now)
     differences = []
     for name in dict.fromkeys([*there, *here]):
@@ -124,21 +97,17 @@ def differing_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]
     return differences
 
 
-def _compared(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the model, the data, and of what a step does, by dotted names."""
-    trainer = settings.get("trainer") or {}
+def _compared(settings: Settings) -> Settings:
+    """Return the settings of the model, the data, and of what a step does, by dotted names."""
+    compared = {name: settings.get(name) for name in ("model", "data", "optimizer", "seed_everything")}
     methods = methods_of_run(settings)
-    of_a_step = {name: trainer.get(name) for name in _STEP_SETTINGS}
-    compared = {section: settings.get(section) for section in ("model", "data", "optimizer", "seed_everything")}
-    compared["trainer"] = {**of_a_step, "method": ", ".join(methods) or "none", **methods}
-    flat = _flat(compared)
-    # What a run started from is of no account any more: its checkpoint holds all that it took over.
-    return {name.replace(".init_args", ""): flat[name] for name in flat if not name.endswith(".start_from")}
+    compared["trainer"] = {name: settings["trainer"].get(name) for name in _STEP_SETTINGS} | methods
+    return _flat(compared)
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
-    flat: dict[str, Any] = {}
+def _flat(settings: Settings, prefix: str = "") -> Settings:
+    """Return nested settings by dotted names."""
+    flat: Settings = {}
     for name, value in settings.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

@@ -1,15 +1,15 @@
 """The command line that all recipes share."""
 
-import re
 import sys
+from argparse import RawDescriptionHelpFormatter
 from itertools import chain
 from pathlib import Path
-from pkgutil import resolve_name
-from typing import Any, NoReturn, cast
+from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
+from jsonargparse import DefaultHelpFormatter, Namespace
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -19,56 +19,24 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora import Requeue
-from recipes.shared.checkpoints import LAST_IF_ANY, differing_settings, last_checkpoint, own_checkpoint, problem_of
-from recipes.shared.command_line import (
-    hint,
-    in_order,
-    option,
-    refuse_nulls,
-    refuse_unknown_fields,
-    with_base_and_method,
-    with_run,
-)
-from recipes.shared.configs import is_method, listed, methods_of, settings_help, settings_of_run, shipped_configs
+from recipes.shared.checkpoints import LAST, LAST_IF_ANY, differing_settings, last_checkpoint, settings_of_run
+from recipes.shared.command_line import refuse_unknown_fields, taken_apart
+from recipes.shared.configs import is_method, listed, methods_of, settings_help, shipped_configs
 from recipes.shared.files import set_aside
 from recipes.shared.precision import fast_precision
 from recipes.shared.progress import progress_bar, without_missing_weights
 from recipes.shared.ranks import gathered
+from recipes.shared.taken import Settings
 from recipes.shared.training import RecipeModule
 
-_SWITCHES = {
-    "enable_progress_bar": ProgressBar,
-    "enable_checkpointing": Checkpoint,
-    "enable_model_summary": ModelSummary,
-}
 
-
-class RecipeParser(LightningArgumentParser):
-    """Lightning's parser, which names the shipped configurations in its help and where one is missing.
-
-    Abbreviations are no options: ``--ckpt`` would be read as ``--ckpt_path`` too late for the run's settings.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-        self.recipe = ""
-
-    @override
-    def format_help(self, *args: Any, **kwargs: Any) -> str:
-        return f"{settings_help(self.recipe)}{super().format_help(*args, **kwargs)}\n{shipped_configs(self.recipe)}\n"
-
-    @override
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        # jsonargparse's own words, of a file that does not exist and of a command line without a model and data.
-        if 'key "config"' in message or re.search(r"required: (\w+\.)?(data|model)", message):
-            message = f"{message}\n{shipped_configs(self.recipe)}"
-        super().error(f"{message}{hint(message, self.get_defaults().keys())}", ex)
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of what is written before and after the options."""
 
 
 class ConfigSaver(SaveConfigCallback):
@@ -86,9 +54,7 @@ class ConfigSaver(SaveConfigCallback):
                 f"the processes would compute in different precisions ({', '.join(precisions)}), since their machines "
                 "differ: give them one by --trainer.precision"
             )
-        folder = trainer.log_dir  # every rank has to ask
-        assert folder is not None  # without a logger it is the Trainer's default_root_dir
-        path = Path(folder, self.config_filename)
+        path = Path(trainer.log_dir or "", self.config_filename)  # every rank has to ask
         if self.save_to_log_dir and not self.already_saved and trainer.is_global_zero:
             set_aside(path)
         super().setup(trainer, pl_module, stage)
@@ -99,17 +65,15 @@ class RecipeCLI(LightningCLI):
 
     ``run_name`` is the name of all loggers whose own name is null: an overlay of a method names its runs in one line.
 
-    The recipe's ``base.yaml`` is laid below all that is given. With ``--ckpt_path`` the settings of the checkpoint's
-    run come between the two, from its ``config.yaml``: its model, data, method and the Trainer's plain values, see
-    :func:`recipes.shared.taken.taken`. ``--ckpt_path last`` is the newest last checkpoint of the runs that log into the
-    same folder, and an error if there is none. In a fit a warning names what is given otherwise than there: of the
-    model, the data, the method, the optimizer, the seed, the precision, accumulation and clipping. ``--ckpt_path
-    last-if-any`` makes one command both a run's first start and its return: a fit that goes on saves where the run has
-    saved before, and what is given otherwise is an error.
+    The recipe's ``base.yaml`` comes before all that is given. With ``--ckpt_path`` the settings of the checkpoint's run
+    come between the two, from its ``config.yaml``, see :func:`recipes.shared.taken.taken`, and in a fit a warning names
+    what is given otherwise than there. ``--ckpt_path last`` is the newest last checkpoint of the runs that log into the
+    same folder. ``--ckpt_path last-if-any`` makes one command both a run's first start and its return: a fit that goes
+    on saves where the run has saved before, and what is given otherwise is an error.
 
     ``--method`` chooses a method's configuration, ``--rho`` its radius. ``--optimizer`` and ``--lr_scheduler`` each
-    replace their own part of what the recipe trains with. Switching the progress bar, the checkpoints or the model
-    summary off drops the callbacks that the configuration lists for them.
+    replace their own part of what the recipe trains with. Switching the checkpoints off drops the callbacks that the
+    configuration lists for them.
 
     ``trainer.precision: null`` is what the device computes fast (:func:`recipes.shared.precision.fast_precision`). The
     choice is printed and written into the run's ``config.yaml``: a run that is resumed with that file keeps it.
@@ -122,9 +86,8 @@ class RecipeCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None, recipe: str = "", **settings: Any) -> None:
         self._recipe = recipe
+        self._run: Settings = {}
         self._goes_on = False
-        if recipe:
-            settings["parser_kwargs"] = {"prog": f"python -m recipes.{recipe}"}
         try:
             super().__init__(
                 L.LightningModule,
@@ -136,7 +99,7 @@ class RecipeCLI(LightningCLI):
                 # ConfigSaver has set aside whatever must not be lost.
                 save_config_kwargs={"overwrite": True},
                 auto_configure_optimizers=False,  # it wants the parameters before configure_model has made them
-                parser_class=RecipeParser,
+                parser_kwargs=self._parser_settings(),
                 args=args,
                 **settings,
             )
@@ -144,12 +107,17 @@ class RecipeCLI(LightningCLI):
             self._say_how_to_resume()
             raise
 
-    @override
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = super().init_parser(**kwargs)
-        # Among the Trainer's hundred options nobody would find them.
-        cast("RecipeParser", parser).recipe = self._recipe
-        return parser
+    def _parser_settings(self) -> dict[str, Any]:
+        """Return the settings of the parsers: no abbreviations, and a help that names the recipe's own settings."""
+        common = {"allow_abbrev": False, "formatter_class": _HelpFormatter, "epilog": shipped_configs(self._recipe)}
+        if not self._recipe:
+            return common
+        program = f"python -m recipes.{self._recipe}"
+        described: dict[str, Any] = {**common, "prog": program}
+        for command in self.subcommands():
+            usage = f"{program} {command} [OPTION ...]"
+            described[command] = {**common, "usage": usage, "description": settings_help(self._recipe)}
+        return described
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -163,39 +131,24 @@ class RecipeCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        # Lightning would read sys.argv itself, without what is added here.
         given = sys.argv[1:] if args is None else args
-        if not isinstance(given, list):
-            super().parse_arguments(parser, given)
+        if not isinstance(given, list) or not given or given[0] not in self.subcommands():
+            super().parse_arguments(parser, args)
             return
-        command = given[:1] if given and given[0] in self.subcommands() else []
-        given = given[len(command) :]
-        if command:
-            given = self._with_defaults(parser, command[0], given)
+        command, line = given[0], taken_apart(self._recipe, given[1:])
+        if line.checkpoint in ("last", LAST_IF_ANY):
+            self._goes_on = line.checkpoint == LAST_IF_ANY
+            settings = parser.parse_args([command, *line.arguments({})])[command]
+            found = last_checkpoint(line.checkpoint, settings, command)
+            line.checkpoint = str(found) if found else None
+        if line.checkpoint is not None:
+            self._run = settings_of_run(line.checkpoint)
         # LightningCLI warns of arguments that it is given beside the process's.
-        self.config = parser.parse_args([*command, *in_order(given)])
-
-    def _with_defaults(self, parser: LightningArgumentParser, command: str, given: list[str]) -> list[str]:
-        """The arguments behind all that they leave out."""
-        given = with_base_and_method(self._recipe, given)
-        checkpoint = option(given, "--ckpt_path")
-        if checkpoint in ("last", LAST_IF_ANY):
-            settings = parser.parse_args([command, *in_order(given)])[command]
-            found = last_checkpoint(settings) if checkpoint == "last" else own_checkpoint(settings, command)
-            self._goes_on = checkpoint == LAST_IF_ANY
-            checkpoint = str(found) if found else None
-            given.append(f"--ckpt_path={checkpoint or 'null'}")
-        # "hpc" and addresses are no files of a run.
-        if checkpoint is None or not Path(checkpoint).exists():
-            return given
-        return with_run(self._recipe, given, Path(checkpoint), trains=command == "fit")
+        self.config = parser.parse_args([command, *line.arguments(self._run)])
 
     @override
     def before_instantiate_classes(self) -> None:
         self._set_rho()
-        for part in ("model", "data"):
-            chosen = self._get(self.config, part)
-            refuse_nulls(part, resolve_name(chosen.class_path), chosen.get("init_args", {}))
         refuse_unknown_fields(self._get(self.config, "model").get("init_args", {}).get("lora"))
         for logger in listed(self._get(self.config, "trainer").logger):
             arguments = getattr(logger, "init_args", {})
@@ -222,7 +175,7 @@ class RecipeCLI(LightningCLI):
         self._choose_precision()
         settings = self._get(self.config_init, "trainer")
         # In place of the configuration's list; LightningCLI still adds the callbacks that it makes itself.
-        callbacks = wanted_callbacks(settings, self.subcommand or "run")
+        callbacks = self._wanted_callbacks(settings)
         savers = [each for each in callbacks if isinstance(each, ModelCheckpoint)]
         has_own = any(isinstance(each, Requeue) for each in callbacks)
         if not has_own and any(each.save_last is True and not each.save_weights_only for each in savers):
@@ -253,17 +206,27 @@ class RecipeCLI(LightningCLI):
             self._get(config, "trainer").precision = chosen
         rank_zero_info(f"Precision {chosen}, in which this device computes fast; --trainer.precision sets another")
 
+    def _wanted_callbacks(self, settings: Namespace) -> list[L.Callback]:
+        """Return the callbacks of the Trainer's settings, and a progress bar, without what is switched off."""
+        callbacks: list[L.Callback] = [*listed(settings.callbacks)]
+        # A checkpoint lacks the frozen weights, and needs its saver: with one Lightning refuses the setting.
+        if settings.enable_checkpointing is False and not self._get(self.config_init, "ckpt_path"):
+            callbacks = [each for each in callbacks if not isinstance(each, Checkpoint)]
+        if settings.enable_progress_bar is not False:
+            callbacks.append(progress_bar(self.subcommand or "run"))
+        return callbacks
+
     @override
     def after_instantiate_classes(self) -> None:
-        # What a class inherits may be of no use to it: ContrastiveData has the method of all data in parts.
-        predicts = is_overridden("predict_dataloader", self.datamodule) and getattr(self.datamodule, "predicts", True)
-        if self.subcommand == "predict" and not predicts:
+        # Contrastive data have the method of all data in parts.
+        if self.subcommand == "predict" and not getattr(self.datamodule, "predicts", True):
             raise MisconfigurationException(
                 f"predict: {type(self.datamodule).__name__} holds nothing to predict, as this recipe has only fit, "
                 "validate and test"
             )
-        if self.subcommand is not None:
-            self._check_checkpoint()
+        if self.subcommand is not None and self._get(self.config_init, "ckpt_path"):
+            without_missing_weights()
+            self._compare_with_run()
         optimizer, scheduler = (self._get(self.config_init, name) for name in ("optimizer", "lr_scheduler"))
         if not (optimizer or scheduler):
             return
@@ -289,7 +252,7 @@ class RecipeCLI(LightningCLI):
         if not hasattr(self, "trainer") or not self.trainer.interrupted:
             return
         savers: list[Any] = self.trainer.checkpoint_callbacks
-        saved = chain.from_iterable(Path(saver.dirpath or "").glob("last*.ckpt") for saver in savers)
+        saved = chain.from_iterable(Path(saver.dirpath or "").glob(LAST) for saver in savers)
         newest = max(saved, key=lambda path: path.stat().st_mtime, default=None)
         if self.subcommand == "fit" and newest:
             # Another would begin a second run's folder, and this one then refuses to choose.
@@ -303,35 +266,17 @@ class RecipeCLI(LightningCLI):
         They may name any class, and the recipes save none.
         """
 
-    def _check_checkpoint(self) -> None:
-        """Refuse a checkpoint that can't be read, and name what its run had otherwise."""
-        settings = self.config_init[self.subcommand]
-        if settings.ckpt_path:
-            without_missing_weights()
-        problem = problem_of(settings.ckpt_path, settings.trainer.enable_checkpointing is not False)
-        if problem:
-            raise MisconfigurationException(f"--ckpt_path {settings.ckpt_path}: {problem}")
-        # An evaluation on other data is meant to have them, and "hpc" and addresses are no files of a run.
-        checkpoint = Path(settings.ckpt_path or "")
-        before = settings_of_run(checkpoint)[0] if settings.ckpt_path and checkpoint.exists() else {}
-        if self.subcommand != "fit" or not before:
+    def _compare_with_run(self) -> None:
+        """Name what a fit that goes on has otherwise than its run; an evaluation on other data is meant to."""
+        if self.subcommand != "fit" or not self._run:
             return
         now = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
-        differences = differing_settings(before, now)
+        differences = "; ".join(differing_settings(self._run, now))
+        checkpoint = self._get(self.config, "ckpt_path")
         if differences and self._goes_on:
             raise MisconfigurationException(
-                f"--ckpt_path {LAST_IF_ANY}: {checkpoint} is of another run: {'; '.join(differences)}. Give this run a "
+                f"--ckpt_path {LAST_IF_ANY}: {checkpoint} is of another run: {differences}. Give this run a "
                 "--run_name, or leave these settings out to go on with that one"
             )
         if differences:
-            rank_zero_warn(f"--ckpt_path {checkpoint} is of a run with other settings: {'; '.join(differences)}")
-
-
-def wanted_callbacks(settings: Any, name: str) -> list[L.Callback]:
-    """The callbacks of the Trainer's settings without those that another setting switches off, and a progress bar."""
-    off = tuple(kind for name, kind in _SWITCHES.items() if settings[name] is False)
-    callbacks = [callback for callback in listed(settings.callbacks) if not isinstance(callback, off)]
-    has_own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-    if settings.enable_progress_bar is not False and not has_own_bar:
-        callbacks.append(progress_bar(name))
-    return callbacks
+            rank_zero_warn(f"--ckpt_path {checkpoint} is of a run with other settings: {differences}")

@@ -5,8 +5,6 @@ from typing import Any
 
 import yaml
 
-from recipes.shared.taken import taken
-
 RECIPES = Path(__file__).parent.parent
 _NO_METHODS = ("AdapterCheckpoint", "FlatnessMonitor", "Requeue")
 """Callbacks of the package that leave the training as it is."""
@@ -33,35 +31,25 @@ def methods_of(recipe: str) -> list[str]:
 
 
 def shipped_configs(recipe: str) -> str:
-    """A text for users: a recipe's folders of configurations, or all recipes', and what is in each, a folder a line."""
-    by_folder: dict[Path, list[str]] = {}
-    # Searched for and not listed by hand, so that a new file shows up by itself.
-    for path in sorted(RECIPES.rglob("*.yaml")):
-        if not recipe or path.relative_to(RECIPES).parts[0] in (recipe, "configs"):
-            by_folder.setdefault(path.parent.relative_to(RECIPES.parent), []).append(path.name)
-    lines = [f"  {folder}: {', '.join(names)}" for folder, names in by_folder.items()]
-    rule = "A recipe's base.yaml is read first; later files override earlier ones. There are, in"
-    return "\n".join([f"{rule} {RECIPES.parent}:", *lines])
+    """Return a text for users: a recipe's files of configurations and those for all, or every recipe's."""
+    folders = [RECIPES / recipe, RECIPES / "configs"]
+    files = {path for folder in folders for path in folder.rglob("*.yaml")}
+    return "\n  ".join(["Configurations for --config; base.yaml is read first:", *sorted(map(str, files))])
 
 
 def settings_help(recipe: str) -> str:
-    """A text for users: the settings of a recipe's model and data with their defaults; empty without a recipe."""
-    base = base_file(recipe)
-    if not base.exists():
-        return ""
-    lines = base.read_text(encoding="utf-8").splitlines()
-    settings = "\n".join(lines[lines.index("model:") :])
-    name = base.relative_to(RECIPES.parent)
+    """Return a text for users: the settings of a recipe's model and data with their defaults."""
+    text = base_file(recipe).read_text(encoding="utf-8")
+    settings = text[text.index("\nmodel:") :]
     return (
-        f"Settings of the model and the data, from {name}, which is laid below all that is given. On the command line "
-        f"they are --model.NAME and --data.NAME:\n\n{settings}\n\n"
+        f"Settings of the model and the data, given as --model.NAME and --data.NAME, with their defaults:\n{settings}"
     )
 
 
 def written_settings(saved: Path) -> dict[str, Any]:
     """Read all settings of a run, as LightningCLI has written them; empty if there are none.
 
-    They may be somebody else's: whoever gives them to a parser or a library needs :func:`settings_of_run`.
+    They may be somebody else's: whoever gives them to a parser needs :func:`recipes.shared.taken.taken`.
 
     Args:
         saved: a checkpoint of the run, or the folder next to it: ``runs/.../version_N/checkpoints/NAME``.
@@ -76,18 +64,6 @@ def written_settings(saved: Path) -> dict[str, Any]:
         return {}
     is_of_run = isinstance(settings, dict) and isinstance(settings.get("model"), dict)
     return settings if is_of_run else {}
-
-
-def settings_of_run(saved: Path, recipe: str = "") -> tuple[dict[str, Any], list[str]]:
-    """Read the settings of a run that another run may take over, and the names of the others.
-
-    Args:
-        saved: as above.
-        recipe: whose base names what need not be said.
-    """
-    run, base = written_settings(saved), base_file(recipe)
-    usual = yaml.safe_load(base.read_text(encoding="utf-8")) if base.exists() else {}
-    return taken(run, usual) if run else ({}, [])
 
 
 def listed(setting: Any) -> list[Any]:

@@ -1,138 +1,111 @@
 """What of another run's settings may be taken over: a run's folder may come from somebody else.
 
-Nothing is taken that chooses code other than the recipes' and this package's, or where files are written.
+Nothing is taken that chooses code other than the recipes', this package's and PyTorch's optimizers, or where files are
+written.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
 Settings = dict[str, Any]
+
+_CLASSES = re.compile(
+    r"recipes\.\w+\.(module|data|protocol)\.\w+|recipes\.shared\.random_state\.RandomState|"
+    r"lightning_flatlora(\.\w+){1,3}|torch\.optim(\.\w+){1,2}|"
+    r"lightning\.pytorch\.(callbacks\.ModelCheckpoint|cli\.ReduceLROnPlateau)"
+)
+"""The paths of the classes that are taken; of which kind each is, the parser checks."""
+_WORDS = re.compile(r"([\w {}:=,+@-]|\.\d)*")
+"""Texts that are neither the path of a class nor that of a file, also after Lightning has put metrics into them."""
+_PLAIN = ("seed_everything", "method", "run_name", "optimizer", "lr_scheduler")
+_OF_MACHINE = ("strategy", "plugins", "profiler", "logger", "default_root_dir", "model_registry")
+"""Settings of the Trainer that are never taken."""
+_OBJECTS = ("rho", "finder")
+"""Arguments of modules for which a text may be the path of a class, which the parser would import."""
+_CODE = re.compile(
+    r"class_path|trust|code_revision|weights_only|attn_implementation|kernel|cache|offload|auto_map|megatron|_config$|__"
+)
+"""Entries within a dict by which the parser, transformers or peft import code or write files."""
 _LOADER: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # reads all that the parser's own does
 
-# The kinds of objects that are taken, by the paths of their classes.
-_PARTS = re.compile(r"recipes\.\w+\.(module|data)\.\w+")
-_CALLBACKS = re.compile(
-    r"lightning_flatlora\.(baselines\.(\w+\.)?)?\w+|lightning\.pytorch\.callbacks\.ModelCheckpoint|"
-    r"recipes\.shared\.random_state\.RandomState"
-)
-_SCHEDULES = re.compile(r"lightning_flatlora\.(schedules\.)?\w+Rho")
-_OPTIMIZERS = re.compile(r"torch\.optim\.(lr_scheduler\.)?\w+|lightning\.pytorch\.cli\.ReduceLROnPlateau")
 
-_OBJECTS = ("rho", "sigma", "alpha", "finder")
-"""Arguments for which a text may be the path of a class or a file, which the parser would import or read."""
-_TEXTS = re.compile(
-    "accelerator|adapter_name|anneal_strategy|data|deterministic|devices|estimator|filename|gradient_clip_algorithm|"
-    "kind|max_time|measures|method|mode|monitor|norm_scope|precision|run_name|save_last|threshold_mode|"
-    "train_time_interval"
-)
-"""What may be a text outside of the model and the data, which have their own."""
-_INSIDE = re.compile(r"(?!/)([\w=,:/+ -]|\.(?!\.)|\{[\w/]+(:\.?\d*[df]?)?\})*")
-"""A name that leads to no other folder, also after Lightning has put metrics into it."""
-_CODE = re.compile(r"class_path|trust|code_revision|weights_only|kernel|cache|offload|auto_map|megatron|_config$|__")
-"""Entries within a dict by which the parser, transformers or peft import code or write files."""
-
-
-def taken(run: Settings, usual: Settings) -> tuple[Settings, list[str]]:
+def taken(run: Settings) -> tuple[Settings, list[str]]:
     """Divide the settings of a run into those that may be taken over, and the names of the others.
+
+    What is never taken has no name there: ``weights_only``, and the Trainer's strategy, plugins, profiler and loggers.
 
     Args:
         run: as LightningCLI has written them.
-        usual: of the recipe's base, whose loggers and strategy need no mention.
     """
-    found: Settings = {}
-    others = ["weights_only"] if run.get("weights_only") is not None else []
-    for name in ("seed_everything", "method", "run_name"):
-        if _is_plain(name, run.get(name)):
-            found[name] = run.get(name)
+    found, others = _divided({name: run.get(name) for name in _PLAIN}, "", _is_plain)
+    for name in ("model", "data"):
+        part = _dict(run.get(name))
+        path = str(part.get("class_path"))
+        if _CLASSES.fullmatch(path):
+            arguments, left_out = _divided(_dict(part.get("init_args")), f"{name}.", _is_setting)
+            found[name] = {"class_path": path, "init_args": arguments}
+            others += left_out
         else:
-            others.append(name)
-    kinds = {"model": _PARTS, "data": _PARTS, "optimizer": _OPTIMIZERS, "lr_scheduler": _OPTIMIZERS}
-    for name, classes in kinds.items():
-        if run.get(name):
-            found[name] = _object(name, run[name], classes, others)
-    trainer, of_base = _dict(run.get("trainer")), _dict(usual.get("trainer"))
-    # Without a logger a run would write into the folder in which it is started.
-    plain = {name: value for name, value in trainer.items() if name != "logger" and _is_plain(name, value)}
-    found["trainer"] = plain
-    for name in trainer.keys() - plain.keys() - {"callbacks"}:
-        if not _is_like(trainer[name], {"strategy": "auto", **of_base}.get(name)):
-            others.append(f"trainer.{name}")
-    callbacks = trainer.get("callbacks") or []
-    if isinstance(callbacks, list):
-        objects = [_object("trainer.callbacks", callback, _CALLBACKS, others) for callback in callbacks]
-        plain["callbacks"] = [callback for callback in objects if callback]
-    return {name: value for name, value in found.items() if value is not None}, sorted(others)
+            others.append(f"{name} ({path})")
+    trainer = {name: value for name, value in _dict(run.get("trainer")).items() if name not in _OF_MACHINE}
+    callbacks = trainer.pop("callbacks", None) or []
+    found["trainer"], left_out = _divided(trainer, "trainer.", _is_plain)
+    found["trainer"]["callbacks"] = []
+    for callback in callbacks:
+        if isinstance(callback, dict) and _is_plain("callbacks", callback):
+            found["trainer"]["callbacks"].append(callback)
+        else:
+            left_out.append(f"trainer.callbacks ({_dict(callback).get('class_path', callback)})")
+    return found, [*others, *left_out]
 
 
-def _object(name: str, given: Any, classes: re.Pattern[str], others: list[str]) -> Settings | None:
-    """Return a class and those of its arguments that are taken; None if it is not of these classes."""
-    given = {"class_path": given} if isinstance(given, str) else _dict(given)
-    path = str(given.get("class_path"))
-    if not classes.fullmatch(path):
-        others.append(f"{name} ({path})")
-        return None
-    arguments = {}
-    for key, value in _dict(given.get("init_args")).items():
-        label = f"{name if classes is _PARTS else path.rpartition('.')[2]}.{key}"
-        if not str(key).isidentifier():  # the parser reads a dot in a name as a way inside
-            others.append(label)
-        elif isinstance(value, dict) and _SCHEDULES.fullmatch(str(value.get("class_path"))):
-            arguments[key] = _object(label, value, _SCHEDULES, others)
-        elif (_is_setting if classes is _PARTS else _is_plain)(key, value):
-            arguments[key] = value
-        else:
-            others.append(label)
-    return {"class_path": path, "init_args": arguments}
+def _divided(settings: Settings, prefix: str, allows: Callable[[str, Any], bool]) -> tuple[Settings, list[str]]:
+    """Return the settings that are allowed, and the names of the others."""
+    kept = {name: value for name, value in settings.items() if allows(name, value)}
+    return kept, [f"{prefix}{name}" for name in settings if name not in kept]
 
 
 def _is_plain(name: str, value: Any) -> bool:
-    """Return whether a value is a number, a list of them, or one of the known texts."""
+    """Return whether a value is a number, words, an object of a known class with such arguments, or a list of these."""
+    # The parser reads a dot in a name as a way inside.
+    if not name.isidentifier() or (name == "dirpath" and value):
+        return False
     if isinstance(value, list):
         return all(_is_plain(name, each) for each in value)
-    if isinstance(value, str):
-        return bool(_TEXTS.fullmatch(name) and _INSIDE.fullmatch(value))
-    return value is None or isinstance(value, bool | int | float)
+    if isinstance(value, dict):
+        is_known = _CLASSES.fullmatch(str(value.get("class_path"))) and value.keys() <= {"class_path", "init_args"}
+        return bool(is_known) and not _divided(_dict(value.get("init_args")), "", _is_plain)[1]
+    return not isinstance(value, str) or bool(_WORDS.fullmatch(value))
 
 
 def _is_setting(name: str, value: Any) -> bool:
     """Return whether a value of the model or the data runs no code and writes no file outside of the run's folder."""
-    if name in _OBJECTS:
-        return _is_plain(name, value)
-    if name in ("download", "predictions"):
-        return not value or (isinstance(value, str) and bool(_INSIDE.fullmatch(value)))
-    return runs_no_code(value) and _is_no_kernel(name, value)
+    if name == "download":
+        return not value
+    # With a slash they are another folder, and a repository of code.
+    if name in ("predictions", "attn_implementation"):
+        return "/" not in str(value)
+    return _is_plain(name, value) if name in _OBJECTS else name.isidentifier() and runs_no_code(value)
 
 
 def runs_no_code(value: Any) -> bool:
-    """Return whether no parser, and neither transformers nor peft, imports code or writes files for a value."""
+    """Return whether no parser, and neither transformers nor peft, imports code or writes files for a value.
+
+    A text that YAML reads as a list or a dict is refused, since the parser reads it so, too.
+    """
     if isinstance(value, str):
         try:
-            # The parser does so, too, with texts within dicts.
-            value = yaml.load(value, Loader=_LOADER)
-        except yaml.YAMLError as error:
-            return not isinstance(error, yaml.constructor.ConstructorError)  # the parser reads recursive texts
+            node = yaml.compose(value, Loader=_LOADER)
+        except yaml.YAMLError:
+            return True  # nor can the parser
+        return node is None or isinstance(node, yaml.ScalarNode)
     if isinstance(value, list):
         return all(map(runs_no_code, value))
-    for name, each in _dict(value).items():
-        if _CODE.search(str(name)) or not _is_no_kernel(name, each) or not runs_no_code(each):
-            return False
-    return True
-
-
-def _is_no_kernel(name: object, value: Any) -> bool:
-    """Return whether a value is not the repository of an attention kernel."""
-    return name != "attn_implementation" or "/" not in str(value)
-
-
-def _is_like(value: Any, usual: Any) -> bool:
-    """Return whether a value is the usual one, with its nulls filled in and with defaults added, perhaps."""
-    if isinstance(value, dict) and isinstance(usual, dict):
-        return all(each is None or _is_like(value.get(name), each) for name, each in usual.items())
-    if isinstance(value, list) and isinstance(usual, list):
-        return len(value) == len(usual) and all(map(_is_like, value, usual))
-    return bool(value == usual)
+    entries = _dict(value)
+    return not any(_CODE.search(str(name)) for name in entries) and all(map(runs_no_code, entries.values()))
 
 
 def _dict(value: Any) -> Settings:

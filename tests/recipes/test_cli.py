@@ -80,7 +80,7 @@ class Numbers(L.LightningDataModule):
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A configuration with what the recipes' have; the classes of this file count as the recipes' own."""
-    monkeypatch.setattr("recipes.shared.taken._PARTS", re.compile(rf"{__name__}\.\w+"))
+    monkeypatch.setattr("recipes.shared.taken._CLASSES", re.compile(rf"({__name__}|lightning_flatlora)\.\w+"))
     saver = {"class_path": "lightning_flatlora.AdapterCheckpoint", "init_args": {"save_last": True}}
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "tiny"}}
     trainer = {
@@ -118,7 +118,7 @@ def test_every_configuration_takes_lightnings_usual_options(recipe: str) -> None
         "--trainer.callbacks.monitor=val_loss",
         "--trainer.max_steps=3",
         "--seed_everything=5",
-        "--optimizer=SGD",  # bitsandbytes has one too
+        "--optimizer=torch.optim.SGD",
         "--optimizer.lr=0.5",
         "--lr_scheduler=ExponentialLR",
         "--lr_scheduler.gamma=0.5",
@@ -193,11 +193,11 @@ def test_resuming_under_another_schedule_is_refused(config: str) -> None:
     ("options", "message"),
     [
         (["--ckpt_path=last"], "no last checkpoint, searched for in runs/tiny. Leave"),
-        (["--ckpt_path=last", "--trainer.enable_checkpointing=false"], "searched for in nowhere: nothing saves any"),
-        (["--ckpt_path=some.ckpt", "--trainer.enable_checkpointing=false"], "it lacks the frozen weights, which"),
-        (["--ckpt_path=best"], "the best is known only to the run that has saved it"),
-        (["--ckpt_path=saved"], "saved: it is a folder; give a file, such as saved/last.ckpt"),
-        (["--ckpt_path=saved/last"], "saved/last: it is a folder; give a file, such as saved/last.ckpt"),
+        (["--ckpt_path=last", "--trainer.logger=false"], "searched for in no folder, as no logger names one"),
+        (["--ckpt_path=last-if-any"], "no last checkpoint, searched for in runs/tiny. Leave"),
+        (["--ckpt_path=saved/last.ckpt", "--trainer.enable_checkpointing=false"], "but found `ModelCheckpoint`"),
+        (["--ckpt_path=best"], "best: there is no such file: give one"),
+        (["--ckpt_path=saved/last"], "saved/last: there is no such file: give one"),
     ],
 )
 def test_checkpoints_that_are_not_there_are_refused(options: list[str], message: str, config: str) -> None:
@@ -298,7 +298,8 @@ def test_every_command_has_the_settings_of_the_checkpoints_run(config: str) -> N
 # -- others
 
 
-def test_predict_is_refused_where_a_recipe_has_none(config: str) -> None:
+def test_predict_is_refused_where_a_recipe_has_none(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Numbers, "predicts", False, raising=False)
     with pytest.raises(MisconfigurationException, match="predict: Numbers holds nothing to predict"):
         run("predict", config)
 

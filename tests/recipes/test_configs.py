@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from one_command import ParsingCLI
 from recipe_runs import STRATEGIES, config_arguments
 
-from recipes.shared.cli import RecipeCLI
-from recipes.shared.configs import RECIPES, methods_of, shipped_configs
+from recipes.shared.command_line import taken_apart
+from recipes.shared.configs import RECIPES, methods_of
 
 ROOT = RECIPES.parent
 FILES = sorted(RECIPES.rglob("*.yaml"))
@@ -111,69 +110,23 @@ def test_a_strategy_or_a_logger_changes_nothing_else(recipe: str, overlay: Path,
 # -- the commands in the files and on the pages
 
 
-def commands(text: str) -> list[list[str]]:
-    """Arguments of the recipes' ``fit`` in a comment, which may go over several lines."""
-    joined = re.sub(r"\\\n#", "", text)
-    return [shlex.split(line, comments=True) for line in re.findall(r"python -m recipes\.\w+ fit (.*)", joined)]
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """The recipe and the arguments of each ``fit`` in a comment, which may go over several lines."""
+    found = re.findall(r"python -m recipes\.(\w+) fit (.*)", re.sub(r"\\\n#", "", text))
+    return [(recipe, shlex.split(line, comments=True)) for recipe, line in found]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(RECIPES)))
-def test_the_commands_in_a_file_load_it(path: Any, parse: Parse) -> None:
+def test_the_commands_in_a_file_load_it(path: Path, parse: Parse) -> None:
     found = commands(path.read_text(encoding="utf-8"))
     assert found
-    for arguments in found:
-        assert str(path.relative_to(ROOT)) in arguments
-        parse(arguments)
+    for recipe, arguments in found:
+        complete = taken_apart(recipe, arguments).arguments({})
+        assert path in [Path(each.removeprefix("--config=")).resolve() for each in complete]
+        parse([each for each in complete if not each.startswith("--method")])
 
 
 def test_the_pages_name_files_that_exist() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for name in re.findall(r"recipes/[\w/]+\.yaml", page.read_text(encoding="utf-8")):
             assert (ROOT / name).is_file(), f"{page}: {name}"
-
-
-# -- what users see
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["fit", "--help"], "--run_name"),
-        (["fit"], "the following arguments are required"),
-        (["fit", "--config=recipes/vqa/configs/efmlora.yaml"], "File does not exist"),
-    ],
-)
-def test_help_and_errors_name_the_shipped_files(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit):
-        RecipeCLI(arguments)
-    shown = "".join(capsys.readouterr())
-    assert said in shown
-    assert shown.endswith(f"{shipped_configs('')}\n")
-    with pytest.raises(SystemExit):
-        RecipeCLI(["--help"], recipe="vqa")
-    assert "recipes/vqa/configs" in (own := capsys.readouterr().out)
-    assert "recipes/nlg" not in own
-    for path in FILES:
-        assert path.name in shown
-        assert str(path.parent.relative_to(ROOT)) in shown
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "holds no settings"),
-        ("# trainer:\n#   max_epochs: 3\n", "holds no settings"),
-        ("trainer:\n\tmax_epochs: 3\n", r"is no YAML: (?s:.)*line 2"),
-    ],
-)
-def test_a_configuration_that_can_not_be_read_is_named(tmp_path: Path, text: str, message: str) -> None:
-    """Of several files the parser does not say which one it means."""
-    broken = tmp_path / "mine.yaml"
-    broken.write_text(text)
-    for given in (["--config", str(broken)], [f"--config={broken}"]):
-        with pytest.raises(MisconfigurationException, match=f"--config {broken} {message}"):
-            RecipeCLI(["fit", *given], recipe="classification")

@@ -1,7 +1,6 @@
 """What a foreign run's config.yaml may choose: neither code of others nor where files are written."""
 
 import inspect
-import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,8 +21,8 @@ from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuning
 from recipes.nlg.data import MeaningData
 from recipes.nlg.module import TextGeneration
-from recipes.shared.configs import settings_of_run
-from recipes.shared.taken import taken
+from recipes.shared.configs import written_settings
+from recipes.shared.taken import _OBJECTS, _PLAIN, taken
 from recipes.vqa.data import VQAData
 from recipes.vqa.module import VQA
 
@@ -56,35 +55,35 @@ def folder_of(tmp_path: Path, changes: dict[str, Any]) -> Path:
 
 
 SAVER = {"class_path": "lightning_flatlora.AdapterCheckpoint", "init_args": {"monitor": "val/loss", "dirpath": "x"}}
+SAVING = "trainer.callbacks (lightning_flatlora.AdapterCheckpoint)"
+LAMBDA = {"class_path": "torch.optim.lr_scheduler.LambdaLR", "init_args": {"lr_lambda": "payload.Evil"}}
 
 
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("trainer.strategy", "ddp", "trainer.strategy"),
-        ("trainer.strategy", {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}, "trainer.strategy"),
-        ("trainer.plugins", [{"class_path": "lightning.pytorch.plugins.MixedPrecision"}], "trainer.plugins"),
-        ("trainer.logger", [{"class_path": "lightning.pytorch.loggers.CSVLogger"}], "trainer.logger"),
-        ("trainer.profiler", "advanced", "trainer.profiler"),
-        ("trainer.default_root_dir", "/x", "trainer.default_root_dir"),
-        ("trainer.model_registry", "x", "trainer.model_registry"),
-        ("weights_only", False, "weights_only"),
-        ("trainer.callbacks", [EVIL], r"trainer.callbacks \(payload.Evil\)"),
-        ("trainer.callbacks", ["EarlyStopping"], r"trainer.callbacks \(EarlyStopping\)"),
-        ("trainer.callbacks", [SAVER], "AdapterCheckpoint.dirpath"),
-        ("trainer.callbacks", [{**SAVER, "init_args": {"filename": "../../x"}}], "AdapterCheckpoint.filename"),
-        ("trainer.callbacks", [{**SAVER, "init_args": {"filename": "{x].__class__}"}}], "AdapterCheckpoint.filename"),
-        ("trainer.logger", False, "trainer.logger"),
+        *((f"trainer.{name}", EVIL, None) for name in ("strategy", "plugins", "logger", "profiler")),
+        ("trainer.default_root_dir", "/x", None),
+        ("trainer.model_registry", "x", None),
+        ("weights_only", False, None),
+        ("trainer.accelerator", EVIL, "trainer.accelerator"),
+        ("trainer.callbacks", [EVIL], "trainer.callbacks (payload.Evil)"),
+        ("trainer.callbacks", ["EarlyStopping"], "trainer.callbacks (EarlyStopping)"),
+        ("trainer.callbacks", [SAVER], SAVING),
+        ("trainer.callbacks", [{**SAVER, "init_args": {"filename": "../../x"}}], SAVING),
+        ("trainer.callbacks", [{**SAVER, "init_args": {"filename": "{x].__class__}"}}], SAVING),
+        ("trainer.callbacks", [{**SAVER, "init_args": {}, "dict_kwargs": {"dirpath": "x"}}], SAVING),
         ("run_name", "../../x", "run_name"),
-        ("optimizer", EVIL, r"optimizer \(payload.Evil\)"),
-        ("lr_scheduler.class_path", "torch.optim.lr_scheduler.LambdaLR", None),
-        ("model.class_path", "payload.Evil", r"model \(payload.Evil\)"),
+        ("optimizer", EVIL, "optimizer"),
+        ("lr_scheduler", LAMBDA, "lr_scheduler"),
+        ("model.class_path", "payload.Evil", "model (payload.Evil)"),
         ("model.init_args.predictions", "/x/predictions.jsonl", "model.predictions"),
         ("model.init_args.lora.x", EVIL, "model.lora"),
         ("model.init_args.lora.x", '{"class\\x5fpath": payload.Evil}', "model.lora"),
         ("model.init_args.lora.x", "{\tclass_path: payload.Evil}", "model.lora"),
         ("model.init_args.lora.x", "{class_path: payload.Evil, d: 2026-13-45}", "model.lora"),
         ("model.init_args.lora.x", "&a [*a, {class_path: payload.Evil}]", "model.lora"),
+        ("model.init_args.lora", "{class_path: payload.Evil}", "model.lora"),
         ("model.init_args", {"rho.class_path": "payload.Evil"}, "model.rho.class_path"),
         ("model.init_args.model_config", {"attn_implementation": "someone/kernel"}, "model.model_config"),
         ("model.init_args.lora", {"megatron_core": "payload", "megatron_config": {"a": 1}}, "model.lora"),
@@ -92,18 +91,15 @@ SAVER = {"class_path": "lightning_flatlora.AdapterCheckpoint", "init_args": {"mo
         ("model.init_args.attn_implementation", "someone/kernel", "model.attn_implementation"),
         ("model.init_args.rho", "payload.Evil", "model.rho"),
         ("model.init_args.finder", "payload.Evil", "model.finder"),
-        ("data.class_path", "lightning.pytorch.demos.boring_classes.BoringDataModule", r"data \(lightning"),
+        ("data.class_path", "lightning.pytorch.demos.boring_classes.BoringDataModule", "data (lightning"),
         ("data.init_args.root", EVIL, "data.root"),
         ("data.init_args.download", True, "data.download"),
     ],
 )
-def test_a_foreign_run_chooses_no_code_and_no_place(name: str, value: Any, said: str | None, tmp_path: Path) -> None:
+def test_a_foreign_run_chooses_no_code_and_no_folder(name: str, value: Any, said: str | None, tmp_path: Path) -> None:
     settings = yaml.safe_load((folder_of(tmp_path, {name: value}).parent.parent / "config.yaml").read_text())
-    if said is None:
-        settings["lr_scheduler"]["init_args"] = {"lr_lambda": "payload.Evil", "last_epoch": -1}
-        said = "LambdaLR.lr_lambda"
-    found, others = taken(settings, {})
-    assert [other for other in others if re.match(said, other)] == others != []
+    found, others = taken(settings)
+    assert [other[: len(said)] for other in others] == [said] if said else others == []
     assert "payload" not in str(found)
     assert found["trainer"].keys() <= {"max_epochs", "precision", "callbacks"}
     # In the same words nothing else is left out.
@@ -162,16 +158,12 @@ def test_a_checkpoint_names_no_folder_to_delete(name: str, path: str) -> None:
         module.on_load_checkpoint({"callbacks": {"Saver": {name: named}}})
 
 
-def test_what_is_left_out_is_named_until_it_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_left_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     monkeypatch.setattr(ParsingCLI, "_run_subcommand", lambda self, name: None)
-    checkpoint = folder_of(tmp_path, {"trainer.strategy": "ddp"})
-    for given, is_named in (([], True), (["--trainer.strategy=ddp"], False)):
-        caplog.clear()
-        parsed("fit", f"--ckpt_path={checkpoint}", *given)
-        named = [message for message in caplog.messages if "are written: trainer.strategy. If you" in message]
-        assert bool(named) == is_named
+    parsed("fit", f"--ckpt_path={folder_of(tmp_path, {'trainer.callbacks': [EVIL], 'data.init_args.download': True})}")
+    assert any(
+        "are written: data.download, trainer.callbacks (payload.Evil). If you" in each for each in caplog.messages
+    )
 
 
 def test_what_a_run_of_ours_had_is_taken(tmp_path: Path) -> None:
@@ -191,11 +183,10 @@ def test_what_a_run_of_ours_had_is_taken(tmp_path: Path) -> None:
         "model.init_args.predictions": "answers.jsonl",
     }
     settings = yaml.safe_load((folder_of(tmp_path, changes).parent.parent / "config.yaml").read_text())
-    base = {"trainer": {"logger": [{"class_path": "CSV", "init_args": {"save_dir": "runs", "name": None}}]}}
-    found, others = taken(settings, base)
+    found, others = taken(settings)
     assert others == []
     expected = {name: value for name, value in settings["trainer"].items() if name not in ("strategy", "logger")}
-    assert found == {**settings, "trainer": expected}
+    assert found == {**dict.fromkeys(_PLAIN), **settings, "trainer": expected}
 
 
 def test_the_export_of_clip_imports_nothing_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +202,7 @@ def test_the_export_of_clip_imports_nothing_either(tmp_path: Path, monkeypatch: 
 def test_a_file_that_is_not_a_runs_is_passed_over(text: str, tmp_path: Path) -> None:
     checkpoint = folder_of(tmp_path, {})
     (checkpoint.parent.parent / "config.yaml").write_text(text)
-    assert settings_of_run(checkpoint) == ({}, [])
+    assert written_settings(checkpoint) == {}
     assert not (tmp_path / "PWNED").exists()
 
 
