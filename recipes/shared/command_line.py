@@ -72,10 +72,9 @@ class CommandLine:
                     overlays = [] if self.gives_method() else [yaml.safe_dump({"trainer": {"callbacks+": methods}})]
             configs.append(yaml.safe_dump({**run, "trainer": trainer}))  # the parser takes settings in place of a file
         given = [f"--config={config}" for config in [*configs, *self.configs, *overlays]]
-        if self.method is not None:
-            given.append(f"--method={self.method}")
-        if self.checkpoint is not None:
-            given.append(f"--ckpt_path={self.checkpoint}")
+        for name, value in (("method", self.method), ("ckpt_path", self.checkpoint)):
+            if value is not None:
+                given.append(f"--{name}={value}")
         return [*given, *self.options]
 
     def callbacks(self) -> str:

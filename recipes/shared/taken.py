@@ -71,14 +71,16 @@ def _divided(settings: Settings, prefix: str, allows: Callable[[str, Any], bool]
 def _is_plain(name: str, value: Any) -> bool:
     """Return whether a value is a number, words, an object of a known class with such arguments, or a list of these."""
     # The parser reads a dot in a name as a way inside.
-    if not name.isidentifier() or (name == "dirpath" and value):
+    if not str(name).isidentifier() or (name == "dirpath" and value):
         return False
     if isinstance(value, list):
         return all(_is_plain(name, each) for each in value)
     if isinstance(value, dict):
         is_known = _CLASSES.fullmatch(str(value.get("class_path"))) and value.keys() <= {"class_path", "init_args"}
         return bool(is_known) and not _divided(_dict(value.get("init_args")), "", _is_plain)[1]
-    return not isinstance(value, str) or bool(_WORDS.fullmatch(value))
+    if isinstance(value, str):
+        return bool(_WORDS.fullmatch(value))
+    return value is None or isinstance(value, bool | int | float)
 
 
 def _is_setting(name: str, value: Any) -> bool:
@@ -88,7 +90,7 @@ def _is_setting(name: str, value: Any) -> bool:
     # With a slash they are another folder, and a repository of code.
     if name in ("predictions", "attn_implementation"):
         return "/" not in str(value)
-    return _is_plain(name, value) if name in _OBJECTS else name.isidentifier() and runs_no_code(value)
+    return _is_plain(name, value) if name in _OBJECTS else str(name).isidentifier() and runs_no_code(value)
 
 
 def runs_no_code(value: Any) -> bool:

@@ -88,7 +88,7 @@ def test_the_same_command_goes_on(
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.setattr(Send, "moment", ("", 0, 0))
     resumed = fit(*options)
-    assert any("last-if-any: resumes" in message for message in caplog.messages)
+    assert any("last-if-any: runs/" in message for message in caplog.messages)
     assert resumed.trainer.global_step == steps
     assert same(trained(resumed), trained(whole))
     assert same(resumed.trainer.callback_metrics["val_loss"], whole.trainer.callback_metrics["val_loss"])
