@@ -20,7 +20,7 @@ from pandas import DataFrame
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from recipes.benchmarks.methods import METHODS
+from recipes.benchmarks.methods import METHODS, named
 from recipes.benchmarks.workloads import WORKLOADS
 from recipes.shared.methods import OURS
 from recipes.shared.options import parse_options
@@ -38,8 +38,8 @@ class Options:
         output: file of the results.
     """
 
-    model: str = field(default="smollm2", metadata={"choices": list(WORKLOADS)})
-    methods: list[str] = field(default_factory=lambda: list(OURS), metadata={"choices": ["all", *METHODS]})
+    model: str = "smollm2"
+    methods: list[str] = field(default_factory=lambda: list(OURS))
     steps: int = 3
     output: Path = Path("runs/benchmarks/memory.json")
 
@@ -109,6 +109,8 @@ def measured(model: str, method: str, steps: int) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print a table, write JSON, and return what was written."""
     options = parse_options(Options, arguments, "python -m recipes.benchmarks.memory", "Memory of a step, on the CPU.")
+    named("model", [options.model], WORKLOADS)
+    methods = named("methods", options.methods, METHODS)
     if platform.system() != "Linux":
         raise SystemExit("this benchmark reads /proc, which only Linux has")
     # Of the fresh processes: what is freed goes back to the kernel at once, and is not counted.
@@ -116,7 +118,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     result = {"torch": torch.__version__, "model": options.model, "steps": options.steps, "rows": rows}
-    for method in METHODS if "all" in options.methods else options.methods:
+    for method in methods:
         print(f"{options.model}, {method}", flush=True)
         rows.append({"method": method, **measured(options.model, method, options.steps)})
         options.output.write_text(json.dumps(result, indent=2) + "\n")

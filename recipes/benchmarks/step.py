@@ -25,7 +25,7 @@ from rich.progress import track
 from torch import nn
 from torch.utils.data import DataLoader
 
-from recipes.benchmarks.methods import METHODS, Method
+from recipes.benchmarks.methods import METHODS, Method, named
 from recipes.benchmarks.workloads import WORKLOADS, Stack, Workload
 from recipes.shared.methods import OURS
 from recipes.shared.options import parse_options
@@ -53,9 +53,9 @@ class Options:
         output: file of the results; a plot comes beside it.
     """
 
-    models: list[str] = field(default_factory=lambda: ["minilm", "smollm2"], metadata={"choices": list(WORKLOADS)})
-    methods: list[str] = field(default_factory=lambda: list(OURS), metadata={"choices": ["all", *METHODS]})
-    vary: list[str] | None = None
+    models: list[str] = field(default_factory=lambda: ["minilm", "smollm2"])
+    methods: list[str] = field(default_factory=lambda: list(OURS))
+    vary: list[str] = field(default_factory=list)
     rounds: int = 10
     steps: int = 8
     accelerator: Literal["cpu", "cuda"] = "cpu"
@@ -65,12 +65,11 @@ class Options:
     output: Path = Path("runs/benchmarks/step.json")
 
     def __post_init__(self) -> None:
-        self.methods = list(METHODS) if "all" in self.methods else list(dict.fromkeys(["LoRA", *self.methods]))
+        self.models = named("models", self.models, WORKLOADS)
+        self.methods = named("methods", ["LoRA", *self.methods], METHODS)
         what, *values = self.vary or ["", "0"]
         if what not in ("", "rank", "layers", "batch") or not values or not all(value.isdigit() for value in values):
-            raise SystemExit(
-                f"--vary takes rank, layers or batch, and the values to try, got {' '.join(self.vary or ())}"
-            )
+            raise SystemExit(f"--vary takes rank, layers or batch, and the values to try, got {' '.join(self.vary)}")
         self.varied = what
         self.values = [int(value) for value in values]
 

@@ -1,7 +1,6 @@
 """``python -m recipes.clip.export RUN_CHECKPOINT FOLDER``: a plain open_clip model, with the adapter merged in."""
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import open_clip
 import torch
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from open_clip.push_to_hf_hub import save_config_for_hf
@@ -29,23 +28,18 @@ _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _CLOSE = 1e-3  # of normalized features; a wrong weight changes them by more
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line, or a list of arguments."""
-    parser = argparse.ArgumentParser(
-        "python -m recipes.clip.export",
-        description="Write what a run of recipes.clip_fewshot or recipes.clip_contrastive has trained as a plain "
-        'open_clip model, with the adapter merged in. open_clip loads it as "local-dir:FOLDER".',
-    )
-    parser.add_argument("checkpoint", type=Path, help="a .ckpt of the run")
-    parser.add_argument("folder", type=Path, help="to write, which must not hold a model yet")
-    parser.add_argument(
-        "--config", type=Path, help="the run's config.yaml; by default the one in the folder above the checkpoint's"
-    )
-    parsed = parser.parse_args(args)
-    difference = export(parsed.checkpoint, parsed.folder, parsed.config)
-    name = f"local-dir:{parsed.folder}"
+def main(checkpoint: Path, folder: Path, config: Path | None = None) -> None:
+    """Write what a run of the CLIP recipes has trained as a plain open_clip model, with the adapter merged in.
+
+    Args:
+        checkpoint: a .ckpt of the run.
+        folder: to write, which must not hold a model yet; open_clip loads it as "local-dir:FOLDER".
+        config: the run's config.yaml; by default the one in the folder above the checkpoint's.
+    """
+    difference = export(checkpoint, folder, config)
+    name = f"local-dir:{folder}"
     print(
-        f"{parsed.folder} holds a plain open_clip model, whose features differ from the run's by {difference:.0e}.\n"
+        f"{folder} holds a plain open_clip model, whose features differ from the run's by {difference:.0e}.\n"
         f"  model, _, preprocess = open_clip.create_model_and_transforms({name!r})\n"
         f"  tokenizer = open_clip.get_tokenizer({name!r})"
     )
@@ -133,4 +127,4 @@ def features(net: nn.Module, preprocess: Callable[[Image.Image], Tensor], tokeni
 
 if __name__ == "__main__":
     with without_traceback():
-        main()
+        auto_cli(main, prog="python -m recipes.clip.export")

@@ -5,11 +5,12 @@ Adapters of the uppermost layer of a small sentence encoder are trained on few e
 after Ctrl-C the same command resumes.
 """
 
-import argparse
 import multiprocessing
 import sys
 from itertools import product
 from pathlib import Path
+
+from jsonargparse import auto_cli
 
 from recipes.demo.report import plot, sentences, table
 from recipes.demo.run import ARMS, RATES, SEEDS, Run, assist, share
@@ -24,44 +25,39 @@ from recipes.shared.tables import print_and_write
 _WRITTEN = ("table.txt", "demo.png")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run what is not there yet, and report; returns the exit status."""
-    options = _parser().parse_args(arguments)
+def main(folder: Path = Path("runs/demo"), processes: int = 2) -> int:
+    """Run what is not there yet, and report; returns the exit status.
+
+    Args:
+        folder: output folder.
+        processes: that share the runs, one thread each.
+    """
     quiet()
-    begin_folder(options.folder, "results.jsonl", _WRITTEN)
-    precision = precision_of_runs(options.folder)
+    begin_folder(folder, "results.jsonl", _WRITTEN)
+    precision = precision_of_runs(folder)
     print(f"Precision: {precision}; the environment variable {SETTING} sets another", flush=True)
     try:
-        _work(options, Settings(precision=precision))
+        _work(folder, processes, Settings(precision=precision))
     except (KeyboardInterrupt, SystemExit, StoppedError) as stop:  # Lightning turns Ctrl-C into an exit
         print("Stopped. The same command resumes: what is finished is kept")
         return stop.status if isinstance(stop, StoppedError) else 130
-    print(f"{', '.join(['results.jsonl', *_WRITTEN])} are in {options.folder}")
+    print(f"{', '.join(['results.jsonl', *_WRITTEN])} are in {folder}")
     return 0
 
 
-def _work(options: argparse.Namespace, settings: Settings) -> None:
+def _work(folder: Path, processes: int, settings: Settings) -> None:
     """Do what is missing, and report."""
     # The methods of a seed one after the other: whatever else the machine does slows them alike.
     runs = [Run(arm, rate, seed, settings) for seed, rate, arm in product(SEEDS, RATES, ARMS)]
-    for _ in range(options.processes - 1):
+    for _ in range(processes - 1):
         # It ends by itself, and with this one.
-        multiprocessing.get_context("spawn").Process(target=assist, args=(options.folder, runs), daemon=True).start()
-    rows = share(options.folder, runs)
-    print_and_write(table(rows), options.folder / "table.txt")
-    plot(rows, options.folder / "demo.png")
+        multiprocessing.get_context("spawn").Process(target=assist, args=(folder, runs), daemon=True).start()
+    rows = share(folder, runs)
+    print_and_write(table(rows), folder / "table.txt")
+    plot(rows, folder / "demo.png")
     print(sentences(rows))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="output folder")
-    parser.add_argument("--processes", type=int, default=2, help="that share the runs, one thread each")
-    return parser
 
 
 if __name__ == "__main__":
     with without_traceback():
-        sys.exit(main())
+        sys.exit(auto_cli(main, prog="python -m recipes.demo", description=__doc__))

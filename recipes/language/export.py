@@ -4,10 +4,9 @@ The folder is what vLLM serves, llama.cpp converts and any program with transfor
 says how the run was made. Nothing is sent anywhere unless `--push_to_hub` names a repository.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from huggingface_hub import HfApi
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -22,27 +21,25 @@ from recipes.language.model_card import model_card
 from recipes.language.templates import ASKED, RefusedConversationError, read_template, template_errors
 from recipes.shared.configs import written_settings
 from recipes.shared.files import refuse_unless_new
-from recipes.shared.progress import without_hints
 from recipes.shared.taken import runs_no_code
 
 
-def main(program: str, arguments: Sequence[str] | None = None) -> None:
-    """The command line of a recipe's program."""
-    parser = argparse.ArgumentParser(prog=program, description=__doc__)
-    parser.add_argument("adapter", type=Path, help="folder of the adapter, such as checkpoints/last of a run")
-    parser.add_argument("folder", type=Path, help="to write, which must be empty or not be there")
-    parser.add_argument("--dtype", choices=get_args(DType), default="auto", help="of the weights (auto: as the base's)")
-    parser.add_argument("--base", "--model", help="the model that was trained on, where it is elsewhere now")
-    parser.add_argument("--push_to_hub", metavar="NAME", help="send it to this repository, private if it is new")
-    options = parser.parse_args(arguments)
-    without_hints()
-    try:
-        export(options.adapter, options.folder, options.dtype, options.base)
-    except MisconfigurationException as error:
-        parser.error(str(error))
-    print(f"The merged model is in {options.folder}")
-    if options.push_to_hub:
-        print(f"and in {push(options.folder, options.push_to_hub)}")
+def main(
+    adapter: Path, folder: Path, dtype: DType = "auto", base: str | None = None, push_to_hub: str | None = None
+) -> None:
+    """Write a run's adapter in the weights of its base: a plain transformers model, with a model card.
+
+    Args:
+        adapter: folder of the adapter, such as checkpoints/last of a run.
+        folder: to write, which must be empty or not be there.
+        dtype: of the weights; auto is the base's.
+        base: the model that was trained on, if it is elsewhere now.
+        push_to_hub: send it to this repository, which is private if it is new.
+    """
+    export(adapter, folder, dtype, base)
+    print(f"The merged model is in {folder}")
+    if push_to_hub:
+        print(f"and in {push(folder, push_to_hub)}")
 
 
 def export(adapter: Path, to: Path, dtype: DType = "auto", base: str | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,19 +50,18 @@ class AdapterFolder:
         read: dict[str, Any] = json.loads((self.path / _CONFIG).read_text(encoding="utf-8"))
         return read
 
-    @property
-    def problems(self) -> list[str]:
-        """Why it can't be measured, as far as can be told before a model is loaded."""
+    def check(self) -> None:
+        """Refuse what can't be measured, as far as can be told before a model is loaded."""
         name = f"--adapter {self.path}"
         if not self.path.is_dir():
-            return [f"{name} is not a folder"]
+            raise MisconfigurationException(f"{name} is not a folder")
         if not (self.path / _CONFIG).exists():
             inside = sorted(str(config.parent) for config in self.path.glob(f"*/{_CONFIG}"))
-            return [f"{name} holds no {_CONFIG}: " + (f"take {' or '.join(inside)}" if inside else "not peft's folder")]
+            hint = f"take {' or '.join(inside)}" if inside else "not peft's folder"
+            raise MisconfigurationException(f"{name} holds no {_CONFIG}: {hint}")
         kind = self.config.get("peft_type")
         if kind != "LORA":
-            return [f"{name} is of type {kind}, which has no factors A and B: only LoRA adapters can be measured"]
-        return []
+            raise MisconfigurationException(f"{name} is of type {kind}: only LoRA adapters can be measured")
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,17 @@ class Options:
     surface: bool = True
 
     def __post_init__(self) -> None:
-        problems = self._problems()
-        if problems:
-            raise MisconfigurationException("; ".join(problems))
+        for adapter in self.adapters:
+            adapter.check()
+            if self.output.resolve().is_relative_to(adapter.path.resolve()):
+                raise MisconfigurationException(f"--output {self.output} is in the adapter's folder: take another")
+        labels = [adapter.label for adapter in self.adapters]
+        if len(set(labels)) < len(labels):
+            raise MisconfigurationException(f"--adapter: labels must differ, got {labels}: write LABEL=FOLDER")
+        if not self.data.is_file():
+            raise MisconfigurationException(f"--data {self.data} is not a file")
+        self._check_output()
+        self._check_numbers()
 
     @property
     def adapters(self) -> list[AdapterFolder]:
@@ -135,56 +142,42 @@ class Options:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
 
-    def _problems(self) -> list[str]:
-        lines = []
-        for adapter in self.adapters:
-            lines += adapter.problems
-        labels = [adapter.label for adapter in self.adapters]
-        if len(set(labels)) < len(labels):
-            lines.append(f"--adapter: labels must differ, got {', '.join(labels)}: write LABEL=FOLDER")
-        if not self.data.is_file():
-            lines.append(f"--data {self.data} is not a file")
-        output = self.output.resolve()
-        there = next(folder for folder in (output, *output.parents) if os.path.exists(folder))
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            lines.append(f"--output {self.output} can't be written: {there} is not a folder that can be written to")
-        lines += self._files_of_others()
-        for adapter in self.adapters:
-            if output.is_relative_to(adapter.path.resolve()):
-                lines.append(f"--output {self.output} lies in the adapter's folder {adapter.path}: take another")
-        return lines + self._bad_numbers()
-
-    def _files_of_others(self) -> list[str]:
-        """What a report would replace although no report has written it."""
+    def _check_output(self) -> None:
+        """Refuse a folder that can't be written, or in which a report would replace what no report has written."""
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.output):
+                pass
+        except OSError as error:
+            raise MisconfigurationException(f"--output {self.output} can't be written: {error}") from error
         report = self.output / REPORT
         if report.is_file() and report.read_text(encoding="utf-8", errors="replace").startswith(HEADING):
-            return []
-        names = [name for name in (REPORT, CURVES, SURFACE) if (self.output / name).exists()]
-        if not names:
-            return []
-        return [f"--output {self.output} holds {', '.join(names)}, which no report has written: take another folder"]
+            return
+        for name in (REPORT, CURVES, SURFACE):
+            if (self.output / name).exists():
+                raise MisconfigurationException(
+                    f"--output {self.output} holds {name}, which no report has written: take another folder"
+                )
 
-    def _bad_numbers(self) -> list[str]:
-        sizes = [*(("--rho", rho) for rho in self.rho), ("--sigma", self.sigma)]
-        lines = []
-        for name, size in sizes:
-            if not 0 < size < math.inf:
-                lines.append(f"{name} must be a finite number > 0, got {size}")
-        least = {"directions": 2, "samples": 2, "examples": 1, "batch_size": 1, "max_length": 2, "seed": 0}
+    def _check_numbers(self) -> None:
+        if not all(0 < size < math.inf for size in (*self.rho, self.sigma)):
+            raise MisconfigurationException(
+                f"--rho and --sigma must be finite and > 0, got {self.rho} and {self.sigma}"
+            )
+        least = {"directions": 2, "samples": 2, "examples": 1, "batch_size": 1, "max_length": 2, "points": 3}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
-                lines.append(f"--{name} must be {smallest} or more, got {getattr(self, name)}")
-        if self.points < 3 or self.points % 2 == 0:
-            lines.append(f"--points must be odd, so that one is the adapter itself, and 3 or more, got {self.points}")
-        return lines
+                raise MisconfigurationException(f"--{name} must be {smallest} or more, got {getattr(self, name)}")
+        if self.points % 2 == 0:
+            raise MisconfigurationException(f"--points must be odd, so that one is the adapter, got {self.points}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Parse a command line.
 
     Raises:
-        MisconfigurationException: with all that is wrong.
-        SystemExit: for --help, and for what argparse can't read.
+        MisconfigurationException: something is wrong with it.
+        SystemExit: for --help, and for what jsonargparse refuses.
     """
     description = "How flat is the loss around finished LoRA adapters? Writes report.md, curves.png and surface.png."
     return parse_options(Options, arguments, "python -m recipes.report", description)

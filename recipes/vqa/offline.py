@@ -5,7 +5,6 @@ the colours and shapes of easy-vqa and whether there is one. Questions with a ne
 the recipe, which fine-tunes it on them. It knows nothing else.
 """
 
-import argparse
 import shutil
 from collections.abc import Iterable
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities import disable_possible_user_warnings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -167,14 +167,15 @@ def build(steps: int = STEPS, dataset: str = DATASET) -> Path:
     return folder
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps of {BATCH} questions")
-    arguments = parser.parse_args()
+def main(steps: int = STEPS) -> None:
+    """Build the model, and say where it is.
+
+    Args:
+        steps: optimizer steps of 32 questions.
+    """
     disable_possible_user_warnings()
-    print(f"The model is in {build(arguments.steps)}: give it to the recipe as --model.model packaged")
+    print(f"The model is in {build(steps)}: give it to the recipe as --model.model packaged")
 
 
 if __name__ == "__main__":
-    main()
+    auto_cli(main, prog="python -m recipes.vqa.offline", description=__doc__)

@@ -145,7 +145,7 @@ def test_a_run_is_exported(method: str, small_clip: str, pictures: str, tmp_path
     folder = tmp_path / "runs" / "clip_contrastive" / method / "version_0"
     checkpoint = folder / "checkpoints" / "last.ckpt"
     capsys.readouterr()
-    export_main([str(checkpoint), "exported"])
+    export_main(checkpoint, Path("exported"))
     assert "local-dir:exported" in capsys.readouterr().out
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]
     plain = open_clip.create_model(small_clip).state_dict()
@@ -155,4 +155,4 @@ def test_a_run_is_exported(method: str, small_clip: str, pictures: str, tmp_path
     assert any("ln_2" in name for name in moved) == (method == "full")
     assert any("lora_B" in name for name in weights) == (method != "full")
     with pytest.raises(MisconfigurationException, match="exported is there already and is not an empty folder"):
-        export_main([str(checkpoint), "exported"])
+        export_main(checkpoint, Path("exported"))

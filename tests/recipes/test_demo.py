@@ -102,10 +102,9 @@ def test_the_demo_reports_resumes_and_shares(
         return {**run.key(), "validation_loss": loss, "validation_accuracy": 0.4, "losses_around": around}
 
     monkeypatch.setattr(running, "perform", invented)
-    command = ["--folder", str(tmp_path), "--processes", "1"]
-    assert main(command) == 130  # in the fifth run
+    assert main(tmp_path, processes=1) == 130  # in the fifth run
     assert "The same command resumes" in capsys.readouterr().out
-    assert main(command) == 0
+    assert main(tmp_path, processes=1) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert [(run.seed, run.rate, run.arm) for run in begun[5:]] == list(product(SEEDS, RATES, ARMS))[4:]
     assert "to LoRA: validation loss -0.80 [-0.80, -0.80], rise -25.60 [-25.60, -25.60]" in shown
@@ -115,7 +114,7 @@ def test_the_demo_reports_resumes_and_shares(
 
     # A second process finds everything done; without a stub, it would train.
     rows = (tmp_path / "results.jsonl").read_text()
-    assert main(["--folder", str(tmp_path)]) == 0
+    assert main(tmp_path) == 0
     assert (tmp_path / "results.jsonl").read_text() == rows
 
 

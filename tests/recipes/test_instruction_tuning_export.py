@@ -51,7 +51,7 @@ def adapter(tiny: str, tmp_path: Path) -> Path:
 
 
 def test_the_folder_is_a_plain_model_that_answers_alike(adapter: Path, tiny: str, tmp_path: Path, capsys: Any) -> None:
-    exporting.main("export", [str(adapter), str(tmp_path / "plain")])
+    exporting.main(adapter, tmp_path / "plain")
     assert "plain" in capsys.readouterr().out
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     ids = torch.arange(20)[None]
@@ -130,22 +130,19 @@ def test_nothing_is_sent_unless_asked(adapter: Path, tmp_path: Path, monkeypatch
             sent.append(options)
 
     monkeypatch.setattr(exporting, "HfApi", Hub)
-    exporting.main("export", [str(adapter), str(tmp_path / "one")])
+    exporting.main(adapter, tmp_path / "one")
     assert not sent
-    exporting.main("export", [str(adapter), str(tmp_path / "two"), "--push_to_hub", "me/mine"])
+    exporting.main(adapter, tmp_path / "two", push_to_hub="me/mine")
     folder = str(tmp_path / "two")
     assert sent == [("me/mine", {"private": True, "exist_ok": True}), {"repo_id": "me/mine", "folder_path": folder}]
 
 
-def test_bad_folders_are_named(adapter: Path, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        exporting.main("export", [tiny, str(tmp_path / "plain")])
-    assert "holds no adapter_config.json: give the folder next to" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        exporting.main("export", [str(adapter), str(adapter)])
-    assert "is not an empty folder" in capsys.readouterr().err
+def test_bad_folders_are_named(adapter: Path, tiny: str, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"holds no adapter_config.json: give the folder next to"):
+        exporting.export(Path(tiny), tmp_path / "plain")
+    with pytest.raises(MisconfigurationException, match="is not an empty folder"):
+        exporting.export(adapter, adapter)
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"layer_replication": [[0, 1], [0, 1]]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit):
-        exporting.main("export", [str(tmp_path), str(tmp_path / "merged")])
-    assert "with layer_replication can't be merged" in capsys.readouterr().err
+    with pytest.raises(MisconfigurationException, match="with layer_replication can't be merged"):
+        exporting.export(tmp_path, tmp_path / "merged")

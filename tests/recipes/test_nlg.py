@@ -152,7 +152,7 @@ def test_export_gives_a_plain_gpt2(model: str, e2e: str, tmp_path: Path) -> None
     ids = torch.tensor(prompts(cli.model)[:1])
     expected = cli.model.eval().net(input_ids=ids).logits
     assert torch.equal(loaded(input_ids=ids).logits, expected)
-    main("export", [str(adapter), str(tmp_path / "plain")])
+    main(adapter, tmp_path / "plain")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
     assert isinstance(plain.transformer.h[0].attn.c_attn, transformers.pytorch_utils.Conv1D)
     torch.testing.assert_close(plain(input_ids=ids).logits, expected, rtol=0, atol=1e-4)

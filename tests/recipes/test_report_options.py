@@ -37,18 +37,17 @@ def test_labels_are_given_or_the_folders_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["--rho", "0.1", "nan"], "--rho must be a finite number > 0, got nan"),
-        (["--points", "4"], "--points must be odd, so that one is the adapter itself, and 3 or more, got 4"),
+        (["--rho", "0.1", "0"], r"--rho and --sigma must be finite and > 0, got \[0.1, 0.0\]"),
+        (["--points", "4"], "--points must be odd, so that one is the adapter, got 4"),
         (["--samples", "1"], "--samples must be 2 or more, got 1"),
-        (["--adapter", "ia3"], "is of type IA3, which has no factors A and B: only LoRA adapters can be measured"),
+        (["--adapter", "ia3"], "is of type IA3: only LoRA adapters can be measured"),
         (["--adapter", "several"], "holds no adapter_config.json: take several/mine"),
         (["--adapter", "mine"], "holds no adapter_config.json: not peft's folder"),
-        (["--output", "adapter"], "lies in the adapter's folder"),
-        (["--output", "adapter/report"], "lies in the adapter's folder"),
-        (["--output", "data.jsonl/report"], "data.jsonl/report can't be written: .*data.jsonl is not a"),
-        (["--output", "mine"], "holds curves.png, which no report has written: take another"),
-        # All mistakes are told at once.
-        (["--adapter", "none", "--points", "2"], "--adapter none is not a folder; --points must be odd"),
+        (["--output", "adapter"], "is in the adapter's folder"),
+        (["--output", "adapter/report"], "is in the adapter's folder"),
+        (["--output", "data.jsonl/report"], "data.jsonl/report can't be written: .*Not a directory"),
+        (["--output", "mine"], "holds curves.png, which no report has written"),
+        (["--adapter", "none"], "--adapter none is not a folder"),
     ],
 )
 def test_mistakes(given: list[str], says: str, adapter: Path, data: Path) -> None:

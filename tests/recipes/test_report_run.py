@@ -64,7 +64,7 @@ def test_the_command_writes_the_report_and_nothing_else(
     assert f"python -m recipes.report --adapter {adapters[0]}" in text
 
     (output / "notes.txt").write_text("mine")
-    main(arguments(adapters[:1], texts, "--output", str(output), "--no-surface", "--no-curvature"))
+    main(arguments(adapters[:1], texts, "--output", str(output), "--surface=false", "--curvature=false"))
     assert sorted(path.name for path in output.iterdir()) == ["curves.png", "notes.txt", "report.md"]
     text = (output / "report.md").read_text()
     assert "Hessian trace" not in text
@@ -134,15 +134,15 @@ def test_the_adversarial_curve_meets_the_sharpness(options: Options, results: li
     """Where the curve reaches the radius that E has, the loss has risen by what the table says."""
     # The points are half of the largest rho apart.
     largest = 2 * 0.2 * results[0].value(RADIUS)
-    given = arguments((options.adapters[0].path,), options.data, "--dtype", "float64", "--no-curvature")
-    (result,) = measure(parse([*given, "--no-surface", "--points", "9", "--rho", "0.2", repr(largest)]))
+    given = arguments((options.adapters[0].path,), options.data, "--dtype", "float64", "--curvature=false")
+    (result,) = measure(parse([*given, "--surface=false", "--points", "9", "--rho", "0.2", repr(largest)]))
     rise = result.landscape.adversarial[5].item() - result.value(LOSS)
     assert rise == pytest.approx(result.value(sam_name(0.2)), rel=1e-10)
 
 
 def test_layers_without_noise_are_named(base: Path, root: Path, texts: Path, tmp_path: Path) -> None:
     dora = save_adapter(root / "dora", base, use_dora=True)
-    main(arguments((dora,), texts, "--output", str(tmp_path), "--no-curvature", "--no-surface"))
+    main(arguments((dora,), texts, "--output", str(tmp_path), "--curvature=false", "--surface=false"))
     text = (tmp_path / "report.md").read_text()
     assert "Left out of dora" in text
     assert "expected sharpness, sigma" not in text
