@@ -10,7 +10,6 @@ each with the name of its arm, are ``arms.jsonl``.
 import json
 import random
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +19,8 @@ import torch
 from p2 import OPTIONS, RECIPE  # beside this file
 from torch import Tensor
 
-from recipes.studies.results import Results
-from recipes.tune.search import KEY, SEARCH_SEEDS, SIDES, WITHOUT, Run, Search
+from recipes.shared.ledger import Ledger
+from recipes.tune.search import KEY, SIDES, WITHOUT, Search
 from recipes.tune.space import RHO, Config, arguments
 
 SPACE = {
@@ -136,13 +135,6 @@ class ArmSearch(Search):
         """Without a control: `docs/results/p1_control.py` is one."""
         return {side: config for side, config in super().finalists().items() if side in SIDES}
 
-    def missing(self) -> list[Run]:
-        """What is to be done now: one trial, and when all are done, all repeats or all final runs."""
-        run = self.next_run()
-        if run is None or (run.stage == "search" and run.seed == SEARCH_SEEDS[0]):
-            return [run] if run else []
-        return [run for run in (*self._repeats(), *self._finals()) if self.results.find(run) is None]
-
 
 def main(name: str, folder: Path) -> None:
     """Search, and train and test the winner."""
@@ -152,17 +144,12 @@ def main(name: str, folder: Path) -> None:
         of_p1 = Path(__file__).with_name("p1.jsonl").read_text().splitlines()
         rows.write_text("".join(f"{line}\n" for line in of_p1 if json.loads(line)["side"] == WITHOUT))
     options = [option for option in OPTIONS if option not in ("--method", "efmlora")]
-    results = Results(folder, KEY)
+    results = Ledger(folder / "results.jsonl", KEY)
     search = ArmSearch(
         RECIPE, options, SPACE, ARMS[name].strengths, results, TRIALS, fresh=FRESH, metric="val_loss", tests=True
     )
     search.arm = ARMS[name]
-    while missing := search.missing():
-        if results.own.perform_first(missing, search.perform, print):
-            print(f"{results.rows[-1]['value']:.4f}", flush=True)
-        else:
-            time.sleep(5)  # another process does them
-        results.reload()
+    results.perform_all(search.open_runs, search.perform, print)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ from lightning_flatlora import flatness as flat
 from lightning_flatlora.pairs.lora_pair import trained_factors
 from lightning_flatlora.weight_noise import WeightNoise
 from recipes.language.batches import pad, padded
-from recipes.shared.ledger import Ledger, Row, commit, entries
+from recipes.shared.ledger import Ledger, Row, commit
 from recipes.studies.process import written
-from recipes.studies.results import Results
 from recipes.tune.search import KEY, Run
 
 SEEDS = range(103, 111)
@@ -74,13 +73,13 @@ def measure(calibration: Calibration, run: Run, folder: Path) -> Row:
 def main(folder: Path, path: Path) -> None:
     """Measure the final runs, seed by seed."""
     runs = []
-    for row in Results(folder, KEY).rows:
+    for row in Ledger(folder / "results.jsonl", KEY).rows:
         run = Run(**{name: row[name] for name in Run._fields})
         if run.stage == "final" and run.seed in SEEDS:
             runs.append(run)
     runs.sort(key=lambda run: run.seed)
     calibration = Calibration()
-    rows = Ledger(path, entries(*KEY))
+    rows = Ledger(path, KEY)
     while rows.perform_first(
         [run for run in runs if rows.find(run) is None], lambda run: measure(calibration, run, folder / run.name), print
     ):

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from recipes.instruction_tuning.data import InstructionData
 from recipes.language.batches import pad, padded, padding_id
 from recipes.language.model import PACKAGED, load_base
-from recipes.shared.ledger import Ledger, Row, commit, entries
+from recipes.shared.ledger import Ledger, Row, commit
 from recipes.studies.process import written
-from recipes.studies.results import Results
 from recipes.tune.search import KEY, SEARCH_SEEDS, Run
 
 BATCH = 16
@@ -85,7 +84,7 @@ class Calibration:
 def main(folder: Path, path: Path) -> None:
     """Measure what the folder has."""
     runs = []
-    results = Results(folder, KEY)
+    results = Ledger(folder / "results.jsonl", KEY)
     for row in results.rows:
         run = Run(**{name: row[name] for name in Run._fields})
         is_wanted = run.seed < LAST_SEED if run.stage == "final" else run.seed == SEARCH_SEEDS[0]
@@ -94,7 +93,7 @@ def main(folder: Path, path: Path) -> None:
     if not runs:
         raise SystemExit(f"{folder} has no runs whose folders are named as this version names them")
     calibration = Calibration()
-    rows = Ledger(path, entries(*KEY))
+    rows = Ledger(path, KEY)
     while rows.perform_first(
         [run for run in runs if rows.find(run) is None], lambda run: calibration.measure(run, folder / run.name), print
     ):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from p2 import OPTIONS, RECIPE  # beside this file
 
-from recipes.studies.results import Results
+from recipes.shared.ledger import Ledger
 from recipes.tune.search import KEY, Run, Search
 
 CONFIG = {
@@ -23,10 +23,10 @@ SEEDS = range(100, 120)
 
 def main(folder: Path) -> None:
     """Train and test all seeds."""
-    results = Results(folder, KEY)
+    results = Ledger(folder / "results.jsonl", KEY)
     search = Search(RECIPE, OPTIONS, space={}, radii=[], results=results, metric="val_loss", tests=True)
     runs = [Run("without", CONFIG, seed, "final", -1) for seed in SEEDS]
-    while results.own.perform_first([run for run in runs if results.find(run) is None], search.perform, print):
+    while results.perform_first([run for run in runs if results.find(run) is None], search.perform, print):
         results.reload()
 
 

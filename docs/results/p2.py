@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from recipes.language.batches import padded, padding_id
 from recipes.language.model import PACKAGED, answer_log_likelihood, load_base, load_tokenizer
 from recipes.language.texts import parts
-from recipes.shared.ledger import Ledger, Row, commit, entries
+from recipes.shared.ledger import Ledger, Row, commit
 from recipes.studies.process import fit
-from recipes.studies.results import Results
 from recipes.tune.search import KEY, SEARCH_SEEDS, Run, Search
 
 RECIPE = "instruction_tuning"
@@ -83,7 +82,7 @@ class Forgetting:
 
 def main(folder: Path, path: Path) -> None:
     """Measure the final runs and the trials with the first seed."""
-    results = Results(folder, KEY)
+    results = Ledger(folder / "results.jsonl", KEY)
     forgetting = Forgetting(Search(RECIPE, OPTIONS, space={}, radii=[], results=results))
     print("The untuned model:", forgetting.untuned)
     final, trials = [], []
@@ -93,7 +92,7 @@ def main(folder: Path, path: Path) -> None:
             final.append(run)
         elif row["seed"] == SEARCH_SEEDS[0]:
             trials.append(run)
-    rows = Ledger(path, entries(*KEY))
+    rows = Ledger(path, KEY)
     runs = [*final, *sorted(trials, key=lambda run: run.trial)]
     # Several processes may share them: each takes the first run that no other one does.
     while rows.perform_first([run for run in runs if rows.find(run) is None], forgetting.measure, print):

@@ -20,10 +20,10 @@ from pandas import DataFrame
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from recipes.benchmarks.methods import METHODS, named
+from recipes.benchmarks.methods import METHODS
 from recipes.benchmarks.workloads import WORKLOADS
 from recipes.shared.methods import OURS
-from recipes.shared.options import parse_options
+from recipes.shared.options import known_names, parse_options
 from recipes.shared.training import BARE
 
 
@@ -109,8 +109,8 @@ def measured(model: str, method: str, steps: int) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print a table, write JSON, and return what was written."""
     options = parse_options(Options, arguments, "python -m recipes.benchmarks.memory", "Memory of a step, on the CPU.")
-    named("model", [options.model], WORKLOADS)
-    methods = named("methods", options.methods, METHODS)
+    known_names("--model", [options.model], WORKLOADS)
+    methods = METHODS if "all" in options.methods else known_names("--methods", options.methods, METHODS)
     if platform.system() != "Linux":
         raise SystemExit("this benchmark reads /proc, which only Linux has")
     # Of the fresh processes: what is freed goes back to the kernel at once, and is not counted.

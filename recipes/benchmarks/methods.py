@@ -1,6 +1,6 @@
 """What the benchmarks compare: our methods, the baselines, and peers of other packages."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -104,17 +104,3 @@ METHODS = {
     "LookSAM of pytorch_optimizer": Method(learner=PeerLookSAM),
 }
 """By title: the package's methods, the baselines and the peers."""
-
-
-def named(option: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Return the names that an option has been given, each once, or all that are known for "all".
-
-    Raises:
-        SystemExit: one is not known.
-    """
-    if "all" in names:
-        return list(known)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise SystemExit(f"--{option}: there is no {', '.join(unknown)}; there are {', '.join(known)}")
-    return list(dict.fromkeys(names))

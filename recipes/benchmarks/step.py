@@ -25,10 +25,10 @@ from rich.progress import track
 from torch import nn
 from torch.utils.data import DataLoader
 
-from recipes.benchmarks.methods import METHODS, Method, named
+from recipes.benchmarks.methods import METHODS, Method
 from recipes.benchmarks.workloads import WORKLOADS, Stack, Workload
 from recipes.shared.methods import OURS
-from recipes.shared.options import parse_options
+from recipes.shared.options import known_names, parse_options
 from recipes.shared.training import BARE
 
 Row = dict[str, Any]
@@ -65,8 +65,9 @@ class Options:
     output: Path = Path("runs/benchmarks/step.json")
 
     def __post_init__(self) -> None:
-        self.models = named("models", self.models, WORKLOADS)
-        self.methods = named("methods", ["LoRA", *self.methods], METHODS)
+        known_names("--models", self.models, WORKLOADS)
+        named = METHODS if "all" in self.methods else ["LoRA", *self.methods]
+        self.methods = known_names("--methods", list(named), METHODS)
         what, *values = self.vary or ["", "0"]
         if what not in ("", "rank", "layers", "batch") or not values or not all(value.isdigit() for value in values):
             raise SystemExit(f"--vary takes rank, layers or batch, and the values to try, got {' '.join(self.vary)}")

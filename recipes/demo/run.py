@@ -25,7 +25,7 @@ from recipes.demo.encoder import CutEncoder
 from recipes.demo.module import TaskClassifier
 from recipes.demo.training import EFMLORA, LORA, Settings, kept, on_one_thread, trained
 from recipes.language import texts
-from recipes.shared.ledger import Ledger, Row, commit, entries
+from recipes.shared.ledger import Ledger, Row, commit
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.progress import quiet
 
@@ -66,7 +66,7 @@ class Run(NamedTuple):
 
 def ledger(folder: Path) -> Ledger:
     """The ``results.jsonl`` of the runs in a folder."""
-    return Ledger(folder / "results.jsonl", entries("arm", "rate", "seed", "settings"))
+    return Ledger(folder / "results.jsonl", ("arm", "rate", "seed", "settings"))
 
 
 def share(folder: Path, runs: list[Run]) -> list[Row]:
@@ -78,10 +78,7 @@ def share(folder: Path, runs: list[Run]) -> list[Row]:
     def report(run: Run) -> None:
         print(f"[{runs.index(run) + 1}/{len(runs)}] {run}", flush=True)
 
-    while missing := [run for run in runs if done.find(run) is None]:
-        if not done.perform_first(missing, perform, report):
-            time.sleep(1.0)  # for another process
-        done.reload()
+    done.perform_all(lambda: [run for run in runs if done.find(run) is None], perform, report)
     return [row for row in map(done.find, runs) if row is not None]
 
 

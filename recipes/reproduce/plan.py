@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from recipes.reproduce.methods import METHODS, Config, same_run
 from recipes.reproduce.run import Part, Run
 from recipes.reproduce.table import Protocol, Table
-from recipes.shared.ledger import Row, StoppedError
+from recipes.shared.ledger import Ledger, Row, StoppedError
 from recipes.studies.choice import Judgement, best
-from recipes.studies.results import Results
 
 MOST_FAILURES_IN_A_ROW = 3
 
@@ -16,7 +15,7 @@ class Plan:
     """All runs of a table for some methods, tasks and seeds.
 
     Each method has its configurations tried on the validation part, and the best one run with each seed and tested. A
-    task's final runs wait for the choices of all its methods, so that every share knows the same runs.
+    task's final runs wait for the choices of all its methods.
 
     Args:
         table: to fill.
@@ -24,7 +23,7 @@ class Plan:
         tasks: names of the tasks; those that they start from are added.
         seeds: of the final runs.
         protocol: "tuned", or "paper" with the learning rates of the tasks instead of a choice.
-        results: what is done, and the share of this process.
+        results: what is done.
 
     Attributes:
         failed: the runs that ended with an error in this process.
@@ -37,7 +36,7 @@ class Plan:
         tasks: Sequence[str],
         seeds: Sequence[int],
         protocol: Protocol,
-        results: Results,
+        results: Ledger,
     ) -> None:
         self.table = table
         self.methods = methods
@@ -105,47 +104,37 @@ class Plan:
         assert config is not None
         return [self.run(task, method, config, seed, "test") for seed in self.seeds]
 
-    def places(self) -> list[Run | None]:
-        """A place for every run, in a fixed order; None for one that waits for a choice.
+    def runs(self) -> list[Run]:
+        """The runs that do not wait for a choice, done or not, in a fixed order.
 
-        Runs that several methods need, those of size 0, have several places.
+        Some are needed by several methods, those of size 0, and are there several times.
         """
-        places: list[Run | None] = []
+        runs: list[Run] = []
         for task in self.tasks:
             for method in self.methods:
-                places += self._trial_places(task, method)
+                for of_config in self.trials(task, method) or []:
+                    runs += of_config
             for method in self.methods:
-                places += self.finals(task, method) or [None] * len(self.seeds)
-        return places
+                runs += self.finals(task, method) or []
+        return runs
 
     def open_runs(self) -> list[Run]:
-        """This share's runs that are not done and may start now."""
+        """The runs that are not done and may start now, each once."""
         runs: dict[str, Run] = {}
-        seen: set[str] = set()
-        for place, run in enumerate(self.places()):
-            # A run belongs to the share of its first place.
-            if run is None or run.name in seen:
-                continue
-            seen.add(run.name)
-            if self.results.shard.has(place) and self.results.find(run) is None:
+        for run in self.runs():
+            if self.results.find(run) is None:
                 first = self.first_to_do(run)
                 runs[first.name] = first
         return list(runs.values())
 
     def first_to_do(self, run: Run) -> Run:
         """The run itself, or the one that it starts from if that is not done."""
-        # That may be another share's, which has not begun. A claim keeps two processes from doing it at once.
         while run.start is not None and self.results.find(run.start) is None:
             run = run.start
         return run
 
-    @property
-    def waiting(self) -> int:
-        """How many of this share's runs wait for choices."""
-        return sum(run is None and self.results.shard.has(place) for place, run in enumerate(self.places()))
-
     def work(self, perform: Callable[[Run], Row], report: Callable[[Run], None]) -> None:
-        """Do this share's runs, until nothing is left or what is left waits for others.
+        """Do all runs, or wait for other processes that do them.
 
         A run that fails is left out and the others are done, since it may be one that needs too much memory.
 
@@ -156,29 +145,27 @@ class Plan:
         Raises:
             StoppedError: the user has stopped a run, or several in a row have failed.
         """
-        started: list[Run] = []
         in_a_row = 0
 
-        def start(run: Run) -> None:
-            started.append(run)
-            report(run)
-
-        while True:
-            self.results.reload()
-            failed = {run.name for run in self.failed}
-            runs = [run for run in self.open_runs() if run.name not in failed]
+        def attempt(run: Run) -> Row | None:
+            nonlocal in_a_row
             try:
-                if not self.results.own.perform_first(runs, perform, start):
-                    return
-                in_a_row = 0
+                row = perform(run)
             except StoppedError as stop:
-                if stop.is_by_user:
-                    raise
-                self.failed.append(started[-1])
                 in_a_row += 1
                 # When every run fails, something is wrong that all of them share, such as an option.
-                if in_a_row == MOST_FAILURES_IN_A_ROW:
+                if stop.is_by_user or in_a_row == MOST_FAILURES_IN_A_ROW:
                     raise
+                self.failed.append(run)
+                return None
+            in_a_row = 0
+            return row
+
+        def open_runs() -> list[Run]:
+            failed = {run.name for run in self.failed}
+            return [run for run in self.open_runs() if run.name not in failed]
+
+        self.results.perform_all(open_runs, attempt, report)
 
     def _may_start(self, task: str) -> bool:
         return all(self.chosen(*other) is not None for other in self.waits_for(task))
@@ -198,15 +185,6 @@ class Plan:
                 return None
             judged.append([_judgement(row) for row in done])
         return configs[best(judged)]
-
-    def _trial_places(self, task: str, method: str) -> list[Run | None]:
-        trials = self.trials(task, method)
-        if trials is None:
-            return [None] * (len(self.configurations(task, method)) * len(self.table.tuning_seeds))
-        places: list[Run | None] = []
-        for runs in trials:
-            places += runs
-        return places
 
 
 def _judgement(row: Row) -> Judgement:

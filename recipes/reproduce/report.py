@@ -15,7 +15,7 @@ from recipes.shared.tables import markdown
 
 def plan_text(plan: Plan) -> str:
     """Runs, steps and downloads, and how settings are chosen."""
-    table, shard = plan.table, plan.results.shard
+    table = plan.table
     lines = [["task", "trials of each method", "runs that choose", "final runs", "optimizer steps"]]
     for task in plan.tasks:
         numbers = " / ".join(str(_trials(plan, task, method)) for method in plan.methods)
@@ -32,8 +32,7 @@ def plan_text(plan: Plan) -> str:
         f"those of the choice: {', '.join(map(str, table.tuning_seeds))}.",
         markdown(lines),
         *_choice_paragraphs(plan),
-        f"Done: {len(_done(plan))}. This share, {shard.number} of {shard.count}: {len(plan.open_runs())} "
-        f"runs may start now, and {plan.waiting} wait for choices. {time_left(plan)}",
+        f"Done: {len(_done(plan))}. {len(plan.open_runs())} runs may start now. {time_left(plan)}",
         f"To download: {'; '.join(downloads) or 'nothing'}.",  # names of configurations follow a comma
         *table.notes,
     ]
@@ -54,9 +53,9 @@ def time_left(plan: Plan) -> str:
 def _done(plan: Plan) -> dict[str, Row]:
     """The rows of the plan's runs that are done, by the runs' names."""
     rows = {}
-    for run in plan.places():
-        row = None if run is None else plan.results.find(run)
-        if run is not None and row is not None:
+    for run in plan.runs():
+        row = plan.results.find(run)
+        if row is not None:
             rows[run.name] = row
     return rows
 

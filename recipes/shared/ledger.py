@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -28,6 +29,7 @@ class Run(Protocol):
 
 AnyRun = TypeVar("AnyRun", bound=Run)
 Value = TypeVar("Value")
+_WAIT = 1.0  # seconds
 
 
 class Ledger:
@@ -38,14 +40,19 @@ class Ledger:
 
     Args:
         path: of the file, which need not exist yet.
-        key: takes from a row the entries that make up its run's key.
+        key: names of the entries of a row that make it its run's.
     """
 
-    def __init__(self, path: Path, key: Callable[[Row], Row]) -> None:
+    def __init__(self, path: Path, key: Sequence[str]) -> None:
         self.path = path
         self._key = key
         self._rows: dict[str, Row] = {}
         self.reload()
+
+    @property
+    def folder(self) -> Path:
+        """That the file is in."""
+        return self.path.parent
 
     @property
     def rows(self) -> list[Row]:
@@ -76,21 +83,43 @@ class Ledger:
                 file.write(line.encode())
         self._rows[self._name(row)] = row
 
-    def perform_first(
-        self, runs: Sequence[AnyRun], perform: Callable[[AnyRun], Row], report: Callable[[AnyRun], None]
-    ) -> bool:
-        """Perform and append the first run that no other process does; whether there was one.
+    def perform_all(
+        self,
+        open_runs: Callable[[], Sequence[AnyRun]],
+        perform: Callable[[AnyRun], Row | None],
+        report: Callable[[AnyRun], None],
+    ) -> None:
+        """Perform runs, or wait for other processes that do them, until none is left.
 
         Args:
-            runs: that are not done.
-            perform: does a run and returns its row, key included.
+            open_runs: returns those that may start now, by the rows that there are.
+            perform: does a run and returns its row, key included, or None if there is none.
             report: is called with the run before it starts.
         """
+        waits = False
+        runs = open_runs()
+        while runs:
+            if self.perform_first(runs, perform, report):
+                waits = False
+            else:
+                if not waits:
+                    print("\nThis process waits for runs of others; Ctrl-C loses nothing", flush=True)
+                waits = True
+                time.sleep(_WAIT)
+            self.reload()
+            runs = open_runs()
+
+    def perform_first(
+        self, runs: Sequence[AnyRun], perform: Callable[[AnyRun], Row | None], report: Callable[[AnyRun], None]
+    ) -> bool:
+        """Perform the first run that no other process does, as in :meth:`perform_all`; whether there was one."""
         for run in runs:
             with self.claimed(run) as is_mine:
                 if is_mine:
                     report(run)
-                    self.append(perform(run))
+                    row = perform(run)
+                    if row is not None:
+                        self.append(row)
                     return True
         return False
 
@@ -125,21 +154,7 @@ class Ledger:
         return FileLock(claims / name)
 
     def _name(self, row: Row) -> str:
-        return json.dumps(self._key(row), sort_keys=True)
-
-
-def entries(*names: str) -> Callable[[Row], Row]:
-    """Make a ledger's key that consists of these entries of a row.
-
-    Example:
-        >>> entries("method", "seed")({"method": "lora", "seed": 0, "accuracy": 0.5})
-        {'method': 'lora', 'seed': 0}
-    """
-
-    def key(row: Row) -> Row:
-        return {name: row[name] for name in names}
-
-    return key
+        return json.dumps({name: row[name] for name in self._key}, sort_keys=True)
 
 
 def read(path: Path) -> list[Row]:

@@ -2,66 +2,84 @@
 
 import json
 import sys
-from collections.abc import Sequence
-from typing import Any, TypeVar, get_origin, get_type_hints
+from collections.abc import Iterable, Sequence
+from typing import TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
 Kind = TypeVar("Kind")
 
 
-def options_parser(kind: type, prog: str, description: str | None, **settings: Any) -> ArgumentParser:
-    """Make the parser of a program.
-
-    Args:
-        kind: a dataclass with an ``Attributes`` section in its docstring.
-        prog: as the program is called.
-        description: for ``--help``.
-        settings: of jsonargparse's ``add_class_arguments``.
-    """
-    parser = ArgumentParser(prog=prog, description=description)
-    parser.add_class_arguments(kind, as_group=False, **settings)
-    return parser
-
-
 def parse_options(kind: type[Kind], arguments: Sequence[str] | None, prog: str, description: str | None) -> Kind:
-    """Read the command line of a program, None for the process's own, as a dataclass."""
-    parser = options_parser(kind, prog, description)
-    options, others = parse_known_options(kind, parser, arguments)
-    if others:
-        parser.error(f"there is no option {others[0]}")
-    return options
-
-
-def parse_known_options(
-    kind: type[Kind], parser: ArgumentParser, arguments: Sequence[str] | None
-) -> tuple[Kind, list[str]]:
     """Read a command line in which a list takes several values and a switch none, as in ``--seeds 13 21 --plan``.
 
     Args:
-        kind: the dataclass.
-        parser: from :func:`options_parser`.
+        kind: a dataclass with an ``Attributes`` section in its docstring. A list of lists is an option that may be
+            given several times.
         arguments: of the command line; None takes the process's own.
+        prog: as the program is called.
+        description: for ``--help``.
+    """
+    parser = ArgumentParser(prog=prog, description=description)
+    parser.add_class_arguments(kind, as_group=False)
+    own, others = _split(kind, arguments)
+    return kind(**parser.parse_args([*own, *others]).as_dict())
+
+
+def parse_known_options(
+    kind: type[Kind], arguments: Sequence[str] | None, prog: str, description: str | None
+) -> tuple[Kind, list[str]]:
+    """Read a command line as :func:`parse_options`, of which other options are handed on to another program.
+
+    A field without a default has no ``--`` in front of it.
 
     Returns:
-        The dataclass, and the options that the parser does not know, for another program.
+        The dataclass, and what is handed on.
     """
+    parser = ArgumentParser(prog=prog, description=description)
+    parser.add_class_arguments(kind, as_group=False, as_positional=True)
+    own, others = _split(kind, arguments)
+    return kind(**parser.parse_args(own).as_dict()), others
+
+
+def known_names(option: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Return the names that an option has been given, each once.
+
+    Raises:
+        SystemExit: one of them is not known.
+
+    Example:
+        >>> known_names("--methods", ["lora", "lora"], ["lora", "efmlora"])
+        ['lora']
+    """
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"{option}: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def _split(kind: type, arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """The options of a dataclass, as jsonargparse takes them, and all others."""
     hints = get_type_hints(kind)
-    known = {*hints, *parser.get_defaults().keys(), "help"}
     own: list[str] = []
     others: list[str] = []
+    repeated: dict[str, list[list[str]]] = {}
     for option, *values in _groups(sys.argv[1:] if arguments is None else arguments):
         name, equals, _ = option.removeprefix("--").partition("=")
-        hint = None if equals else hints.get(name)
-        if option.startswith("--") and name not in known:
+        if not option.startswith("--") or (equals and name in hints) or name == "help":
+            own += [option, *values]
+        elif name not in hints:
             others += [option, *values]
-        elif option.startswith("--") and get_origin(hint) is list:
+        elif get_origin(hints[name]) is list and get_origin(get_args(hints[name])[0]) is list:
+            repeated.setdefault(option, []).append(values)
+        elif get_origin(hints[name]) is list:
             own.append(f"{option}={json.dumps(values)}")
-        elif option.startswith("--") and hint is bool and not values:
+        elif hints[name] is bool and not values:
             own.append(f"{option}=true")
         else:
             own += [option, *values]
-    return kind(**parser.parse_args(own).as_dict()), others
+    own += [f"{option}={json.dumps(lists)}" for option, lists in repeated.items()]
+    return own, others
 
 
 def _groups(arguments: Sequence[str]) -> list[list[str]]:

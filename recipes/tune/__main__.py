@@ -4,41 +4,74 @@ Give the recipe's name and the options of its `fit`. Both searches have as many 
 and, in classification, the head's rate; one of them may also choose rho. The best third of the trials is run with two
 more seeds, and the winner of each side with fresh ones; if the winners differ in more than rho, so is LoRA with the
 other winner's settings. Each run is a process of its own, what is finished is kept, and the same command resumes after
-Ctrl-C. The end is a table, a picture, the settings of the winner, and the answer.
+Ctrl-C. The end is a table, a picture, the settings of the winner, and the answer. Example: python -m recipes.tune
+classification --budget 20 --data.dataset my.csv --model.model NAME --trainer.max_epochs 3
 """
 
-import argparse
 import importlib.util
 import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.shared.command_line import names_method, option
 from recipes.shared.files import write_whole
-from recipes.shared.ledger import Row, StoppedError, keep_options
+from recipes.shared.ledger import Ledger, Row, StoppedError, keep_options
 from recipes.shared.mistakes import without_traceback
+from recipes.shared.options import parse_known_options
 from recipes.shared.precision import SETTING, precision_of_runs
 from recipes.shared.tables import print_and_write
 from recipes.studies.process import module_of
-from recipes.studies.results import Results, Shard, shard
 from recipes.tune.report import Answer, answer, draw, table
 from recipes.tune.search import CONTROL, KEY, WITH, Run, Search, judged
 from recipes.tune.space import RHO, SPACES, Space, pairs, seeds_of
 
-_WAIT = 5.0  # seconds
+
+@dataclass
+class Options:
+    """What is searched.
+
+    Attributes:
+        recipe: a recipe's name, or the module of a LightningCLI.
+        budget: trials of both sides together, or hours of all processes together, as in 2h.
+        search: an option of fit and its values, in place of what the recipe searches; may be given several times, and
+            the picture is drawn against the first. Options that change together: model.lora.r/model.lora.lora_alpha
+            2/4 8/16.
+        rho: radii.
+        fresh: seeds on which the winners are compared.
+        test: compare them on the test data, not on validation data.
+        metric: that validation logs; by default the one by which checkpoints are kept.
+        mode: of the metric; by default as the configuration has it, or by the metric's name.
+        folder: output folder; by default runs/tune/RECIPE.
+    """
+
+    recipe: str
+    budget: str = "20"
+    search: list[list[str]] = field(default_factory=list)
+    rho: list[str] = field(default_factory=lambda: ["0.05", "0.5", "2", "8"])
+    fresh: int = 5
+    test: bool = False
+    metric: str | None = None
+    mode: Literal["min", "max"] | None = None
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode is None and self.metric is not None:
+            self.mode = _mode_of(self.metric)
+        self.tried = {name: values for name, *values in self.search}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is not there yet; write ``table.txt``, ``trials.png`` and ``best.yaml``; returns the exit status."""
-    # What this parser does not know is meant for `fit`, whose own parser refuses what is wrong.
-    options, more = _parser().parse_known_args(arguments)
+    # What is not one of these options is meant for `fit`, whose own parser refuses what is wrong.
+    options, more = parse_known_options(Options, arguments, "python -m recipes.tune", __doc__)
     search = _search(options, more)
     folder = search.results.folder
     # More trials or seeds may be asked for later, all else would make the rows incomparable.
@@ -48,20 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_options(folder, given, ["table.txt", "trials.png", "best.yaml"], runs=["search", "final"])
     # For the recipes' own processes, unless the options or a configuration choose one.
     os.environ[SETTING] = precision_of_runs(folder, option(more, "--trainer.accelerator") or "auto")
-    perform, announce = partial(_perform, search), partial(_announce, search)
-    waits = False
     try:
-        while not search.is_finished:
-            run = search.next_run()
-            if run is not None and search.results.own.perform_first([run], perform, announce):
-                waits = False
-            else:
-                if not waits:
-                    others = "the runs of the other shares" if run is None else "another process's run"
-                    print(f"\nThis process waits for {others}; Ctrl-C loses nothing", flush=True)
-                waits = True
-                time.sleep(_WAIT)
-            search.results.reload()
+        search.results.perform_all(search.open_runs, partial(_perform, search), partial(_announce, search))
     except (StoppedError, KeyboardInterrupt) as stop:
         if isinstance(stop, StoppedError) and not stop.is_by_user and not search.results.rows:
             print("\nThe first run has failed, with the error above: fix its cause, and start again")
@@ -116,8 +137,8 @@ def _announce(search: Search, run: Run) -> None:
     left = search.left()
     left_for = ""
     if rows:
-        minutes = left * sum(row["seconds"] for row in rows) / len(rows) / 60 / search.results.shard.count
-        left_for = f", about {minutes:.0f} minutes"
+        minutes = left * sum(row["seconds"] for row in rows) / len(rows) / 60
+        left_for = f", about {minutes:.0f} minutes for one process"
     print(f"\nRuns left: {left}{left_for}. Next: {run}", flush=True)
 
 
@@ -130,29 +151,29 @@ def _write_winner(search: Search, found: Answer, path: Path) -> None:
     write_whole(path, printed[max(0, printed.find("# lightning")) :])
 
 
-def _search(options: argparse.Namespace, more: list[str]) -> Search:
-    is_recipe = options.command in SPACES
-    if not is_recipe and not _is_module(options.command):
+def _search(options: Options, more: list[str]) -> Search:
+    is_recipe = options.recipe in SPACES
+    if not is_recipe and not _is_module(options.recipe):
         raise MisconfigurationException(
-            f"{options.command} is not a recipe: there are {', '.join(SPACES)}, or give the module of a LightningCLI, "
+            f"{options.recipe} is not a recipe: there are {', '.join(SPACES)}, or give the module of a LightningCLI, "
             "such as my_project.train, or train for a train.py in this folder"
         )
     space = _space(options, more)
     trials, hours = _budget(options.budget)
-    if is_recipe and not names_method(options.command, more):
+    if is_recipe and not names_method(options.recipe, more):
         more = ["--method=efmlora", *more]
-    folder = options.folder or Path("runs/tune") / options.command
+    folder = options.folder or Path("runs/tune") / options.recipe
     return Search(
-        options.command,
+        options.recipe,
         more,
         space,
         options.rho,
-        Results(folder, KEY, options.shard),
+        Ledger(folder / "results.jsonl", KEY),
         trials,
         hours,
         options.fresh,
         options.metric,
-        _mode(options),
+        options.mode,
         options.test,
     )
 
@@ -164,27 +185,27 @@ def _is_module(name: str) -> bool:
         return False
 
 
-def _space(options: argparse.Namespace, more: Sequence[str]) -> Space:
-    given = {name: values for name, *values in options.tried or []}
+def _space(options: Options, more: Sequence[str]) -> Space:
+    given = options.tried
     problems = _mistakes(options)
-    is_recipe = options.command in SPACES
-    space = dict(given or SPACES.get(options.command, {}))
+    is_recipe = options.recipe in SPACES
+    space = dict(given or SPACES.get(options.recipe, {}))
     more = [argument.replace(".init_args.", ".") for argument in more]
     if is_recipe and not given and option(more, "--optimizer") is not None:
-        problems.append("--optimizer has a rate of its own: search it by --try optimizer.lr 1e-4 1e-3, say")
+        problems.append("--optimizer has a rate of its own: search it by --search optimizer.lr 1e-4 1e-3, say")
     for name in list(space):
         fixed = next(filter(None, (_fixing(more, each) for each in name.split("/"))), None)
         if fixed and given:
-            problems.append(f"--{fixed} is given, and --try searches {name}: leave out one of them")
+            problems.append(f"--{fixed} is given, and --search searches {name}: leave out one of them")
         elif fixed:
             print(f"--{fixed} is given, so {name} is not searched")
             del space[name]
-    of_data = seeds_of(options.command) if is_recipe else []
+    of_data = seeds_of(options.recipe) if is_recipe else []
     for name in ("seed_everything", "trainer.logger", *of_data):
         if option(more, f"--{name}") is not None:
             problems.append(f"--{name} is set by the search: leave it out")
     if not space and not is_recipe:
-        problems.append("say what is searched, such as --try model.lr 1e-4 1e-3")
+        problems.append("say what is searched, such as --search model.lr 1e-4 1e-3")
     if problems:
         raise MisconfigurationException("; ".join(problems))
     return space
@@ -204,21 +225,23 @@ def _fixing(arguments: Sequence[str], name: str) -> str | None:
     return name
 
 
-def _mistakes(options: argparse.Namespace) -> list[str]:
+def _mistakes(options: Options) -> list[str]:
     """What is wrong with the search's own options."""
     problems = []
     names: list[str] = []
-    for name, *values in options.tried or []:
+    for name, *values in options.search:
         names += name.split("/")
         try:
             for value in values:
                 pairs(name, value)
         except ValueError:
-            problems.append(f"--try {name}: each value must have {name.count('/') + 1} parts, got {' '.join(values)}")
+            problems.append(
+                f"--search {name}: each value must have {name.count('/') + 1} parts, got {' '.join(values)}"
+            )
         if len(set(values)) < len(values) or not values:
-            problems.append(f"--try {name} must have values, each of them once, got {values}")
+            problems.append(f"--search {name} must have values, each of them once, got {values}")
     if len(set(names)) < len(names) or RHO in names:
-        problems.append("--try names an option once, and never rho, whose values are given by --rho")
+        problems.append("--search names an option once, and never rho, whose values are given by --rho")
     try:
         radii = {float(rho) for rho in options.rho}
     except ValueError:
@@ -227,19 +250,16 @@ def _mistakes(options: argparse.Namespace) -> list[str]:
         problems.append(f"--rho must be different numbers above 0, got {' '.join(options.rho)}")
     if options.fresh < 2:
         problems.append(f"--fresh must be at least 2, got {options.fresh}")
-    if options.metric and _mode(options) is None:
+    if options.metric and options.mode is None:
         problems.append(f"--metric {options.metric}: add --mode min or --mode max")
     return problems
 
 
-def _mode(options: argparse.Namespace) -> str | None:
-    """The mode that is given, or that the name of a given metric tells; None if neither does."""
-    given: str | None = options.mode
-    if given is not None or options.metric is None:
-        return given
-    if "loss" in options.metric:
+def _mode_of(metric: str) -> Literal["min", "max"] | None:
+    """The mode that a metric's name tells; None if it does not."""
+    if "loss" in metric:
         return "min"
-    return "max" if "acc" in options.metric else None
+    return "max" if "acc" in metric else None
 
 
 def _budget(text: str) -> tuple[int, float | None]:
@@ -259,37 +279,6 @@ def _budget(text: str) -> tuple[int, float | None]:
     raise MisconfigurationException(
         f"--budget must be trials of both sides, at least 4, or hours, as in 2h: got {text}"
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.tune",
-        description=__doc__,
-        # An abbreviation might be an option of the recipe.
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m recipes.tune classification --budget 20 \\\n"
-        "    --data.dataset my.csv --model.model NAME --trainer.max_epochs 3",
-    )
-    parser.add_argument("command", metavar="RECIPE", help=f"{', '.join(SPACES)}, or the module of a LightningCLI")
-    parser.add_argument(
-        "--budget", default="20", help="trials of both sides together, or hours of a process, as in 2h; default 20"
-    )
-    parser.add_argument(
-        "--try", dest="tried", nargs="+", action="append", metavar=("OPTION", "VALUE"),
-        help="values of an option of fit, in place of what the recipe searches; may be given several times, and the "
-        "picture is drawn against the first. Options that change together: model.lora.r/model.lora.lora_alpha 2/4 8/16",
-    )  # fmt: skip
-    parser.add_argument("--rho", nargs="+", default=["0.05", "0.5", "2", "8"], help="radii; default 0.05 0.5 2 8")
-    parser.add_argument("--fresh", type=int, default=5, help="seeds on which the winners are compared; default 5")
-    parser.add_argument("--test", action="store_true", help="compare them on the test data, not on validation data")
-    parser.add_argument("--metric", help="that validation logs; default: the one by which checkpoints are kept")
-    parser.add_argument(
-        "--mode", choices=["min", "max"], help="of the metric; default: as the configuration has it, or by its name"
-    )
-    parser.add_argument("--shard", type=shard, default=Shard(), metavar="1/2", help="do the first of two shares")
-    parser.add_argument("--folder", type=Path, help="output folder; default runs/tune/RECIPE")
-    return parser
 
 
 if __name__ == "__main__":

@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.ledger import Row, commit, run_process
+from recipes.shared.ledger import Ledger, Row, commit, run_process
 from recipes.studies.choice import best
 from recipes.studies.process import command, fit, module_of, written
-from recipes.studies.results import Results
 from recipes.tune.space import RHO, Config, Space, arguments, seeds_of, short, size, suggestion
 
 WITHOUT, WITH, CONTROL = "without", "with", "control"
@@ -71,9 +70,9 @@ class Search:
         options: of its ``fit``.
         space: the settings of both sides.
         radii: what the side with the perturbation may take as rho.
-        results: what is done, and the share of this process.
+        results: what is done.
         trials: of both sides together.
-        hours: of one process, from which the number of trials follows instead.
+        hours: of all processes together, from which the number of trials follows instead.
         fresh: seeds of the winners.
         metric: on validation; None is the one by which the configuration keeps its best checkpoint.
         mode: "min" or "max" of the metric; None is the configuration's, for its own metric.
@@ -84,7 +83,7 @@ class Search:
     options: Sequence[str]
     space: Space
     radii: Sequence[str]
-    results: Results
+    results: Ledger
     trials: int = 20
     hours: float | None = None
     fresh: int = 5
@@ -94,27 +93,28 @@ class Search:
 
     # -- what there is to do
 
-    def next_run(self) -> Run | None:
-        """The next run of this share; None if there is none, or if it waits for those of other shares."""
-        for number, side in product(range(self.trials_of(WITH)), SIDES):  # the other side never has more
-            is_wanted = number < self.trials_of(side) and number not in self.tried(side)
-            # Both sides of a trial, and of a seed, are one share's: shares may be on different machines.
-            if is_wanted and self.results.shard.has(number):
-                tried = [(row["config"], -judged(row)) for row in self.tried(side).values()]
-                config = suggestion(self.space_of(side), tried, number)
-                return Run(side, config, SEARCH_SEEDS[0], "search", number)
-        # All seeds of a trial are one share's, and all final runs with a seed.
-        for runs, together in ((self._repeats(), len(SEARCH_SEEDS) - 1), (self._finals(), len(self.finalists()))):
-            for place, run in enumerate(runs):
-                if self.results.find(run) is None and self.results.shard.has(place // together):
-                    return run
-        return None
+    def open_runs(self) -> list[Run]:
+        """The runs that may start now; none if all are done.
+
+        They are the next trial of each side, then all repeats, then all final runs.
+        """
+        runs = []
+        for side in SIDES:
+            tried = self.tried(side)
+            missing = [number for number in range(self.trials_of(side)) if number not in tried]
+            if missing:
+                judgements = [(row["config"], -judged(row)) for row in tried.values()]
+                config = suggestion(self.space_of(side), judgements, missing[0])
+                runs.append(Run(side, config, SEARCH_SEEDS[0], "search", missing[0]))
+        if runs:
+            return sorted(runs, key=lambda run: run.trial)
+        repeats = [run for run in self._repeats() if self.results.find(run) is None]
+        return repeats or [run for run in self._finals() if self.results.find(run) is None]
 
     @property
     def is_finished(self) -> bool:
-        """Whether all shares have done their runs."""
-        finals = self._finals()
-        return bool(finals) and all(self.results.find(run) is not None for run in finals)
+        """Whether all runs are done."""
+        return not self.open_runs()
 
     def left(self) -> int:
         """How many runs are to be done; with those of a control, while it is not known whether there is one."""
@@ -149,11 +149,11 @@ class Search:
         if len(first) < len(SIDES) or not shown:
             return 1
         seconds = sum(shown) / len(shown)
-        affordable = 3600 * self.hours * self.results.shard.count / seconds
+        affordable = 3600 * self.hours / seconds
         # More seeds later take no finished trial away.
         trials = max(_LEAST_REPEATED, len(self.tried(WITH)))
         if len(self.tried(WITH)) == 1 and self._runs(trials) > affordable:
-            least = self._runs(trials) * seconds / 3600 / self.results.shard.count
+            least = self._runs(trials) * seconds / 3600
             raise MisconfigurationException(
                 f"--budget {self.hours:g}h is too little: a run takes {seconds / 60:.1f} minutes, and the smallest "
                 f"search {least:.2g} hours. What is done is kept for a larger budget, or for fewer --fresh seeds"

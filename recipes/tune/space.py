@@ -82,8 +82,7 @@ def short(config: Config) -> str:
 def suggestion(space: Space, tried: Sequence[tuple[Config, float]], number: int) -> Config:
     """A configuration that has not been tried, by Optuna's tree-structured Parzen estimator.
 
-    Equal arguments give equal suggestions, so that a run that was stopped is found again, unless another share has
-    finished a trial meanwhile.
+    Equal arguments give equal suggestions, so that a run that was stopped is found again.
 
     Args:
         space: to search.

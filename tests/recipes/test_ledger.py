@@ -12,7 +12,7 @@ import processes
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.ledger import Ledger, Row, StoppedError, entries, keep_options, read, run_process
+from recipes.shared.ledger import Ledger, Row, StoppedError, keep_options, read, run_process
 
 
 class Run(NamedTuple):
@@ -30,7 +30,7 @@ RUNS = [Run("lora", 0), Run("lora", 1), Run("efmlora", 0)]
 
 
 def ledger(folder: Path) -> Ledger:
-    return Ledger(folder / "new" / "results.jsonl", entries("method", "seed"))
+    return Ledger(folder / "new" / "results.jsonl", ("method", "seed"))
 
 
 def test_what_is_done_is_not_done_again_nor_by_two(tmp_path: Path) -> None:
@@ -58,16 +58,16 @@ def test_a_line_that_was_cut_off_counts_for_nothing(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     whole = [json.dumps({**run.key(), "name": "é"}, ensure_ascii=False) for run in RUNS]
     path.write_text(f"{whole[0]}\n{whole[1][:-5]}", encoding="utf-8")
-    kept = Ledger(path, entries("method", "seed"))
+    kept = Ledger(path, ("method", "seed"))
     assert kept.find(RUNS[0]) == json.loads(whole[0])
     assert kept.find(RUNS[1]) is None
     kept.append(json.loads(whole[2]))
     assert path.read_text(encoding="utf-8") == f"{whole[0]}\n{whole[1][:-5]}\n{whole[2]}\n"
-    assert Ledger(path, entries("method", "seed")).rows == kept.rows == [json.loads(whole[0]), json.loads(whole[2])]
+    assert Ledger(path, ("method", "seed")).rows == kept.rows == [json.loads(whole[0]), json.loads(whole[2])]
 
 
 def test_other_settings_are_another_run(tmp_path: Path) -> None:
-    rows = Ledger(tmp_path / "results.jsonl", entries("method", "settings"))
+    rows = Ledger(tmp_path / "results.jsonl", ("method", "settings"))
     rows.append({"method": "lora", "settings": {"rho": 0.1, "steps": 2}})
 
     class Other(NamedTuple):
@@ -165,7 +165,7 @@ def test_options_may_be_changed_until_there_is_a_result(tmp_path: Path) -> None:
     (folder / "search").mkdir()
     keep_options(folder, ["--rate=1"], ["table.txt"], runs=["search"])
     assert (folder / "search").exists()  # its runs go on
-    with Ledger(folder / "results.jsonl", entries("seed")).claimed(RUNS[0]), pytest.raises(MisconfigurationException):
+    with Ledger(folder / "results.jsonl", ("seed",)).claimed(RUNS[0]), pytest.raises(MisconfigurationException):
         keep_options(folder, ["--rate=2"], ["table.txt"], runs=["search"])  # another process is at one
     keep_options(folder, ["--rate=2"], ["table.txt"], runs=["search"])
     assert sorted(path.name for path in folder.iterdir()) == ["claims", "options.json", "search-1"]

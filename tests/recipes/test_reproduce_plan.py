@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -18,9 +19,8 @@ from recipes.reproduce.report import count, table_text
 from recipes.reproduce.run import KEY, Place, Run, score, validated
 from recipes.reproduce.table import Table
 from recipes.reproduce.tables import TABLES
-from recipes.shared.ledger import Row, StoppedError
+from recipes.shared.ledger import Ledger, Row, StoppedError
 from recipes.studies.process import command
-from recipes.studies.results import Results, Shard
 
 GRIDS = {"lora_dropout": (0.0, 0.1), "rho": (0.0, 0.05), "lora_rho": (0.0, 0.1), "sigma": (0.0, 0.1), "alpha": (0.0, 1)}
 
@@ -39,37 +39,27 @@ class Fake:
         return {**run.key(), **found, **dict.fromkeys(("device", "precision", "commit"), "here")}
 
 
-def planned(folder: Path, name: str, shard: Shard, tasks: Sequence[str] = (), **changed: Any) -> Plan:
+def planned(folder: Path, name: str, tasks: Sequence[str] = (), **changed: Any) -> Plan:
     table = replace(TABLES[name], **changed)
-    results = Results(folder, KEY, shard)
+    results = Ledger(folder / "results.jsonl", KEY)
     return Plan(table, table.methods, tasks or list(table.tasks), table.seeds, "tuned", results)
 
 
-@pytest.mark.parametrize(
-    ("name", "tasks", "count"), [("table1_offline", [], 1), ("table1_offline", [], 3), ("table2", ["rte"], 3)]
-)
-def test_shares_do_every_run_once_and_finals_wait_for_all_choices(
-    name: str, tasks: list[str], count: int, tmp_path: Path
-) -> None:
-    fakes = [Fake() for _ in range(count)]
-    plans = [planned(tmp_path, name, Shard(number + 1, count), tasks) for number in range(count)]
-    waited = 0
-    for _ in range(5):  # tasks that start from others take more turns
-        for plan, fake in zip(plans, fakes, strict=True):
-            plan.work(fake, lambda run: None)
-            waited += plan.waiting
-    done: list[str] = []
-    for fake in fakes:
-        done += fake.done
+@pytest.mark.parametrize(("name", "tasks"), [("table1_offline", []), ("table2", ["rte"])])
+def test_processes_share_the_runs_and_finals_wait_for_all_choices(name: str, tasks: list[str], tmp_path: Path) -> None:
+    fakes = [Fake(), Fake()]
+    plans = [planned(tmp_path, name, tasks) for _ in fakes]
+    threads = [Thread(target=plan.work, args=(fake, print)) for plan, fake in zip(plans, fakes, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=300)
+    done = fakes[0].done + fakes[1].done
     assert len(done) == len(set(done))
-    assert bool(waited) == (count > 1)
+    assert all(fake.done for fake in fakes)
     for plan in plans:
-        plan.results.reload()
         assert not plan.open_runs()
-        assert not plan.waiting
-    places = [run.name for run in plans[0].places() if run is not None]
-    assert set(places) == set(done)
-    assert min(len(fake.done) for fake in fakes) > len(done) / count / 2
+        assert {run.name for run in plan.runs()} == set(done)
     assert any("/test/efmlora-learning_rate" in name for name in done)
     assert "± 0.0 (" in table_text(plans[0])
 
@@ -102,7 +92,7 @@ def test_a_run_that_fails_keeps_no_other_one_from_being_done(
 
 
 def test_equal_scores_are_decided_by_the_loss(tmp_path: Path) -> None:
-    plan = planned(tmp_path, "table1", Shard(), ["sst2"], learning_rates=(1e-3, 1e-2), grids=GRIDS)
+    plan = planned(tmp_path, "table1", ["sst2"], learning_rates=(1e-3, 1e-2), grids=GRIDS)
 
     def perform(run: Run) -> Row:
         loss = abs(run.config["learning_rate"] - 1e-2) + run.config.get("rho", 0.0)
@@ -120,7 +110,7 @@ def test_equal_scores_are_decided_by_the_loss(tmp_path: Path) -> None:
 def test_a_run_that_has_diverged_is_not_chosen(name: str, tmp_path: Path) -> None:
     table = TABLES[name]
     task = next(iter(table.tasks))
-    plan = planned(tmp_path, name, Shard(), [task], learning_rates=(1e-2, 1e-3), grids=GRIDS)
+    plan = planned(tmp_path, name, [task], learning_rates=(1e-2, 1e-3), grids=GRIDS)
 
     def perform(run: Run) -> Row:
         value = math.nan if run.config["learning_rate"] == 1e-2 else 0.5
@@ -136,7 +126,7 @@ def test_a_run_that_has_diverged_is_not_chosen(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_page_says_what_a_table_costs(name: str, tmp_path: Path) -> None:
-    plan = planned(tmp_path, name, Shard())
+    plan = planned(tmp_path, name)
     counts = count(plan, plan.tasks)
     page = (running.RECIPES.parent / "docs" / "recipes" / "reproduce.md").read_text(encoding="utf-8")
     trials = len(plan.configurations(plan.tasks[0], "lora")) if counts.choosing else 0
@@ -223,10 +213,11 @@ def test_the_protocols_values_are_those_of_the_recipes_files(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["table9"], "invalid choice: 'table9'"),
-        (["table1", "--tasks", "cola"], "table1 has no cola; there are sst2, sst5"),
+        (["table9"], "TABLE: there is no table9; there are table1, table1_offline"),
+        (["table1", "--tasks", "cola"], "--tasks: there is no cola; there are sst2, sst5"),
         (["table1", "--seeds", "7"], r"the seeds [7] choose the settings, so they can't be used for testing"),
-        (["table1", "--shard", "0/8"], "'0/8' must be a share such as 2/8"),
+        (["table1", "--methods", "sam"], "--methods: there is no sam; there are lora, efmlora"),
+        (["table1", "--seeds", "a"], "Expected a <class 'int'>. Got value: a"),
     ],
 )
 def test_errors_are_clear(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ from recipes.shared import precision
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.command_line import option
 from recipes.shared.configs import RECIPES
-from recipes.shared.ledger import Row, StoppedError, read
+from recipes.shared.ledger import Ledger, Row, StoppedError, read
 from recipes.shared.precision import SETTING
 from recipes.studies.process import fit
-from recipes.studies.results import Results, Shard
-from recipes.tune.__main__ import _parser, _perform, _space, main
+from recipes.tune.__main__ import Options, _perform, _space, main
 from recipes.tune.report import Answer, answer, draw, table
 from recipes.tune.search import CONTROL, KEY, SIDES, WITH, WITHOUT, Run, Search
 from recipes.tune.space import Space, arguments, suggestion
@@ -32,7 +30,6 @@ from recipes.tune.space import Space, arguments, suggestion
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
 EFMLORA = RECIPES / "configs" / "methods" / "efmlora.yaml"
-ONE = Shard()
 SPACE = {"model.lr": ["1e-4", "1e-3", "1e-2"], "model.r/model.alpha": ["2/4", "8/16"]}
 
 
@@ -44,7 +41,7 @@ def options(tiny: str, tmp_path: Path) -> list[str]:
     data.write_text("\n".join(json.dumps(sentence) for sentence in sentences))
     return [
         *("classification", "--budget=4", "--fresh=2", "--rho", "0.1", "0.5", f"--folder={tmp_path / 'search'}"),
-        *("--try", "model.learning_rate", "1e-3", "1e-2", "--try", "model.head_learning_rate", "null", "1e-2"),
+        *("--search", "model.learning_rate", "1e-3", "1e-2", "--search", "model.head_learning_rate", "null", "1e-2"),
         *(f"--config={RECIPES / 'classification' / 'configs' / 'base.yaml'}", f"--config={EFMLORA}"),
         *(f"--model.model={tiny}", "--model.lora.target_modules=[q_proj,v_proj]", f"--data.dataset={data}"),
         *("--data.validation_share=0.15", "--data.test_share=0.15", "--trainer.max_steps=2", "--trainer.devices=1"),
@@ -108,22 +105,19 @@ def test_a_search_is_run_once_resumed_and_answered(
         main(options)
 
 
-def finished(
-    folder: Path, shard: Shard = ONE, rank_8: bool = False, space: Space = SPACE, **settings: Any
-) -> tuple[Search, list[Run]]:
+def finished(folder: Path, rank_8: bool = False, space: Space = SPACE, **settings: Any) -> tuple[Search, list[Run]]:
     """A search whose runs take no time: without the perturbation 1e-2 and rank 2 are best, with it rho 5."""
-    search = Search("my.cli", [], space, ["0.5", "5"], Results(folder, KEY, shard), **settings)
-    runs = []
-    run = search.next_run()
-    while run is not None:
+    search = Search("my.cli", [], space, ["0.5", "5"], Ledger(folder / "results.jsonl", KEY), **settings)
+    runs: list[Run] = []
+
+    def perform(run: Run) -> Row:
         rate, rank = run.config.get("model.lr", "0"), run.config.get("model.r/model.alpha")
         value = 1.0 - 10 * float(rate) + (rank == "8/16") - 0.1 * float(run.config["rho"]) + run.seed / 1000
         value -= 2 * (rank_8 and rank == "8/16" and run.config["rho"] == "5")
         judgement = {"trial": run.trial, "metric": "val_loss", "mode": "min", "value": value, "seconds": 36.0}
-        search.results.own.append({**run.key(), **judgement})
-        search.results.reload()
-        runs.append(run)
-        run = search.next_run()
+        return {**run.key(), **judgement}
+
+    search.results.perform_all(search.open_runs, perform, runs.append)
     return search, runs
 
 
@@ -164,20 +158,23 @@ def test_winners_that_differ_in_more_than_rho_have_a_control(tmp_path: Path) -> 
     assert "with - control, 95 % interval" in table(search, found).markdown()
 
 
-def test_shares_do_the_same_runs_and_wait_for_each_other(tmp_path: Path) -> None:
-    first, done = finished(tmp_path, Shard(1, 2), rank_8=True, trials=8)
-    assert [(run.trial, run.side) for run in done] == [(0, WITHOUT), (0, WITH), (2, WITHOUT), (2, WITH)]
-    assert not first.is_finished
-    second, _ = finished(tmp_path, Shard(2, 2), rank_8=True, trials=8)
-    assert not second.is_finished  # the first share has repeats and finals to do now
-    for shard in (Shard(1, 2), Shard(2, 2), Shard(1, 2)):
-        last, _ = finished(tmp_path, shard, rank_8=True, trials=8)
-    assert last.is_finished
-    of_shares = [read(tmp_path / f"results-{number}-of-2.jsonl") for number in (1, 2)]
-    for rows in of_shares:
-        finals = [(row["side"], row["seed"]) for row in rows if row["stage"] == "final"]
-        # A difference is between runs of one machine.
-        assert set(finals) == set(product((WITHOUT, WITH, CONTROL), {seed for _, seed in finals}))
+def test_processes_share_the_sides_of_a_trial_and_all_later_runs(tmp_path: Path) -> None:
+    search = Search("my.cli", [], SPACE, ["0.5", "5"], Ledger(tmp_path / "results.jsonl", KEY), trials=8)
+    first, second = search.open_runs()
+    assert [(run.trial, run.side) for run in (first, second)] == [(0, WITHOUT), (0, WITH)]
+    with search.results.claimed(first):
+        done: list[Run] = []
+        assert search.results.perform_first(search.open_runs(), lambda run: None, done.append)
+    assert done == [second]
+    search, _ = finished(tmp_path, trials=8)
+    path = tmp_path / "results.jsonl"
+    rows = read(path)
+    path.write_text("\n".join(json.dumps(row) for row in rows if row["seed"] == 0))
+    search.results.reload()
+    assert len(search.open_runs()) == 2 * 2 * 2
+    path.write_text("\n".join(json.dumps(row) for row in rows if row["stage"] == "search"))
+    search.results.reload()
+    assert len(search.open_runs()) == len(search.finalists()) * 5
 
 
 def test_a_run_has_a_folder_of_its_own() -> None:
@@ -243,7 +240,7 @@ def test_a_command_line_of_lightnings_goes_on_after_a_stop(tmp_path: Path, monke
 
 
 def test_settings_that_are_given_are_not_searched(capsys: pytest.CaptureFixture[str]) -> None:
-    options = _parser().parse_args(["vqa"])
+    options = Options("vqa")
     for given in (["--model.lora.lora_alpha", "8"], ["--model.init_args.lora.r=8"], ["--model.lora={r: 8}"]):
         assert "model.lora.r/model.lora.lora_alpha" not in _space(options, given)
     assert "--model.lora.lora_alpha is given, so model.lora.r/model.lora.lora_alpha is" in capsys.readouterr().out
@@ -340,11 +337,11 @@ def test_a_failure_is_no_divergence(
         (["vqa", "--rho", "1", "1"], "different numbers"),
         (["vqa", "--budget", "2"], "at least 4, or hours, as in 2h: got 2"),
         (["vqa", "--fresh", "1"], "--fresh must be at least 2"),
-        (["vqa", "--try", "a/b", "1/2", "3"], "each value must have 2 parts"),
+        (["vqa", "--search", "a/b", "1/2", "3"], "each value must have 2 parts"),
         (["vqa", "--rho", "0.1,0.5"], "different numbers above 0, got 0.1,0.5"),
-        (["vqa", "--try", "a", "1", "--try", "b/a", "1/2"], "--try names an option once"),
-        (["vqa", "--try", "rho", "1", "2"], "never rho"),
-        (["vqa", "--try", "a", "1", "2", "--a=1"], "--a is given, and --try searches a: leave out one"),
+        (["vqa", "--search", "a", "1", "--search", "b/a", "1/2"], "--search names an option once"),
+        (["vqa", "--search", "rho", "1", "2"], "never rho"),
+        (["vqa", "--search", "a", "1", "2", "--a=1"], "--a is given, and --search searches a: leave out one"),
         (["vqa", "--optimizer", "SGD"], "--optimizer has a rate of its own"),
         (["vqa", "--data.seed", "1"], "--data.seed is set by the search"),
         (["vqa", "--metric", "val_perplexity"], "add --mode min or --mode max"),
