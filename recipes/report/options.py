@@ -2,7 +2,7 @@
 
 import json
 import math
-import tempfile
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,12 +144,10 @@ class Options:
 
     def _check_output(self) -> None:
         """Refuse a folder that can't be written, or in which a report would replace what no report has written."""
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.output):
-                pass
-        except OSError as error:
-            raise MisconfigurationException(f"--output {self.output} can't be written: {error}") from error
+        output = self.output.resolve()
+        there = next(folder for folder in (output, *output.parents) if os.path.exists(folder))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise MisconfigurationException(f"--output {self.output} can't be written: {there} is no folder for that")
         report = self.output / REPORT
         if report.is_file() and report.read_text(encoding="utf-8", errors="replace").startswith(HEADING):
             return

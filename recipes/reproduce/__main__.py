@@ -14,8 +14,7 @@ from recipes.reproduce.methods import METHODS
 from recipes.reproduce.plan import Plan
 from recipes.reproduce.report import plan_text, table_text, time_left
 from recipes.reproduce.run import KEY, Place, Run, perform
-from recipes.reproduce.table import Protocol
-from recipes.reproduce.tables import TABLES
+from recipes.reproduce.table import TABLES, Protocol
 from recipes.shared.command_line import option
 from recipes.shared.ledger import Ledger, StoppedError, each_once, keep_options
 from recipes.shared.mistakes import without_traceback

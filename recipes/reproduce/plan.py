@@ -60,19 +60,14 @@ class Plan:
         return METHODS[method].configurations([self.table.tasks[task].learning_rate], grids)
 
     def run(self, task: str, method: str, config: Config, seed: int, part: Part) -> Run:
-        """A run; the choices of :meth:`waits_for` are known by then."""
+        """A run of a task that may start."""
         start_task, start = self.table.tasks[task].start, None
         if start_task is not None:
             start_config = self.chosen(start_task, method)
-            assert start_config is not None  # waits_for
+            assert start_config is not None  # the task may start
             start = self.run(start_task, method, start_config, seed, part)
         name, own = same_run(method, config, self.table.grids)
         return Run(task, name, own, seed, part, self.table, start)
-
-    def waits_for(self, task: str) -> list[tuple[str, str]]:
-        """The tasks and methods whose choices must be known before any run on a task."""
-        start = self.table.tasks[task].start
-        return [] if start is None else [(start, each) for each in self.methods]
 
     def trials(self, task: str, method: str) -> list[list[Run]] | None:
         """The runs of each configuration, empty where there is but one; None while they wait for another choice."""
@@ -168,7 +163,9 @@ class Plan:
         self.results.perform_all(open_runs, attempt, report)
 
     def _may_start(self, task: str) -> bool:
-        return all(self.chosen(*other) is not None for other in self.waits_for(task))
+        """Whether the choices of the task that this one starts from are known, if there is one."""
+        start = self.table.tasks[task].start
+        return start is None or all(self.chosen(start, method) is not None for method in self.methods)
 
     def _choose(self, task: str, method: str) -> Config | None:
         configs = self.configurations(task, method)

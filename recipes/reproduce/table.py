@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
 
 from recipes.reproduce.methods import DEFAULT
 
@@ -134,3 +137,29 @@ class Table:
                 wanted.add(start)
         ordered = [name for name in self.tasks if name in wanted]
         return sorted(ordered, key=lambda name: self.tasks[name].start is not None)
+
+
+def _read(path: Path) -> Table:
+    """A table from its file, where ``task`` has what all tasks share; their lists are added to those there."""
+    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    common = found.pop("task")
+    return Table(
+        name=path.stem,
+        tasks={name: _task(common, own) for name, own in found.pop("tasks").items()},
+        grids={**USUAL_GRIDS, **found.pop("grids")},
+        published=[Published(**row) for row in found.pop("published", [])],
+        **found,
+    )
+
+
+def _task(common: dict[str, Any], own: dict[str, Any]) -> Task:
+    merged = {**common, **own}
+    for name in ("configs", "downloads", "options"):
+        merged[name] = [*common.get(name, []), *own.get(name, [])]
+    if "metrics" in merged:
+        merged["metrics"] = [Metric(**metric) for metric in merged["metrics"]]
+    return Task(**merged)
+
+
+TABLES: dict[str, Table] = {path.stem: _read(path) for path in sorted(Path(__file__).parent.glob("tables/*.yaml"))}
+"""By their names on the command line."""

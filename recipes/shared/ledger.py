@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.files import begin_folder, set_aside, write_whole
+from recipes.shared.files import begin_folder, write_whole
 
 Row = dict[str, Any]
 
@@ -189,64 +189,31 @@ def each_once(values: Iterable[Value]) -> list[Value]:
     return list(dict.fromkeys(values))
 
 
-def keep_options(folder: Path, options: Sequence[str], written: Sequence[str], runs: Sequence[str] = ()) -> None:
+def keep_options(folder: Path, options: Sequence[str], written: Sequence[str]) -> None:
     """Refuse to mix runs of other options into a folder: their results would not be comparable.
 
     Args:
         folder: of the runs; the options are written into its ``options.json``.
         options: that all runs share.
         written: names of the files that the command replaces in its folder; those of others are set aside.
-        runs: names of the folders of its runs, which are set aside if other options have led to no result yet and no
-            process is doing one.
 
     Raises:
-        MisconfigurationException: the folder holds runs with others.
+        MisconfigurationException: the folder was begun with others.
     """
     path = folder / "options.json"
     claims = folder / "claims"
     claims.mkdir(parents=True, exist_ok=True)
     # One process at a time, of several that share the runs and start together.
     with FileLock(claims / "options"):
-        before = _options_in(path)
-        differs = runs and before not in (None, list(options))
-        if differs and not any(map(read, folder.glob("*.jsonl"))) and not _is_in_use(claims):
-            path.unlink()  # options that have led to no result may have been a mistake
-            before = None
-        if before is None:
-            set_aside(path)  # a file of that name, but another program's
-            begin_folder(folder, path.name, [*written, *runs])
+        if not path.exists():
+            begin_folder(folder, path.name, written)
             write_whole(path, json.dumps(list(options)) + "\n")
-    if before is not None and before != list(options):
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before != list(options):
         raise MisconfigurationException(
-            f"--folder={folder} holds runs with the options {before}, and now they are {list(options)}: name another "
-            "folder"
+            f"--folder={folder} was begun with the options {before}, and now they are {list(options)}: name another "
+            "folder, or delete this one"
         )
-
-
-def _is_in_use(claims: Path) -> bool:
-    """Whether a process is doing a run."""
-    for path in claims.iterdir():
-        if path.name == "options":
-            continue  # this process has it
-        lock = FileLock(path)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            return True
-        lock.release()
-    return False
-
-
-def _options_in(path: Path) -> list[str] | None:
-    """The options that :func:`keep_options` has written; None where it has not."""
-    if not path.is_file():
-        return None
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    is_ours = isinstance(options, list) and all(isinstance(option, str) for option in options)
-    return options if is_ours else None
 
 
 # Requests to end: SIGUSR1 is SLURM's, when the job's time is over.

@@ -65,20 +65,25 @@ def _split(kind: type, arguments: Sequence[str] | None) -> tuple[list[str], list
     others: list[str] = []
     repeated: dict[str, list[list[str]]] = {}
     for option, *values in _groups(sys.argv[1:] if arguments is None else arguments):
-        name, equals, _ = option.removeprefix("--").partition("=")
-        if not option.startswith("--") or (equals and name in hints) or name == "help":
+        name, equals, value = option.removeprefix("--").partition("=")
+        hint = hints.get(name)
+        is_list = get_origin(hint) is list
+        if is_list and equals:
+            values = [value, *values]
+        if not option.startswith("--") or name == "help":
             own += [option, *values]
         elif name not in hints:
             others += [option, *values]
-        elif get_origin(hints[name]) is list and get_origin(get_args(hints[name])[0]) is list:
-            repeated.setdefault(option, []).append(values)
-        elif get_origin(hints[name]) is list:
-            own.append(f"{option}={json.dumps(values)}")
-        elif hints[name] is bool and not values:
-            own.append(f"{option}=true")
+        elif is_list and get_origin(get_args(hint)[0]) is list:
+            repeated.setdefault(name, []).append(values)
+        elif is_list:
+            is_json = "".join(values).startswith("[")
+            own += [f"--{name}", *(values if is_json else [json.dumps(values)])]
+        elif hint is bool and not values and not equals:
+            own.append(f"--{name}=true")
         else:
             own += [option, *values]
-    own += [f"{option}={json.dumps(lists)}" for option, lists in repeated.items()]
+    own += [f"--{name}={json.dumps(lists)}" for name, lists in repeated.items()]
     return own, others
 
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 @dataclass(frozen=True)
 class Table:
-    """A table that can be shown in two ways.
+    """A table for the terminal.
 
     Attributes:
         title: above it.
@@ -24,11 +24,6 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
-
-    def markdown(self) -> str:
-        """For a document."""
-        lines = [f"### {self.title}", "", _line(self.columns), _line(["---", *["---:"] * (len(self.columns) - 1)])]
-        return "\n".join([*lines, *map(_line, self.rows), "", *(f"- {note}" for note in self.notes), ""])
 
     def show(self, console: Console) -> None:
         """In the terminal."""

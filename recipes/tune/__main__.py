@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = [f"--metric={options.metric}", f"--mode={search.mode}", f"--test={options.test}"]
     tried = [f"{name} {' '.join(values)}" for name, values in search.space.items()]
     given = [search.command, *asked, *tried, f"rho {' '.join(search.radii)}", *search.options]
-    keep_options(folder, given, ["table.txt", "trials.png", "best.yaml"], runs=["search", "final"])
+    keep_options(folder, given, ["table.txt", "trials.png", "best.yaml"])
     # For the recipes' own processes, unless the options or a configuration choose one.
     os.environ[SETTING] = precision_of_runs(folder, option(more, "--trainer.accelerator") or "auto")
     try:

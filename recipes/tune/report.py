@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
-from scipy import stats
 
 from recipes.shared.statistics import Estimate, estimate, with_error
 from recipes.shared.tables import Table
@@ -27,7 +26,6 @@ class Answer:
         configs: of these, by side.
         values: of the metric, by side and seed.
         less_is_better: of the metric.
-        seconds: of a run.
         trials: the values of all trials.
         tried: how many settings with the perturbation were tried, and how many there are.
     """
@@ -35,7 +33,6 @@ class Answer:
     configs: dict[str, Config]
     values: dict[str, dict[int, float]]
     less_is_better: bool
-    seconds: float
     trials: Sequence[float] = ()
     tried: tuple[int, int] = (1, 1)
 
@@ -109,39 +106,19 @@ class Answer:
         between = f"it is between {abs(low):.3g} worse and {high:.3g} better {than} (95 % interval)"
         return f"Not known yet: {between}. Until then, don't."
 
-    def one_more_hour(self) -> str:
-        """What it would buy, if the spread of the seeds stays; empty if they show none."""
-        if self.no_answer:
-            return ""
-        found = self.difference(self.rival)
-        seconds = len(self.configs) * self.seconds  # of a seed
-        more = int(3600 / seconds)
-        values = found.values + more
-        if more == 0 or not math.isfinite(found.error):
-            return f"One more seed takes {seconds / 3600:.1f} hours."
-        deviation = found.error * math.sqrt(found.values)
-        width = deviation / math.sqrt(values) * stats.t.ppf(0.975, values - 1)
-        seeds = "seed" if more == 1 else "seeds"
-        return (
-            f"One more hour buys {more} more {seeds} (--fresh {values}), and an interval of about "
-            f"± {width:.3g} in place of ± {found.interval:.3g}. Decide once: looking again and again finds differences."
-        )
-
 
 def answer(search: Search) -> Answer | None:
     """What a finished search has found; None while it is not finished."""
     if not search.is_finished:
         return None
     configs = search.finalists()
-    values, every = {}, []
+    values: dict[str, dict[int, float]] = {}
     for side, config in configs.items():
         rows = search.rows(side, config, "final")
         values[side] = {row["seed"]: row["value"] for row in rows}
-        every += rows
-    seconds = sum(row["seconds"] for row in every) / len(every)
     trials = [row["value"] for side in SIDES for row in search.tried(side).values()]
     tried = (search.trials_of(WITH), size(search.space_of(WITH)))
-    return Answer(configs, values, every[0]["mode"] == "min", seconds, trials, tried)
+    return Answer(configs, values, rows[0]["mode"] == "min", trials, tried)
 
 
 def table(search: Search, found: Answer) -> Table:
@@ -166,7 +143,7 @@ def table(search: Search, found: Answer) -> Table:
         f"{metric}, {'less' if found.less_is_better else 'more'} is better; mean and standard error over seeds "
         f"{', '.join(map(str, SEARCH_SEEDS))} of the search, on validation data, and over {search.fresh} fresh seeds, "
         f"on {judged_on} data; the interval is over seeds, and not over other {judged_on} data",
-        f"Differences are paired by seed. {found.one_more_hour()}".strip(),
+        "Differences are paired by seed",
     ]
     if CONTROL in found.configs:
         notes.append(

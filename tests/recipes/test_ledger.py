@@ -159,16 +159,10 @@ def test_a_run_that_outlives_its_killed_parent_is_still_claimed(tmp_path: Path) 
     assert is_mine
 
 
-def test_options_may_be_changed_until_there_is_a_result(tmp_path: Path) -> None:
-    folder = tmp_path / "new"
-    keep_options(folder, ["--rate=1"], ["table.txt"], runs=["search"])
-    (folder / "search").mkdir()
-    keep_options(folder, ["--rate=1"], ["table.txt"], runs=["search"])
-    assert (folder / "search").exists()  # its runs go on
-    with Ledger(folder / "results.jsonl", ("seed",)).claimed(RUNS[0]), pytest.raises(MisconfigurationException):
-        keep_options(folder, ["--rate=2"], ["table.txt"], runs=["search"])  # another process is at one
-    keep_options(folder, ["--rate=2"], ["table.txt"], runs=["search"])
-    assert sorted(path.name for path in folder.iterdir()) == ["claims", "options.json", "search-1"]
-    ledger(tmp_path).append(RUNS[0].key())
-    with pytest.raises(MisconfigurationException, match="name another folder"):
-        keep_options(folder, ["--rate=3"], ["table.txt"], runs=["search"])
+def test_a_folder_keeps_to_its_options(tmp_path: Path) -> None:
+    (tmp_path / "table.txt").touch()
+    for _ in range(2):
+        keep_options(tmp_path, ["--rate=1"], ["table.txt"])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["claims", "options.json", "table-1.txt"]
+    with pytest.raises(MisconfigurationException, match="name another folder, or delete this one"):
+        keep_options(tmp_path, ["--rate=2"], ["table.txt"])

@@ -45,7 +45,7 @@ def test_labels_are_given_or_the_folders_names(tmp_path: Path) -> None:
         (["--adapter", "mine"], "holds no adapter_config.json: not peft's folder"),
         (["--output", "adapter"], "is in the adapter's folder"),
         (["--output", "adapter/report"], "is in the adapter's folder"),
-        (["--output", "data.jsonl/report"], "data.jsonl/report can't be written: .*Not a directory"),
+        (["--output", "data.jsonl/report"], "data.jsonl/report can't be written: .*data.jsonl is"),
         (["--output", "mine"], "holds curves.png, which no report has written"),
         (["--adapter", "none"], "--adapter none is not a folder"),
     ],

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.reproduce import run as running
 from recipes.reproduce.__main__ import main
-from recipes.reproduce.tables import TABLES
+from recipes.reproduce.table import TABLES
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.ledger import StoppedError, read
 from recipes.studies import process
@@ -100,7 +100,7 @@ def test_a_table_from_plan_to_figures(
     here.clear()
     assert main([*given, *prompts]) == 0
     assert not here  # everything is done
-    with pytest.raises(MisconfigurationException, match="holds runs with the options"):
+    with pytest.raises(MisconfigurationException, match="was begun with the options"):
         main([*given, *prompts, "--data.shots=4"])
 
 

@@ -17,8 +17,7 @@ from recipes.reproduce.methods import METHODS
 from recipes.reproduce.plan import Plan
 from recipes.reproduce.report import count, table_text
 from recipes.reproduce.run import KEY, Place, Run, score, validated
-from recipes.reproduce.table import Table
-from recipes.reproduce.tables import TABLES
+from recipes.reproduce.table import TABLES, Table
 from recipes.shared.ledger import Ledger, Row, StoppedError
 from recipes.studies.process import command
 

@@ -92,7 +92,6 @@ def test_a_search_is_run_once_resumed_and_answered(
     assert {(row["metric"], row["mode"]) for row in rows} == {("val_score", "max")}
     out = " ".join(capsys.readouterr().out.split())  # lines are wrapped
     assert "on test data" in out
-    assert re.search("One more hour buys|No answer: all", out)  # two steps may teach nothing
     best = yaml.safe_load((tmp_path / "search" / "best.yaml").read_text())
     assert best["model"]["class_path"] == "recipes.classification.module.TextClassification"
     assert (tmp_path / "search" / "trials.png").stat().st_size > 0
@@ -152,10 +151,10 @@ def test_winners_that_differ_in_more_than_rho_have_a_control(tmp_path: Path) -> 
         values = {CONTROL: {seed: -sign * (1.0 + seed / 1e6) for seed in found.values[WITH]}}
         for side in SIDES:
             values[side] = {seed: sign * value for seed, value in found.values[side].items()}
-        against = Answer(found.configs, values, sign == 1, seconds=36.0)
+        against = Answer(found.configs, values, sign == 1)
         assert against.rival == against.winner == CONTROL
         assert against.verdict().startswith("Don't: it is worse than LoRA with the same other settings, by ")
-    assert "with - control, 95 % interval" in table(search, found).markdown()
+    assert "with - control, 95 % interval" in str(table(search, found).rows)
 
 
 def test_processes_share_the_sides_of_a_trial_and_all_later_runs(tmp_path: Path) -> None:
@@ -197,7 +196,7 @@ def test_runs_that_diverged_are_no_traceback(tmp_path: Path) -> None:
         path.write_text("\n".join(map(json.dumps, now)))
         search.results.reload()
         found = answer(search)
-        assert "nan" in table(search, found).markdown()
+        assert "nan" in str(table(search, found).rows)
         assert found.verdict().startswith(verdict)
         assert "in 1 of its 5 final runs." in found.verdict()
         assert found.winner == winner
@@ -266,7 +265,7 @@ def test_a_suggestion_is_new_and_the_same_again() -> None:
 
 def answer_of(without: Sequence[float], perturbed: Sequence[float], less_is_better: bool = True) -> Answer:
     values = {WITHOUT: dict(enumerate(without)), WITH: dict(enumerate(perturbed))}
-    return Answer({WITHOUT: {"rho": "0"}, WITH: {"rho": "5"}}, values, less_is_better, seconds=180.0)
+    return Answer({WITHOUT: {"rho": "0"}, WITH: {"rho": "5"}}, values, less_is_better)
 
 
 def test_the_answer_is_one_sentence_with_its_doubt() -> None:
@@ -281,7 +280,6 @@ def test_the_answer_is_one_sentence_with_its_doubt() -> None:
     worse = answer_of([1.0, 1.2, 1.1], [1.2, 1.4, 1.31])
     worse.configs[CONTROL], worse.values[CONTROL] = {}, {0: 0.1, 1: 3.2, 2: 0.1}
     assert worse.verdict().startswith("Don't: it is worse than LoRA, by ")
-    assert better.one_more_hour().startswith("One more hour buys 10 more seeds (--fresh 13)")
 
 
 def test_equal_values_are_no_certainty() -> None:
@@ -291,7 +289,6 @@ def test_equal_values_are_no_certainty() -> None:
             r"No answer: all 2 final runs w.* gave 0.[457]. The seeds change nothing: check", equal.verdict()
         )
         assert equal.winner == WITHOUT
-        assert equal.one_more_hour() == ""
     diverged = answer_of([0.5, 0.6, 0.7], [0.4, 0.4, math.inf])
     assert diverged.verdict().startswith("Don't: it diverged in 1 of its 3 final runs")
     chance = replace(answer_of([1.0, 1.2, 1.1], [0.5, 0.71, 0.6]), trials=[0.5, 0.5, math.inf, 0.5])
