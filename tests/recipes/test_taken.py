@@ -22,7 +22,7 @@ from recipes.instruction_tuning.module import InstructionTuning
 from recipes.nlg.data import MeaningData
 from recipes.nlg.module import TextGeneration
 from recipes.shared.configs import written_settings
-from recipes.shared.taken import _OBJECTS, _PLAIN, taken
+from recipes.shared.taken import _PLAIN, taken
 from recipes.vqa.data import VQAData
 from recipes.vqa.module import VQA
 
