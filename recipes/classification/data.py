@@ -28,7 +28,6 @@ from recipes.shared.data import (
     packaged_names,
     packaged_task,
     read_table,
-    with_known_names,
 )
 from recipes.shared.left_out import few, warn_of_left_out
 from recipes.shared.parted_data import PartedData
@@ -231,7 +230,7 @@ class TextData(PartedData):
                 f"{source} must be a .txt file with one text a line, or a table ending in {', '.join(FORMATS)}"
             )
         else:
-            table = with_known_names(read_table(file, file), self.text_columns)
+            table = read_table(file, file)
         if not set(self.text_columns) <= set(table.column_names) or not len(table):
             raise MisconfigurationException(
                 f"{source} must have rows with the columns {self.text_columns}, and has {len(table)} rows with "
@@ -262,7 +261,7 @@ class TextData(PartedData):
     def _with_columns(self, split: str) -> Any:
         """A split or a file, which has the columns."""
         wanted = {*self.text_columns, self.label}
-        table = with_known_names(self._table(split), wanted)
+        table = self._table(split)
         names = table.column_names
         missing = wanted - set(names)
         if missing:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from recipes.clip.images import drawing, read_image
-from recipes.clip_contrastive.pictures import Picture
+from recipes.clip_contrastive.sources import Picture
 
 Batch = dict[str, Tensor]
 Transform = Callable[[Image], Tensor]

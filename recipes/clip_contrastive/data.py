@@ -14,7 +14,7 @@ from recipes.clip.images import Embedded, blind_skips, readable
 from recipes.clip.model import too_long
 from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.batches import PictureBatches, PictureBatchSampler
-from recipes.clip_contrastive.pictures import Picture
+from recipes.clip_contrastive.sources import Picture
 from recipes.shared.data import given_dataset
 from recipes.shared.parted_data import PartedData
 from recipes.shared.parts import places_in, refuse_bad_settings, warn_of_training_data
@@ -114,7 +114,7 @@ class ContrastiveData(PartedData):
                     "ContrastiveData takes the model's tokenizer: set .clip, or use a Trainer"
                 )
             self.clip = self.trainer.lightning_module.clip
-        if sources.is_of_datasets(given_dataset(self.dataset, sources.PACKAGED)):
+        if sources.has_splits(given_dataset(self.dataset, sources.PACKAGED)):
             self.take_own_splits()
         if stage == "fit":
             self._refuse_training_data()
@@ -168,7 +168,7 @@ class ContrastiveData(PartedData):
             return []
         dataset, split = self.place(part)
         columns = self.image_column, self.caption_column
-        pictures = sources.load(dataset, split, *columns, self.config_name, self.revision)
+        pictures = sources.load_pictures(dataset, split, *columns, self.config_name, self.revision)
         # Names of files may hold bytes that are no UTF-8, which ascii() writes as something else.
         names = {picture.key: ascii(f"{self.seed}/{picture.key}") for picture in pictures}
         pictures.sort(key=lambda picture: hashlib.sha256(names[picture.key].encode()).digest())

@@ -1,37 +1,49 @@
-"""Images and their captions from whatever `datasets` reads, a table, a folder, webdataset shards, or a package."""
+"""Images and their captions from whatever `datasets` reads, a folder with texts, or a package."""
 
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pandas as pd
+from braceexpand import braceexpand
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip import emoji
-from recipes.clip.images import Embedded, ImageFile, image_files
-from recipes.clip_contrastive.pictures import Picture, lines_of, refuse
-from recipes.clip_contrastive.shards import pictures_of_shards
-from recipes.shared.data import is_packaged, packaged_names, read_table, say_what_is_left_out
-from recipes.shared.left_out import warn_of_left_out
-from recipes.shared.table_files import refuse_other_separators
+from recipes.clip.images import Embedded, ImageFile, image_files, shortened
+from recipes.shared.data import is_packaged, packaged_names, read_errors, read_table, say_what_is_left_out
+from recipes.shared.files import read_lines
+from recipes.shared.left_out import few, warn_of_left_out
 
 Row = tuple[ImageFile | None, str, Any]
 """An image, its key, and what is said of it."""
 _STYLES = ("emoji", "emoji-held-out", "emoji-fluent", "emoji-fluent-held-out")
 PACKAGED = packaged_names(_STYLES)
-_TEXT_TABLES = (".csv", ".tsv")
 _CAPTION_FILES = ("captions.csv", "captions.tsv")
 # The names that ImageFolder, open_clip and common data sets of the Hub have for them.
 IMAGE_COLUMNS = ("image", "filepath", "file_name", "image_path")
 CAPTION_COLUMNS = ("caption", "title", "text", "captions")
 
 
-def load(
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image and what is said of it.
+
+    Attributes:
+        file: of the image.
+        captions: at least one, none blank.
+        key: pictures with the same key never part between training and evaluation.
+    """
+
+    file: ImageFile
+    captions: tuple[str, ...]
+    key: str
+
+
+def load_pictures(
     dataset: str,
     split: str = "train",
     image_column: str | None = None,
@@ -39,14 +51,14 @@ def load(
     config_name: str | None = None,
     revision: str | None = None,
 ) -> list[Picture]:
-    """The pictures of a data set, each with all its captions.
+    """Load the pictures of a data set, each with all its captions.
 
     Args:
-        dataset: a .csv or .tsv file; a folder of images with a .txt file of the same name beside each, one caption a
-            line, or with a captions.csv or .tsv; webdataset shards, such as ``shards/*.tar`` or
-            ``{train,more}/{000..009}.tar``; one of :data:`PACKAGED`; or what `datasets` reads: a .parquet, .json or
-            .jsonl file, a folder, also with ImageFolder's metadata.jsonl, or a Hub name.
-        split: of what `datasets` reads.
+        dataset: a folder of images with a .txt file of the same name next to each, one caption a line, or with a
+            captions.csv or .tsv; webdataset shards, such as ``shards/*.tar`` or ``{train,more}/{000..009}.tar``; one of
+            :data:`PACKAGED`; or what `datasets` reads: a table, a folder, also with ImageFolder's metadata.jsonl, or a
+            Hub name.
+        split: of a folder or a Hub data set.
         image_column: images, or their paths, relative to the table's folder, or absolute; None takes the first of
             :data:`IMAGE_COLUMNS` that is there.
         caption_column: a text, or a list of them; None takes the first of :data:`CAPTION_COLUMNS`.
@@ -54,48 +66,53 @@ def load(
         revision: of a Hub data set.
 
     Raises:
-        MisconfigurationException: there is no such file, folder, column or package; a caption or an image is missing.
+        MisconfigurationException: there is no such file, folder, column or package; an image is missing, or no image
+            has a caption.
     """
-    path, columns = Path(dataset).expanduser(), (image_column, caption_column)
     if is_packaged(dataset):
-        pictures = _packaged(dataset)
-    elif dataset.lower().endswith(".tar"):
-        pictures = pictures_of_shards(dataset)
-    elif is_of_datasets(dataset):
-        table = read_table(dataset, split, PACKAGED, config_name, revision)
-        pictures = _of_datasets(dataset, table, path if path.is_dir() else path.parent, columns)
-    elif path.is_dir():
-        tables = [path / name for name in _CAPTION_FILES if (path / name).is_file()]
-        pictures = _of_text_table(tables[0], columns) if tables else _of_folder(path)
-    else:
-        pictures = _of_text_table(path, columns)
-    if not pictures:
-        raise MisconfigurationException(f"dataset={dataset!r} holds no image with a caption")
-    faults = [f"the text of {picture.file} is empty" for picture in pictures if not picture.captions]
-    warn_of_left_out(f"dataset={dataset!r}", faults, len(pictures))
-    return [picture for picture in pictures if picture.captions]
+        return _packaged(dataset)
+    if dataset.lower().endswith(".tar"):
+        return _of_shards(dataset)
+    if _has_texts(dataset):
+        return _of_folder(Path(dataset).expanduser())
+    return _of_table(dataset, split, (image_column, caption_column), config_name, revision)
 
 
-def is_of_datasets(dataset: str) -> bool:
-    """Whether `datasets` reads it: not texts in tables and folders, whose faults would be passed over in silence."""
-    path = Path(dataset).expanduser()
-    if is_packaged(dataset) or path.suffix.lower() in (*_TEXT_TABLES, ".tar"):
-        return False
-    has_captions = any((path / name).is_file() for name in _CAPTION_FILES)
-    return not has_captions and not any(image.with_suffix(".txt").is_file() for image in image_files(path))
+def has_splits(dataset: str) -> bool:
+    """Return whether a data set may come in splits, as folders that `datasets` reads and Hub data sets do."""
+    return _caption_file(dataset) is None and not _has_texts(dataset)
 
 
-# -- tables and folders
+def _caption_file(dataset: str) -> str | None:
+    """Return the table of captions in a folder, if there is one."""
+    files = [Path(dataset).expanduser() / name for name in _CAPTION_FILES]
+    return next((str(file) for file in files if file.is_file()), None)
 
 
-def _of_datasets(name: str, table: Any, folder: Path, given: Sequence[str | None]) -> list[Picture]:
-    """Of a table with images in it, or with paths."""
+def _has_texts(dataset: str) -> bool:
+    """Return whether a data set is a folder of images with .txt files next to them."""
+    images = [] if _caption_file(dataset) else image_files(Path(dataset).expanduser())
+    return any(image.with_suffix(".txt").is_file() for image in images)
+
+
+# -- tables, shards and folders
+
+
+def _of_table(
+    name: str,
+    split: str = "train",
+    given: Sequence[str | None] = (None, None),
+    config_name: str | None = None,
+    revision: str | None = None,
+) -> list[Picture]:
+    """Load the pictures of a table with images in it, or with paths."""
+    name = _caption_file(name) or name
+    table = read_table(name, split, PACKAGED, config_name, revision)
     image, caption = _columns(name, table.column_names, given)
     say_what_is_left_out(f"dataset={name!r}", table.column_names, (image, caption))
-    if isinstance(table.features[image], datasets.Image):
-        # Not decoded: an image is opened when its batch is made.
-        table = table.cast_column(image, datasets.Image(decode=False))
-    images = table.select_columns(image)
+    path = Path(name).expanduser()
+    folder = path if path.is_dir() else path.parent
+    images = _undecoded(table, image)
     rows: list[Row] = []
     for number, captions in enumerate(table[caption]):
         value = images[number][image]
@@ -108,37 +125,47 @@ def _of_datasets(name: str, table: Any, folder: Path, given: Sequence[str | None
     return _gathered(name, rows)
 
 
+def _of_shards(pattern: str) -> list[Picture]:
+    # A backslash stands in paths of Windows, and escapes nothing.
+    shards = list(braceexpand(str(Path(pattern).expanduser()), escape=False))
+    with read_errors(pattern, "train", PACKAGED):
+        table = datasets.load_dataset("webdataset", data_files=shards, split="train")
+    columns = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    if not columns or "txt" not in table.column_names:
+        raise MisconfigurationException(
+            f"dataset={pattern!r} has the columns {table.column_names}: it needs images, and a .txt next to each"
+        )
+    images = _undecoded(table, columns[0])
+    rows: list[Row] = []
+    for number, row in enumerate(table.select_columns(["__key__", "__url__", "txt"])):
+        key = f"{Path(row['__url__']).name}/{row['__key__']}"
+        has_image = images[number][columns[0]] is not None
+        file = Embedded(f"{key}.{columns[0]}", partial(_bytes, images, number, columns[0])) if has_image else None
+        rows.append((file, key, (row["txt"] or "").split("\n")))
+    return _gathered(pattern, rows)
+
+
+def _undecoded(table: Any, column: str) -> Any:
+    """Return a table's column of images, which are opened only when their batch is made."""
+    if isinstance(table.features[column], datasets.Image):
+        table = table.cast_column(column, datasets.Image(decode=False))
+    return table.select_columns(column)
+
+
 def _bytes(images: Any, number: int, column: str) -> bytes:
     return bytes(images[number][column]["bytes"])
 
 
-def _of_text_table(path: Path, given: Sequence[str | None]) -> list[Picture]:
-    if not path.is_file():
-        raise MisconfigurationException(f"dataset={str(path)!r}: there is no such file")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            # open_clip separates by tabs in .csv files, too.
-            separator = "\t" if "\t" in file.readline() else ","
-        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        refuse_other_separators(list(table.columns))
-    except (ValueError, OSError) as error:  # also of pandas' own, and of bytes that are no UTF-8
-        raise MisconfigurationException(f"{path} can't be read as a table in UTF-8: {error}") from error
-    if not isinstance(table.index, pd.RangeIndex):
-        # A caption with commas has to stand in quotes, or its end would be lost.
-        raise MisconfigurationException(f"{path}: the first row has more columns than the header")
-    image, caption = _columns(str(path), list(table.columns), given)
-    if separator == "\t":
-        texts = table[caption].fillna("").str
-        swallowed = table.index[texts.contains("\t", regex=False) & texts.contains("\n", regex=False)]
-        # Whole lines, each with an image, would be lost in such a caption.
-        reason = 'goes on over further lines: a quotation mark at its beginning has to be written as """'
-        refuse(path, [f"row {number + 1} has a caption that {reason}" for number in swallowed])
-    rows = [(*_in_folder(value, path.parent), text) for value, text in zip(table[image], table[caption], strict=True)]
-    return _gathered(str(path), rows)
+def _of_folder(folder: Path) -> list[Picture]:
+    rows: list[Row] = []
+    for image in image_files(folder):
+        text = image.with_suffix(".txt")
+        rows.append((image, str(image.relative_to(folder)), read_lines(text) if text.is_file() else []))
+    return _gathered(str(folder), rows)
 
 
 def _columns(source: str, columns: Sequence[str], given: Sequence[str | None]) -> tuple[str, str]:
-    """The columns of images and captions."""
+    """Return the names of the columns of images and captions."""
     found, missing = [], []
     wanted = zip(("image_column", "caption_column"), given, (IMAGE_COLUMNS, CAPTION_COLUMNS), strict=True)
     for argument, name, usual in wanted:
@@ -156,45 +183,32 @@ def _columns(source: str, columns: Sequence[str], given: Sequence[str | None]) -
 
 
 def _in_folder(name: Any, folder: Path) -> tuple[Path | None, str]:
-    """An image's file, and its place in the folder of its table."""
+    """Return an image's file, and its path relative to the folder of its table."""
     if not isinstance(name, str) or not name.strip():
         return None, ""
-    place = folder / Path(name.strip()).expanduser()
+    path = folder / Path(name.strip()).expanduser()
     # However it is written, since an image under two names would be two.
-    return place, os.path.relpath(place, folder)
+    return path, os.path.relpath(path, folder)
 
 
 def _gathered(source: str, rows: Sequence[Row]) -> list[Picture]:
-    """Pictures of rows, of which several may be of one image."""
+    """Return the pictures of rows, of which several may be of one image."""
     files: dict[str, ImageFile] = {}
     captions: dict[str, list[str]] = {}
     faults = []
     for number, (file, key, said) in enumerate(rows, 1):
-        texts = [str(text).strip() for text in (said if isinstance(said, list) else [said]) if isinstance(text, str)]
+        texts = [str(text).strip() for text in (said if isinstance(said, list) else [said]) if text is not None]
         texts = [text for text in texts if text]
         if file is None or not texts:
-            faults.append(f"row {number} has no {'caption' if file else 'image'}")
+            faults.append(f"{shortened(str(file))} has no caption" if file else f"row {number} has no image")
             continue
         files.setdefault(key, file)
         captions.setdefault(key, []).extend(texts)
-    warn_of_left_out(source, faults, len(rows))
-    refuse(source, [f"there is no {file}" for file in files.values() if isinstance(file, Path) and not file.is_file()])
+    warn_of_left_out(f"dataset={source!r}", faults, len(rows))
+    missing = [f"there is no {file}" for file in files.values() if isinstance(file, Path) and not file.is_file()]
+    if missing:
+        raise MisconfigurationException(f"dataset={source!r}: {few(missing, '; ')}. Correct or remove these rows")
     return [Picture(files[key], tuple(texts), key) for key, texts in captions.items()]
-
-
-def _of_folder(folder: Path) -> list[Picture]:
-    captions: dict[Path, tuple[str, ...]] = {}
-    faults = []
-    for image in image_files(folder):
-        text = image.with_suffix(".txt")
-        try:
-            captions[image] = lines_of(text.read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
-            faults.append(f"{image.name} has no {text.name} next to it")
-        except UnicodeDecodeError as error:
-            faults.append(f"{text} is not UTF-8: {error}")
-    refuse(folder, faults)
-    return [Picture(image, texts, str(image.relative_to(folder))) for image, texts in captions.items()]
 
 
 # -- packages
@@ -203,7 +217,7 @@ def _of_folder(folder: Path) -> list[Picture]:
 def fetch(dataset: str) -> None:
     """Install what a packaged data set needs, on one process, before the others look for it."""
     if is_packaged(dataset):
-        load(dataset)
+        load_pictures(dataset)
 
 
 def _packaged(dataset: str) -> list[Picture]:
@@ -213,7 +227,7 @@ def _packaged(dataset: str) -> list[Picture]:
     folders, held_out = emoji.prepare(), dataset.endswith("held-out")
     table = folders.held_out_pairs if held_out else folders.pairs
     # A file's name is the emoji's code points, in every style.
-    pairs = [replace(one, key=Path(one.key).stem) for one in _of_text_table(table, (None, None))]
+    pairs = [replace(one, key=Path(one.key).stem) for one in _of_table(str(table))]
     if "fluent" not in dataset:
         return pairs
     captions = {pair.key: pair.captions for pair in pairs}

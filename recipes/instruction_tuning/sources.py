@@ -21,7 +21,6 @@ from recipes.shared.data import (
     read_table,
     renamed,
     say_what_is_left_out,
-    with_known_names,
 )
 
 
@@ -54,8 +53,6 @@ def load(
     source = f"dataset={name!r}"
     if columns:
         table = renamed(table, columns, formats.NAMES, source).select_columns(list(columns.values()))
-    else:
-        table = with_known_names(table, formats.NAMES)
     convert = converter(table.column_names, source)
     say_what_is_left_out(source, table.column_names, read_columns(table.column_names))
     rows = mapped(

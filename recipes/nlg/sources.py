@@ -1,14 +1,13 @@
 """Where meanings and their texts come from: any table that ``datasets`` reads, and LoRA's text files."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.data import read_table, with_known_names
+from recipes.shared.data import read_table
 from recipes.shared.files import read_lines
 from recipes.shared.left_out import warn_of_left_out
 from recipes.shared.parts import refuse_split_of_file
@@ -50,8 +49,6 @@ def read_pairs(table: Any, source: str, meaning: str | None = None, text: str | 
     Raises:
         MisconfigurationException: a column is missing, holds something else than texts, or no row has both.
     """
-    named = [name for name in (meaning, text) if name is not None]
-    table = with_known_names(table, [_REFERENCES, *chain.from_iterable(LAYOUTS), *named])
     meaning_column, text_column = _columns(table.column_names, source, meaning, text)
     pairs, faults = [], []
     for number, row in enumerate(table):

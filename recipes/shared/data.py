@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,20 +13,8 @@ import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from recipes.shared.files import not_utf8
 from recipes.shared.parts import refuse_split_of_file
-from recipes.shared.table_files import (
-    FORMATS,
-    csv_options,
-    files_of_csv_folder,
-    is_of_empty_file,
-    refuse_other_encodings,
-    refuse_other_forms,
-    refuse_rows_by_key,
-    table_ending,
-    warn_of_unread_tables,
-    with_dates_as_texts,
-)
+from recipes.shared.table_files import FORMATS, csv_options, table_ending, warn_of_unread_tables
 
 PACKAGED = "packaged:"  # how the names of packaged tasks begin
 _CODE = Path(__file__).parents[2]  # of the recipes and the package
@@ -36,11 +24,11 @@ Task = TypeVar("Task")
 def read_table(
     name: str, split: str, tasks: str = "", config_name: str | None = None, revision: str | None = None
 ) -> Any:
-    """A local file or a Hub data set, as a ``datasets.Dataset``.
+    """Read a local file, a folder or a Hub data set by ``datasets``, as it reads them.
 
     Args:
-        name: a Hub name, a local folder of the same layout, or a local .json, .jsonl, .parquet or .csv file, which may
-            be compressed, as .jsonl.gz is.
+        name: a Hub name, a local folder of the same layout, or a local .json, .jsonl, .parquet, .csv or .tsv file,
+            which may be compressed, as .jsonl.gz is.
         split: to read from a Hub data set. A file has no splits: "train" is all of it, and another one has to be in
             its name.
         tasks: names of the packaged ones, for the message; "" where there are none.
@@ -50,7 +38,7 @@ def read_table(
     Raises:
         MisconfigurationException: it can't be read.
     """
-    with _read_errors(name, split, tasks):
+    with read_errors(name, split, tasks):
         table = _read(name, split, config_name, revision)
     if not len(table):
         raise MisconfigurationException(f"dataset={name!r}, split={split!r} has no rows")
@@ -60,78 +48,56 @@ def read_table(
 def _read(name: str, split: str, config_name: str | None, revision: str | None) -> Any:
     path = Path(name).expanduser()
     ending = table_ending(name)
-    if ending is not None:
-        if not path.is_file():
-            raise MisconfigurationException(f"dataset={name!r}: there is no such file")
-        refuse_split_of_file(name, split)
-        files = glob.escape(str(path))
-        options = csv_options(files) if ending == ".csv" else {}
-        load = partial(datasets.load_dataset, FORMATS[ending], data_files=files, split="train", **options)
-        table = _with_texts_as_written(load)
-        if ending == ".json":
-            refuse_rows_by_key(name, table)
-        return table
-    name = _folder_or_hub(name)
-    if path.is_dir():
-        builder = datasets.load_dataset_builder(name, config_name)
-        if config_name is None:
-            warn_of_unread_tables(path, builder)
-        csv_files = files_of_csv_folder(builder, split)
-        if csv_files:
-            parts = {split.partition("[")[0]: csv_files}
-            return datasets.load_dataset("csv", data_files=parts, split=split, **csv_options(csv_files))
-    return _with_texts_as_written(partial(datasets.load_dataset, name, config_name, split=split, revision=revision))
-
-
-def _with_texts_as_written(load: Callable[..., Any]) -> Any:
-    """The table that ``load`` reads, with all texts of JSON files as they are there."""
-    table = load()
-    if table.info.builder_name != "json":
-        return table
-    refuse_other_encodings(table)
-    return with_dates_as_texts(table, load)
+    if ending is None:
+        name = _folder_or_hub(name)
+        if path.is_dir() and config_name is None:
+            warn_of_unread_tables(path, datasets.load_dataset_builder(name))
+        return datasets.load_dataset(name, config_name, split=split, revision=revision)
+    if not path.is_file() or not path.stat().st_size:
+        raise MisconfigurationException(f"dataset={name!r}: there is no such file, or it is empty")
+    refuse_split_of_file(name, split)
+    options = csv_options(path) if FORMATS[ending] == "csv" else {}
+    table = datasets.load_dataset(FORMATS[ending], data_files=glob.escape(str(path)), split="train", **options)
+    if "__index_level_0__" in table.column_names:  # pandas has taken the first value for the row's name
+        raise ValueError("the first row has more values than the header has names: put texts with commas into quotes")
+    return table
 
 
 def _folder_or_hub(name: str) -> str:
-    """What `datasets` takes for a data set that is no file.
+    """Return what `datasets` takes for a data set that is not a file.
 
     Raises:
-        MisconfigurationException: it is a form that is not read.
+        MisconfigurationException: it is a path, and not one of a folder.
     """
     path = Path(name).expanduser()
-    refuse_other_forms(name, path)
-    # A name on the Hub has no ending without an owner, no two slashes, and begins with none of these.
-    is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
-    if not path.exists() and (is_path or ("/" not in name and path.suffix)):
-        raise MisconfigurationException(f"dataset={name!r}: there is no such file or folder")
+    if path.is_file() or (name.startswith((".", "/", "~")) and not path.is_dir()):
+        raise MisconfigurationException(
+            f"dataset={name!r} is not a folder, and not a file that ends in {', '.join(FORMATS)}"
+        )
     return str(path) if path.is_dir() else name
 
 
 @contextmanager
-def _read_errors(name: str, split: str, tasks: str) -> Iterator[None]:
+def read_errors(name: str, split: str, tasks: str) -> Iterator[None]:
     """Say of whatever `datasets` raises which data set can't be read, and what to give."""
     try:
         yield
     except MisconfigurationException:
         raise
     except Exception as error:  # a dozen types, from a bad name to a network down or broken JSON
-        if table_ending(name) is not None and is_of_empty_file(error):
-            raise MisconfigurationException(f"dataset={name!r} is empty") from error
-        if "'utf-8' codec" in _reason(error) or "Invalid UTF" in _reason(error):
-            raise MisconfigurationException(not_utf8(f"dataset={name!r}")) from error
         formats = ", ".join(FORMATS)
         packaged = f", or one of {tasks}" if tasks else ""
         remedy = f"Give a Hub name or a file ending in {formats}{packaged}"
         if "Unknown split" in str(error) and Path(name).expanduser().is_dir():
             remedy = "The files' names decide, as part2_test.jsonl is of test: rename them, or set the split"
         raise MisconfigurationException(
-            f"dataset={name!r}, split={split!r} can't be read: {_reason(error)}. {remedy}"
+            f"dataset={name!r}, split={split!r} can't be read: {_reason(error).rstrip('.')}. {remedy}"
         ) from error
 
 
 def split_names(name: str, split: str, config_name: str | None, revision: str | None, tasks: str) -> list[str]:
     """The splits of a folder or a Hub data set; the arguments are those of :func:`read_table`."""
-    with _read_errors(name, split, tasks):
+    with read_errors(name, split, tasks):
         found = datasets.get_dataset_split_names(_folder_or_hub(name), config_name, revision=revision)
     return list(found)
 
@@ -221,29 +187,6 @@ def renamed(table: Any, names: Mapping[str, str], known: Iterable[str], source: 
         )
     replaced = [name for name in names.values() if name in table.column_names and name not in names]
     return table.remove_columns(replaced).rename_columns(dict(names))
-
-
-def with_known_names(table: Any, known: Iterable[str]) -> Any:
-    """A table in which columns have their known names that differ from them in case or in spaces around them alone.
-
-    Args:
-        table: a ``datasets.Dataset``.
-        known: names of columns that are looked for.
-
-    Example:
-        >>> table = datasets.Dataset.from_dict({"Question": ["Why?"], " answer": ["So."], "id": [0]})
-        >>> with_known_names(table, ["question", "answer"]).column_names
-        ['question', 'answer', 'id']
-    """
-    present = set(table.column_names)
-    by_form = {name.lower(): name for name in known}
-    names: dict[str, str] = {}
-    for column in table.column_names:
-        name = by_form.get(column.strip().lower())
-        if name is not None and name not in present:
-            names[column] = name
-            present.add(name)
-    return table.rename_columns(names) if names else table
 
 
 def _reason(error: BaseException) -> str:

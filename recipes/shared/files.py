@@ -50,19 +50,10 @@ def read_lines(path: str | Path) -> list[str]:
     try:
         return Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise MisconfigurationException(not_utf8(str(path))) from error
-
-
-def not_utf8(source: str) -> str:
-    """A message for a file in another encoding.
-
-    Args:
-        source: what to call the file.
-    """
-    return (
-        f"{source} is not in UTF-8, but perhaps in Latin-1 as of Windows, or in UTF-16: save it in UTF-8, for example "
-        "with iconv -f latin1 -t utf-8 OLD > NEW"
-    )
+        raise MisconfigurationException(
+            f"{path} is not in UTF-8, but perhaps in Latin-1 as of Windows, or in UTF-16: save it in UTF-8, for "
+            "example with iconv -f latin1 -t utf-8 OLD > NEW"
+        ) from error
 
 
 def set_aside(path: Path) -> None:

@@ -60,8 +60,8 @@ def place_of(name: str, split: str) -> Path | tuple[str, str]:
 
 
 def is_file(name: str) -> bool:
-    """Whether a name is that of a table's file, or of the text file that one recipe reads; it need not be there."""
-    return table_ending(name) is not None or Path(name).suffix.lower() == ".txt"
+    """Return whether a name is that of a table's file, of a text file or of shards; it need not be there."""
+    return table_ending(name) is not None or Path(name).suffix.lower() in (".txt", ".tar")
 
 
 def part_of(key: str, shares: dict[str, float]) -> str:

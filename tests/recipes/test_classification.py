@@ -119,21 +119,19 @@ def test_a_checkpoint_knows_its_classes(tiny: str, animals: str, jsonl: Any, tmp
         (["1", "", "0"], ["0", "1"], [1, None, 0]),
         (["1.0", "", "0.0"], ["0", "1"], [1, None, 0]),  # as pandas saves integers beside missing ones
         (["10", "2", "-1"], ["2", "10"], [1, 0, None]),
-        (["01", "1", "007"], ["007", "01", "1"], [1, 2, 0]),
         (["1", "one", "1.0"], ["1", "1.0", "one"], [0, 2, 1]),
         (["True", "False", "nan"], ["False", "True", "nan"], [1, 0, 2]),
-        (["12345678901234567891", "12345678901234567890", ""], None, [1, 0, None]),
     ],
 )
 def test_classes_of_a_csv_file(
-    written: list[str], classes: list[str] | None, places: list[int | None], tmp_path: Path
+    written: list[str], classes: list[str], places: list[int | None], tmp_path: Path
 ) -> None:
     file = tmp_path / "data.csv"
     rows = [f"a,{label}" for label in written]
     file.write_text("\n".join(["text,label", *rows]))
     table = read_table(str(file), "train")
     found = class_names(table, "label", "data")
-    assert found == (classes or sorted(written)[1:])
+    assert found == classes
     assert class_labels(table, "label", found, "data") == places
 
 
@@ -188,7 +186,7 @@ def test_numbers_are_predicted_for_pairs(tiny: str, jsonl: Any, tmp_path: Path) 
     assert (first["one"], first["other"], second["one"]) == ("A", "B", "C")
     assert isinstance(first["number"], float)
     (tmp_path / "bad.csv").write_text("one\nA\n")
-    wrong = {"bad.csv": r"must have rows with the columns \['one', 'other'\]", "a.tsv": "or a table ending in"}
+    wrong = {"bad.csv": r"must have rows with the columns \['one', 'other'\]", "a.xlsx": "or a table ending in"}
     for name, message in wrong.items():
         with pytest.raises(MisconfigurationException, match=message):
             prepared(tiny, "predict", dataset=dataset, regression=True, text=["one", "other"], predict_file=name)
