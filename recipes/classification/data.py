@@ -1,6 +1,5 @@
 """TextData: texts with a class or a number, from files, the Hub or packages, in batches that a resumed run takes up."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,11 +31,9 @@ from recipes.shared.data import (
 from recipes.shared.left_out import few, warn_of_left_out
 from recipes.shared.parted_data import PartedData
 from recipes.shared.resumable import LateLoader
-from recipes.shared.table_files import FORMATS, table_ending
 from recipes.shared.text_metrics import normalized
 
 _RESERVED = ("train", "validation", "val", "test")  # names of parts and metrics
-_LARGE_NUMBERS = 10.0  # mean plus standard deviation; ratings up to 10 stay below
 _TEST_SEED = 42  # of the rows drawn for the test, so that all runs are tested on the same ones
 
 
@@ -67,7 +64,7 @@ class TextData(PartedData):
             column, a .txt file with a text in each line.
 
     Attributes:
-        classes: names of the classes, once `setup` has run; a label is a place in this list. Empty for a regression.
+        classes: names of the classes, once `setup` has run; a label is an index of this list. Empty for a regression.
 
     Raises:
         MisconfigurationException: arguments out of range (here); data that can't be read, a missing column, fewer than
@@ -99,13 +96,14 @@ class TextData(PartedData):
         if self.shots is not None:
             self.validation_share = 0.0  # the texts to validate on are drawn, too
         super().__post_init__()
+        self.division.is_drawn = self.shots is not None
         self.classes: list[str] = []
 
     @override
     def given_splits(self) -> dict[str, str | None]:
         splits: dict[str, str | None] = {"validation": None, "test": self.test_split}
-        for place, split in enumerate(self.validation_splits):
-            splits[Path(split).stem if place else "validation"] = split
+        for index, split in enumerate(self.validation_splits):
+            splits[Path(split).stem if index else "validation"] = split
         return splits
 
     @property
@@ -117,15 +115,6 @@ class TextData(PartedData):
     def parts_of(self, stage: str) -> list[str]:
         parts = list(super().parts_of(stage))
         return [*parts, *self.validation_parts[1:]] if "validation" in parts else parts
-
-    @override
-    def is_wanted(self, part: str) -> bool:
-        return super().is_wanted(part) or self.is_divided(part)
-
-    @override
-    def is_divided(self, part: str) -> bool:
-        is_drawn = part == "validation" and self.shots is not None and self.own_splits[part] is None
-        return is_drawn or super().is_divided(part)
 
     @override
     def problems(self) -> list[str]:
@@ -155,7 +144,8 @@ class TextData(PartedData):
         if split != self.split:
             self.table(self.split)  # first, because the classes are those of the training data
         source = self._source(split)
-        table = self._with_columns(split)
+        table = self._table(split)
+        self._check_columns(table, [*self.text_columns, self.label], source)
         row_texts = self._texts(table, source)
         labels: Sequence[Any]
         if self.regression:
@@ -202,7 +192,7 @@ class TextData(PartedData):
         table = mapped(rows, self.encoder, remove_columns=["texts"], desc=f"Tokenizing {part}")
         missing = set(range(len(self.classes))) - set(rows["labels"])
         if missing and part == "validation":
-            names = few([repr(self.classes[place]) for place in sorted(missing)])
+            names = few([repr(self.classes[label]) for label in sorted(missing)])
             rank_zero_warn(f"{part} has no text of the classes {names}: a score over it says nothing of these")
         cut = sum(length >= self.max_length for length in table["length"])
         if cut and self.template is None:
@@ -225,17 +215,9 @@ class TextData(PartedData):
         if file is None or Path(file).suffix.lower() in ("", ".txt"):
             lines = read_prompts(file, "text", "predict_file")
             table = datasets.Dataset.from_dict({self.text_columns[0]: lines})
-        elif table_ending(file) is None:
-            raise MisconfigurationException(
-                f"{source} must be a .txt file with one text a line, or a table ending in {', '.join(FORMATS)}"
-            )
         else:
             table = read_table(file, file)
-        if not set(self.text_columns) <= set(table.column_names) or not len(table):
-            raise MisconfigurationException(
-                f"{source} must have rows with the columns {self.text_columns}, and has {len(table)} rows with "
-                f"{sorted(table.column_names)}"
-            )
+        self._check_columns(table, self.text_columns, source)
         return self._texts(table, source)
 
     def _texts(self, table: Any, source: str) -> dict[int, list[str]]:
@@ -258,18 +240,14 @@ class TextData(PartedData):
     def _source(self, split: str) -> str:
         return f"dataset={self.dataset!r}" if split == self.split else f"dataset={self.dataset!r}, split={split!r}"
 
-    def _with_columns(self, split: str) -> Any:
-        """A split or a file, which has the columns."""
-        wanted = {*self.text_columns, self.label}
-        table = self._table(split)
+    def _check_columns(self, table: Any, wanted: Sequence[str], source: str) -> None:
         names = table.column_names
-        missing = wanted - set(names)
+        missing = sorted(set(wanted) - set(names))
         if missing:
             raise MisconfigurationException(
-                f"{self._source(split)} has the columns {sorted(table.column_names)}, and not {sorted(missing)}: "
-                f"name those that it has, for example --data.text {names[0]} --data.label {names[-1]}"
+                f"{source} has the columns {sorted(names)}, and not {missing}: name those that it has, for example "
+                f"--data.text {names[0]} --data.label {names[-1]}"
             )
-        return table
 
     def _table(self, split: str) -> Any:
         name = self.source(split)
@@ -317,32 +295,19 @@ class TextData(PartedData):
 def _note_classes(classes: Sequence[str], labels: Sequence[int], source: str) -> None:
     """Say what the classes are, and how many texts each has."""
     counts = Counter(labels)
-    shown = [f"{name!r} ({counts[place]})" for place, name in enumerate(classes)]
+    shown = [f"{name!r} ({counts[label]})" for label, name in enumerate(classes)]
     rank_zero_info(f"{source}: {len(classes)} classes, {few(shown, most=20)}")
-    joined = [name for name in classes if set(re.split(r"[,;|]\s*", name)) & set(classes) - {name}]
-    if joined:
-        rank_zero_warn(f"{source}: {few(joined)} seem to be several labels, and are learnt as classes of their own")
 
 
 def _note_scale(labels: Sequence[float], source: str) -> None:
     """Say what a regression learns, whose new head begins at 0 and moves by small steps."""
     mean, deviation = float(np.mean(labels)), float(np.std(labels))
     rank_zero_info(f"{source}: numbers with mean {mean:.4g} and standard deviation {deviation:.4g}")
-    if abs(mean) + deviation > _LARGE_NUMBERS:
-        rank_zero_warn(
-            f"{source}: the head would take many steps to such large numbers, and predict the mean meanwhile: scale "
-            "them to about 0 and 1, for example by subtracting the mean and dividing by the standard deviation"
-        )
 
 
 def _encode(row: dict[str, Any], tokenizer: Any, max_length: int, separator: str) -> dict[str, Any]:
     first, *second = row["texts"]
     encoded = tokenizer(first, *(separator + text for text in second), truncation=True, max_length=max_length)
-    if not encoded["input_ids"]:
-        raise MisconfigurationException(
-            f"the tokenizer makes no token of the text {' '.join(row['texts'])!r}, so there is nothing to classify: "
-            "leave such rows out"
-        )
     columns = {"input_ids": encoded["input_ids"], "length": len(encoded["input_ids"])}
     if len(row["texts"]) == 2 and "token_type_ids" in encoded:  # BERT's, which say where the second text begins
         columns["token_type_ids"] = encoded["token_type_ids"]

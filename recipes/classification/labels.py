@@ -1,7 +1,6 @@
 """The labels of a table: classes by name or numbers to predict, with the rows that have none."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +11,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
 def class_names(table: Any, column: str, source: str) -> list[str]:
-    """The classes of a table: those that the Hub declares, in its order, otherwise those that occur, sorted.
+    """Return the classes of a table: those that the Hub declares, in its order, otherwise those that occur, sorted.
 
-    Beside two or more integers from 0 on, -1 is not a class: it stands for a missing label, as on the Hub.
+    Among two or more integers from 0 on, -1 is not a class: it stands for a missing label, as on the Hub.
 
     Args:
         table: a ``datasets.Dataset``.
@@ -27,19 +26,12 @@ def class_names(table: Any, column: str, source: str) -> list[str]:
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    given = [value for value in map(_given, table[column]) if value is not None]
-    values = [_number(value) for value in given]
-    if any(isinstance(value, str) for value in values):  # then "1" is a name as well
-        values = given
-    # Before they are made a set, which lists can't be in. Numbers beside names have no order.
-    of_one_kind = int if values and isinstance(values[0], int) else str
-    odd = [value for value in values if not isinstance(value, of_one_kind)]
-    found = set() if odd else set(values)
-    shown = [*values[:1], *odd] if odd else found
+    values = [value for value in map(_value, table[column]) if value is not None]
+    found = set(values) if all(isinstance(value, int | str) for value in values) else set()
     if len(found) < 2:
         raise MisconfigurationException(
             f"{source}: the column {column!r} must hold numbers or names of two classes at least, got "
-            f"{sorted(set(map(repr, shown)))[:5]}; set regression to true for numbers to predict; a text has one label"
+            f"{sorted(set(map(repr, values)))[:5]}; set regression to true for numbers to predict; a text has one label"
         )
     others = found - {-1}
     if len(others) > 1 and all(isinstance(value, int) and value >= 0 for value in others):
@@ -48,44 +40,36 @@ def class_names(table: Any, column: str, source: str) -> list[str]:
 
 
 def class_labels(table: Any, column: str, classes: Sequence[str], source: str) -> list[int | None]:
-    """The place of each row's class in ``classes``; None for a row without a label, which the Hub marks with -1.
+    """Return the index of each row's class in ``classes``; None for a row without a label, the Hub's -1.
 
     Raises:
         MisconfigurationException: a class is not among them.
     """
-    places: dict[Any, int | None] = {name: place for place, name in enumerate(classes)}
+    indices = {name: index for index, name in enumerate(classes)}
     feature = table.features[column]
     labels: list[int | None] = []
-    for given in map(_given, table[column]):
-        is_name = isinstance(given, str) and given in places
-        value: Any = given if is_name else _number(given)
+    for value in map(_value, table[column]):
         name = None if value is None else str(value)
         if isinstance(feature, datasets.ClassLabel) and value is not None:
             name = feature.int2str(value) if value >= 0 else None
-        if value == -1 and name not in places:
+        if value == -1 and name not in indices:
             name = None
-        if name is not None and name not in places:
+        if name is not None and name not in indices:
             raise MisconfigurationException(
                 f"{source}: the column {column!r} holds {name!r}, which is none of the classes {list(classes)} of the "
                 "training data"
             )
-        labels.append(None if name is None else places[name])
+        labels.append(None if name is None else indices[name])
     return labels
 
 
-def _given(value: Any) -> Any:
-    """A label without the spaces around it; None for an empty one, and for nan."""
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return value.strip() or None if isinstance(value, str) else value
-
-
-def _number(value: Any) -> Any:
-    """A class that is written as a number, as in the texts of a CSV file: 1 for 1.0, "1" and "1.0"; others as given."""
-    # Not "01", which may be another class than "1".
-    if isinstance(value, str) and re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", value):
-        value = float(value) if "." in value else int(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _value(given: Any) -> Any:
+    """Return a label: names without spaces around them, 1 for 1.0, and None for an empty one or nan."""
+    if isinstance(given, float):
+        if math.isnan(given):
+            return None
+        return int(given) if given.is_integer() else given
+    return given.strip() or None if isinstance(given, str) else given
 
 
 def numbers(table: Any, column: str, source: str) -> list[float | None]:
@@ -97,7 +81,7 @@ def numbers(table: Any, column: str, source: str) -> list[float | None]:
     values: list[float | None] = []
     for given in table[column]:
         try:
-            value = math.nan if given is None else float(given)  # a CSV file holds texts, such as "3.5"
+            value = math.nan if given is None else float(given)
         except (TypeError, ValueError):
             value = math.inf
         if math.isinf(value):

@@ -208,8 +208,8 @@ def _write(all_emoji: Sequence[Emoji], packages: dict[str, Path], folder: Path) 
             if source is None or (name == TARGET and one.category not in CLASSES):
                 continue
             # The target style is read as folders of classes, the others through the tables.
-            place = Path(name, one.part, one.category) if name == TARGET else Path("pairs", name)
-            target = folder / place / f"{one.codes[0]}.png"
+            inside = Path(name, one.part, one.category) if name == TARGET else Path("pairs", name)
+            target = folder / inside / f"{one.codes[0]}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             _small(source).save(target)
             if name != TARGET:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,20 +26,9 @@ _LONGEST = 200  # characters of a broken file's name, which may be an image in t
 _MORE_ENDINGS = (".heic", ".heif", ".qoi", ".dds")  # of telephones, which Pillow reads with a plugin alone; and others
 
 
-class Inside(Protocol):
-    """An image inside of another file, which Pillow opens as it opens a path: its bytes are read when needed."""
-
-    def read(self) -> bytes:
-        """All of the image's file."""
-        ...
-
-
-ImageFile = str | Path | Inside
-
-
 @dataclass(frozen=True)
 class Embedded:
-    """An image inside of a table.
+    """An image inside of a table, which Pillow opens as it opens a path: its bytes are read when needed.
 
     Attributes:
         name: for messages.
@@ -51,6 +40,9 @@ class Embedded:
 
     def __str__(self) -> str:
         return self.name
+
+
+ImageFile = str | Path | Embedded
 
 
 def read_image(path: ImageFile) -> Image.Image:
@@ -116,7 +108,7 @@ def readable(
         refuses: says of a width and a height, in pixels, why no such image can be used; None if it can.
 
     Returns:
-        The places of those that can be read, in order.
+        The indices of those that can be read, in order.
 
     Raises:
         MisconfigurationException: an image can't be read and is not to be skipped, or no image can.
@@ -135,7 +127,7 @@ def readable(
     if len(broken) == len(paths):
         raise MisconfigurationException(f"{problem}. Nothing is left")
     rank_zero_warn(f"skip_unreadable: {problem}; left out")
-    return [place for place, problem in enumerate(problems) if problem is None]
+    return [index for index, problem in enumerate(problems) if problem is None]
 
 
 def shortened(text: str) -> str:
@@ -210,9 +202,9 @@ def image_files(folder: Path) -> list[Path]:
     found: list[Path] = []
     endings = image_endings()
     seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True):
         # Each folder once: links to folders above give ever longer paths, and with two of them the walk would not end.
-        real = os.path.realpath(place)
+        real = os.path.realpath(parent)
         if real in seen:
             folders.clear()
             continue
@@ -221,7 +213,7 @@ def image_files(folder: Path) -> list[Path]:
         # the order of the paths, the first of which stands for a folder that several links give.
         folders[:] = sorted((name for name in folders if not is_hidden(name)), key=lambda name: f"{name}/")
         for name in files:
-            path = Path(place, name)
+            path = Path(parent, name)
             if path.suffix.lower() in endings and not is_hidden(name) and path.is_file():
                 found.append(path)
     # File systems list files in different orders, and a seed has to draw the same ones.

@@ -1,4 +1,4 @@
-"""Batches of images and captions, each a pure function of seed, epoch and place in the data."""
+"""Batches of images and captions, each a pure function of seed, epoch and index in the data."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ class Draw(NamedTuple):
     """Pictures of one batch: which, in which epoch, and whether the batch only fills up the turns of the ranks."""
 
     epoch: int
-    places: list[int]
+    indices: list[int]
     repeats: bool = False
 
 
@@ -84,7 +84,7 @@ class PictureBatches(Dataset[Batch]):
     """Whole batches of a part of the data.
 
     Training draws one caption of each picture, and the augmentation, from a generator that is seeded by the picture's
-    place and the epoch. So neither the number of workers and ranks nor a stop in between changes what a run sees.
+    index and the epoch. So neither the number of workers and ranks nor a stop in between changes what a run sees.
 
     Args:
         pictures: of this part.
@@ -114,20 +114,20 @@ class PictureBatches(Dataset[Batch]):
 
     def _drawn(self, draw: Draw) -> Batch:
         images, captions = [], []
-        for place in draw.places:
-            picture = self.pictures[place]
-            with drawing(self.seed, draw.epoch, place):
+        for index in draw.indices:
+            picture = self.pictures[index]
+            with drawing(self.seed, draw.epoch, index):
                 captions.append(random.choice(picture.captions))
                 images.append(self._image(picture))
         return {"images": torch.stack(images), "tokens": self.tokenizer(captions)}
 
     def _whole(self, draw: Draw) -> Batch:
         """Images with all their captions, and where a picture's first one is among these."""
-        pictures = [self.pictures[place] for place in draw.places]
+        pictures = [self.pictures[index] for index in draw.indices]
         captions = _captions(pictures)
         text_ids = torch.tensor([self._text_ids[caption] for caption in captions])
         counts = torch.tensor([len(picture.captions) for picture in pictures])
-        image_ids = torch.tensor(draw.places)
+        image_ids = torch.tensor(draw.indices)
         return {
             "images": torch.stack([self._image(picture) for picture in pictures]),
             "tokens": self.tokenizer(captions),

@@ -16,13 +16,13 @@ from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.batches import PictureBatches, PictureBatchSampler
 from recipes.clip_contrastive.sources import Picture
 from recipes.shared.data import given_dataset
-from recipes.shared.parted_data import PartedData
-from recipes.shared.parts import places_in, refuse_bad_settings, warn_of_training_data
-from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader
+from recipes.shared.division import Division
+from recipes.shared.parts import indices_in, refuse_bad_settings, warn_of_training_data
+from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 
 
 @dataclass(eq=False)
-class ContrastiveData(PartedData):
+class ContrastiveData(ResumableData):
     """Images with captions for a contrastive model, whose tokenizer and preprocessing are used.
 
     Validation and test are data sets or splits of their own, or shares of the training data, chosen by the seed and a
@@ -48,8 +48,6 @@ class ContrastiveData(PartedData):
         batch_size: images of a batch on one device. The loss compares all pairs of all devices' batches.
         eval_batch_size: images of a batch in evaluation, each with all its captions. The evaluation's loss is the mean
             over such batches, on any number of devices.
-        refuse_long_captions: an error where captions don't fit into the model's context length; otherwise they are cut
-            there, as open_clip does, and counted.
         check_images: decode every image once before training, to find broken ones.
         skip_unreadable: leave out, and count, images that ``check_images`` finds broken, instead of an error.
         seed: of the parts, of the order, and of the drawing of captions and crops.
@@ -74,28 +72,24 @@ class ContrastiveData(PartedData):
     caption_column: str | None = None
     batch_size: int = 64
     eval_batch_size: int = 64
-    refuse_long_captions: bool = False
     check_images: bool = True
     skip_unreadable: bool = False
     seed: int = 0
     num_workers: int = 0
 
-    packaged: ClassVar[str] = sources.PACKAGED
-    predicts: ClassVar[bool] = False
     deciding: ClassVar[tuple[str, ...]] = ("shares", "seed")
 
     def __post_init__(self) -> None:
-        super(PartedData, self).__init__()
-        self.own_datasets = {"validation": self.validation_dataset, "test": self.test_dataset}
-        self.own_splits = {"validation": self.validation_split, "test": self.test_split}
+        super().__init__()
+        own_splits = {"validation": self.validation_split, "test": self.test_split}
+        own_datasets = {"validation": self.validation_dataset, "test": self.test_dataset}
+        shares = {"validation": self.validation_share, "test": self.test_share}
+        self.division = Division(self.dataset, self.split, own_splits, shares, own_datasets, packaged=sources.PACKAGED)
+        self.shares = self.division.shares
         problems = blind_skips(self.skip_unreadable, self.check_images)
-        for part, own in self.own_datasets.items():
-            if own is not None and self.own_splits[part] is not None:
-                verb = {"test": "tests", "validation": "validates"}[part]
-                problems.append(f"{part}_dataset and {part}_split both say what {verb}: give one of them")
-            if own is not None:
-                setattr(self, f"{part}_share", 0.0)  # nor is a split of the training data's wanted
-        self.shares = self.known_shares()
+        for part, own in own_datasets.items():
+            if own is not None and own_splits[part] is not None:
+                problems.append(f"{part}_dataset and {part}_split both say what {part} reads: give one of them")
         least = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0}
         refuse_bad_settings(self, least, self.shares, problems)
         self.parts: dict[str, list[Picture]] = {}
@@ -103,8 +97,9 @@ class ContrastiveData(PartedData):
 
     @override
     def prepare_data(self) -> None:
-        for dataset in (given_dataset(self.dataset, sources.PACKAGED), *filter(None, self.own_datasets.values())):
-            sources.fetch(dataset)
+        given_dataset(self.dataset, sources.PACKAGED)
+        for part in ("train", "validation", "test"):
+            sources.fetch(self.division.where(part)[0])
 
     @override
     def setup(self, stage: str) -> None:
@@ -115,9 +110,8 @@ class ContrastiveData(PartedData):
                 )
             self.clip = self.trainer.lightning_module.clip
         if sources.has_splits(given_dataset(self.dataset, sources.PACKAGED)):
-            self.take_own_splits()
-        if stage == "fit":
-            self._refuse_training_data()
+            self.division.take_own_splits(self.config_name, self.revision)
+        self.division.refuse_wrong_splits(stage, option="dataset")
         for part in PARTS_OF_STAGE[stage]:
             if part not in self.parts:
                 self.parts[part] = self._checked(part, self._chosen(part))
@@ -125,21 +119,6 @@ class ContrastiveData(PartedData):
             trained = [_identity(picture) for picture in self.parts["train"]]
             held_out = [_identity(picture) for picture in self.parts["validation"]]
             warn_of_training_data("validation", held_out, trained, "images")
-        # Every stage except fit has a single part, the one that the loop ends with.
-        elif not self.parts[part]:
-            raise MisconfigurationException(
-                f"there is nothing to evaluate on: give {part}_dataset, which was not trained on, or train with "
-                f"{part}_share=0.1, say"
-            )
-
-    def _refuse_training_data(self) -> None:
-        problems = []
-        for part, own in self.own_datasets.items():
-            if own is not None and os.path.realpath(own) == os.path.realpath(str(self.dataset)):
-                problems.append(
-                    f"{part}_dataset={own!r} is what is trained on: give another one, or null, which holds out a share"
-                )
-        refuse_bad_settings(self, {}, more=problems)
 
     @override
     def loader(self, part: str) -> LateLoader:
@@ -157,43 +136,34 @@ class ContrastiveData(PartedData):
     # -- which pictures
 
     @override
-    def place(self, part: str) -> tuple[str, str]:
-        own = self.own_datasets.get(part)
-        return super().place(part) if own is None else (own, "train")
+    def _refuse_trained_rows(self, trained: dict[str, Any] | None) -> None:
+        self.division.refuse_trained_rows(self.trainer, trained, self._trained_on())
 
     def _chosen(self, part: str) -> list[Picture]:
-        """A part's pictures, in an order that has nothing to do with what they show."""
-        share = self.shares.get(part)
-        if part != "train" and not (self.own_datasets.get(part) or self.own_splits.get(part) or share):
+        """Return a part's pictures, in an order that has nothing to do with what they show."""
+        if not self.division.is_wanted(part):
             return []
-        dataset, split = self.place(part)
+        dataset, split = self.division.where(part)
         columns = self.image_column, self.caption_column
         pictures = sources.load_pictures(dataset, split, *columns, self.config_name, self.revision)
         # Names of files may hold bytes that are no UTF-8, which ascii() writes as something else.
         names = {picture.key: ascii(f"{self.seed}/{picture.key}") for picture in pictures}
         pictures.sort(key=lambda picture: hashlib.sha256(names[picture.key].encode()).digest())
-        if part == "train" or share:
-            keys = [names[picture.key] for picture in pictures]
-            pictures = [pictures[place] for place in places_in(part, keys, self.shares, dataset, "images")]
-        return pictures
+        if self.division.own(part) is not None:
+            return pictures
+        keys = [names[picture.key] for picture in pictures]
+        return [pictures[index] for index in indices_in(part, keys, self.shares, dataset, "images")]
 
     def _checked(self, part: str, pictures: list[Picture]) -> list[Picture]:
         if self.check_images and pictures:
             files = [picture.file for picture in pictures]
-            pictures = [pictures[place] for place in readable(files, self.skip_unreadable)]
+            pictures = [pictures[index] for index in readable(files, self.skip_unreadable)]
         captions = list(chain.from_iterable(picture.captions for picture in pictures))
-        report = (
-            f"{self.own_datasets.get(part) or self.dataset}, {part}: {len(pictures)} images, {len(captions)} captions"
-        )
+        report = f"{self.division.where(part)[0]}, {part}: {len(pictures)} images, {len(captions)} captions"
         length = self.clip.tokenizer.context_length
         long = too_long(captions, self.clip.tokenizer, length)
         if long:
-            note = f"{len(long)} of them longer than the context_length of {length} tokens, such as {long[0]!r}"
-            if self.refuse_long_captions:
-                raise MisconfigurationException(
-                    f"{report}, {note}: shorten them, or set refuse_long_captions to false to have them cut"
-                )
-            report += f", {note}: cut there"
+            report += f", {len(long)} of them cut at the context_length of {length} tokens, such as {long[0]!r}"
         rank_zero_info(report)
         return pictures
 

@@ -102,8 +102,8 @@ def better_answers(queries_nd: Tensor, answers_md: Tensor, right_nm: Tensor) -> 
 
 def _once(ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     """Each number once, in ascending order, and the features of its first occurrence."""
-    unique, places = torch.unique(ids, return_inverse=True)
+    unique, inverse = torch.unique(ids, return_inverse=True)
     first = torch.full_like(unique, len(ids)).scatter_reduce(
-        0, places, torch.arange(len(ids), device=ids.device), "amin"
+        0, inverse, torch.arange(len(ids), device=ids.device), "amin"
     )
     return unique, features[first]

@@ -73,14 +73,14 @@ class InTurn(DistributedSampler[list[Draw]]):
     """
 
     def __init__(self, examples: int, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
-        places = list(range(examples))
-        batches = [places[i : i + batch_size] for i in range(0, examples, batch_size)]
+        indices = list(range(examples))
+        batches = [indices[i : i + batch_size] for i in range(0, examples, batch_size)]
         super().__init__(batches, num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
         self.batches = divided(batches, self.total_size)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for i in range(self.rank, self.total_size, self.num_replicas):
-            yield [(place, 0) for place in self.batches[i % len(self.batches)]]
+            yield [(index, 0) for index in self.batches[i % len(self.batches)]]
 
 
 class Images(Dataset[Batch]):
@@ -101,7 +101,7 @@ class Images(Dataset[Batch]):
 
     @override
     def __getitem__(self, draws: list[Draw]) -> Batch:
-        chosen = [self.examples[place] for place, _ in draws]
+        chosen = [self.examples[index] for index, _ in draws]
         images = []
         for (path, _), (_, number) in zip(chosen, draws, strict=True):
             with drawing(self.seed, number):
@@ -109,7 +109,7 @@ class Images(Dataset[Batch]):
         return {
             "images": torch.stack(images),
             "labels": torch.tensor([label for _, label in chosen]),
-            "places": [place for place, _ in draws],
+            "places": [index for index, _ in draws],
             "paths": [str(path) for path, _ in chosen],
         }
 

@@ -20,7 +20,7 @@ GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 _KEYS = dict(zip(PARTS, ("train", "val", "test"), strict=True))
 
 
-class Place(NamedTuple):
+class Layout(NamedTuple):
     """Where a set's files are, from the root on.
 
     Attributes:
@@ -37,17 +37,17 @@ class Place(NamedTuple):
 
 
 SETS = {
-    "caltech101": Place("caltech-101", "101_ObjectCategories", "Caltech101", "caltech101/101_ObjectCategories"),
-    "dtd": Place("dtd", "images", "DescribableTextures", "dtd/dtd/images"),
-    "eurosat": Place("eurosat", "2750", "EuroSAT"),
-    "fgvc_aircraft": Place("fgvc_aircraft", "images", "FGVCAircraft", "fgvc-aircraft-2013b/data/images"),
-    "flowers102": Place("oxford_flowers", "jpg", "OxfordFlowers", "flowers-102/jpg"),
-    "food101": Place("food-101", "images", "Food101"),
-    "imagenet": Place("imagenet", "images", "ImageNet"),
-    "oxford_pets": Place("oxford_pets", "images", "OxfordPets", "oxford-iiit-pet/images"),
-    "stanford_cars": Place("stanford_cars", ".", "StanfordCars"),
-    "sun397": Place("sun397", "SUN397", "SUN397", "SUN397"),
-    "ucf101": Place("ucf101", "UCF-101-midframes", "UCF101"),
+    "caltech101": Layout("caltech-101", "101_ObjectCategories", "Caltech101", "caltech101/101_ObjectCategories"),
+    "dtd": Layout("dtd", "images", "DescribableTextures", "dtd/dtd/images"),
+    "eurosat": Layout("eurosat", "2750", "EuroSAT"),
+    "fgvc_aircraft": Layout("fgvc_aircraft", "images", "FGVCAircraft", "fgvc-aircraft-2013b/data/images"),
+    "flowers102": Layout("oxford_flowers", "jpg", "OxfordFlowers", "flowers-102/jpg"),
+    "food101": Layout("food-101", "images", "Food101"),
+    "imagenet": Layout("imagenet", "images", "ImageNet"),
+    "oxford_pets": Layout("oxford_pets", "images", "OxfordPets", "oxford-iiit-pet/images"),
+    "stanford_cars": Layout("stanford_cars", ".", "StanfordCars"),
+    "sun397": Layout("sun397", "SUN397", "SUN397", "SUN397"),
+    "ucf101": Layout("ucf101", "UCF-101-midframes", "UCF101"),
 }
 
 
@@ -55,7 +55,7 @@ class Labelled(NamedTuple):
     """What a set holds.
 
     Attributes:
-        classes: as the data call them; a label is a place in this list.
+        classes: as the data call them; a label is an index of this list.
         names: the words that CoOp has for each class.
         parts: (path, label) by part.
     """
@@ -92,10 +92,10 @@ def read(dataset: str, root: str) -> Labelled:
 
 def _images(dataset: str, root: str) -> Path:
     """The folder of a set's images: CoOp's, or else torchvision's."""
-    place, data = SETS[dataset], Path(root).expanduser()
-    candidates = [data / place.folder / place.images]
-    if place.torchvision:
-        candidates.append(data / place.torchvision)
+    layout, data = SETS[dataset], Path(root).expanduser()
+    candidates = [data / layout.folder / layout.images]
+    if layout.torchvision:
+        candidates.append(data / layout.torchvision)
     for folder in candidates:
         if folder.is_dir():
             return folder

@@ -20,7 +20,7 @@ from recipes.clip_fewshot.folders import Example
 from recipes.clip_fewshot.prompts import Templates, class_names, prompts, templates_of
 from recipes.clip_fewshot.sources import Source, Split
 from recipes.shared.left_out import few
-from recipes.shared.parts import place_of, refuse_bad_settings, warn_of_training_data
+from recipes.shared.parts import refuse_bad_settings, source_of, warn_of_training_data
 from recipes.shared.resumable import LateLoader, ResumableData
 
 ByClass = dict[int, list[Example]]
@@ -104,7 +104,7 @@ class FewShotData(ResumableData):
 
     @override
     def setup(self, stage: str) -> None:
-        source = sources.load(str(self.dataset), self.root, self.split, self.split_seed)
+        source = sources.load_source(str(self.dataset), self.root, self.split, self.split_seed)
         self.classes = class_names(source.classes, _mapping(self.class_names), str(self.dataset), source.names)
         self.prompts = prompts(self.classes, templates_of(str(self.dataset), self.templates))
         if stage == "predict":
@@ -116,7 +116,7 @@ class FewShotData(ResumableData):
         if stage in ("fit", "test") and "test" not in self.parts:  # before training: a run ends with a test
             test = source.parts["test"]
             kept = readable([path for path, _ in test], self.skip_unreadable)
-            self.parts["test"] = [test[place] for place in kept]
+            self.parts["test"] = [test[index] for index in kept]
         counts = ", ".join(f"{len(examples)} {part}" for part, examples in self.parts.items())
         classes = f"{len(self.classes)} classes, {few(list(source.classes))}"
         rank_zero_info(f"{self.dataset} ({source.note}): {classes}; images: {counts}")
@@ -151,7 +151,7 @@ class FewShotData(ResumableData):
             return
         now = self._trained_on()
         there = {name: trained[name] for name in ("split", *self.deciding)}
-        is_same = place_of(str(trained["dataset"]), "") == place_of(str(self.dataset), "")
+        is_same = source_of(str(trained["dataset"]), "") == source_of(str(self.dataset), "")
         if is_same and any(now[name] != value for name, value in there.items()):
             divided = ", ".join(f"--data.{name} {value}" for name, value in there.items())
             raise MisconfigurationException(
@@ -165,7 +165,7 @@ class FewShotData(ResumableData):
             raise MisconfigurationException(
                 f"predict needs --data.predict_folder FOLDER with images, and there is none in {self.predict_folder!r}"
             )
-        return [(paths[place], -1) for place in readable(paths, self.skip_unreadable)]
+        return [(paths[index], -1) for index in readable(paths, self.skip_unreadable)]
 
 
 def warn_of_equal_images(parts: Mapping[str, Sequence[Example]]) -> None:
@@ -222,7 +222,7 @@ def few_shots(
         if len(kept) == len(paths):
             return training, validation
         # The next round draws others instead of those that can't be read.
-        broken |= set(paths) - {paths[place] for place in kept}
+        broken |= set(paths) - {paths[index] for index in kept}
 
 
 def _pools(source: Source, shots: int, seed: int, broken: set[Path]) -> tuple[ByClass, ByClass, str]:
@@ -269,8 +269,4 @@ def _problems(data: FewShotData) -> list[str]:
         problems.append("dataset: give a folder with one folder for each class, or the name of a data set")
     if data.validation_shots is not None and data.validation_shots < 0:
         problems.append(f"validation_shots must be null or an integer >= 0, got {data.validation_shots!r}")
-    if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
-        problems.append(f"crop_scale must be two shares of the area, 0 < first <= second <= 1, got {data.crop_scale!r}")
-    if not 0 <= data.flip <= 1:
-        problems.append(f"flip must be a probability, got {data.flip!r}")
     return problems

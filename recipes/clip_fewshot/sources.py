@@ -25,7 +25,7 @@ class Source:
 
     Attributes:
         name: of the data set.
-        classes: as the data call them; a label is a place in this list.
+        classes: as the data call them; a label is an index of this list.
         parts: (path, label) of "train", "test" and, where there is one, "validation".
         note: how the parts came about.
         names: words for the classes, where they come with the data.
@@ -38,7 +38,7 @@ class Source:
     names: Sequence[str] | None = None
 
 
-def load(dataset: str, root: str = "data", split: Split = "official", split_seed: int = 0) -> Source:
+def load_source(dataset: str, root: str = "data", split: Split = "official", split_seed: int = 0) -> Source:
     """Read which images there are, but no image.
 
     Args:
@@ -97,15 +97,15 @@ def fetch(dataset: str, root: str, download: bool) -> None:
 def in_order(examples: Iterable[Example], seed: int) -> list[Example]:
     """Shuffled by a hash of the seed and the last two parts of the path: the same on every machine.
 
-    An image's place among the others of its class does not depend on which others there are.
+    An image's position among the others of its class does not depend on which others there are.
     """
 
-    def place(example: Example) -> bytes:
+    def digest(example: Example) -> bytes:
         name = f"{seed}/{'/'.join(example[0].parts[-2:])}"
         # A file's name may hold bytes that are no UTF-8.
         return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
-    return sorted(examples, key=place)
+    return sorted(examples, key=digest)
 
 
 def by_class(examples: Iterable[Example]) -> dict[int, list[Example]]:

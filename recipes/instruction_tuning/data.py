@@ -76,7 +76,9 @@ class InstructionData(PartedData):
 
     @override
     def read(self, split: str) -> Any:
-        return sources.load(self.source(split), split, self.config_name, self.revision, self.columns, self.processes)
+        return sources.load_chats(
+            self.source(split), split, self.config_name, self.revision, self.columns, self.processes
+        )
 
     @override
     def keys(self, rows: Any) -> list[str]:
@@ -90,7 +92,7 @@ class InstructionData(PartedData):
             rows, encoder, remove_columns=rows.column_names, num_proc=self.processes, desc=f"Tokenizing {part}"
         )
         status = table["status"][:]
-        kept = table.select([place for place, what in enumerate(status) if what in ("kept", "cut")])
+        kept = table.select([index for index, what in enumerate(status) if what in ("kept", "cut")])
         if part == "train":
             self._thinks = any(kept["thinks"])
         self.reports[part] = self._report(part, Counter(status), kept)
@@ -112,7 +114,7 @@ class InstructionData(PartedData):
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
         rows = self.parts["predict"]
-        if self._place.get("thinks"):  # the checkpoint is of a model that has learnt to think before it answers
+        if self._position.get("thinks"):  # the checkpoint is of a model that has learnt to think before it answers
             for row in rows:
                 row["prompt_ids"] = self._asked(row["prompt"], thinks=True)
         # What follows the user's text decides whether a model thinks.

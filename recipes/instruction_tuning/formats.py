@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from recipes.language.templates import leads
 from recipes.shared.text_metrics import normalized
@@ -83,12 +82,6 @@ PAIRS = (
 )
 
 
-NAMES = {*_LISTS, *_SYSTEM, _TOOLS, *_MORE, *(pair.question for pair in PAIRS), *(pair.answer for pair in PAIRS)}
-"""Of columns that are read."""
-# Columns without which a question may lack its meaning.
-_ASKED = ("context", "passage", "choices", "options", "history", "A", "B", "C", "D", "option_a", "option_b", "choice_a")
-
-
 class _UnusableError(Exception):
     """A row that can't be learnt; its text says why."""
 
@@ -116,21 +109,13 @@ def _row(messages: list[Message], key: str, options: Sequence[str] = (), problem
 
 
 def known_columns() -> str:
-    """The columns that are understood, for messages."""
-    pairs = []
-    for pair in PAIRS:
-        more = f" (and perhaps {' or '.join(map(repr, pair.more))})" if pair.more else ""
-        pairs.append(f"{pair.question!r} and {pair.answer!r}{more}")
-    return (
-        "'messages' (a list of role and content), 'conversations' (a list of from and value), or "
-        f"{', '.join(pairs)}; with each of them, if you like, 'system' or 'system_prompt', and 'tools'"
-    )
+    """Return the columns that are understood, for messages."""
+    pairs = ", ".join(f"{pair.question!r} and {pair.answer!r}" for pair in PAIRS)
+    return f"'messages' (a list of role and content), 'conversations' (a list of from and value), or {pairs}"
 
 
 def converter(columns: Sequence[str], source: str) -> Callable[[Row], Row]:
     """What turns rows with these columns into rows of :data:`FEATURES`.
-
-    A warning names those that belong to a question and are not read.
 
     Args:
         columns: of the table.
@@ -140,12 +125,6 @@ def converter(columns: Sequence[str], source: str) -> Callable[[Row], Row]:
         MisconfigurationException: the columns are not understood.
     """
     found = _understood(columns)
-    unread = [column for column in _ASKED if column in columns and column not in read_columns(columns)]
-    if isinstance(found, Pair) and unread:
-        rank_zero_warn(
-            f"{source}: the columns {', '.join(unread)} may be a part of what is asked, and are left out: put them "
-            "into the question, or name the columns that are to be read in --data.columns"
-        )
     if found is not None:
         return partial(_converted, found=found)
     raise MisconfigurationException(

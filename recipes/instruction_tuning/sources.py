@@ -9,7 +9,6 @@ from typing import Any
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.instruction_tuning import formats
 from recipes.instruction_tuning.formats import FEATURES, REFUSED, Row, conversation, converter, read_columns
 from recipes.language.texts import film_reviews
 from recipes.shared import packaged
@@ -24,7 +23,7 @@ from recipes.shared.data import (
 )
 
 
-def load(
+def load_chats(
     name: str,
     split: str,
     config_name: str | None = None,
@@ -52,7 +51,7 @@ def load(
     table = read_table(name, split, NAMES, config_name, revision)
     source = f"dataset={name!r}"
     if columns:
-        table = renamed(table, columns, formats.NAMES, source).select_columns(list(columns.values()))
+        table = renamed(table, columns).select_columns(list(columns.values()))
     convert = converter(table.column_names, source)
     say_what_is_left_out(source, table.column_names, read_columns(table.column_names))
     rows = mapped(

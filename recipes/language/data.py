@@ -58,6 +58,6 @@ def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[s
 def encoded_prompts(path: str | None, kind: str, encode: Callable[[str], list[int]]) -> list[dict[str, Any]]:
     """The lines of a text file, numbered, with their tokens; the arguments are those of :func:`read_prompts`."""
     rows = []
-    for place, prompt in enumerate(read_prompts(path, kind)):
-        rows.append({"places": place, "prompt": prompt, "prompt_ids": encode(prompt)})
+    for number, prompt in enumerate(read_prompts(path, kind)):
+        rows.append({"places": number, "prompt": prompt, "prompt_ids": encode(prompt)})
     return rows

@@ -31,7 +31,7 @@ class Example(NamedTuple):
 
     Attributes:
         text: what the model reads.
-        label: a place in the task's classes.
+        label: an index of the task's classes.
         key: examples of one key are in one part.
     """
 

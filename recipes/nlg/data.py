@@ -77,7 +77,7 @@ class MeaningData(PartedData):
         encode = partial(_encoded, encoder=self.encoder)
         table = mapped(rows, encode, remove_columns=rows.column_names, desc=f"Tokenizing {part}")
         # Of the others, the loss would be a mean over no token.
-        kept = [place for place, labels in enumerate(table["labels"]) if set(labels) != {IGNORED}]
+        kept = [index for index, labels in enumerate(table["labels"]) if set(labels) != {IGNORED}]
         too_long, rows, table = len(table) - len(kept), rows.select(kept), table.select(kept)
         cut = sum(table["cut"])
         meanings = grouped(rows)

@@ -69,8 +69,8 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     most = max(len(row) for row in references)
     # sacrebleu takes the first references of all texts, then the second ones; None where a text has no more.
     columns = []
-    for place in range(most):
-        columns.append([row[place] if place < len(row) else None for row in references])
+    for number in range(most):
+        columns.append([row[number] if number < len(row) else None for row in references])
     return float(BLEU(lowercase=True, tokenize="13a").corpus_score(list(texts), columns).score)
 
 

@@ -10,7 +10,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipes.shared.data import read_table
 from recipes.shared.files import read_lines
 from recipes.shared.left_out import warn_of_left_out
-from recipes.shared.parts import refuse_split_of_file
 
 LAYOUTS = (
     ("meaning_representation", "human_reference"),  # tuetschek/e2e_nlg
@@ -100,7 +99,6 @@ def read_source(name: str, split: str, config_name: str | None = None, revision:
     """
     if Path(name).suffix.lower() != ".txt":
         return read_table(name, split, config_name=config_name, revision=revision)
-    refuse_split_of_file(name, split)
     return _text_table(name)
 
 

@@ -19,6 +19,7 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -218,8 +219,7 @@ class RecipeCLI(LightningCLI):
 
     @override
     def after_instantiate_classes(self) -> None:
-        # Contrastive data have the method of all data in parts.
-        if self.subcommand == "predict" and not getattr(self.datamodule, "predicts", True):
+        if self.subcommand == "predict" and not is_overridden("predict_dataloader", self.datamodule):
             raise MisconfigurationException(
                 f"predict: {type(self.datamodule).__name__} holds nothing to predict, as this recipe has only fit, "
                 "validate and test"

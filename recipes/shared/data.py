@@ -13,7 +13,6 @@ import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from recipes.shared.parts import refuse_split_of_file
 from recipes.shared.table_files import FORMATS, csv_options, table_ending, warn_of_unread_tables
 
 PACKAGED = "packaged:"  # how the names of packaged tasks begin
@@ -29,8 +28,7 @@ def read_table(
     Args:
         name: a Hub name, a local folder of the same layout, or a local .json, .jsonl, .parquet, .csv or .tsv file,
             which may be compressed, as .jsonl.gz is.
-        split: to read from a Hub data set. A file has no splits: "train" is all of it, and another one has to be in
-            its name.
+        split: to read from a folder or a Hub data set; a file is read as a whole.
         tasks: names of the packaged ones, for the message; "" where there are none.
         config_name: which of a Hub data set's configurations, such as "mrpc" of GLUE; None where it has one.
         revision: of a Hub data set, such as "refs/convert/parquet" where the main one is a script.
@@ -55,7 +53,6 @@ def _read(name: str, split: str, config_name: str | None, revision: str | None) 
         return datasets.load_dataset(name, config_name, split=split, revision=revision)
     if not path.is_file() or not path.stat().st_size:
         raise MisconfigurationException(f"dataset={name!r}: there is no such file, or it is empty")
-    refuse_split_of_file(name, split)
     options = csv_options(path) if FORMATS[ending] == "csv" else {}
     table = datasets.load_dataset(FORMATS[ending], data_files=glob.escape(str(path)), split="train", **options)
     if "__index_level_0__" in table.column_names:  # pandas has taken the first value for the row's name
@@ -165,26 +162,16 @@ def say_what_is_left_out(source: str, columns: Iterable[str], used: Iterable[str
         rank_zero_info(f"{source}: read are {', '.join(sorted(used))}; left out are {', '.join(left_out)}")
 
 
-def renamed(table: Any, names: Mapping[str, str], known: Iterable[str], source: str) -> Any:
-    """A table with other names for some of its columns.
+def renamed(table: Any, names: Mapping[str, str]) -> Any:
+    """Return a table with other names for some of its columns, which take the place of columns of these names.
 
     Args:
         table: a ``datasets.Dataset``.
         names: the table's own name of a column, and the name by which a recipe knows it.
-        known: the names that a recipe knows.
-        source: where the table is from, for messages.
 
     Raises:
-        MisconfigurationException: a column is missing, its new name means nothing, or two columns get one name.
+        ValueError: a column is missing, or two columns get one name.
     """
-    known = sorted(known)
-    wrong = [name for name in names if name not in table.column_names]
-    wrong += [name for name in names.values() if name not in known]
-    if wrong or len(set(names.values())) < len(names):
-        raise MisconfigurationException(
-            f"columns={dict(names)!r} must give columns of {source}, which are {sorted(table.column_names)}, different "
-            f"ones of the names {known}; wrong are {wrong}"
-        )
     replaced = [name for name in names.values() if name in table.column_names and name not in names]
     return table.remove_columns(replaced).rename_columns(dict(names))
 
@@ -235,12 +222,12 @@ def divided(batches: list[list[int]], number: int) -> list[list[int]]:
     """
     batches = list(batches)
     while len(batches) < number:
-        place = max(range(len(batches)), key=lambda i: (len(batches[i]), i))
-        halves = batches[place][: len(batches[place]) // 2], batches[place][len(batches[place]) // 2 :]
+        longest = max(range(len(batches)), key=lambda i: (len(batches[i]), i))
+        halves = batches[longest][: len(batches[longest]) // 2], batches[longest][len(batches[longest]) // 2 :]
         # A single example can't be halved: then there are fewer batches than ranks, and some are given twice.
         if not halves[0]:
             break
-        batches[place : place + 1] = halves
+        batches[longest : longest + 1] = halves
     return batches
 
 

@@ -1,9 +1,7 @@
 """A data module of one table, or of one for each part, in parts for training, validation and test."""
 
-import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -12,21 +10,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from recipes.shared.data import columns, given_dataset, is_packaged, split_names
-from recipes.shared.parts import (
-    is_file,
-    place_of,
-    places_in,
-    refuse_bad_settings,
-    refuse_split_of_file,
-    warn_of_training_data,
-)
+from recipes.shared.data import columns, given_dataset
+from recipes.shared.division import Division
+from recipes.shared.parts import indices_in, is_file, refuse_bad_settings, warn_of_training_data
 from recipes.shared.resumable import PARTS_OF_STAGE, ResumableData
-
-VALIDATION_SHARE = 0.05
-"""Of the training split, where nothing else says what validation takes."""
-_OWN_SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-"""What data sets call the split for a part."""
 
 
 @dataclass(eq=False)
@@ -88,8 +75,16 @@ class PartedData(ResumableData):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.own_splits = self.given_splits()
-        self.shares = self.known_shares()
+        shares = {"validation": self.validation_share, "test": self.test_share}
+        self.division = Division(
+            self.dataset,
+            self.split,
+            self.given_splits(),
+            shares,
+            packaged=self.packaged,
+            packaged_splits=self.packaged_splits,
+        )
+        self.own_splits, self.shares = self.division.own_splits, self.division.shares
         least = {"batch_size": 1, "num_workers": 0, **self.least}
         refuse_bad_settings(self, least, self.shares, self.problems())
         self.parts = {}
@@ -133,14 +128,6 @@ class PartedData(ResumableData):
         """The parts that a stage needs."""
         return PARTS_OF_STAGE[stage]
 
-    def is_wanted(self, part: str) -> bool:
-        """Whether a part must not be empty."""
-        return part == "train" or self.own_splits[part] is not None or self.shares[part] > 0
-
-    def is_divided(self, part: str) -> bool:
-        """Whether a part takes rows of the training split, which do not train."""
-        return self.shares[part] > 0
-
     # -- stages
 
     @override
@@ -149,16 +136,16 @@ class PartedData(ResumableData):
         # A prediction reads the user's own file alone.
         if stage == TrainerFn.PREDICTING.value:
             return
-        self.take_own_splits()
-        self._refuse_wrong_splits("")
+        self.division.take_own_splits(self.config_name, self.revision)
+        self.division.refuse_wrong_splits("")
         for part in self.parts_of(stage):
             self.table(self.own_splits.get(part) or self.split)  # on one process, so that the others find it downloaded
 
     @override
     def setup(self, stage: str) -> None:
         if stage != "predict":
-            self.take_own_splits()
-            self._refuse_wrong_splits(stage)
+            self.division.take_own_splits(self.config_name, self.revision)
+            self.division.refuse_wrong_splits(stage)
         self.begin()
         if stage == "predict":
             self.parts["predict"] = self.rows_to_predict()
@@ -179,26 +166,9 @@ class PartedData(ResumableData):
 
     # -- which rows
 
-    def place(self, part: str) -> tuple[str, str]:
-        """The data set and the split that a part is read from."""
-        return str(self.dataset), self.own_splits.get(part) or self.split
-
     @override
     def _refuse_trained_rows(self, trained: dict[str, Any] | None) -> None:
-        stage = self.trainer.state.fn if self.trainer else None
-        part = {TrainerFn.VALIDATING: "validation", TrainerFn.TESTING: "test"}.get(cast("TrainerFn", stage))
-        if part is None or trained is None:
-            return
-        dataset, split = self.place(part)
-        now = self._trained_on()
-        is_held_out = self.is_divided(part) and all(now[name] == trained[name] for name in self.deciding)
-        if place_of(dataset, split) == place_of(trained["dataset"], trained["split"]) and not is_held_out:
-            read = split if dataset == self.dataset else dataset
-            held_out = ", ".join(f"{name} {trained[name]!r}" for name in self.deciding)
-            raise MisconfigurationException(
-                f"{part}: {read!r} is what the checkpoint's run was trained on, except for the {held_out}: give "
-                "these, or another split or file"
-            )
+        self.division.refuse_trained_rows(self.trainer, trained, self._trained_on())
 
     def source(self, split: str) -> str:
         """The name of the file, folder or data set that a split is read from."""
@@ -206,7 +176,7 @@ class PartedData(ResumableData):
 
     def source_of(self, part: str) -> str:
         """The name of the file, folder or data set that a part is read from."""
-        return self.source(self.place(part)[1])
+        return self.source(self.division.where(part)[1])
 
     def table(self, split: str) -> Any:
         """What :meth:`read` gives, kept."""
@@ -221,70 +191,7 @@ class PartedData(ResumableData):
         if own is not None or not any(self.shares.values()):
             return table if own is not None or part == "train" else table.select([])
         name = f"dataset={self.dataset!r}"
-        return table.select(places_in(part, self.keys(table), self.shares, name, self.kinds))
-
-    def known_shares(self) -> dict[str, float]:
-        """The share that each part takes, as far as it is known before the data are looked at."""
-        validation = VALIDATION_SHARE if self.validation_share is None else self.validation_share
-        shares = {"validation": validation, "test": self.test_share or 0.0}
-        for part in shares:
-            if self.own_splits[part] is not None:
-                shares[part] = 0.0  # the whole training split trains, except for the other part's share
-        return shares
-
-    def take_own_splits(self) -> None:
-        """Make a data set's own splits the parts for which no split and no share was given."""
-        unset = []
-        for part, share in (("validation", self.validation_share), ("test", self.test_share)):
-            if share is None and self.own_splits[part] is None:
-                unset.append(part)
-        trained_on = re.findall(r"\w+", self.split)  # perhaps one beside "train"
-        names = [split for split in self._split_names() if split not in trained_on] if unset else []
-        for part in unset:
-            own = next((split for split in _OWN_SPLITS[part] if split in names), None)
-            if own is not None:
-                rank_zero_info(
-                    f"dataset={self.dataset!r}: its split {own!r} is taken; a {part}_share would take its place"
-                )
-                self.own_splits[part] = own
-                self.shares[part] = 0.0
-
-    def _split_names(self) -> list[str]:
-        """The splits of a data set; of files with "{split}" in their name those that are there."""
-        name = given_dataset(self.dataset, self.packaged)
-        if is_packaged(name):
-            return []
-        if is_file(name):
-            splits = [*_OWN_SPLITS["validation"], *_OWN_SPLITS["test"]] if "{split}" in name else []
-            return [split for split in splits if Path(name.replace("{split}", split)).expanduser().is_file()]
-        return split_names(name, self.split, self.config_name, self.revision, self.packaged)
-
-    def _refuse_wrong_splits(self, stage: str) -> None:
-        """Refuse splits that the data set does not have, or that are trained on, and an evaluation on nothing."""
-        name = given_dataset(self.dataset, self.packaged)
-        given = [split for split in self.own_splits.values() if split is not None]
-        for split in (self.split, *given):
-            if is_packaged(name) and not is_file(split) and split not in self.packaged_splits:
-                raise MisconfigurationException(
-                    f"dataset={name!r} has no other splits than {', '.join(self.packaged_splits)}, got {split!r}: give "
-                    "one of them, a file or a share"
-                )
-        for split in given:
-            refuse_split_of_file(name, split)
-            # Of slices such as "train[:10%]" only equal ones are found here.
-            if stage == "fit" and place_of(name, split) == place_of(name, self.split):
-                raise MisconfigurationException(
-                    f"{split!r} is read from where the training data are: give another split or file as "
-                    "validation_split or test_split, or null, which holds out a share"
-                )
-        part = {"validate": "validation", "test": "test"}.get(stage)
-        if part is not None and not self.is_wanted(part):
-            verb = "test" if part == "test" else "validate"
-            raise MisconfigurationException(
-                f"there is nothing to {verb} on: no split for it was given or found, and no share was held out. Give "
-                f"--data.{part}_split, a split or a file that was not trained on, or train with --data.{part}_share "
-                "0.1, say"
-            )
+        return table.select(indices_in(part, self.keys(table), self.shares, name, self.kinds))
 
     def _part(self, part: str) -> Any:
         rows = self.rows(part)
@@ -292,7 +199,7 @@ class PartedData(ResumableData):
         report = self.reports.get(part)
         if report:
             rank_zero_info(report)
-        if len(kept) or not self.is_wanted(part):
+        if len(kept) or not self.division.is_wanted(part):
             return kept
         raise MisconfigurationException(f"{part}: nothing is left to use. {report}")
 

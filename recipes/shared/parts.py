@@ -1,7 +1,6 @@
 """Which part of the data a row belongs to, what a split is read from, and what is refused as a part."""
 
 import hashlib
-import re
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,9 +20,9 @@ def refuse_split_of_file(name: str, split: str) -> None:
         split: the name of a split, or a file.
 
     Raises:
-        MisconfigurationException: the data set is a file, and nothing in its name says that it is of this split.
+        MisconfigurationException: the data set is a file without "{split}" in its name.
     """
-    if not is_file(name) or "{split}" in name or split == "train" or is_file(split) or is_of_split(Path(name), split):
+    if not is_file(name) or "{split}" in name or split == "train" or is_file(split):
         return
     raise MisconfigurationException(
         f"dataset={name!r} is a file, and has no split {split!r}: give another file as test_split or validation_split, "
@@ -31,26 +30,8 @@ def refuse_split_of_file(name: str, split: str) -> None:
     )
 
 
-def is_of_split(file: Path, split: str) -> bool:
-    """Whether a file's name, or that of a folder that it is in, says that it holds a split.
-
-    Example:
-        >>> is_of_split(Path("data/questions_val.json"), "val"), is_of_split(Path("data/questions.json"), "val")
-        (True, False)
-        >>> is_of_split(Path("data/latest.json"), "test"), is_of_split(Path("data/test-2024.json"), "test")
-        (False, True)
-        >>> is_of_split(Path("data/mine_test_a.json"), "test_a")
-        True
-        >>> is_of_split(Path("data/dev.json"), "./data/dev.json")
-        True
-    """
-    # Between other letters it is a part of a word: "latest" is no test, and v2_OpenEnded_val2014 is val.
-    is_named = re.search(rf"(?<![^\W\d_]){re.escape(split)}(?![^\W\d_])", file.name) is not None
-    return is_named or split in file.parts or Path(split).expanduser() == file.expanduser()
-
-
-def place_of(name: str, split: str) -> Path | tuple[str, str]:
-    """Where a split of a data set is read from: equal for what is the same, however it is written."""
+def source_of(name: str, split: str) -> Path | tuple[str, str]:
+    """Return where a split of a data set is read from: equal for what is the same, however it is written."""
     if is_file(split):
         return Path(split).expanduser().resolve()
     if is_file(name):
@@ -71,21 +52,21 @@ def part_of(key: str, shares: dict[str, float]) -> str:
         >>> part_of("what is a cat", {"validation": 0.15, "test": 0.25})
         'train'
     """
-    place = _place(key)
+    fraction = _fraction(key)
     for part, share in shares.items():
-        if place < share:
+        if fraction < share:
             return part
-        place -= share
+        fraction -= share
     return "train"
 
 
-def _place(key: str) -> float:
-    """A number in [0, 1) that the text alone decides; Python's own hash of a text differs from process to process."""
+def _fraction(key: str) -> float:
+    """Return a number in [0, 1) that only the text decides, unlike Python's own hash, in every process."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
-def places_in(part: str, keys: Sequence[str], shares: dict[str, float], source: str, kinds: str) -> list[int]:
-    """The places of the rows of a part. A part that none of few keys falls into takes the one that is nearest.
+def indices_in(part: str, keys: Sequence[str], shares: dict[str, float], source: str, kinds: str) -> list[int]:
+    """Return the indices of the rows of a part. A part that none of few keys falls into takes the one that is nearest.
 
     Args:
         part: "train", or one of the others.
@@ -98,23 +79,23 @@ def places_in(part: str, keys: Sequence[str], shares: dict[str, float], source: 
         MisconfigurationException: there are fewer different keys than parts.
 
     Example:
-        >>> places_in("validation", ["a", "b", "b", "a"], {"validation": 0.25, "test": 0.0}, "mine.csv", "texts")
+        >>> indices_in("validation", ["a", "b", "b", "a"], {"validation": 0.25, "test": 0.0}, "mine.csv", "texts")
         [1, 2]
     """
     parts = {key: part_of(key, shares) for key in keys}
     for other, share in shares.items():
-        trained = sorted((key for key in parts if parts[key] == "train"), key=_place)
+        trained = sorted((key for key in parts if parts[key] == "train"), key=_fraction)
         if share and other not in parts.values() and len(trained) > 1:
             parts[trained[0]] = other
             rank_zero_warn(f"none of {len(keys)} rows falls into {other}'s share of {share:g}: it takes the nearest")
-    places = [place for place, key in enumerate(keys) if parts[key] == part]
-    if not places and (part == "train" or shares[part]):
+    indices = [index for index, key in enumerate(keys) if parts[key] == part]
+    if not indices and (part == "train" or shares[part]):
         raise MisconfigurationException(
             f"{source}: nothing is left for {part}. Its {len(keys)} rows are divided by their {kinds} ({len(parts)} "
             "different ones), and equal ones stay together: give more rows, a validation_split or a test_split, or "
             "validation_share=0, which keeps the last checkpoint and no best one"
         )
-    return places
+    return indices
 
 
 def warn_of_training_data(part: str, keys: Collection[Hashable], trained: Collection[Hashable], what: str) -> None:

@@ -22,7 +22,7 @@ def _ignore_sigterm(_: int) -> None:
 
 
 class LateLoader(StatefulDataLoader):  # type: ignore[misc]
-    """A loader that starts with the first batch asked for, at the place that it has been given until then.
+    """A loader that starts with the first batch asked for, at the position that it has been given until then.
 
     A trainer that builds its optimizer before it loads a checkpoint, as under FSDP, has asked for the iterator already.
     """
@@ -33,7 +33,7 @@ class LateLoader(StatefulDataLoader):  # type: ignore[misc]
 
 
 class ResumableData(L.LightningDataModule):
-    """Keeps the place in the epoch in checkpoints; a subclass fills ``parts`` in `setup` and defines :meth:`loader`.
+    """Keep the position in the epoch in checkpoints; a subclass fills ``parts`` in `setup` and defines :meth:`loader`.
 
     Lightning keeps it too, but does not put it back if anybody has asked for ``trainer.estimated_stepping_batches``
     before the loops' state is restored, as learning rate schedules do.
@@ -52,14 +52,12 @@ class ResumableData(L.LightningDataModule):
     seed: int
     parts: dict[str, Any]
 
-    predicts: ClassVar[bool] = True
-    """Whether `predict` has anything to do; False where the method for it is inherited and of no use."""
     deciding: ClassVar[tuple[str, ...]] = ()
     """The settings that decide which rows train."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._place: dict[str, Any] = {}
+        self._position: dict[str, Any] = {}
 
     def loader(self, part: str) -> LateLoader:
         """The batches of a part."""
@@ -82,16 +80,16 @@ class ResumableData(L.LightningDataModule):
         loader = self.trainer.train_dataloader if self.trainer else None
         if loader is None:
             return {}
-        place = {"epoch": loader.sampler.epoch, "ranks": loader.sampler.num_replicas, "trained": self._trained_on()}
-        place["examples"] = len(self.parts["train"])
+        position = {"epoch": loader.sampler.epoch, "ranks": loader.sampler.num_replicas, "trained": self._trained_on()}
+        position["examples"] = len(self.parts["train"])
         # Nothing of this epoch is left: a resumed run begins with the next one.
         if self.trainer and self.trainer.is_last_batch:
-            return place | {"epoch": place["epoch"] + 1}
-        return place | {"train_loader": loader.state_dict()}  # each rank has given as many batches
+            return position | {"epoch": position["epoch"] + 1}
+        return position | {"train_loader": loader.state_dict()}  # each rank has given as many batches
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._place = state_dict
+        self._position = state_dict
         self._refuse_trained_rows(state_dict.get("trained"))
         loader = self.trainer.train_dataloader if self.trainer else None
         if loader is not None:  # FSDP builds the optimizer, whose schedule asks for the loader, before it loads
@@ -105,23 +103,23 @@ class ResumableData(L.LightningDataModule):
         """Refuse to judge a checkpoint on what its own run, which :meth:`_trained_on` describes, has trained on."""
 
     def resumed(self, loader: LateLoader) -> LateLoader:
-        """The training loader, put once at the place that a checkpoint holds."""
+        """The training loader, put once at the position that a checkpoint holds."""
         ranks = loader.sampler.num_replicas
-        if "train_loader" in self._place and self._place["ranks"] != ranks:
+        if "train_loader" in self._position and self._position["ranks"] != ranks:
             rank_zero_warn(
-                f"The checkpoint is of {self._place['ranks']} devices and this run has {ranks}: the rest of its "
+                f"The checkpoint is of {self._position['ranks']} devices and this run has {ranks}: the rest of its "
                 "epoch repeats examples and leaves others out"
             )
-        before, now = self._place.get("examples"), len(self.parts["train"])
+        before, now = self._position.get("examples"), len(self.parts["train"])
         if before not in (None, now):
             rank_zero_warn(
                 f"The checkpoint's run trained on {before} examples, and this one has {now}: it repeats some in this "
                 "epoch, leaves others out, and ends after another number of steps"
             )
-        loader.sampler.set_epoch(self._place.get("epoch", 0))
+        loader.sampler.set_epoch(self._position.get("epoch", 0))
         # An empty state makes the loader forget an iterator that it has begun, and start at the first batch.
-        loader.load_state_dict(self._place.get("train_loader", {}))
-        self._place = {}
+        loader.load_state_dict(self._position.get("train_loader", {}))
+        self._position = {}
         return loader
 
     def whole_batches(
@@ -134,7 +132,7 @@ class ResumableData(L.LightningDataModule):
         """
         if getattr(self.trainer, "overfit_batches", False):
             raise MisconfigurationException(
-                "overfit_batches puts another sampler in the place of this data's, which gives whole batches: set "
+                "overfit_batches replaces this data's sampler, which gives whole batches: set "
                 "limit_train_batches instead, or give a dataset of a few rows"
             )
         return LateLoader(

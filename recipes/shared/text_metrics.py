@@ -42,8 +42,8 @@ def _words(text: str) -> list[str]:
     text = _EMOJI_SELECTORS.sub("", text)
     of_numbers = {match.start() for match in _OF_A_NUMBER.finditer(text)}
     kept = []
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         # Letters, marks and numbers; spaces, punctuation, symbols and controls stand between words.
-        is_kept = unicodedata.category(character)[0] in "LMN" or character == "_" or place in of_numbers
+        is_kept = unicodedata.category(character)[0] in "LMN" or character == "_" or index in of_numbers
         kept.append(character if is_kept else " ")
     return "".join(kept).split()

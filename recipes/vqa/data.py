@@ -109,7 +109,7 @@ class VQAData(PartedData):
     @override
     def read(self, split: str) -> Any:
         settings = self.image_folder, self.config_name, self.revision, self.type_column, self._prompt, self.columns
-        return sources.load(self.source(split), split, *settings)
+        return sources.load_questions(self.source(split), split, *settings)
 
     @override
     def keys(self, rows: Any) -> list[str]:
@@ -158,7 +158,7 @@ class VQAData(PartedData):
 
     def _with_usable_images(self, table: Any, name: str, counts: Counter[str]) -> Any:
         """The rows whose image can be read, and those without one if they are wanted; the others are counted."""
-        seeing = [place for place, has_image in enumerate(table["has_image"]) if has_image]
+        seeing = [index for index, has_image in enumerate(table["has_image"]) if has_image]
         counts["text alone"] = len(table) - len(seeing)
         if not self.text_only:
             table = table.select(seeing)
@@ -191,13 +191,13 @@ class VQAData(PartedData):
             )
         # A prediction has no split, so that a folder of splits is none for it.
         asked_in = self.questions, self.questions, self.image_folder
-        table = sources.load(*asked_in, prompt=self._prompt, answered=False)
+        table = sources.load_questions(*asked_in, prompt=self._prompt, answered=False)
         table = self._with_usable_images(table, self.questions, Counter())
         folder = sources.image_folder_of(*asked_in)
         asked = []
-        for place, row in enumerate(table):
+        for index, row in enumerate(table):
             prompt = self.encoder.prompt(row["question"], has_image=row["has_image"])
-            asked.append({**row, "places": place, "prompt": prompt, "name": _name_of(row["image"], folder)})
+            asked.append({**row, "places": index, "prompt": prompt, "name": _name_of(row["image"], folder)})
         return asked
 
 
@@ -246,7 +246,7 @@ def _name_of(image: dict[str, Any] | None, folder: Path) -> str:
 
 
 def _image_key(row: dict[str, Any], folder: Path) -> str:
-    """What decides on an image's part: its content if it is inside the data set, else its file's place in the folder.
+    """What decides on an image's part: its content if it is inside the data set, else its file's path in the folder.
 
     Not the name alone, which may be rgb.png in every folder. Without an image it is the question.
     """

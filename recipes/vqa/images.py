@@ -46,7 +46,7 @@ def too_long(size: Size) -> str | None:
 
 
 def usable(table: Any, name: str, skip_unreadable: bool) -> list[int]:
-    """Places of the rows without an image, and of those whose image can be read: each is decoded once.
+    """Return the indices of the rows without an image, and of those whose image can be read: each is decoded once.
 
     Args:
         table: with a column ``image`` in the form of ``datasets``, not decoded.
@@ -57,22 +57,22 @@ def usable(table: Any, name: str, skip_unreadable: bool) -> list[int]:
         MisconfigurationException: an image can't be read, and is not to be skipped, or none is left.
     """
     files: dict[Any, list[int]] = {}
-    places: list[int] = []
+    indices: list[int] = []
     column = table.select_columns("image")
-    for place, row in enumerate(column):
+    for index, row in enumerate(column):
         image = row["image"]
         if image is None:
-            places.append(place)
+            indices.append(index)
         elif image["bytes"]:
-            files[Embedded(f"{name}, row {place}", partial(_embedded, column, place))] = [place]
+            files[Embedded(f"{name}, row {index}", partial(_embedded, column, index))] = [index]
         else:
             # Many data sets ask several questions about one image.
-            files.setdefault(image["path"], []).append(place)
+            files.setdefault(image["path"], []).append(index)
     distinct = list(files)
     for number in readable(distinct, skip_unreadable, too_long):
-        places += files[distinct[number]]
-    return sorted(places)
+        indices += files[distinct[number]]
+    return sorted(indices)
 
 
-def _embedded(column: Any, place: int) -> bytes:
-    return cast("bytes", column[place]["image"]["bytes"])
+def _embedded(column: Any, index: int) -> bytes:
+    return cast("bytes", column[index]["image"]["bytes"])

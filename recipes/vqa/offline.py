@@ -104,7 +104,7 @@ def build_model(
 
 def save_untrained(folder: Path, dataset: str) -> None:
     """The model and its processor as they are before training."""
-    table = sources.load(dataset, "train")
+    table = sources.load_questions(dataset, "train")
     pairs = zip(table["question"], table["answers"], strict=True)
     processor = build_processor(f"User: {question} Assistant: {answers[0]}" for question, answers in pairs)
     with torch.random.fork_rng():

@@ -37,14 +37,13 @@ FEATURES = datasets.Features(
         "type": datasets.Value("string"),
     }
 )
-_LISTS = {"questions", "annotations", "data"}  # in the files of VQAv2, OK-VQA and TextVQA
 _IMAGES = ("image", "images")
 _QUESTIONS = ("question", "answers", "answer", "choices", "options", "hint")
 _OPTION = re.compile(r"[A-Z]|(?i:(option|choice)[_ ]?[a-z])")  # A of MMBench, choice_a of SEED-Bench
 TYPE_COLUMNS = ("type", "question_type", "answer_type", "category", "subject")
 
 
-def load(
+def load_questions(
     name: str,
     split: str,
     image_folder: str | None = None,
@@ -78,7 +77,7 @@ def load(
     if is_packaged(name):
         return datasets.Dataset.from_list(easy_vqa.load(name, split), features=FEATURES)
     table = read_table(name, split, PACKAGED, config_name, revision)
-    table = renamed(table, names or {}, {*_IMAGES, *_QUESTIONS, *turns.COLUMNS}, f"dataset={name!r}")
+    table = renamed(table, names or {})
     _check_columns(name, table.column_names, type_column, answered)
     for column in set(_IMAGES) & set(table.column_names):
         # Not decoded: an image is opened when its batch is made.
@@ -127,16 +126,9 @@ def _check_columns(name: str, columns: list[str], type_column: str | None, answe
         missing.append(f"'{type_column}', which type_column names")
     if not missing:
         return
-    remedy = "If others hold these, name them, such as --data.columns '{picture: image}'"
-    if _LISTS & set(columns):
-        remedy = (
-            "The questions seem to be in a list within the file: write each as a row of its own, together with its "
-            "answers where these are in another file"
-        )
-    elif has_turns:
-        remedy += ". An image inside of a message is not read: put it, or its path, into a column images"
     raise MisconfigurationException(
-        f"dataset={name!r} has the columns {sorted(columns)}: it needs {', '.join(missing)}. {remedy}"
+        f"dataset={name!r} has the columns {sorted(columns)}: it needs {', '.join(missing)}. If others hold these, "
+        "name them, such as --data.columns '{picture: image}'"
     )
 
 

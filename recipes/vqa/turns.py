@@ -40,9 +40,9 @@ def last_question(conversation: Any, has_image: bool, where: str) -> dict[str, A
         {'history': [], 'question': 'What is it?', 'answers': ['A cat.'], 'choices': []}
     """
     messages = []
-    for place, turn in enumerate(conversation or []):
+    for number, turn in enumerate(conversation or []):
         if turn is not None:
-            messages += _messages(turn, f"{where}, turn {place}")
+            messages += _messages(turn, f"{where}, turn {number}")
     spoken = messages[1:] if messages and messages[0]["role"] == "system" else messages
     roles = [message["role"] for message in spoken]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):

@@ -252,11 +252,14 @@ def test_faults_of_shards_are_named(pictures: str, tmp_path: Path) -> None:
         ({"dataset": "./missing"}, "'./missing' is not a folder, and not a file that ends in"),
         ({"dataset": "missing.parquet"}, "missing.parquet': there is no such file"),
         ({"dataset": "packaged:chess"}, "unknown package 'packaged:chess', give one of packaged:emoji"),
-        ({"test_dataset": "a.csv", "test_split": "test"}, "test_dataset and test_split both say what tests"),
+        ({"test_dataset": "a.csv", "test_split": "test"}, "test_dataset and test_split both say what test reads"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
         ({"validation_share": 0.5, "test_share": 0.5}, "leave something to train on, got 0.5 and 0.5"),
         ({"skip_unreadable": True, "check_images": False}, "skip_unreadable needs check_images"),
-        ({"dataset": "data.csv", "test_dataset": "./data.csv"}, "test_dataset='./data.csv' is what is trained on"),
+        (
+            {"dataset": "data.csv", "test_dataset": "./data.csv"},
+            "'./data.csv' is read from where the training data are: give another test_dataset",
+        ),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str, clip: Any, pictures: str) -> None:
@@ -264,7 +267,7 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str, clip: An
         prepared(clip, "fit", **{"dataset": pictures} | options)
 
 
-def test_long_captions_are_counted_and_cut_or_refused(
+def test_long_captions_are_cut_and_counted(
     clip: Any, pictures: str, write_table: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     fits, long = "one " * 10, "one " * 11  # with start and end 12 and 13 tokens
@@ -273,9 +276,7 @@ def test_long_captions_are_counted_and_cut_or_refused(
     table = write_table([(image, fits), (image, long)])
     shares = {"validation_share": 0.0, "test_share": 0.0}
     prepared(clip, "fit", table, **shares)
-    assert "1 images, 2 captions, 1 of them longer than the context_length of 12 tokens" in caplog.text
-    with pytest.raises(MisconfigurationException, match=r"1 of them longer.*'one .*refuse_long_captions"):
-        prepared(clip, "fit", table, refuse_long_captions=True, **shares)
+    assert "1 images, 2 captions, 1 of them cut at the context_length of 12 tokens, such as 'one" in caplog.text
 
 
 # -- parts and batches
@@ -328,11 +329,11 @@ def test_a_checkpoint_is_judged_on_other_data_than_it_was_trained_on(
 def test_ranks_share_each_joint_batch() -> None:
     one = list(PictureBatchSampler(50, 8, seed=3))
     shares = [list(PictureBatchSampler(50, 4, seed=3, num_replicas=2, rank=rank)) for rank in (0, 1)]
-    assert [len(draw.places) for draw in one] == [8] * 6
-    assert [[*a.places, *b.places] for a, b in zip(*shares, strict=True)] == [draw.places for draw in one]
+    assert [len(draw.indices) for draw in one] == [8] * 6
+    assert [[*a.indices, *b.indices] for a, b in zip(*shares, strict=True)] == [draw.indices for draw in one]
     assert len(PictureBatchSampler(50, 4, num_replicas=2)) == len(shares[0])
     few = [list(PictureBatchSampler(5, 4, num_replicas=2, rank=rank)) for rank in (0, 1)]
-    assert [len(draw.places) for draw in chain.from_iterable(few)] == [2, 2]
+    assert [len(draw.indices) for draw in chain.from_iterable(few)] == [2, 2]
     sampler = PictureBatchSampler(50, 8, seed=3)
     sampler.set_epoch(1)
     assert next(iter(sampler)) != one[0]
@@ -344,7 +345,7 @@ def test_an_evaluation_sees_each_picture_once_on_any_number_of_ranks(ranks: int)
     assert len({len(share) for share in shares}) == 1
     assert len(PictureBatchSampler(10, 3, num_replicas=ranks, shuffle=False)) == len(shares[0])
     draws = chain.from_iterable(zip(*shares, strict=True))
-    seen = chain.from_iterable(draw.places for draw in draws if not draw.repeats)
+    seen = chain.from_iterable(draw.indices for draw in draws if not draw.repeats)
     assert list(seen) == list(range(10))
 
 

@@ -171,9 +171,7 @@ def test_predict_gives_each_image_of_a_folder_a_class(tiny_clip: str, images: Pa
     [
         ({"dataset": None}, "FewShotData: dataset: give a folder with one folder for each class"),
         ({"shots": 0}, "shots must be an integer >= 1, got 0"),
-        ({"crop_scale": (0.9, 0.1)}, "crop_scale must be two shares"),
         ({"validation_shots": 5}, "'blue_grey' has 2 images in validation .*validation_shots=5"),
-        ({"flip": 2}, "flip must be a probability, got 2"),
         ({"dataset": "missing"}, "dataset='missing' is no folder, and not one of .*eurosat"),
         ({"shots": 11}, "'blue_grey' has 6 images in train .*shots=11, and so have 2 other classes"),
         ({"templates": ["a photo"]}, "templates must be texts with one {}.*'a photo'"),
@@ -190,7 +188,7 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str, images: 
 def test_bad_folders_are_named(tmp_path: Path) -> None:
     def refused(folder: Path, message: str) -> None:
         with pytest.raises(MisconfigurationException, match=message):
-            sources.load(str(folder))
+            sources.load_source(str(folder))
 
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no folder")

@@ -29,7 +29,7 @@ def data_of(root: Path, dataset: str, **options: Any) -> FewShotData:
 @pytest.mark.parametrize("dataset", FILES)
 def test_a_split_file_gives_parts_and_names(dataset: str, tmp_path: Path) -> None:
     split = json.loads(write_set(tmp_path, dataset).read_text())
-    source = sources.load(dataset, str(tmp_path), "coop")
+    source = sources.load_source(dataset, str(tmp_path), "coop")
     for part, key in zip(PARTS, ("train", "val", "test"), strict=True):
         found = [
             (path.relative_to(tmp_path / FILES[dataset][0]).as_posix(), label) for path, label in source.parts[part]
@@ -48,7 +48,7 @@ def test_aircraft_has_text_files(tmp_path: Path) -> None:
         names = ("DC-9-30", "707-320", "F-16A/B", "DC-9-30")
         lines = [f"{number:07d} {name}" for number, name in enumerate(names, first)]
         (folder / f"images_variant_{part}.txt").write_text("\n".join(lines) + "\n")
-    source = sources.load("fgvc_aircraft", str(tmp_path), "coop")
+    source = sources.load_source("fgvc_aircraft", str(tmp_path), "coop")
     assert source.names == ["707-320", "DC-9-30", "F-16A/B"]
     assert [label for _, label in source.parts["validation"]] == [1, 0, 2, 1]
     (folder / "images" / "0000005.jpg").unlink()

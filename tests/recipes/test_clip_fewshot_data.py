@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("command_line")
 
 
 def test_parts_are_divided_by_class_and_seed(images: Path) -> None:
-    one, again, other = (sources.load(str(images), split_seed=seed) for seed in (0, 0, 1))
+    one, again, other = (sources.load_source(str(images), split_seed=seed) for seed in (0, 0, 1))
     assert one.parts == again.parts != other.parts
     assert [len(one.parts[part]) for part in PARTS] == [18, 6, 12]
     every = list(chain.from_iterable(one.parts.values()))
@@ -43,10 +43,10 @@ def test_parts_are_divided_by_class_and_seed(images: Path) -> None:
 def test_folders_of_parts_are_taken_as_they_are(names: tuple[str, ...], tmp_path: Path) -> None:
     for name, number in zip(names, (5, 3, 2), strict=True):
         filled(tmp_path / name, number)
-    source = sources.load(str(tmp_path))
+    source = sources.load_source(str(tmp_path))
     assert [len(source.parts[part]) for part in PARTS] == [15, 9, 6]
     assert all(path.parts[-3] == names[1] for path, _ in source.parts["validation"])
-    pooled = sources.load(str(tmp_path), split="seeded")
+    pooled = sources.load_source(str(tmp_path), split="seeded")
     assert [len(pooled.parts[part]) for part in PARTS] == [15, 6, 9]
 
 
@@ -54,7 +54,7 @@ def test_folders_that_are_no_part_are_named(tmp_path: Path) -> None:
     for part in ("train", "dev", "test", "unsorted"):
         filled(tmp_path / part, 2)
     with pytest.warns(UserWarning, match="the folders unsorted are no part and are left out"):
-        source = sources.load(str(tmp_path))
+        source = sources.load_source(str(tmp_path))
     assert all(path.parts[-3] == "dev" for path, _ in source.parts["validation"])
 
 
@@ -149,7 +149,7 @@ def test_an_image_is_turned_as_its_camera_says(tmp_path: Path) -> None:
 
 
 def test_fewer_shots_are_among_more(images: Path) -> None:
-    source = sources.load(str(images))
+    source = sources.load_source(str(images))
     drawn = {shots: few_shots(source, shots, 2, seed=3) for shots in (1, 2, 4)}
     assert set(drawn[1][0]) < set(drawn[2][0]) < set(drawn[4][0])
     for shots, (train, validation) in drawn.items():
@@ -166,7 +166,7 @@ def test_fewer_shots_are_among_more(images: Path) -> None:
 def test_without_a_validation_part_the_rest_of_train_serves(tested: str, tmp_path: Path) -> None:
     for part, number in (("train", 5), (tested, 2)):
         filled(tmp_path / part, number)
-    source = sources.load(str(tmp_path))
+    source = sources.load_source(str(tmp_path))
     assert [path.parts[-3] for path, _ in source.parts["test"]] == 6 * [tested]
     train, validation = few_shots(source, 3, 2, seed=0)
     assert len(set(train) | set(validation)) == 15
@@ -178,7 +178,7 @@ def test_without_a_validation_part_the_rest_of_train_serves(tested: str, tmp_pat
 
 def test_an_unreadable_image_is_named_or_another_is_drawn(images: Path, tmp_path: Path) -> None:
     filled(tmp_path, 12)
-    source = sources.load(str(tmp_path))
+    source = sources.load_source(str(tmp_path))
     victim = few_shots(source, 2, 2, seed=0)[0][0][0]
     victim.write_bytes(victim.read_bytes()[:200])  # cut in the middle
     with pytest.raises(MisconfigurationException, match=rf"{victim.name} \(.*truncated.*skip_unreadable"):
@@ -257,7 +257,7 @@ def test_torchvisions_data_sets(dataset: str, tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    source = sources.load(dataset, str(tmp_path))
+    source = sources.load_source(dataset, str(tmp_path))
     assert [len(source.parts.get(part, [])) for part in PARTS] == counts
     assert class_names(source.classes, None, dataset) == names
     assert (tmp_path / image, label) in chain.from_iterable(source.parts.values())
@@ -270,7 +270,7 @@ def test_flowers102(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scipy.io.savemat(base / "imagelabels.mat", {"labels": np.tile(np.arange(1, 103), 3)})
     scipy.io.savemat(base / "setid.mat", {name: np.array(ids) for name, ids in parts.items()})
     monkeypatch.setattr("torchvision.datasets.Flowers102._check_integrity", lambda self: True)  # compares checksums
-    source = sources.load("flowers102", str(tmp_path))
+    source = sources.load_source("flowers102", str(tmp_path))
     assert source.parts["validation"][1] == (base / "jpg" / "image_00104.jpg", 1)
     assert class_names(source.classes, None, "flowers102")[1] == "hard-leaved pocket orchid"
 
@@ -304,7 +304,7 @@ def test_ranks_share_what_one_rank_would_see() -> None:
 
 
 def test_augmentation_depends_on_seed_and_draw_alone(images: Path) -> None:
-    examples = sources.load(str(images)).parts["train"]
+    examples = sources.load_source(str(images)).parts["train"]
 
     def transform(image: Image.Image) -> Tensor:
         return torch.rand(2)
@@ -320,7 +320,7 @@ def test_augmentation_depends_on_seed_and_draw_alone(images: Path) -> None:
 
 
 def test_unreadable_test_images_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
-    victim = sources.load(str(filled(tmp_path, 12))).parts["test"][0][0]
+    victim = sources.load_source(str(filled(tmp_path, 12))).parts["test"][0][0]
     victim.write_text("no image")
     data = data_of(tmp_path, skip_unreadable=True)
     with pytest.warns(UserWarning, match=victim.name):

@@ -96,7 +96,7 @@ def test_a_conversation_of_which_the_template_leaves_an_answer_out_is_dropped_an
 
 @pytest.mark.parametrize("task", sorted(sources.TASKS))
 def test_packaged_tasks_are_split_without_leaks(task: str) -> None:
-    table = sources.load(f"packaged:{task}", "train")
+    table = sources.load_chats(f"packaged:{task}", "train")
     shares = {"validation": 0.15, "test": 0.25}
     questions: dict[str, set[str]] = {"train": set(), "validation": set(), "test": set()}
     for row in table:

@@ -52,7 +52,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_question_and_its_answer_are_read_in_every_schema(name: str, jsonl: Any) -> None:
-    (row,) = sources.load(jsonl([ROWS[name]]), "train")
+    (row,) = sources.load_chats(jsonl([ROWS[name]]), "train")
     assert [(m["role"], m["content"]) for m in row["messages"]] == [("user", "Why?"), ("assistant", "So.")]
     assert row["messages"][-1]["learnt"]
     assert (row["key"], row["problem"], row["options"]) == ("why", "", [])
@@ -60,33 +60,27 @@ def test_a_question_and_its_answer_are_read_in_every_schema(name: str, jsonl: An
 
 @pytest.mark.parametrize(("more", "answer"), [("context", "response"), ("input", "response"), ("context", "output")])
 def test_more_of_a_question_follows_it(more: str, answer: str, jsonl: Any) -> None:
-    (row,) = sources.load(jsonl([{"instruction": "Add.", more: "1 2", answer: 3}]), "train")
+    (row,) = sources.load_chats(jsonl([{"instruction": "Add.", more: "1 2", answer: 3}]), "train")
     assert [message["content"] for message in row["messages"]] == ["Add.\n\n1 2", "3"]
 
 
 def test_a_context_follows_the_question(jsonl: Any) -> None:
     rows = [{"id": 1, "context": context, "question": "Who?", "answer": "Me."} for context in ("I came.", None)]
-    table = sources.load(jsonl(rows), "train")
+    table = sources.load_chats(jsonl(rows), "train")
     assert [row["messages"][0]["content"] for row in table] == ["Who?\n\nI came.", "Who?"]
     assert [row["key"] for row in table] == ["who i came", "who"]
     rows[1]["context"] = {"title": ["a"]}
     with pytest.raises(MisconfigurationException, match=r"'context' must hold texts.*--data.columns"):
-        sources.load(jsonl(rows[1:], "dict.jsonl"), "train")
-
-
-def test_columns_that_may_be_asked_are_warned_of(jsonl: Any) -> None:
-    path = jsonl([{"question": "Which?", "choices": ["a", "b"], "history": [], "subject": "x", "answer": 0}])
-    with pytest.warns(UserWarning, match=r"columns choices, history .* are left out: put them into the question"):
-        sources.load(path, "train")
-    sources.load(path, "train", columns={"question": "question", "answer": "answer"})  # who names them knows
-    sources.load(jsonl([{"messages": [ASK, SAY], "context": "x"}], "whole.jsonl"), "train")
+        sources.load_chats(jsonl(rows[1:], "dict.jsonl"), "train")
 
 
 def test_numbers_are_the_texts_that_they_are_written_as(tiny: str, jsonl: Any) -> None:
     answers = [4, "four", 0.5, 7.0, -1, None]
-    table = sources.load(jsonl([{"question": "How many?", "answer": answer} for answer in answers]), "train")
+    table = sources.load_chats(jsonl([{"question": "How many?", "answer": answer} for answer in answers]), "train")
     assert [row["messages"][-1]["content"] for row in table if row["messages"]] == ["4", "four", "0.5", "7", "-1"]
-    (row,) = sources.load(jsonl([{"messages": [{**ASK, "content": 1}, {**SAY, "content": 2}]}], "m.jsonl"), "train")
+    (row,) = sources.load_chats(
+        jsonl([{"messages": [{**ASK, "content": 1}, {**SAY, "content": 2}]}], "m.jsonl"), "train"
+    )
     assert [message["content"] for message in row["messages"]] == ["1", "2"]
 
 
@@ -126,7 +120,7 @@ def test_answers_in_a_prompt_are_not_learnt_either(tiny: str, tokenizer: Any, js
 
 def test_a_system_column_is_a_system_message(jsonl: Any) -> None:
     rows = [{"id": "niv.1", "system_prompt": "Be brief.", "question": "Why?", "response": "So."}]
-    (row,) = sources.load(jsonl(rows), "train")
+    (row,) = sources.load_chats(jsonl(rows), "train")
     assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
 
 
@@ -134,7 +128,7 @@ def test_a_system_column_is_a_system_message(jsonl: Any) -> None:
 def test_a_system_column_gives_way_to_a_leading_message_only(role: str, jsonl: Any) -> None:
     own = {"role": role, "content": "Be long."}
     rows = [{"messages": turns, "system": "Be brief."} for turns in ([own, ASK, SAY], [ASK, SAY, own, ASK, SAY])]
-    roles = [[m["role"] for m in row["messages"]] for row in sources.load(jsonl(rows), "train")]
+    roles = [[m["role"] for m in row["messages"]] for row in sources.load_chats(jsonl(rows), "train")]
     assert roles == [[role, "user", "assistant"], ["system", "user", "assistant", role, "user", "assistant"]]
 
 
@@ -168,12 +162,12 @@ def test_empty_messages_of_a_conversation_are_counted(tiny: str, jsonl: Any) -> 
 
 def test_other_names_of_columns_are_given(jsonl: Any) -> None:
     path = jsonl([{"problem": "Why?", "solution": "So.", "answer": 4}])
-    (row,) = sources.load(path, "train", columns={"problem": "question", "solution": "answer"})
+    (row,) = sources.load_chats(path, "train", columns={"problem": "question", "solution": "answer"})
     assert [m["content"] for m in row["messages"]] == ["Why?", "So."]
-    with pytest.raises(MisconfigurationException, match=r"\['answer', 'problem', 'solution'\].*wrong are \['puzzle'\]"):
-        sources.load(path, "train", columns={"puzzle": "question"})
-    with pytest.raises(MisconfigurationException, match=r"names \[.*'question'.*wrong are \['reply'\]"):
-        sources.load(path, "train", columns={"solution": "reply"})
+    with pytest.raises(ValueError, match=r"'puzzle'.* not in the dataset. Current columns .*'problem', 'solution'"):
+        sources.load_chats(path, "train", columns={"puzzle": "question"})
+    with pytest.raises(MisconfigurationException, match=r"has the columns \['reply'\]"):
+        sources.load_chats(path, "train", columns={"solution": "reply"})
 
 
 @pytest.mark.parametrize(
@@ -191,7 +185,7 @@ def test_other_names_of_columns_are_given(jsonl: Any) -> None:
 )
 def test_what_is_not_understood_is_named(row: dict[str, Any], message: str, jsonl: Any) -> None:
     with pytest.raises(MisconfigurationException, match=message):
-        sources.load(jsonl([row]), "train")
+        sources.load_chats(jsonl([row]), "train")
 
 
 def test_one_row_that_is_not_understood_is_counted(tiny: str, jsonl: Any) -> None:

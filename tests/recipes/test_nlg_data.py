@@ -70,7 +70,7 @@ def test_gems_rows_train_on_the_target_and_are_judged_by_all_references(model: s
 
 @pytest.mark.parametrize(("meaning", "text"), LAYOUTS)
 def test_usual_columns_are_found(meaning: str, text: str) -> None:
-    table = datasets.Dataset.from_list([{meaning.upper(): "a", text: "b", "id": 1}])
+    table = datasets.Dataset.from_list([{meaning: "a", text: "b", "id": 1}])
     assert read_pairs(table, "a file") == [("a", "b", ())]
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipes.instruction_tuning import sources
 from recipes.shared import data
 from recipes.shared.parted_data import PartedData
-from recipes.shared.parts import part_of, places_in
+from recipes.shared.parts import indices_in, part_of
 
 pytestmark = pytest.mark.usefixtures("own_datasets")
 ROWS = [{"question": f"What is {n}?", "answer": f"A number, {n}.", "source": "Numbers."} for n in range(3)]
@@ -31,8 +31,6 @@ def written(file: Path, rows: list[dict[str, Any]] = ROWS) -> str:
 def test_files_of_other_endings(tmp_path: Path, name: str) -> None:
     table = data.read_table(written(tmp_path / name), "train")
     assert table.to_list() == ROWS
-    with pytest.raises(MisconfigurationException, match="is a file, and has no split 'test'"):
-        data.read_table(str(tmp_path / name), "test")
 
 
 @pytest.mark.parametrize(
@@ -50,12 +48,12 @@ def test_no_part_is_read_from_where_training_is(name: str, split: str | None, is
     for settings in ({"validation_split": split}, {"test_split": split}):
         refused = pytest.raises(MisconfigurationException, match="is read from where the training data are")
         with refused if is_refused else nullcontext():
-            PartedData(name, **settings)._refuse_wrong_splits("fit")
+            PartedData(name, **settings).division.refuse_wrong_splits("fit")
 
 
 def test_a_packaged_data_set_has_its_own_splits_alone() -> None:
     with pytest.raises(MisconfigurationException, match=r"sentiment' has no other splits than train, got 'test'"):
-        PartedData("packaged:sentiment", test_split="test")._refuse_wrong_splits("test")
+        PartedData("packaged:sentiment", test_split="test").division.refuse_wrong_splits("test")
 
 
 @pytest.mark.parametrize(
@@ -114,11 +112,11 @@ def test_an_update_of_the_code_converts_anew(tmp_path: Path, monkeypatch: pytest
 def test_columns_that_nobody_reads_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = written(tmp_path / "a.jsonl")
     with caplog.at_level(logging.INFO):
-        sources.load(file, "train")
+        sources.load_chats(file, "train")
     assert "read are answer, question; left out are source" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        sources.load(file, "train", columns={"question": "question", "answer": "answer"})
+        sources.load_chats(file, "train", columns={"question": "question", "answer": "answer"})
     assert "left out are" not in caplog.text
 
 
@@ -183,7 +181,7 @@ def save_table(file: Path) -> None:
 
 def divided(keys: list[str], **shares: float) -> dict[str, list[str]]:
     return {
-        part: [keys[place] for place in places_in(part, keys, shares, "mine", "texts")] for part in ("train", *shares)
+        part: [keys[index] for index in indices_in(part, keys, shares, "mine", "texts")] for part in ("train", *shares)
     }
 
 

@@ -60,7 +60,7 @@ def qwen3() -> ChatEncoder:
 @pytest.mark.parametrize("name", ROWS)
 def test_calls_are_learnt_and_results_are_not(name: str, jsonl: Any, qwen3: ChatEncoder) -> None:
     """What is read is what the template writes of the messages as OpenAI has them."""
-    (row,) = sources.load(jsonl([ROWS[name]]), "train")
+    (row,) = sources.load_chats(jsonl([ROWS[name]]), "train")
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call><|im_end|>'
     assert learnt(qwen3, row) == [call, "It is.<|im_end|>"]
     text = qwen3.tokenizer.apply_chat_template(
@@ -87,7 +87,7 @@ def test_calls_are_learnt_and_results_are_not(name: str, jsonl: Any, qwen3: Chat
 )
 def test_models_own_templates_write_their_own_calls(name: str, call: str, jsonl: Any) -> None:
     encoder = ChatEncoder(tokenizer(shipped(name), end="<|im_end|>"), 4000)
-    (row,) = sources.load(jsonl([ROWS["openai"]]), "train")
+    (row,) = sources.load_chats(jsonl([ROWS["openai"]]), "train")
     calling, saying = learnt(encoder, row)
     assert calling.startswith(call)
     assert saying.startswith("It is.")
@@ -115,7 +115,7 @@ def test_several_calls_in_an_answer_are_all_learnt_or_refused(name: str, writes:
     time = {"type": "function", "id": "c2", "function": {"name": "time", "arguments": {"zone": "CET"}}}
     answer = {"role": "assistant", "tool_calls": [CALL, time]}
     results = [{"role": "tool", "tool_call_id": identity, "content": "7"} for identity in ("c1", "c2")]
-    (row,) = sources.load(jsonl([{"messages": [ASK, answer, *results, SAY], "tools": TOOLS}]), "train")
+    (row,) = sources.load_chats(jsonl([{"messages": [ASK, answer, *results, SAY], "tools": TOOLS}]), "train")
     encoded = encode(row, encoder, with_options=False)
     if writes:
         calling, _ = learnt(encoder, row)
@@ -128,11 +128,11 @@ def test_several_calls_in_an_answer_are_all_learnt_or_refused(name: str, writes:
 def test_what_is_empty_is_no_tool_and_nulls_of_a_text_stay(jsonl: Any) -> None:
     empty = ["null", "", "{}", "[{}]", '[{"type": "function", "function": null}]']
     rows = [{"messages": [ASK, SAY], "tools": tools} for tools in empty]
-    assert [row["tools"] for row in sources.load(jsonl(rows), "train")] == [""] * len(empty)
+    assert [row["tools"] for row in sources.load_chats(jsonl(rows), "train")] == [""] * len(empty)
     call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris", "days": null}'}}
     told = {"role": "tool", "content": {"degrees": 20}}
     rows = [{"messages": [ASK, {"role": "assistant", "tool_calls": [call]}, told, SAY], "context": []}]
-    (row,) = sources.load(jsonl(rows, "nulls.jsonl"), "train")
+    (row,) = sources.load_chats(jsonl(rows, "nulls.jsonl"), "train")
     assert template_message(row["messages"][1])["tool_calls"][0]["function"]["arguments"] == {
         "city": "Paris",
         "days": None,
@@ -145,7 +145,7 @@ def test_a_call_that_would_be_learnt_wrongly_is_refused(name: str, jsonl: Any) -
     """Gemma 4's template has results inside of answers, and Llama 3's leaves out what is said before a call."""
     encoder = ChatEncoder(tokenizer(shipped(name)), 4000)
     rows = [{"messages": [ASK, {**CALLING, "content": "Let me see."}, RESULT, SAY], "tools": TOOLS}]
-    (row,) = sources.load(jsonl(rows), "train")
+    (row,) = sources.load_chats(jsonl(rows), "train")
     assert encode(row, encoder, with_options=False)["status"].startswith("refused: the chat template")
 
 
@@ -158,7 +158,7 @@ def test_what_is_no_call_is_counted(tiny: str, jsonl: Any) -> None:
     ]
     rows = [{"conversations": [SHAREGPT[0], {"from": "function_call", "value": call}]} for call in calls]
     rows.append({"conversations": [SHAREGPT[0], {"from": "function_call", "value": '{"name": "now"}'}, *SHAREGPT[2:]]})
-    *broken, whole = sources.load(jsonl(rows), "train")
+    *broken, whole = sources.load_chats(jsonl(rows), "train")
     whys = [
         "refused: tools, their calls and arguments must be JSON objects, and a row has 'weather",
         "no answer",
@@ -169,7 +169,7 @@ def test_what_is_no_call_is_counted(tiny: str, jsonl: Any) -> None:
         assert row["problem"].startswith(why)
     assert template_message(whole["messages"][1])["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}
     with pytest.raises(MisconfigurationException, match=r"has 'hammer'. Columns that --data.columns does not name"):
-        sources.load(jsonl([{"question": "Why?", "answer": "So.", "tools": "hammer"}], "other.jsonl"), "train")
+        sources.load_chats(jsonl([{"question": "Why?", "answer": "So.", "tools": "hammer"}], "other.jsonl"), "train")
 
 
 def test_fields_of_other_rows_are_left_out(tmp_path: Path) -> None:
@@ -177,6 +177,6 @@ def test_fields_of_other_rows_are_left_out(tmp_path: Path) -> None:
     other = {"type": "function", "function": {"name": "time", "arguments": {"zone": "CET"}}}
     rows = [{"messages": [ASK, {**CALLING, "tool_calls": [call]}, SAY]} for call in (CALL, other)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "calls.parquet")
-    read = sources.load(str(tmp_path / "calls.parquet"), "train")
+    read = sources.load_chats(str(tmp_path / "calls.parquet"), "train")
     calls = [template_message(row["messages"][1])["tool_calls"][0]["function"]["arguments"] for row in read]
     assert calls == [ARGUMENTS, {"zone": "CET"}]

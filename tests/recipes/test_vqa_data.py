@@ -244,7 +244,7 @@ def test_options_in_a_column_for_each_are_asked(names: Any, tiny_vlm: str, tmp_p
     features = {name: datasets.Value("string") for name in table} | {"image": datasets.Image()}
     table["index"] = ["1", "2"]
     datasets.Dataset.from_dict(table, features=datasets.Features(features)).to_parquet(tmp_path / "mmbench.parquet")
-    full, short = sources.load(str(tmp_path / "mmbench.parquet"), "train")
+    full, short = sources.load_questions(str(tmp_path / "mmbench.parquet"), "train")
     assert (full["choices"], full["answers"]) == (["red", "green", "blue", "grey"][: len(names)], ["B"])
     assert (short["choices"], short["answers"]) == (["red", "green"], ["A"])
     assert short["question"].startswith("Look.\nWhich is it?\nA. red\nB. green\nAnswer with")
@@ -258,19 +258,12 @@ def test_columns_with_a_gap_are_no_options_and_small_letters_are_other_columns(t
     file = tmp_path / "options.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     with pytest.warns(UserWarning, match="row 1 has no option in one of the columns A, B, C"):
-        (kept,) = sources.load(str(file), "train")
+        (kept,) = sources.load_questions(str(file), "train")
     assert (kept["choices"], kept["answers"]) == (["x", "y"], ["B"])
     file = tmp_path / "numbers.jsonl"
     file.write_text(json.dumps({"image": "a.png", "question": "How many?", "answer": "1", "a": 0.3, "b": 0.5}))
-    (row,) = sources.load(str(file), "train")
+    (row,) = sources.load_questions(str(file), "train")
     assert (row["choices"], row["answers"]) == ([], ["1"])
-
-
-def test_an_image_inside_of_a_message_has_a_remedy(jsonl: Any) -> None:
-    said = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "Why?"}]
-    rows = [{"messages": [{"role": "user", "content": said}]}]
-    with pytest.raises(MisconfigurationException, match=r"inside of a message is not read: put it, .* column images"):
-        sources.load(jsonl(rows), "train")
 
 
 def test_a_test_is_named_by_its_own_file(tiny_vlm: str, tmp_path: Path, drawn: str) -> None:
