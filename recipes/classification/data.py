@@ -5,10 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import datasets
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -262,7 +261,7 @@ class TextData(PartedData):
 
     @override
     def loader(self, part: str) -> LateLoader:
-        collate = partial(_collate, pad_id=padding_id(self._tokenizer()))
+        collate = partial(_collate, pad_id=padding_id(self.trained_module.tokenizer))
         return loader_by_length(self, self.parts[part], collate, part == "train")
 
     @override
@@ -272,24 +271,22 @@ class TextData(PartedData):
     @override
     def batch_to_predict(self, rows: Sequence[Any]) -> dict[str, Any]:
         table = columns(rows, list(rows[0]))
-        batch = _collate(table, padding_id(self._tokenizer()))
+        batch = _collate(table, padding_id(self.trained_module.tokenizer))
         return {**batch, "texts": table["texts"], "places": table["places"]}
 
     def _encoder(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        tokenizer = self.trained_module.tokenizer
         if self.template is None:
-            tokenizer, separator = self._tokenizer(), ""
+            separator = ""
             is_pair = len(self.text_columns) == 2
             # Encoders have a token between two texts; the tokenizers of most decoders put them end to end.
             if is_pair and tokenizer.num_special_tokens_to_add(True) == tokenizer.num_special_tokens_to_add(False):
                 separator = "\n"
                 rank_zero_info("The tokenizer puts nothing between two texts: the second one begins on a new line")
             return partial(_encode, tokenizer=tokenizer, max_length=self.max_length, separator=separator)
-        prompt = Prompt(self.template, self.text_columns, self._tokenizer(), self.max_length, self.text_tokens)
+        prompt = Prompt(self.template, self.text_columns, tokenizer, self.max_length, self.text_tokens)
         prompt.check()
         return prompt
-
-    def _tokenizer(self) -> Any:
-        return cast("L.Trainer", self.trainer).lightning_module.tokenizer
 
 
 def _note_classes(classes: Sequence[str], labels: Sequence[int], source: str) -> None:

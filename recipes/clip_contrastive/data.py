@@ -93,7 +93,7 @@ class ContrastiveData(ResumableData):
         least = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0}
         refuse_bad_settings(self, least, self.shares, problems)
         self.parts: dict[str, list[Picture]] = {}
-        self.clip: Any = None  # what recipes.clip.model.load_clip gives; None takes the Trainer's module's
+        self.clip: Any = None  # what recipes.clip.model.load_clip gives; None takes the trained module's
 
     @override
     def prepare_data(self) -> None:
@@ -104,11 +104,7 @@ class ContrastiveData(ResumableData):
     @override
     def setup(self, stage: str) -> None:
         if self.clip is None:
-            if self.trainer is None:
-                raise MisconfigurationException(
-                    "ContrastiveData takes the model's tokenizer: set .clip, or use a Trainer"
-                )
-            self.clip = self.trainer.lightning_module.clip
+            self.clip = self.trained_module.clip
         if sources.has_splits(given_dataset(self.dataset, sources.PACKAGED)):
             self.division.take_own_splits(self.config_name, self.revision)
         self.division.refuse_wrong_splits(stage, option="dataset")

@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -129,13 +130,11 @@ class FewShotData(ResumableData):
 
     @override
     def loader(self, part: str) -> LateLoader:
-        if self.trainer is None:
-            raise MisconfigurationException("FewShotData takes the image size from its Trainer's model: use a Trainer")
-        module: Any = self.trainer.lightning_module
+        module, trainer = self.trained_module, cast("L.Trainer", self.trainer)
         examples = self.parts[part]
         if part == "train":
             # FMLoRA's module accumulates by itself.
-            accumulated = getattr(module, "accumulate_grad_batches", self.trainer.accumulate_grad_batches)
+            accumulated = getattr(module, "accumulate_grad_batches", trainer.accumulate_grad_batches)
             steps = self.iterations_per_shot * self.shots
             sampler: Any = Stream(len(examples), self.batch_size, steps * accumulated, seed=self.seed, **self.ranks())
             transform = train_transform(module.preprocess_cfg, self.crop_scale, self.flip)

@@ -3,29 +3,27 @@
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from recipes.language.model import load_tokenizer
 from recipes.shared.files import read_lines
+from recipes.shared.resumable import ResumableData
 
 
-def tokenizer_of(data: L.LightningDataModule, name: str | None) -> Any:
-    """A data module's tokenizer.
+def tokenizer_of(data: ResumableData, name: str | None) -> Any:
+    """Return a data module's tokenizer.
 
     Args:
         data: the data module.
         name: or folder of a tokenizer; None takes that of the module which is trained.
 
     Raises:
-        MisconfigurationException: there is neither a name nor a Trainer, or no tokenizer of this name.
+        MisconfigurationException: there is no tokenizer of this name.
     """
     if name is not None:
         return load_tokenizer(name, option="tokenizer")
-    if data.trainer is None:
-        raise MisconfigurationException("tokenizer=None takes the module's: set it, or use a Trainer")
-    return data.trainer.lightning_module.tokenizer
+    return data.trained_module.tokenizer
 
 
 def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[str]:

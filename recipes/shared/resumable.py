@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import lightning as L
 import torch
@@ -58,6 +58,11 @@ class ResumableData(L.LightningDataModule):
     def __init__(self) -> None:
         super().__init__()
         self._position: dict[str, Any] = {}
+
+    @property
+    def trained_module(self) -> Any:
+        """The Trainer's module, whose tokenizer or image size the data take."""
+        return cast("L.Trainer", self.trainer).lightning_module
 
     def loader(self, part: str) -> LateLoader:
         """The batches of a part."""

@@ -152,9 +152,7 @@ class VQAData(PartedData):
     def _processor(self) -> Any:
         if self.processor is not None:
             return load_processor(self.processor)
-        if self.trainer is None:
-            raise MisconfigurationException("processor=None takes the module's: set it, or use a Trainer")
-        return self.trainer.lightning_module.processor
+        return self.trained_module.processor
 
     def _with_usable_images(self, table: Any, name: str, counts: Counter[str]) -> Any:
         """The rows whose image can be read, and those without one if they are wanted; the others are counted."""

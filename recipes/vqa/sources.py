@@ -272,27 +272,21 @@ def _written(value: Any) -> str:
 
 
 def _letter_of(answer: Any, choices: list[str], where: str) -> str:
-    """The letter of the right choice, which the data give as its number from 0, its letter or its text."""
+    """Return the letter of the right choice, which the data give as its number from 0, its letter or its text."""
     letters = [letter(number) for number in range(len(choices))]
     if isinstance(answer, float) and answer.is_integer():  # a column of numbers in which some are missing
         answer = int(answer)
     text = str(answer)
+    meant = set()
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        if text in choices and choices.index(text) != answer:
-            raise MisconfigurationException(
-                f"{where}: answer={answer} is the number of one choice, from 0, and the text of another, of {choices}: "
-                "give its letter"
-            )
-        return letters[answer]
-    if text in letters and text in choices and letters[choices.index(text)] != text:
-        raise MisconfigurationException(
-            f"{where}: answer={text!r} is the letter of one choice and the text of another, of {choices}: give its "
-            "number from 0"
-        )
+        meant.add(letters[answer])
     if text in letters:
-        return text
+        meant.add(text)
     if text in choices:
-        return letters[choices.index(text)]
-    raise MisconfigurationException(
-        f"{where}: answer={answer!r} is no choice: give the number from 0, the letter or the text of one of {choices}"
-    )
+        meant.add(letters[choices.index(text)])
+    if len(meant) != 1:
+        raise MisconfigurationException(
+            f"{where}: answer={answer!r} must be the number from 0, the letter or the text of one of {choices}, and "
+            "not of two different ones"
+        )
+    return meant.pop()
