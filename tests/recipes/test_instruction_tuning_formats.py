@@ -45,7 +45,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "input-output": {"input": "Why?", "output": "So."},
     "instruction-answer": {"instruction": "Why?", "input": None, "answer": "So."},
     "query-answer": {"query": "Why?", "answer": "So."},
-    "capitals": {"Question": "Why?", " ANSWER ": "So."},
     "magpie": {"conversations": OPENHERMES["conversations"], "instruction": "Why?", "response": "So.", "uuid": "2"},
 }
 

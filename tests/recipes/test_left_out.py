@@ -107,6 +107,6 @@ def test_of_images_without_a_caption(tmp_path: Path, jsonl: Callable[..., str]) 
     names = sorted(f"drawn/{path.name}" for path in folder.glob("*.png"))[:3]
     said = ["a shape", "", None]
     rows = [{"image": name, "caption": caption} for name, caption in zip(names, said, strict=True)]
-    with pytest.warns(UserWarning, match="3 of 4 rows can't be used: row 2 has no caption; .*; row 4 has no image"):
-        found = pictures.load(jsonl([*rows, {"image": "", "caption": "a"}]))
+    with pytest.warns(UserWarning, match="3 of 4 rows can't be used: .* has no caption; .*; row 4 has no image"):
+        found = pictures.load_pictures(jsonl([*rows, {"image": "", "caption": "a"}]))
     assert [picture.captions for picture in found] == [("a shape",)]
