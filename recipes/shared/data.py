@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+from datasets.packaged_modules.csv.csv import CsvConfig
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from recipes.shared.table_files import FORMATS, csv_options, table_ending, warn_of_unread_tables
+from recipes.shared.table_files import FORMATS, WORDS_STAY, csv_options, table_ending, warn_of_unread_tables
 
 PACKAGED = "packaged:"  # how the names of packaged tasks begin
 _CODE = Path(__file__).parents[2]  # of the recipes and the package
@@ -47,10 +48,13 @@ def _read(name: str, split: str, config_name: str | None, revision: str | None) 
     path = Path(name).expanduser()
     ending = table_ending(name)
     if ending is None:
-        name = _folder_or_hub(name)
-        if path.is_dir() and config_name is None:
-            warn_of_unread_tables(path, datasets.load_dataset_builder(name))
-        return datasets.load_dataset(name, config_name, split=split, revision=revision)
+        name, options = _folder_or_hub(name), {}
+        if path.is_dir():
+            builder = datasets.load_dataset_builder(name, config_name)
+            options = WORDS_STAY if isinstance(builder.config, CsvConfig) else {}
+            if config_name is None:
+                warn_of_unread_tables(path, builder)
+        return datasets.load_dataset(name, config_name, split=split, revision=revision, **options)
     if not path.is_file() or not path.stat().st_size:
         raise MisconfigurationException(f"dataset={name!r}: there is no such file, or it is empty")
     options = csv_options(path) if FORMATS[ending] == "csv" else {}

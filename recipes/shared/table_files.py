@@ -11,6 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from recipes.shared.left_out import few
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+WORDS_STAY: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+"""Options for CSV files by which words such as NA and None stay texts, and only an empty value is missing."""
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings that `datasets` unpacks by itself
 
 
@@ -35,7 +37,7 @@ def csv_options(file: Path) -> dict[str, Any]:
     """
     with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8") as lines:
         separator = "\t" if "\t" in lines.readline() else ","
-    return {"sep": separator, "keep_default_na": False, "na_values": [""]}
+    return {"sep": separator, **WORDS_STAY}
 
 
 def warn_of_unread_tables(folder: Path, builder: Any) -> None:

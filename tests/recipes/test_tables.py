@@ -76,7 +76,9 @@ def test_files_that_are_not_read_are_named(tmp_path: Path, name: str, text: str 
         data.read_table(str(tmp_path / name), "train")
 
 
-@pytest.mark.parametrize("name", ["mine.csv", "mine.csv.gz", "mine.tsv", "open_clip.csv", "data [1]/mine.csv"])
+@pytest.mark.parametrize(
+    "name", ["mine.csv", "mine.csv.gz", "mine.tsv", "open_clip.csv", "[1]/mine.csv", "folder/a.csv"]
+)
 def test_words_for_nothing_and_other_separators_stay(tmp_path: Path, name: str) -> None:
     """open_clip's tables have tabs, whatever their ending; brackets are a pattern to those who expand names."""
     separator = "\t" if "tsv" in name or "open_clip" in name else ","
@@ -85,8 +87,9 @@ def test_words_for_nothing_and_other_separators_stay(tmp_path: Path, name: str) 
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(gzip.compress(text) if file.suffix == ".gz" else text)
-    found = data.read_table(str(file), "train").to_list()
-    assert [tuple(row.values()) for row in found] == [("None", "abc"), ("What is null?", "NA"), ("n/a", None)]
+    for source in [file, file.parent] if file.parent.name == "folder" else [file]:
+        found = data.read_table(str(source), "train").to_list()
+        assert [tuple(row.values()) for row in found] == [("None", "abc"), ("What is null?", "NA"), ("n/a", None)]
 
 
 def noted(row: dict[str, Any], calls: str) -> dict[str, Any]:
