@@ -62,7 +62,6 @@ class InstructionData(PartedData):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._longest_text = self._longest_prompt = 0
-        self._thinks = False
 
     @override
     def begin(self) -> None:
@@ -93,8 +92,6 @@ class InstructionData(PartedData):
         )
         status = table["status"][:]
         kept = table.select([index for index, what in enumerate(status) if what in ("kept", "cut")])
-        if part == "train":
-            self._thinks = any(kept["thinks"])
         self.reports[part] = self._report(part, Counter(status), kept)
         self._longest_text = max([self._longest_text, *kept["length"]])
         if part != "train":
@@ -108,22 +105,15 @@ class InstructionData(PartedData):
         return rows
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"thinks": self._thinks}
-
-    @override
     def predict_dataloader(self) -> DataLoader[Any]:
         rows = self.parts["predict"]
-        if self._position.get("thinks"):  # the checkpoint is of a model that has learnt to think before it answers
-            for row in rows:
-                row["prompt_ids"] = self._asked(row["prompt"], thinks=True)
         # What follows the user's text decides whether a model thinks.
         tail = self.encoder.tokenizer.decode(rows[0]["prompt_ids"]).rpartition(rows[0]["prompt"])[2]
         rank_zero_info(f"The first prompt ends with {tail[-100:]!r}")
         return super().predict_dataloader()
 
-    def _asked(self, prompt: str, thinks: bool = False) -> list[int]:
-        return self.encoder.encode_prompt([{"role": "user", "content": prompt}], thinks)
+    def _asked(self, prompt: str) -> list[int]:
+        return self.encoder.encode_prompt([{"role": "user", "content": prompt}])
 
     def longest(self) -> tuple[int, int]:
         """Tokens of the longest conversation, and of the longest prompt that an answer is written for; 0 for none."""
@@ -174,8 +164,4 @@ class InstructionData(PartedData):
         without_tools = sum(kept["leaves_tools"])
         if without_tools:
             parts.append(f"{without_tools} of them without the tools in the data, which the template does not write")
-        thinking, opening = sum(kept["thinks"]), self.encoder.opening
-        if part == "train" and (thinking or (opening and self.encoder.leaves_room)):
-            others = f"{len(kept) - thinking} without, after {opening!r}, which prompts of `predict` lack"
-            parts.append(f"{thinking} of them with thoughts before their answers, {others}")
         return "; ".join(parts)

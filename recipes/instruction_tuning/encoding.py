@@ -21,9 +21,9 @@ def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
 
     Returns:
         ``input_ids`` and ``labels`` of each option, the greatest ``length`` in tokens, the place ``gold`` of the right
-        option, ``answer`` and ``prompt_ids`` of a free answer that is to be generated, whether the model ``thinks``
-        before an answer, whether the template ``leaves_thoughts`` or ``leaves_tools`` out, and the ``status``: "kept",
-        "cut", "too long", "no answer", the row's problem, or :data:`REFUSED` and why.
+        option, ``answer`` and ``prompt_ids`` of a free answer that is to be generated, whether the template
+        ``leaves_thoughts`` or ``leaves_tools`` out, and the ``status``: "kept", "cut", "too long", "no answer", the
+        row's problem, or :data:`REFUSED` and why.
     """
     last = row["messages"][-1] if row["messages"] else None
     if row["problem"] or last is None or not (last["content"].strip() or last["more"]):
@@ -55,17 +55,16 @@ def _usable(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
         "length": max(len(e.input_ids) for e in encoded),
         "gold": options.index(answer["content"]),
         "answer": answer["content"] if is_free else "",
-        "prompt_ids": encoder.encode_prompt(context, tools=tools) if is_free else [],
-        "thinks": any(e.thinks for e in encoded),
+        "prompt_ids": encoder.encode_prompt(context, tools) if is_free else [],
         "leaves_thoughts": any(e.leaves_thoughts for e in encoded),
-        "leaves_tools": bool(tools) and not encoder.takes_calls(1),
+        "leaves_tools": any(e.leaves_tools for e in encoded),
         "status": status,
     }
 
 
 def _unusable(status: str) -> Row:
     empty: Row = {"input_ids": [], "labels": [], "prompt_ids": [], "answer": ""}
-    flags = dict.fromkeys(("thinks", "leaves_thoughts", "leaves_tools"), False)
+    flags = {"leaves_thoughts": False, "leaves_tools": False}
     return {**empty, **flags, "length": 0, "gold": 0, "status": status}
 
 

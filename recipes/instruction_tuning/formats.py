@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.language.templates import leads
+from recipes.language.conversation import leads
 from recipes.shared.text_metrics import normalized
 
 Row = dict[str, Any]

@@ -14,11 +14,10 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_wei
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from recipes.language.conversation import Message, answer_end
 from recipes.language.joint_attention import join_attention, split_attention
 from recipes.language.model import DType, ending, load_pretrained, load_tokenizer
 from recipes.language.model_card import model_card
-from recipes.language.templates import ASKED, RefusedConversationError, read_template, template_errors
+from recipes.language.templates import TemplateEncoder, read_template
 from recipes.shared.configs import written_settings
 from recipes.shared.files import refuse_unless_new
 from recipes.shared.taken import runs_no_code
@@ -86,22 +85,17 @@ def export(adapter: Path, to: Path, dtype: DType = "auto", base: str | None = No
     if "image" in getattr(whole, "input_modalities", ()):
         load_pretrained(AutoProcessor, base).save_pretrained(to)
     if isinstance(tokenizer.chat_template, str):
-        _end_answers(whole, tokenizer)
+        _end_answers(whole, tokenizer, data.get("template_arguments"))
     whole.save_pretrained(to)
     tokenizer.save_pretrained(to)
     model_card(base, model.peft_config["default"], run).save(to / "README.md")
 
 
-def _end_answers(model: Any, tokenizer: Any) -> None:
+def _end_answers(model: Any, tokenizer: Any, arguments: dict[str, Any] | None) -> None:
     """Let programs that generate with the model stop where its chat template ends an answer."""
-
-    def render(messages: Sequence[Message], opens_answer: bool) -> str:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opens_answer))
-
     try:
-        with template_errors():
-            end = answer_end(render, ASKED, tokenizer.eos_token)
-    except RefusedConversationError:  # a template for images, too
+        end = TemplateEncoder(tokenizer, None, None, arguments).answer_end
+    except MisconfigurationException:  # a template for images, too
         return
     if end:  # it is not the tokenizer's end token
         stops = ending(model, tokenizer, end)

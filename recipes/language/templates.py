@@ -1,65 +1,59 @@
-"""A model's chat template: how it renders messages, what it does with a system message, and where it ends an answer."""
+"""A model's chat template: how it renders messages, and where answers lie in the text."""
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from recipes.language.conversation import (
     THOUGHTS,
-    HiddenAnswerError,
     Message,
-    Render,
-    answer_end,
-    answer_opening,
-    answer_spans,
+    leads,
+    thoughts_of,
     with_thoughts_apart,
+    without_system,
 )
 
-ASKED: list[Message] = [{"role": "user", "content": "Why?"}]  # to try a template with
-ANSWERED: list[Message] = [*ASKED, {"role": "assistant", "content": "So."}]
-REMEDY = (
-    "Set chat_template to one with {% generation %} blocks around the answers, or template_arguments so that both "
-    "agree, or use single-turn data"
+Span = tuple[int, int]
+"""Of an answer and its end token in a text: its first character, and the one after its last."""
+
+_ASKED: list[Message] = [{"role": "user", "content": "Why?"}]  # to try a template with
+_MARK = "5d1probe5d1"  # a text that no template holds or changes
+_REMEDY = (
+    'Set template_arguments to {"enable_thinking": true} if answers have thoughts, or to false if they have none; '
+    "otherwise set chat_template to one whose answers follow its generation prompt, or use single-turn data"
 )
-_PROBE = "5d1probe5d1"  # a text that no template holds
-# What thinking templates call the variable that decides about thoughts.
-_SWITCHES = ({"enable_thinking": False}, {"enable_thinking": True}, {"thinking": False}, {"thinking": True})
 
 
 class RefusedConversationError(MisconfigurationException):
-    """A conversation that a chat template can't render."""
+    """A conversation that a chat template can't render, or in whose text an answer can't be found."""
 
 
 class TemplateEncoder:
     """What encoders of conversations have in common.
 
-    A template that takes no system message gets it at the head of the first question instead. What a template writes
-    before an answer, and not in its generation prompt, is not learnt and stands in prompts too, except where
-    ``enable_thinking`` is set to True: then a prompt leaves room for thoughts.
+    A template that takes no system message gets it at the head of the first question instead. An answer is what follows
+    the template's generation prompt. What a template writes before an answer without thoughts, and not in its
+    generation prompt, belongs to prompts too, unless ``enable_thinking`` is true: then it is learnt.
 
     Attributes:
-        opening: what the template writes before an answer without thoughts and not in its generation prompt.
-        leaves_room: whether the arguments ask for thoughts, for which prompts then leave room.
+        opening: what prompts have in addition to the template's generation prompt; "" for most.
         answer_end: what the template ends an answer with, if it is not the tokenizer's end token; else "".
-        writes_thoughts: whether it writes the thoughts that a message has beside its content.
 
     Args:
         renderer: a fast Hugging Face tokenizer, or a processor with one.
         chat_template: a Jinja template, or a file with one; None takes the model's own.
         system_prompt: a system message for conversations that have none; None leaves that to the template.
         template_arguments: variables of the template, such as ``{"enable_thinking": False}`` for Qwen3.
-        reads_marks: whether a template that marks the answers itself, in {% generation %} blocks, is taken at its word.
 
     Raises:
-        MisconfigurationException: there is no chat template or it can't be used, or the tokenizer does not give the
-            places of its tokens in the text.
+        MisconfigurationException: there is no chat template, or its answers do not follow its generation prompt.
     """
 
     def __init__(
@@ -68,93 +62,71 @@ class TemplateEncoder:
         chat_template: str | None,
         system_prompt: str | None,
         template_arguments: dict[str, Any] | None,
-        reads_marks: bool,
     ) -> None:
         self.renderer = renderer
         self.tokenizer = getattr(renderer, "tokenizer", renderer)
-        name = self.tokenizer.name_or_path
         if chat_template is not None and "{" not in chat_template:  # a file name: no template lacks a brace
             chat_template = read_template(chat_template)
         # A processor may leave the template to its tokenizer.
         self.template = chat_template or renderer.chat_template or self.tokenizer.chat_template
         if not isinstance(self.template, str):
             raise MisconfigurationException(
-                f"the model {name!r} has no single chat template: set chat_template to a Jinja template or to a file "
-                "with one, or take an instruction-tuned model"
-            )
-        if not self.tokenizer.is_fast:
-            raise MisconfigurationException(
-                f"the tokenizer of {name!r} is not a fast one, so the answer's tokens can't be located: install "
-                "`tokenizers` support for it or choose another model"
+                f"the model {self.tokenizer.name_or_path!r} has no single chat template: set chat_template to a Jinja "
+                "template or to a file with one, or take an instruction-tuned model"
             )
         self.system_prompt = system_prompt
         self.arguments = template_arguments or {}
-        self._marks_answers = reads_marks and re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
-        self._takes_system = takes_system(self._render)
-        self.writes_thoughts = writes_thoughts(self._render)
-        self.opening = self._find_opening()
-        self.leaves_room = bool(self.arguments.get("enable_thinking"))
-        self._opening = "" if self.leaves_room else self.opening
-        self.answer_end = answer_end(self._render, ASKED, self.tokenizer.eos_token)
+        answer = {"role": "assistant", "content": "So.", **dict.fromkeys(THOUGHTS, _MARK)}
+        self._writes_thoughts = _MARK in self._render([*_ASKED, answer], False)
+        self._takes_system = self._finds_system()
+        self.opening, self.answer_end = self._around_answer()
 
-    def _with_system(self, messages: Sequence[Message]) -> list[Message]:
+    def _finds_system(self) -> bool:
+        """Return whether the template writes a system message, rather than refuse it or leave it out."""
+        system = {"role": "system", "content": _MARK}
+        asked, answered = [system, *_ASKED], [system, *_ASKED, {"role": "assistant", "content": "So."}]
+        try:
+            # Mistral v0.3's and Nemo's write it only into a last question, before an answer is given.
+            return _MARK in self._render(asked, True) and _MARK in self._render(answered, False)
+        except RefusedConversationError:
+            return False
+
+    def _around_answer(self) -> tuple[str, str]:
+        prompt = self._render(_ASKED, True)
+        text = self._render([*_ASKED, {"role": "assistant", "content": _MARK}], False)
+        before, _, after = text.partition(_MARK)
+        if not before.startswith(prompt):
+            raise MisconfigurationException(
+                f"the chat template asks for an answer with {prompt[-40:]!r}, and writes {before[-40:]!r} before one. "
+                f"{_REMEDY}"
+            )
+        # A space belongs to the answer, because it often is a part of the answer's first token.
+        opening = before[len(prompt) :] if before[len(prompt) :].strip() else ""
+        if self.arguments.get("enable_thinking"):
+            opening = ""
+        elif opening:
+            rank_zero_info(
+                f"The chat template writes {opening!r} before an answer without thoughts, which its generation prompt "
+                "lacks. It is not learnt, and prompts get it too. Ask the trained model in the same way; for Qwen3, "
+                "enable_thinking=False adds it"
+            )
+        self._ends_with_nothing = not after.strip()
+        end_token = self.tokenizer.eos_token
+        return opening, "" if end_token and end_token in after else after.strip()
+
+    def _for_template(self, messages: Sequence[Message]) -> list[Message]:
+        """Return messages with the system message and the thoughts where the template reads them."""
         messages = list(messages)
         # GPT-OSS's template knows "developer". Others leave such a message out, or write it as a role without meaning.
         if not re.search(r"""["']developer["']""", self.template):
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         if self.system_prompt is not None and not leads(messages):
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        of_thoughts = with_thoughts_apart if self.writes_thoughts else without_thoughts
-        messages = [of_thoughts(message) for message in messages]
+        if self._writes_thoughts:
+            messages = [with_thoughts_apart(message) for message in messages]
         return messages if self._takes_system else without_system(messages)
 
-    def _find_opening(self) -> str:
-        """What prompts need beyond the generation prompt.
-
-        Raises:
-            MisconfigurationException: no answer follows the generation prompt, and the answers are not marked.
-        """
-        try:
-            opening = answer_opening(self._render, ASKED)
-        except HiddenAnswerError as error:
-            if not self._marks_answers:
-                raise MisconfigurationException(f"{error}. {REMEDY}{self._agreeing_arguments(ANSWERED)}") from error
-            rank_zero_warn(
-                f"{error}. The template's own marks say what is learnt; but what the model is asked with in evaluation "
-                "and prediction is not what answers follow in training"
-            )
-            return ""
-        if opening:
-            rank_zero_info(
-                f"The chat template writes {opening!r} before an answer without thoughts, which its generation prompt "
-                "lacks. It is not learnt, and prompts for such answers get it too. Ask the trained model for them in "
-                "the same way; for Qwen3, enable_thinking=False adds it"
-            )
-        return opening
-
-    def _agreeing_arguments(self, messages: Sequence[Message]) -> str:
-        """The usual arguments of thinking templates that would help with a conversation, as a part of a message."""
-        helpful = []
-        for switch in _SWITCHES:
-            try:
-                with self._given(switch):
-                    answer_opening(self._render, ASKED)
-                    answer_spans(self._render, messages, self.tokenizer.eos_token)
-            except (HiddenAnswerError, RefusedConversationError):
-                continue
-            helpful.append(json.dumps(switch))
-        return f". Here template_arguments {' or '.join(helpful)} would do" if helpful else ""
-
-    @contextmanager
-    def _given(self, arguments: dict[str, Any]) -> Iterator[None]:
-        """Render with more arguments of the template."""
-        given, self.arguments = self.arguments, self.arguments | arguments
-        try:
-            yield
-        finally:
-            self.arguments = given
-
-    def _render(self, messages: Sequence[Message], opens_answer: bool) -> str:
+    def _render(self, messages: Sequence[Message], opens_answer: bool, tools: list[Any] | None = None) -> str:
         with template_errors():
             return str(
                 self.renderer.apply_chat_template(
@@ -162,13 +134,94 @@ class TemplateEncoder:
                     chat_template=self.template,
                     tokenize=False,
                     add_generation_prompt=opens_answer,
-                    **self.arguments,
+                    **(self.arguments | ({"tools": tools} if tools else {})),
                 )
             )
 
     def _in_form(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages in the form that the template takes."""
+        """Return the messages in the form that the template takes."""
         return list(messages)
+
+    def _prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
+        return self._render(messages, True, tools) + self.opening
+
+    def _answers(
+        self, messages: Sequence[Message], ends: bool = True, tools: list[Any] | None = None
+    ) -> tuple[str, dict[int, Span]]:
+        """Return a conversation's text, and where in it each answer lies, by its index among the messages.
+
+        Args:
+            messages: the answer last; answers whose ``learnt`` is False are left out.
+            ends: give the end token to a last answer that the template does not end, since a model trained on it would
+                otherwise not learn to stop.
+            tools: that the model may call.
+
+        Raises:
+            RefusedConversationError: an answer can't be found.
+        """
+        text = self._render(messages, False, tools)
+        spans = {}
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant" and message.get("learnt", True):
+                spans[index] = self._span(messages, index, text, tools)
+        last = len(messages) - 1
+        if ends and self._ends_with_nothing and last in spans:
+            start, end = spans[last]
+            text = text[:end].rstrip() + (self.tokenizer.eos_token or "")
+            spans[last] = start, len(text)
+        return text, spans
+
+    def _span(self, messages: Sequence[Message], index: int, text: str, tools: list[Any] | None) -> Span:
+        """Find one answer by what the template writes before and after a mark that takes its place."""
+        context, answer, later = messages[:index], messages[index], messages[index + 1 :]
+        # A call of tools takes the place of a text.
+        mark = {name: value for name, value in answer.items() if name != "tool_calls"} | {"content": _MARK}
+        before, *after = self._render([*context, mark, *later], False, tools).split(_MARK)
+        if len(after) != 1 or not text.endswith(after[0]):
+            raise _hidden(answer, "it rewrites that one, leaves it out or repeats it")
+        prompt = self._render(context, True, tools) if context else before
+        if later and not before.startswith(prompt):
+            prompt = before  # Qwen3.5 asks with an opened block of thoughts, which earlier answers lack
+        if text.startswith(prompt + self.opening):
+            prompt += self.opening
+        elif not text.startswith(prompt) or (self.opening and not later and not answer.get("tool_calls")):
+            raise _hidden(answer, f"it does not follow its prompt, which ends with {(prompt + self.opening)[-40:]!r}")
+        ending = after[0]
+        if later:  # the answer's end and the next message; the end also follows without that message
+            ending = _shared(ending, self._render([*context, mark], False, tools).partition(_MARK)[2])
+        end = len(text) - len(after[0]) + len(ending.rstrip())
+        # Gemma 4's template writes the results of tools inside of answers.
+        if answer.get("tool_calls") and text[len(prompt) : end] not in self._render([*context, answer], False, tools):
+            raise _hidden(answer, "it writes results of tools within that one")
+        return len(prompt), end
+
+    def _tokens(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
+        """Return a text's tokens, and for each whether a part of it lies in one of the spans."""
+        # The template writes special tokens itself, so that the tokenizer must add none.
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        mask = []
+        for start, end in encoded["offset_mapping"]:
+            # Tokens often begin with the space before an answer.
+            mask.append(any(first < end and start < last for first, last in spans))
+        return encoded["input_ids"], mask
+
+
+def _shared(one: str, other: str) -> str:
+    """Return the beginning that two texts share, in whole special tokens.
+
+    Example:
+        >>> _shared("<|end|><|user|>", "<|end|><|endoftext|>")
+        '<|end|>'
+    """
+    length = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))
+    # "<|" begins the mark of the next message as well as the end token: half of a mark would stand for all of it.
+    return other if length == len(other) else re.sub(r"[<\[][^<>\[\]]*$", "", one[:length])
+
+
+def _hidden(answer: Message, problem: str) -> MisconfigurationException:
+    # With another argument no answer with thoughts is lost. Others must not stop a run.
+    kind = MisconfigurationException if thoughts_of(answer) else RefusedConversationError
+    return kind(f"an answer can't be found in the chat template's text: {problem}. {_REMEDY}")
 
 
 @contextmanager
@@ -183,56 +236,8 @@ def template_errors() -> Iterator[None]:
         ) from error
 
 
-def takes_system(render: Render) -> bool:
-    """Whether a template writes a system message, before an answer and with one, rather than refuse or leave it out."""
-    render(ASKED, True)  # so that other problems of the template are not taken for a refusal
-    system = {"role": "system", "content": _PROBE}
-    try:
-        # Gemma's template raises an error, others leave the message out without a word, and Mistral v0.3's and Nemo's
-        # write it into a last question alone, which no question with an answer is.
-        return _PROBE in render([system, *ASKED], True) and _PROBE in render([system, *ANSWERED], False)
-    except MisconfigurationException:
-        return False
-
-
-def leads(messages: Sequence[Message]) -> bool:
-    """Whether a conversation begins with a system message, by either of its names."""
-    return bool(messages) and messages[0]["role"] in ("system", "developer")
-
-
-def without_system(messages: Sequence[Message]) -> list[Message]:
-    """The same messages with a system message at the head of the first question.
-
-    Example:
-        >>> without_system([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}])
-        [{'role': 'user', 'content': 'Be brief.\\n\\nWhy?'}]
-    """
-    if not messages or messages[0]["role"] != "system":
-        return list(messages)
-    system, *rest = messages
-    if not rest or rest[0]["role"] != "user":
-        return [{"role": "user", "content": system["content"]}, *rest]
-    return [{"role": "user", "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
-
-
-def writes_thoughts(render: Render) -> bool:
-    """Whether a template writes the thoughts of a last answer, from either of the fields that they may be in."""
-    answer = {"role": "assistant", "content": "So.", **dict.fromkeys(THOUGHTS, _PROBE)}
-    return _PROBE in render([*ASKED, answer], False)
-
-
-def without_thoughts(message: Message) -> Message:
-    """A message without the fields of thoughts.
-
-    Example:
-        >>> without_thoughts({"role": "assistant", "content": "So.", "thinking": "Hm."})
-        {'role': 'assistant', 'content': 'So.'}
-    """
-    return {name: value for name, value in message.items() if name not in THOUGHTS}
-
-
 def read_template(path: str) -> str:
-    """The chat template in a file."""
+    """Read the chat template in a file."""
     try:
         return Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

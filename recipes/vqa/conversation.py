@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from recipes.language.chat import IGNORED
-from recipes.language.conversation import HiddenAnswerError, Message, answer_spans
+from recipes.language.conversation import Message
 from recipes.language.templates import TemplateEncoder
 
 _BLIND = "\x00"  # before a first question without an image
@@ -23,13 +23,13 @@ class Rendered(NamedTuple):
     Attributes:
         text: question and answer and what was said before, with a mark where an image is.
         prompt: the same without the answer, and with the opening of one.
-        spans: of each answer with its end token, how many tokens before the text's end it begins, and how many it ends.
-        length: tokens in all, the mark counted as one.
+        learnt: for each token of the text, the mark counted as one, whether it is learnt: answers and their end tokens.
+        length: tokens in all.
     """
 
     text: str
     prompt: str
-    spans: list[tuple[int, int]]
+    learnt: list[bool]
     length: int
 
 
@@ -58,7 +58,7 @@ class QuestionEncoder(TemplateEncoder):
         max_pixels: int | None = None,
         min_pixels: int | None = None,
     ) -> None:
-        super().__init__(processor, chat_template, system_prompt, template_arguments, reads_marks=False)
+        super().__init__(processor, chat_template, system_prompt, template_arguments)
         self.processor = processor
         self.max_pixels, self.min_pixels = max_pixels, min_pixels
         if not self.tokenizer.eos_token:
@@ -80,23 +80,15 @@ class QuestionEncoder(TemplateEncoder):
             has_image: whether they are about an image.
 
         Raises:
-            MisconfigurationException: the template rewrites the question when it is answered, or a text holds the
-                mark of an image.
+            MisconfigurationException: an answer can't be found in the template's text, or a text holds the mark of an
+                image.
         """
         messages = [*self._asked(question, history, has_image), {"role": "assistant", "content": answer}]
         self._refuse_mark("answer", answer)
         prompt = self.prompt(question, history, has_image)
-        try:
-            text, places = answer_spans(self._render, messages, self.tokenizer.eos_token)
-        except HiddenAnswerError as error:
-            raise MisconfigurationException(f"{error}. Set chat_template to one that does neither") from error
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        spans = []
-        for start, end in places:
-            after = sum(first >= end for first, _ in offsets)
-            inside = sum(first < end and last > start for first, last in offsets)
-            spans.append((after + inside, after))
-        return Rendered(text, prompt, spans, len(offsets))
+        text, spans = self._answers(messages)
+        _, learnt = self._tokens(text, list(spans.values()))
+        return Rendered(text, prompt, learnt, len(learnt))
 
     def prompt(self, question: str, history: Sequence[Message] = (), has_image: bool = True) -> str:
         """A question as text that an answer is to follow.
@@ -107,7 +99,7 @@ class QuestionEncoder(TemplateEncoder):
         self._refuse_mark("question", question)
         for message in history:
             self._refuse_mark("message", message["content"])
-        return self._render(self._asked(question, history, has_image), True) + self._opening
+        return self._prompt(self._asked(question, history, has_image))
 
     def _refuse_mark(self, what: str, text: str) -> None:
         mark = getattr(self.processor, "image_token", None)
@@ -135,7 +127,7 @@ class QuestionEncoder(TemplateEncoder):
         if not has_image:
             first = [message["role"] for message in messages].index("user")
             messages[first] = {**messages[first], "content": _BLIND + messages[first]["content"]}
-        return self._with_system(messages)
+        return self._for_template(messages)
 
     @override
     def _in_form(self, messages: Sequence[Message]) -> list[Message]:
@@ -178,24 +170,24 @@ def sized(image: Image, max_pixels: int | None, min_pixels: int | None) -> Image
     return image.resize(size, Resampling.BICUBIC)
 
 
-def answer_labels(inputs: dict[str, Tensor], spans: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """Labels (rows, T) of inputs padded on the right: the token itself inside an answer, else -100.
+def answer_labels(inputs: dict[str, Tensor], learnt: Sequence[Sequence[bool]]) -> Tensor:
+    """Return labels (rows, T) of inputs padded on the right: the token itself inside an answer, else -100.
 
-    The image stands before all answers, and its mark is one token that becomes many: answers are counted from the end.
+    The image stands before all answers, and its mark is one token that becomes many: tokens are counted from the end.
 
     Args:
         inputs: ``input_ids`` and ``attention_mask``, (rows, T).
-        spans: of each row's answers, see :class:`Rendered`.
+        learnt: of each row's tokens, see :class:`Rendered`.
 
     Example:
         >>> ids = torch.tensor([[7, 8, 9, 0], [5, 6, 7, 8]])
         >>> inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
-        >>> answer_labels(inputs, [[(2, 1)], [(4, 3), (2, 0)]]).tolist()
+        >>> answer_labels(inputs, [[True, False], [True, False, True, True]]).tolist()
         [[-100, 8, -100, -100], [5, -100, 7, 8]]
     """
     labels = torch.full_like(inputs["input_ids"], IGNORED)
     ends = inputs["attention_mask"].sum(dim=1).tolist()
-    for row, (end, answers) in enumerate(zip(ends, spans, strict=True)):
-        for first, last in answers:
-            labels[row, end - first : end - last] = inputs["input_ids"][row, end - first : end - last]
+    for row, (end, marks) in enumerate(zip(ends, learnt, strict=True)):
+        columns = torch.arange(end - len(marks), end)[torch.tensor(marks)]
+        labels[row, columns] = inputs["input_ids"][row, columns]
     return labels

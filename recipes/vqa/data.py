@@ -217,7 +217,7 @@ class Collate:
         """The batch of rows that are given in columns."""
         images = open_images(rows["image"], rows["question"])
         inputs = self.encoder(rows["text"], images, padding_side="right")
-        labels = answer_labels(inputs, rows["spans"])
+        labels = answer_labels(inputs, rows["learnt"])
         batch = {"inputs": inputs, "labels": labels, "answers": rows["answers"], "types": rows["type"]}
         batch["choices"] = rows["choices"]
         return batch | (

@@ -57,7 +57,7 @@ def learnt(encoder: ChatEncoder, *turns: str) -> str:
 @TEMPLATES
 def test_a_prompt_and_what_is_learnt_are_the_whole_conversation(template: str) -> None:
     encoder = ChatEncoder(tokenizer(template), 1000)
-    ids, labels, _ = encoder.encode(messages("why?", "so"))
+    ids, labels, *_ = encoder.encode(messages("why?", "so"))
     prompt = encoder.encode_prompt(messages("why?"))
     answer = [label for label in labels if label != IGNORED]
     assert encoder.tokenizer.decode(answer) == ANSWERED[template]
@@ -74,11 +74,6 @@ def test_an_empty_block_of_thoughts_belongs_to_the_prompt(arguments: dict[str, A
     assert learnt(encoder, "why?", "so") == "so<|im_end|>"
     # An answer whose text stands in the block too, and one before the last question, which has no block.
     assert learnt(encoder, "a?", "a!", "b?", "think") == "a!<|im_end|>think<|im_end|>"
-
-
-def test_thoughts_in_the_data_are_learnt() -> None:
-    encoder = ChatEncoder(tokenizer(QWEN3), 1000)
-    assert learnt(encoder, "why?", "<think>hm</think>so") == "<think>\nhm\n</think>\n\nso<|im_end|>"
 
 
 # -- system messages
@@ -240,9 +235,9 @@ def test_a_question_and_its_answer(template: str) -> None:
     encoder = QuestionEncoder(Processor(template))
     rendered = encoder.render("why?", "so")
     ids = encoder.tokenizer(rendered.text)["input_ids"]
-    ((before_end, after),) = rendered.spans
-    start, end = len(ids) - before_end, len(ids) - after
-    assert encoder.tokenizer.decode(ids[start:end]) == ANSWERED[template]
+    start = rendered.learnt.index(True)
+    learnt_ids = [token for token, is_learnt in zip(ids, rendered.learnt, strict=True) if is_learnt]
+    assert encoder.tokenizer.decode(learnt_ids) == ANSWERED[template]
     assert rendered.text.startswith(rendered.prompt)
     assert encoder.tokenizer.decode(ids[:start]) == rendered.prompt == encoder.prompt("why?")
     assert encoder.tokenizer.pad_token is not None

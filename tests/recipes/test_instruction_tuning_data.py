@@ -38,7 +38,7 @@ def test_the_loss_is_on_the_answer_and_its_end_token(tiny: str, tokenizer: Any, 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
     template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     turns = [("user", "A?"), ("assistant", "a"), ("user", "B?"), ("assistant", "b")]
-    with pytest.raises(MisconfigurationException, match=r"rewrites earlier messages.*generation"):
+    with pytest.raises(MisconfigurationException, match=r"asks for an answer with .*follow its generation prompt"):
         ChatEncoder(tokenizer, 100, template).encode([{"role": r, "content": c} for r, c in turns])
 
 
@@ -78,7 +78,6 @@ def test_a_conversation_that_the_template_refuses_is_dropped_and_told(tiny: str,
 
 
 def test_a_conversation_of_which_the_template_leaves_an_answer_out_is_dropped_and_told(tiny: str, jsonl: Any) -> None:
-    """No argument of the template would help; where one does, the run ends and names it."""
     template = (
         "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.role + ':' + m.content + eos_token }}"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
@@ -87,7 +86,7 @@ def test_a_conversation_of_which_the_template_leaves_an_answer_out_is_dropped_an
     rows = [{"messages": turns}, {"messages": [*turns, *turns]}]
     settings: dict[str, Any] = {"chat_template": template, "validation_share": 0, "test_share": 0}
     data = instruction_data("fit", tiny, dataset=jsonl(rows), **settings)
-    told = "1 dropped: the chat template rewrites earlier messages"
+    told = "1 dropped: an answer can't be found in the chat template's text: it rewrites that one, leaves it out"
     assert f"train: 1 conversations; {told}" in data.reports["train"]
 
 

@@ -108,13 +108,6 @@ def test_answers_in_a_prompt_are_not_learnt_either(tiny: str, tokenizer: Any, js
     rows = [{"prompt": [ASK, SAY, {"role": "user", "content": "And?"}], "completion": [{**SAY, "content": "Then."}]}]
     (row,) = encoded(tiny, jsonl(rows)).parts["train"]
     assert learnt(row, tokenizer) == "Then.<|im_end|>"
-    template = (
-        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    (row,) = encoded(tiny, jsonl(rows), chat_template=template).parts["train"]
-    assert learnt(row, tokenizer) == "Then."
 
 
 def test_a_system_column_is_a_system_message(jsonl: Any) -> None:

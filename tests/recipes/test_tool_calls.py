@@ -80,7 +80,6 @@ def test_calls_are_learnt_and_results_are_not(name: str, jsonl: Any, qwen3: Chat
         ("llama3_2", '{"name": "weather", "parameters": {"city": "Paris", "days": 2}}'),
         ("glm4moe", "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>"),
         ("lfm2_v2", "<|tool_call_start|>[weather(city='Paris', days=2)]<|tool_call_end|>"),
-        ("gptoss_training", " to=functions.weather<|channel|>commentary json<|message|>"),
         ("qwen3_5_think", "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>"),
         ("qwen3_training", '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>'),
     ],
@@ -97,13 +96,20 @@ def test_models_own_templates_write_their_own_calls(name: str, call: str, jsonl:
     assert encode(row, encoder, with_options=False)["input_ids"][0][: len(prompt)] == prompt
 
 
-@pytest.mark.parametrize("template", [LLAMA3, MISTRAL, QWEN3], ids=["llama3", "mistral", "qwen3 without tools"])
-def test_what_a_template_does_not_write_is_dropped_and_told(template: str, tiny: str, jsonl: Any) -> None:
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (LLAMA3, "the chat template does not write the calls of tools"),
+        (MISTRAL, "the model's chat template can't render a conversation: TemplateError: Conversation roles"),
+        (QWEN3, "the chat template does not write the calls of tools"),
+    ],
+    ids=["llama3", "mistral", "qwen3 without tools"],
+)
+def test_what_a_template_does_not_write_is_dropped_and_told(template: str, why: str, tiny: str, jsonl: Any) -> None:
     rows = [ROWS["openai"], {"messages": [ASK, SAY], "tools": TOOLS}, {"messages": [ASK, SAY]}, {"messages": TURNS}]
     settings: dict[str, Any] = {"chat_template": template, "validation_share": 0, "test_share": 0}
     data = instruction_data("fit", tiny, dataset=jsonl(rows), **settings)
-    told = "2 dropped: the chat template does not write tools, their calls and results: set chat_template"
-    assert f"train: 2 conversations; {told}" in data.reports["train"]
+    assert f"train: 2 conversations; 2 dropped: {why}" in data.reports["train"]
     # A list of tools that nobody calls is no reason to drop a conversation.
     assert "1 of them without the tools in the data, which the template does not write" in data.reports["train"]
 
@@ -114,15 +120,14 @@ def test_several_calls_in_an_answer_are_all_learnt_or_refused(name: str, writes:
     encoder = ChatEncoder(tokenizer(shipped(name), end="<|im_end|>"), 4000)
     time = {"type": "function", "id": "c2", "function": {"name": "time", "arguments": {"zone": "CET"}}}
     answer = {"role": "assistant", "tool_calls": [CALL, time]}
-    results = [{"role": "tool", "tool_call_id": identity, "content": "7"} for identity in ("c1", "c2")]
-    (row,) = sources.load_chats(jsonl([{"messages": [ASK, answer, *results, SAY], "tools": TOOLS}]), "train")
-    encoded = encode(row, encoder, with_options=False)
+    (row,) = sources.load_chats(jsonl([{"messages": [ASK, answer], "tools": TOOLS}]), "train")
     if writes:
-        calling, _ = learnt(encoder, row)
+        (calling,) = learnt(encoder, row)
         assert "Paris" in calling
         assert "CET" in calling
     else:
-        assert encoded["status"].startswith("refused: the chat template does not write several calls of tools")
+        status = encode(row, encoder, with_options=False)["status"]
+        assert status.startswith("refused: an answer can't be found")
 
 
 def test_what_is_empty_is_no_tool_and_nulls_of_a_text_stay(jsonl: Any) -> None:
@@ -146,7 +151,9 @@ def test_a_call_that_would_be_learnt_wrongly_is_refused(name: str, jsonl: Any) -
     encoder = ChatEncoder(tokenizer(shipped(name)), 4000)
     rows = [{"messages": [ASK, {**CALLING, "content": "Let me see."}, RESULT, SAY], "tools": TOOLS}]
     (row,) = sources.load_chats(jsonl(rows), "train")
-    assert encode(row, encoder, with_options=False)["status"].startswith("refused: the chat template")
+    status = encode(row, encoder, with_options=False)["status"]
+    assert status.startswith("refused: ")
+    assert "chat template" in status
 
 
 def test_what_is_no_call_is_counted(tiny: str, jsonl: Any) -> None:
