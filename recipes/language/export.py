@@ -4,7 +4,6 @@ The folder is what vLLM serves, llama.cpp converts and any program with transfor
 says how the run was made. Nothing is sent anywhere unless `--push_to_hub` names a repository.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
