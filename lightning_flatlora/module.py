@@ -70,7 +70,19 @@ class FMLoRASteps(_Base):
         if gradient_clip_val not in (None, math.inf) and not is_size(gradient_clip_val):
             problems.append(f"gradient_clip_val must be None or a number >= 0, got {gradient_clip_val!r}")
         problems += choice_problems("gradient_clip_algorithm", gradient_clip_algorithm, Literal["norm", "value"])
-        self._callback = FMLoRAModuleCallback(FMLoRAModuleStep, locals(), problems)
+        self._callback = FMLoRAModuleCallback(
+            FMLoRAModuleStep(
+                rho=rho,
+                estimator=estimator,
+                norm_scope=norm_scope,
+                start_step=start_step,
+                every_n_steps=every_n_steps,
+                adapter_name=adapter_name,
+                finder=finder,
+                sync_ascent=sync_ascent,
+                more_problems=problems,
+            )
+        )
         self.sync_ascent = sync_ascent
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val

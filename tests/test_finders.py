@@ -25,7 +25,7 @@ def loss_of(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("finder", [litgpt_pairs, torchtune_pairs, nemo_pairs, BY_NAME])
 def test_callbacks_with_a_finder_can_be_pickled(finder: Any) -> None:
     callback = pickle.loads(pickle.dumps(EFMLoRA(RHO, finder=finder)))
-    assert callback.finder == finder
+    assert callback.method.finder == finder
 
 
 @pytest.mark.filterwarnings("ignore")  # LightningCLI's, of its parser

@@ -21,7 +21,7 @@ from lightning_flatlora.sharding import average_gradients
 from lightning_flatlora.weight_noise import derived_seed
 
 
-class BiLoRA(MethodCallback):
+class BiLoRA(MethodCallback["BiLoRAStep"]):
     r"""Take each step's gradient at adapted weights that auxiliary pairs perturb (Bi-LoRA), in one pass.
 
     .. math:: \text{gradient at } W_0 + s B A + B_2 A_2, \qquad
@@ -72,7 +72,9 @@ class BiLoRA(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(BiLoRAStep, locals())
+        super().__init__(
+            BiLoRAStep(rho=rho, step_size=step_size, rank=rank, seed=seed, adapter_name=adapter_name, finder=finder)
+        )
 
 
 class _AuxiliaryPair(OutputTerm):

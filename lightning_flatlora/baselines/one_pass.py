@@ -20,7 +20,7 @@ from lightning_flatlora.weight_noise import NoisyLayer, derived_seed, draw_noise
 Kind = Literal["nBAR", "oBAR"]
 
 
-class RandomPerturbation(MethodCallback):
+class RandomPerturbation(MethodCallback["RandomPerturbationStep"]):
     r"""Take each step's gradient at adapted weights with fresh Gaussian noise (Flat-LoRA), in one pass.
 
     .. math:: \text{gradient at } W' + \varepsilon, \qquad
@@ -59,7 +59,7 @@ class RandomPerturbation(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(RandomPerturbationStep, locals())
+        super().__init__(RandomPerturbationStep(rho=sigma, seed=seed, adapter_name=adapter_name, finder=finder))
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -122,7 +122,7 @@ class RandomPerturbationStep(FullWeightStep):
     """The step of :class:`RandomPerturbation`, whose terms are the noise of each layer."""
 
     title = "RandomPerturbation"
-    size_name = "sigma"
+    rho_name = "sigma"
     fixed = ("seed",)
     kind = NoisyLayer
 
@@ -135,7 +135,7 @@ class RandomPerturbationStep(FullWeightStep):
         super().on()
 
 
-class BalancednessRegularization(MethodCallback):
+class BalancednessRegularization(MethodCallback["BalancednessStep"]):
     r"""Scale A against B of every layer before each optimizer step, as SAM does implicitly (BAR), in one pass.
 
     .. math:: B \leftarrow (1 + \sigma\alpha\eta)\, B, \qquad A \leftarrow (1 - \sigma\alpha\eta)\, A
@@ -179,7 +179,7 @@ class BalancednessRegularization(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(BalancednessStep, locals())
+        super().__init__(BalancednessStep(rho=alpha, kind=kind, adapter_name=adapter_name, finder=finder))
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -187,7 +187,7 @@ class BalancednessStep(StepMethod):
     """The step of :class:`BalancednessRegularization`: no pass is perturbed, and the factors are scaled before it."""
 
     title = "BalancednessRegularization"
-    size_name = "alpha"
+    rho_name = "alpha"
     works_sharded = False
     fixed = ("kind",)
 

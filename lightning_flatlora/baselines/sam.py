@@ -16,7 +16,7 @@ from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.wrappers import parameters_of
 
 
-class SAM(MethodCallback):
+class SAM(MethodCallback["SAMStep"]):
     r"""Take each step's gradient at parameters that are moved along their gradient (SAM), in two passes.
 
     .. math:: e = \rho\, \frac{g}{\lVert g \rVert_2}, \qquad \text{gradient at } w + e
@@ -53,7 +53,7 @@ class SAM(MethodCallback):
         every_n_steps: int = 1,
         sync_ascent: bool = True,
     ) -> None:
-        super().__init__(SAMStep, locals())
+        super().__init__(SAMStep(rho=rho, start_step=start_step, every_n_steps=every_n_steps, sync_ascent=sync_ascent))
 
 
 class SAMStep(StepMethod):
@@ -94,7 +94,7 @@ class SAMStep(StepMethod):
         return moved(parameters, joint_ascent(gradients, self.current_rho))
 
 
-class LoRASAM(MethodCallback):
+class LoRASAM(MethodCallback["LoRASAMStep"]):
     r"""Take each step's gradient at A and B moved along their joint gradient (SAM in LoRA's space), in two passes.
 
     .. math:: (E_A, E_B) = \rho\, \frac{(G_A, G_B)}{\lVert (G_A, G_B) \rVert_F},
@@ -134,7 +134,16 @@ class LoRASAM(MethodCallback):
         finder: Finder | None = None,
         sync_ascent: bool = True,
     ) -> None:
-        super().__init__(LoRASAMStep, locals())
+        super().__init__(
+            LoRASAMStep(
+                rho=rho,
+                start_step=start_step,
+                every_n_steps=every_n_steps,
+                adapter_name=adapter_name,
+                finder=finder,
+                sync_ascent=sync_ascent,
+            )
+        )
 
 
 class LoRASAMStep(StepMethod):

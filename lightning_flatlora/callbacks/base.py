@@ -1,51 +1,46 @@
 """The callback under every method: when its hooks are called, the method does its work."""
 
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
 from itertools import chain
-from typing import Any
+from typing import Any, Generic
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora.callbacks import strategies
-from lightning_flatlora.callbacks.methods_of_fit import MethodsOfFit, unfreezes_later
+from lightning_flatlora.callbacks.methods_of_fit import MethodsOfFit, S, unfreezes_later
 from lightning_flatlora.callbacks.passes import OnePass, TwoPasses, two_pass_problems
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.training_step import horizon_problems, takes_no_step, takes_passes_itself
 from lightning_flatlora.compat import callbacks_of
 from lightning_flatlora.methods.checks import optimizer_problems, refuse, say_start
-from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs import merge_problems
+from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.schedules import RhoSchedule
 
 
-class MethodCallback(Callback):
+class MethodCallback(Callback, Generic[S]):
     """Train the LoRA pairs of a LightningModule by a method.
 
     Every product s B A that the model holds is known, and a pair takes part in a step if its B has a gradient. The
     model is searched at the start of a fit and of each epoch: a scaling or an adapter that changes inside an epoch acts
     from the next one.
 
+    Settings other than rho are those of :attr:`method`, as ``callback.method.every_n_steps``.
+
     Attributes:
         fit_methods: the methods of the optimizers, and the pairs that they train.
         passes: what wraps the strategy's methods; None outside of a fit.
         patches: end with the fit what is put on the trainer for it.
         scheduler: another of these callbacks that gives the passes their perturbation, if there is one.
-        step: steps that the pairs' optimizer has taken, from 0; steps that a loss scaler skipped count.
-        perturbation: of the pairs' B; None for a method without one.
 
     Args:
-        kind: of the method.
-        arguments: the ``locals()`` of a constructor that has the method's arguments, so that each is written once.
-        more_problems: with other arguments, to be refused with those of the method.
+        method: with its settings.
     """
 
-    def __init__(self, kind: type[StepMethod], arguments: Mapping[str, Any], more_problems: Sequence[str] = ()) -> None:
-        names = [each.name for each in fields(kind) if each.init]
-        settings = {name: arguments[name] for name in names if name in arguments}
-        self.fit_methods = MethodsOfFit(kind(arguments[kind.size_name], more_problems=more_problems, **settings))
+    def __init__(self, method: S) -> None:
+        self.fit_methods = MethodsOfFit(method)
         self._begin()
 
     def _begin(self) -> None:
@@ -64,32 +59,51 @@ class MethodCallback(Callback):
         blank._loaded = self.state_dict()
         return without_logging(blank)
 
-    def __getattr__(self, name: str) -> Any:
-        """Look up settings, such as ``beta``, in the method."""
-        # Not while a copy is being made, which has no attributes at first.
-        if name.startswith("_") or "fit_methods" not in vars(self):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.method, name)
+    @property
+    def title(self) -> str:
+        """The name of the method as users write it, for messages."""
+        return self.method.title
 
     @property
-    def methods(self) -> list[StepMethod]:
+    def methods(self) -> list[S]:
         """For each optimizer, what trains its pairs; nearly every run has one."""
         return self.fit_methods.methods
 
     @property
-    def method(self) -> StepMethod:
+    def method(self) -> S:
         """The method of the first optimizer that trains pairs."""
         return self.fit_methods.main
 
     @property
-    def source(self) -> StepMethod:
+    def source(self) -> S:
         """The method that gives the passes their perturbation: another callback's, if that one schedules them."""
         return (self.scheduler or self).method
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Hand a setting that is assigned, such as ``rho`` or ``beta``, to the methods."""
-        if "fit_methods" not in vars(self) or not self.fit_methods.change(name, value):
-            super().__setattr__(name, value)
+    @property
+    def rho(self) -> float | RhoSchedule | None:
+        """The size of the perturbation as it was given; one that is assigned acts from the next step on."""
+        return self.method.rho
+
+    @rho.setter
+    def rho(self, rho: float | RhoSchedule) -> None:
+        refuse(self, self.method.rho_problems(rho))
+        for method in self.methods:
+            method.rho = rho
+
+    @property
+    def current_rho(self) -> float:
+        """The number that rho is in the coming optimizer step."""
+        return self.method.current_rho
+
+    @property
+    def step(self) -> int:
+        """Steps that the pairs' optimizer has taken, from 0; steps that a loss scaler skipped count."""
+        return self.method.step
+
+    @property
+    def perturbation(self) -> Perturbation | None:
+        """The perturbation of the pairs' B; None for a method without one."""
+        return self.method.perturbation
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> None:
         """Refuse transformers' Trainer, which calls this first and has other hooks."""
@@ -158,7 +172,7 @@ class MethodCallback(Callback):
             problems += two_pass_problems(pl_module)
         return problems + optimizer_problems(trainer.optimizers)
 
-    def works_beside(self, other: "MethodCallback") -> bool:
+    def works_beside(self, other: "MethodCallback[Any]") -> bool:
         """Say whether another of these callbacks may run in the same trainer; one of the two must say so."""
         return False
 

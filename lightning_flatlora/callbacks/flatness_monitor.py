@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.callbacks.fmlora import EFMLoRA, FMLoRA, FMLoRAModuleCallback
 from lightning_flatlora.callbacks.methods_of_fit import unfreezes_later
 from lightning_flatlora.callbacks.patches import without_logging
@@ -15,6 +16,7 @@ from lightning_flatlora.callbacks.probe_batches import ProbeBatches
 from lightning_flatlora.callbacks.strategies import monitor_problems
 from lightning_flatlora.compat import callback_of
 from lightning_flatlora.flatness.measures import DEFAULT_MEASURES, Point, measure, measure_problems
+from lightning_flatlora.methods.b_perturbation import EFMLoRAStep
 from lightning_flatlora.methods.checks import choice_problems, finder_problems, integer_problems, refuse
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.pairs.lora_pair import Finder, NoPairsError
@@ -119,7 +121,7 @@ class FlatnessMonitor(Callback):
         method, measures, problems = _method_of(trainer), self.measures or (), []
         if method is None and self.rho is None:
             problems.append("rho must be given where no EFMLoRA, FMLoRA or FMLoRAModule has one: as rho=0.5")
-        if "ema" in measures and not isinstance(method, EFMLoRA):
+        if "ema" in measures and not isinstance(method, EFMLoRAStep):
             problems.append("the measure 'ema' needs an EFMLoRA callback, whose average it is: leave it out")
         if self.data == "val" and not trainer.enable_validation:
             problems.append("data='val' gives no batch to hold: choose the other, or give the loader")
@@ -219,7 +221,7 @@ class FlatnessMonitor(Callback):
         if count // every == held.measured_at // every:
             return
         held.measured_at = count
-        measures = self.measures or (*DEFAULT_MEASURES, *(["ema"] if isinstance(method, EFMLoRA) else []))
+        measures = self.measures or (*DEFAULT_MEASURES, *(["ema"] if isinstance(method, EFMLoRAStep) else []))
         with held.undisturbed():
             if not held.try_out():
                 self._held = None
@@ -252,7 +254,7 @@ class FlatnessMonitor(Callback):
             # Without a radius of the monitor's own the method's estimator and scope are taken, too.
             method.perturbation if self.rho is None else perturbation,
             size if self.rho is None else self.rho,  # type: ignore[arg-type]
-            average=method.perturbation if isinstance(method, EFMLoRA) else None,
+            average=method.perturbation if isinstance(method, EFMLoRAStep) else None,
             average_rho=size,
             noise=noise,
             sigma=self.sigma,
@@ -263,4 +265,7 @@ class FlatnessMonitor(Callback):
 
 def _method_of(trainer: Trainer) -> Any:
     """Find the method whose settings are taken, or None; EFMLoRA also schedules an FMLoRAModule, so it comes first."""
-    return callback_of(trainer, EFMLoRA) or callback_of(trainer, FMLoRA) or callback_of(trainer, FMLoRAModuleCallback)
+    callback: MethodCallback[Any] | None = (
+        callback_of(trainer, EFMLoRA) or callback_of(trainer, FMLoRA) or callback_of(trainer, FMLoRAModuleCallback)
+    )
+    return callback.method if callback else None

@@ -17,7 +17,7 @@ from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule
 
 
-class FMLoRA(MethodCallback):
+class FMLoRA(MethodCallback[FMLoRAStep]):
     """Seek flat minima with a fresh perturbation at every step (Algorithm 1), in two passes.
 
     The gradient of the first pass gives E. The optimizer sees the gradient of the second, which is taken at B + E. Both
@@ -60,10 +60,21 @@ class FMLoRA(MethodCallback):
         finder: Finder | None = None,
         sync_ascent: bool = True,
     ) -> None:
-        super().__init__(FMLoRAStep, locals())
+        super().__init__(
+            FMLoRAStep(
+                rho=rho,
+                estimator=estimator,
+                norm_scope=norm_scope,
+                start_step=start_step,
+                every_n_steps=every_n_steps,
+                adapter_name=adapter_name,
+                finder=finder,
+                sync_ascent=sync_ascent,
+            )
+        )
 
 
-class EFMLoRA(MethodCallback):
+class EFMLoRA(MethodCallback[EFMLoRAStep]):
     r"""Seek flat minima at LoRA's speed (Algorithm 2): each step's gradient is taken at B + Ê.
 
     .. math:: \hat E_1 = E_1, \qquad \hat E_t = (1-\beta)\,\hat E_{t-1} + \beta\,E_t \quad\text{(Eq. 18)}
@@ -109,18 +120,29 @@ class EFMLoRA(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(EFMLoRAStep, locals())
+        super().__init__(
+            EFMLoRAStep(
+                rho=rho,
+                beta=beta,
+                estimator=estimator,
+                norm_scope=norm_scope,
+                start_step=start_step,
+                every_n_steps=every_n_steps,
+                adapter_name=adapter_name,
+                finder=finder,
+            )
+        )
 
     @override
-    def works_beside(self, other: MethodCallback) -> bool:
+    def works_beside(self, other: MethodCallback[Any]) -> bool:
         """Allow an FMLoRAModule, whose passes it schedules, or another EFMLoRA if each has an adapter of its own."""
         if isinstance(other, FMLoRAModuleCallback):
             return True
-        names = {self.adapter_name, other.adapter_name}
+        names = {self.method.adapter_name, other.method.adapter_name}
         return isinstance(other, EFMLoRA) and len(names) == 2 and None not in names
 
 
-class FMLoRAModuleCallback(MethodCallback):
+class FMLoRAModuleCallback(MethodCallback[FMLoRAStep]):
     """Do for an FMLoRAModule what belongs into hooks, so that its own hooks stay the user's.
 
     Next to an EFMLoRA callback the module takes rho, the perturbation and the average from that one. Hooks whose
@@ -168,14 +190,15 @@ class FMLoRAModuleCallback(MethodCallback):
 
     def _problems_beside(self, efmlora: EFMLoRA, trainer: Trainer) -> list[str]:
         """List what can't work with the EFMLoRA callback that schedules the passes."""
-        problems = []
-        for name in ("rho", "estimator", "norm_scope", "adapter_name", "finder"):
-            own, other = getattr(self, name), getattr(efmlora, name)
-            if own != other:
-                problems.append(f"{name} must be equal in the module and in EFMLoRA, got {own!r} and {other!r}")
-        if (self.start_step, self.every_n_steps) != (0, 1):
+        problems, own, other = [], self.method, efmlora.method
+        for name in ("schedule", "estimator", "norm_scope", "adapter_name", "finder"):
+            mine, its = getattr(own, name), getattr(other, name)
+            if mine != its:
+                written = "rho" if name == "schedule" else name
+                problems.append(f"{written} must be equal in the module and in EFMLoRA, got {mine!r} and {its!r}")
+        if (own.start_step, own.every_n_steps) != (0, 1):
             problems.append("EFMLoRA schedules the module's passes: give start_step and every_n_steps to EFMLoRA")
-        if not self.sync_ascent and trainer.world_size > 1:
+        if not own.sync_ascent and trainer.world_size > 1:
             problems.append("sync_ascent must be True next to EFMLoRA, which keeps one average for all ranks")
         return problems
 

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
@@ -17,6 +16,8 @@ from lightning_flatlora.pairs import nothing_found, search_pairs
 from lightning_flatlora.pairs.lora_pair import LoRAPair, NoPairsError, PairSearch
 from lightning_flatlora.sharding import reshard
 from lightning_flatlora.wrappers import parameters_of
+
+S = TypeVar("S", bound=StepMethod)
 
 
 class PairAssignment(NamedTuple):
@@ -58,7 +59,7 @@ def assign_pairs(search: PairSearch, optimizers: Sequence[Optimizer]) -> PairAss
     return assignment
 
 
-class MethodsOfFit:
+class MethodsOfFit(Generic[S]):
     """A method for each optimizer of a fit; nearly every fit has one.
 
     Attributes:
@@ -71,31 +72,15 @@ class MethodsOfFit:
         method: the first, with the settings of all.
     """
 
-    def __init__(self, method: StepMethod) -> None:
+    def __init__(self, method: S) -> None:
         self.methods = [method]
         self.needs_pairs = method.needs_pairs
         self.begin(continues=False)
 
     @property
-    def main(self) -> StepMethod:
+    def main(self) -> S:
         """The method of the first optimizer that trains pairs."""
         return next((method for method in self.methods if method.pairs), self.methods[0])
-
-    def change(self, name: str, value: Any) -> bool:
-        """Change a setting of all methods, and say whether they have it; a number given for rho becomes a schedule.
-
-        Raises:
-            MisconfigurationException: the value is out of range; nothing has changed then.
-        """
-        settings = {field.name for field in fields(self.main) if field.init}
-        if name not in settings and name != "rho":
-            return False
-        changed = {"size": value} if name == "rho" else {"size": self.main.rho, name: value}
-        # A new method checks them all.
-        made = replace(self.main, **changed)
-        for method in self.methods:
-            setattr(method, name, getattr(made, name))
-        return True
 
     def begin(self, continues: bool) -> None:
         """Forget the last fit, except for the counts if this one continues it."""

@@ -23,24 +23,17 @@ class BPerturbationStep(StepMethod):
 
     Attributes:
         perturbation: of the pairs that there are now, maybe none.
-        beta: weight of the fresh perturbation in the average; 1 if there is none.
     """
 
     fixed = ("estimator", "norm_scope")
 
     perturbation: Perturbation = field(init=False)
-    beta: float = field(default=1.0, init=False)
     estimator: Estimator = "average"
     norm_scope: NormScope = "global"
 
     @override
     def argument_problems(self) -> list[str]:
-        beta, problems = self.beta, []
-        if not is_size(beta) or not 0 < beta <= 1:
-            problems.append(
-                f"beta must be in (0, 1], the weight of the fresh perturbation in the average, got {beta!r}"
-            )
-        problems += choice_problems("estimator", self.estimator, Estimator)
+        problems = choice_problems("estimator", self.estimator, Estimator)
         return problems + choice_problems("norm_scope", self.norm_scope, NormScope)
 
     @override
@@ -91,6 +84,7 @@ class EFMLoRAStep(BPerturbationStep):
     the mean of those of the step.
 
     Attributes:
+        beta: weight of the fresh perturbation in the average.
         schedules_module: whether an FMLoRAModule takes the passes.
     """
 
@@ -100,6 +94,15 @@ class EFMLoRAStep(BPerturbationStep):
     beta: float = 0.9
     # No argument: the step's own gradient is averaged over the ranks already.
     sync_ascent: bool = field(default=True, init=False)
+
+    @override
+    def argument_problems(self) -> list[str]:
+        problems = super().argument_problems()
+        if not is_size(self.beta) or not 0 < self.beta <= 1:
+            problems.append(
+                f"beta must be in (0, 1], the weight of the fresh perturbation in the average, got {self.beta!r}"
+            )
+        return problems
 
     @override
     def reset(self) -> None:

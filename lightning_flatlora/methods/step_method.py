@@ -32,7 +32,7 @@ class StepMethod:
 
     Attributes:
         title: the name of the method as users write it, for messages.
-        rho: the size of the perturbation over optimizer steps, under the name that most methods give it.
+        rho: the size of the perturbation, a number or a schedule over optimizer steps, as it was given.
         optimizer: the one that trains the pairs; only its ``param_groups`` are read.
         place: says in messages which optimizer this is, if there are several.
         pairs: those whose factors the optimizer holds. A pair takes part in a step if its B has a gradient.
@@ -44,12 +44,13 @@ class StepMethod:
         is_skipped_on_overflow: whether a loss scaler skips a step with a gradient that is not finite.
         perturbation: of the pairs' B; None for a method without one.
 
-    The arguments are those of the callbacks, such as :class:`lightning_flatlora.FMLoRA`, with the size, which most call
-    rho, in the first place. Values out of range are refused, in one error with ``more_problems`` of whoever makes it.
+    The arguments are those of the callbacks, such as :class:`lightning_flatlora.FMLoRA`; the size is called rho here,
+    also where users write ``rho_name``. Values out of range are refused, in one error with ``more_problems`` of whoever
+    makes it.
     """
 
     title: ClassVar[str]
-    size_name: ClassVar[str] = "rho"
+    rho_name: ClassVar[str] = "rho"
     needs_pairs: ClassVar[bool] = True
     needs_one_optimizer: ClassVar[bool] = False
     takes_two_passes: ClassVar[bool] = False
@@ -59,7 +60,7 @@ class StepMethod:
     # What is moved in its own dtype, in words; empty if nothing is.
     rounded: ClassVar[str] = "B"
 
-    size: InitVar[float | RhoSchedule | None]
+    rho: float | RhoSchedule | None
     _: KW_ONLY
     more_problems: InitVar[Sequence[str]] = ()
     start_step: int = 0
@@ -67,22 +68,24 @@ class StepMethod:
     adapter_name: str | None = None
     finder: Finder | None = None
     sync_ascent: bool = True
-    rho: RhoSchedule = field(init=False)
     perturbation: Perturbation | None = field(default=None, init=False)
 
-    def __post_init__(self, size: Any, more_problems: Sequence[str]) -> None:
+    def __post_init__(self, more_problems: Sequence[str]) -> None:
         # All problems are collected, so that a user need not run once for each.
-        problems = []
-        if size is None and self.size_name == "rho":
-            problems.append("rho has to be given: start from rho=0.05, and see the documentation's page 'Choosing rho'")
-        elif not isinstance(size, RhoSchedule) and not is_size(size):
-            problems.append(f"{self.size_name} must be a finite number >= 0 or a RhoSchedule, got {size!r}")
+        problems = self.rho_problems(self.rho)
         problems += checks.integer_problems("start_step", self.start_step, least=0)
         problems += checks.integer_problems("every_n_steps", self.every_n_steps, least=1)
         problems += checks.finder_problems(self.finder, self.adapter_name)
         checks.refuse(self, [*problems, *self.argument_problems(), *more_problems])
-        self.rho = size if isinstance(size, RhoSchedule) else ConstantRho(float(size))
         self.reset()
+
+    def rho_problems(self, rho: object) -> list[str]:
+        """List what is wrong with a value of rho."""
+        if rho is None and self.rho_name == "rho":
+            return ["rho has to be given: start from rho=0.05, and see the documentation's page 'Choosing rho'"]
+        if isinstance(rho, RhoSchedule) or is_size(rho):
+            return []
+        return [f"{self.rho_name} must be a finite number >= 0 or a RhoSchedule, got {rho!r}"]
 
     def argument_problems(self) -> list[str]:
         """List what is wrong with a subclass's own settings."""
@@ -129,7 +132,13 @@ class StepMethod:
         """Leave no trace on the layers; what a checkpoint needs stays."""
         self.off()
 
-    # -- the size
+    # -- rho
+
+    @property
+    def schedule(self) -> RhoSchedule:
+        """rho over optimizer steps."""
+        # It is not None, which was refused.
+        return self.rho if isinstance(self.rho, RhoSchedule) else ConstantRho(float(self.rho))  # type: ignore[arg-type]
 
     @property
     def refreshes(self) -> bool:
@@ -140,7 +149,7 @@ class StepMethod:
 
     @property
     def current_rho(self) -> float:
-        """The size of the coming step's perturbation."""
+        """The number that rho is in the coming step."""
         share = 1.0
         groups = self._followed_groups()
         if groups:
@@ -149,22 +158,22 @@ class StepMethod:
                 self.initial_lr = float(groups[0].get("initial_lr", groups[0]["lr"]))
             # Relative to the initial value, so that a schedule starts at the size that the user gave.
             share = groups[0]["lr"] / self.initial_lr if self.initial_lr else 0.0
-        size = self.rho(self.step, self.horizon, share)
+        rho = self.schedule(self.step, self.horizon, share)
         # The package's own schedules are checked when they are made; a user's may give anything.
-        if not 0 <= size < math.inf:
-            problem = f"{self.argument} must give a finite number >= 0, and gave {size} at step {self.step}"
+        if not 0 <= rho < math.inf:
+            problem = f"{self.argument} must give a finite number >= 0, and gave {rho} at step {self.step}"
             checks.refuse(self, [problem])
-        return size
+        return rho
 
     @property
     def argument(self) -> str:
-        """The size as a user would write it."""
-        return f"{self.size_name}={self.rho}"
+        """rho as a user would write it."""
+        return f"{self.rho_name}={self.schedule}"
 
     @property
     def lacks_horizon(self) -> bool:
         """Whether the schedule spreads over a run whose length its own arguments do not give."""
-        return self.rho.needs_horizon and getattr(self.rho, "total_steps", None) is None
+        return self.schedule.needs_horizon and getattr(self.schedule, "total_steps", None) is None
 
     @property
     def followed(self) -> list[nn.Parameter]:
@@ -172,15 +181,15 @@ class StepMethod:
         return [pair.B for pair in self.pairs]
 
     def _followed_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups whose learning rate the size follows."""
-        if not self.rho.needs_learning_rate or self.optimizer is None:
+        """The optimizer's parameter groups whose learning rate rho follows."""
+        if not self.schedule.needs_learning_rate or self.optimizer is None:
             return []
         identities = {id(parameter) for parameter in self.followed}
         groups = self.optimizer.param_groups
         return [group for group in groups if not identities.isdisjoint(map(id, group["params"]))]
 
     def rate_problems(self) -> list[str]:
-        """List why the size can't follow the learning rate, if it is to do so."""
+        """List why rho can't follow the learning rate, if it is to do so."""
         groups, problems = self._followed_groups(), []
         follows = f"{self.argument} follows the learning rate"
         if any(isinstance(group["lr"], Tensor) for group in groups):
@@ -208,7 +217,7 @@ class StepMethod:
 
     @property
     def ascends(self) -> bool:
-        """Whether the coming step of a two-pass method takes two passes; with a size of 0 it is a plain step."""
+        """Whether the coming step of a two-pass method takes two passes; with a rho of 0 it is a plain step."""
         return bool(self.ascending) and self.refreshes and self.current_rho > 0
 
     @property

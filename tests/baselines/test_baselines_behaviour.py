@@ -202,8 +202,8 @@ def test_no_layer_with_a_whole_weight(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["SAM", "nBAR", "RandomPerturbation", "BiLoRA"])
 def test_shards_are_refused(name: str) -> None:
     callback = BASELINES[name](0.1)
-    assert not callback.works_sharded
-    assert LoRASAM(0.1).works_sharded
+    assert not callback.method.works_sharded
+    assert LoRASAM(0.1).method.works_sharded
 
     strategy = FSDPStrategy(accelerator=L.pytorch.accelerators.CPUAccelerator())
     trainer: Any = SimpleNamespace(strategy=strategy, accumulate_grad_batches=1, callbacks=[], optimizers=[None])

@@ -53,7 +53,7 @@ def test_the_pairs_stay_in_the_ball_and_reach_its_sphere() -> None:
     assert sum(norm > 0.4 * (1 - 1e-12) for norm in norms) > 10
     for norm, unscaled in zip(norms, loop.norms, strict=True):
         assert norm == pytest.approx(min(unscaled, 0.4), rel=1e-9)
-    assert float(callback.norm()) == pytest.approx(norms[-1], rel=1e-12)
+    assert float(callback.method.norm()) == pytest.approx(norms[-1], rel=1e-12)
 
 
 # -- whom they are hidden from
@@ -96,7 +96,7 @@ def test_gradients_of_a_window_that_ends_without_a_step_are_dropped(tmp_path: Pa
 
     class EndsEarly(Classifier):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-            held.append(any(factor.grad is not None for factor in callback.factors))
+            held.append(any(factor.grad is not None for factor in callback.method.factors))
             return -1 if self.trainer.current_epoch == 0 and batch_idx == 1 else None
 
     fit(tmp_path, EndsEarly(lr=0.0), [callback], max_epochs=2, accumulate_grad_batches=2)
@@ -116,7 +116,7 @@ def test_a_layer_that_is_frozen_for_an_epoch_keeps_its_pair(tmp_path: Path) -> N
             factor.requires_grad_(trainer.current_epoch != 1)
 
     def note(*args: Any) -> None:
-        counts.append(len(callback.terms))
+        counts.append(len(callback.method.terms))
         kept.append(states(callback)[name])
 
     changes = calling(on_train_epoch_start=freeze, on_train_epoch_end=note)

@@ -65,9 +65,8 @@ def refused(make: Any, settings: dict[str, Any]) -> str:
 
 @values(BAD)
 def test_values(name: str, value: Any, allowed: str) -> None:
-    settings = {("size" if name == "rho" else name): value}
     with pytest.raises(MisconfigurationException) as caught:
-        EFMLoRAStep(**{"size": 1.0, **settings})
+        EFMLoRAStep(**{"rho": 1.0, name: value})
     assert str(caught.value) == f"EFMLoRA: {name} must be {allowed}, got {value!r}"
 
 
@@ -100,18 +99,16 @@ def test_arguments_that_exclude_each_other(front_end: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [EFMLoRA, FMLoRA])
-def test_settings_are_checked_when_they_are_changed(kind: Any) -> None:
-    """They reach the methods of all optimizers."""
+def test_rho_is_checked_when_it_is_changed(kind: Any) -> None:
+    """It reaches the methods of all optimizers."""
     callback = kind(0.5)
-    assert callback.rho(0) == 0.5
+    assert callback.rho == 0.5
     callback.fit_methods.take([None, None])
-    callback.norm_scope, callback.every_n_steps, callback.rho = "layer", 3, 0.1
-    for method in callback.methods:
-        assert (method.norm_scope, method.every_n_steps, method.rho(0, 1, 1.0)) == ("layer", 3, 0.1)
-    for name, (_, bad) in BAD.items():
-        if name in ("rho", "every_n_steps") or (name == "beta" and kind is EFMLoRA):
-            with pytest.raises(MisconfigurationException, match=name):
-                setattr(callback, name, bad[0])
-    assert (callback.every_n_steps, callback.current_rho) == (3, 0.1)
+    callback.rho = 0.1
+    assert [method.current_rho for method in callback.methods] == [0.1, 0.1]
+    for value in (None, *BAD["rho"][1]):
+        with pytest.raises(MisconfigurationException, match="rho"):
+            callback.rho = value
+    assert callback.current_rho == 0.1
     callback.rho = LinearRho(0.2, 0.2)
-    assert callback.rho(3, 10.0) == pytest.approx(0.2)
+    assert callback.current_rho == pytest.approx(0.2)

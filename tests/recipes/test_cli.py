@@ -20,8 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from lightning_flatlora import EFMLoRA
-from lightning_flatlora.schedules import ConstantRho
+from lightning_flatlora import EFMLoRA, FMLoRAModule
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.resumable import ResumableData
 from recipes.shared.training import RecipeModule
@@ -290,7 +289,7 @@ def test_every_command_has_the_settings_of_the_checkpoints_run(config: str) -> N
     for given, rho in (([], 0.1), (["--rho=0.3"], 0.3)):
         resumed = RecipeCLI(["fit", file, quiet, "--trainer.max_epochs=2", *given])
         (method,) = (callback for callback in resumed.trainer.callbacks if isinstance(callback, EFMLoRA))
-        assert method.rho == ConstantRho(rho)
+        assert method.rho == rho
         assert (resumed.model.learning_rate, resumed.trainer.accumulate_grad_batches) == (0.2, 2)
         assert resumed.trainer.global_step == 4
 
