@@ -20,6 +20,7 @@ from lightning_flatlora.forward_gate import ForwardGates, ReceivedGradients
 from lightning_flatlora.methods import checks
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
 from lightning_flatlora.methods.checks import refuse
+from lightning_flatlora.methods.step_method import TwoPassStep
 from lightning_flatlora.pairs import find_pairs, merge_problems
 from lightning_flatlora.pairs.lora_pair import readers_of
 from lightning_flatlora.perturbation import Perturbation
@@ -58,7 +59,7 @@ class LoopMethod:
     ) -> None:
         self.method = method = self.kind(rho, **settings)
         inner, outer = wrappers.innermost(optimizer), wrappers.stepped(optimizer)
-        refuse(method, checks.loop_problems(model, optimizer, method, total_steps))
+        refuse(method, checks.loop_problems(model, optimizer, method, total_steps, isinstance(method, TwoPassStep)))
         # The inner one carries the state. A wrapper, as Lookahead, may change gradients before it steps that.
         self._model, self._optimizer, self._stepped = model, inner, outer
         method.optimizer = inner
@@ -119,7 +120,7 @@ class LoopMethod:
         self.search = search
         self._held = {id(parameter) for parameter in parameters_of(self._optimizer)}
         self._orphans = assignment.orphans
-        method.follow(assignment.pairs[0], module, self._model)
+        method.take_pairs(assignment.pairs[0], module, self._model)
         self._device = method.pairs[0].B.device
         if self not in _RUNNING:
             refuse(method, method.pair_problems())
@@ -131,7 +132,7 @@ class LoopMethod:
         self.method.install()
         self._received.watch(self.method.pairs)
         # The loop itself says when the second of two passes runs.
-        if not self.method.takes_two_passes:
+        if not isinstance(self.method, TwoPassStep):
             self._gates.install(self.perturbation)
 
     def _leave_layers(self) -> None:

@@ -58,6 +58,7 @@ class EFMLoRA(LoopMethod):
     """
 
     kind = EFMLoRAStep
+    method: EFMLoRAStep
 
     @override
     def _use_gradients(self) -> None:
@@ -118,6 +119,7 @@ class FMLoRA(LoopMethod):
     """
 
     kind = FMLoRAStep
+    method: FMLoRAStep
     _passes_begun = 0
 
     @override
@@ -134,7 +136,7 @@ class FMLoRA(LoopMethod):
         """
         self._check_open()
         self._passes_begun += 1
-        if not self.method.ascends:
+        if not self.method.takes_ascent:
             yield nullcontext()
             return
         yield self._ascent()

@@ -13,8 +13,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.fmlora import FMLoRAModuleCallback
+from lightning_flatlora.callbacks.passes import takes_no_step
 from lightning_flatlora.callbacks.strategies import backward_without_sync
-from lightning_flatlora.callbacks.training_step import ZERO_LOSS, ends_window, loss_of, takes_no_step
+from lightning_flatlora.callbacks.training_step import ZERO_LOSS, ends_window, loss_of
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.methods.b_perturbation import FMLoRAStep
 from lightning_flatlora.methods.checks import choice_problems, integer_problems
@@ -39,9 +40,6 @@ _NOT_CALLED = {
 
 class FMLoRAModuleStep(FMLoRAStep):
     """FMLoRA's step under the module's name."""
-
-    title = "FMLoRAModule"
-    needs_one_optimizer = True
 
 
 class FMLoRASteps(_Base):
@@ -83,7 +81,6 @@ class FMLoRASteps(_Base):
                 more_problems=problems,
             )
         )
-        self.sync_ascent = sync_ascent
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
@@ -154,7 +151,7 @@ class FMLoRASteps(_Base):
         if batch_idx % self.accumulate_grad_batches == 0:
             # At the start of a window and not after the step, as Lightning does: hooks may read the last gradients.
             optimizer.zero_grad()
-            callback.source.forget_gradients()
+            callback.perturbing_method.forget_gradients()
         last = ends_window(trainer)
         with nullcontext() if last else backward_without_sync(trainer.strategy):
             output = self.compute_loss(batch, batch_idx)
@@ -169,7 +166,7 @@ class FMLoRASteps(_Base):
                 optimizer.step()
             else:
                 # Every batch of the window was skipped, and a loss scaler refuses a step without gradients.
-                callback.source.before_step()
+                callback.perturbing_method.before_step()
             callback.step_schedulers(trainer, "step", batch_idx)
         if trainer.is_last_batch:
             callback.step_schedulers(trainer, "epoch", self.current_epoch)

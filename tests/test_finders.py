@@ -43,7 +43,7 @@ def test_a_config_may_name_a_finder(monkeypatch: pytest.MonkeyPatch, written: An
     callback = {"class_path": "lightning_flatlora.EFMLoRA", "init_args": {"rho": 0.1, "finder": written}}
     settings = {"trainer.logger": False, "trainer.accelerator": "cpu", "trainer.callbacks": [callback]}
     cli = LightningCLI(BoringModel, run=False, args=settings, save_config_callback=None, seed_everything_default=False)
-    assert [each.finder for each in cli.trainer.callbacks if isinstance(each, EFMLoRA)] == [finder]
+    assert [each.method.finder for each in cli.trainer.callbacks if isinstance(each, EFMLoRA)] == [finder]
 
 
 @pytest.mark.parametrize("finder", [litgpt_pairs, torchtune_pairs, nemo_pairs])

@@ -272,7 +272,7 @@ def test_a_foreign_state_is_refused_in_words() -> None:
         with pytest.raises(MisconfigurationException, match="the state is not one that EFMLoRA has saved"):
             flat.load_state_dict(state)
     with pytest.raises(MisconfigurationException, match="the state is not one that EFMLoRA has saved"):
-        EFMLoRA(0.3).fit_methods.load_state_dict({"lr": 0.1})
+        EFMLoRA(0.3).per_optimizer.load_state_dict({"lr": 0.1})
     assert flat.step == 2
 
 

@@ -78,7 +78,7 @@ def test_following_keeps_what_is_known() -> None:
     before = perturbation.state_dict()["E"]
     rescaled = dataclasses.replace(pairs[1], scaling=10 * pairs[1].scaling)
     now = [pairs[0], rescaled, *pairs[2:]]
-    perturbation.follow(now)
+    perturbation.take_pairs(now)
     E = perturbation.state_dict()["E"]
     assert not E[pairs[0].name].any()
     torch.testing.assert_close(E[rescaled.name] * 10, before[rescaled.name])
@@ -90,7 +90,7 @@ def test_following_keeps_what_is_known() -> None:
     assert torch.equal(kept[pairs[0].name], first)
     torch.testing.assert_close(kept[rescaled.name], 0.75 * E[rescaled.name] + 0.25 * second)
     torch.testing.assert_close(kept[pairs[2].name], 0.75 * E[pairs[2].name] + 0.25 * third)
-    perturbation.follow(pairs[:1])
+    perturbation.take_pairs(pairs[:1])
     assert not is_installed(pairs[1].readers[0])
     perturbation.uninstall()
     assert not is_installed(model)
@@ -104,7 +104,7 @@ def test_a_state_that_waits_and_is_of_another_shape_is_refused() -> None:
     other = Perturbation(pairs[:1])
     other.load_state_dict(state, may_come=[pair.name for pair in pairs[1:]])
     with pytest.raises(ValueError, match=r"one\S* has shape \(6, 3\), in the checkpoint \(6, 1\)"):
-        other.follow(pairs)
+        other.take_pairs(pairs)
 
 
 def test_a_state_of_another_scaling_moves_the_weights_as_before() -> None:
@@ -115,9 +115,9 @@ def test_a_state_of_another_scaling_moves_the_weights_as_before() -> None:
     state["scalings"][name] = 3 * pairs[0].scaling
     other = Perturbation(pairs)
     other.load_state_dict(state)
-    other.follow(pairs)
+    other.take_pairs(pairs)
     torch.testing.assert_close(other.state_dict()["E"][name], 3 * state["E"][name])
-    other.follow(pairs)
+    other.take_pairs(pairs)
     torch.testing.assert_close(other.state_dict()["E"][name], 3 * state["E"][name])
 
 

@@ -105,7 +105,7 @@ def test_a_pair_that_has_left_reads_clean_while_somebody_else_keeps_its_reader()
     gone, stays = pairs[0].readers[0], pairs[1].readers[0]
     somebody_else = perturbed_read.Switch()
     perturbed_read.perturb(gone, torch.zeros_like(pairs[0].B), somebody_else)
-    perturbation.follow(pairs[1:])
+    perturbation.take_pairs(pairs[1:])
     perturbation.on()
     assert perturbed_read.shown(gone) is None
     assert perturbed_read.shown(stays) is not None

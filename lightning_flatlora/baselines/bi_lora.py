@@ -99,7 +99,6 @@ class BiLoRAStep(FullWeightStep):
         factors: every A2 and B2, in the order of the layers.
     """
 
-    title = "BiLoRA"
     fixed = ("rank", "seed")
     kind = _AuxiliaryPair
 
@@ -123,8 +122,8 @@ class BiLoRAStep(FullWeightStep):
         self.factors: list[nn.Parameter] = []
 
     @override
-    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
-        super().follow(pairs, module, wrapped)
+    def take_pairs(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
+        super().take_pairs(pairs, module, wrapped)
         self._give_pairs()
 
     def _give_pairs(self) -> None:

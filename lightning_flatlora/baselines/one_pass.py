@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.methods.checks import choice_problems, integer_problems
-from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.methods.step_method import OnePassStep
 from lightning_flatlora.output_terms import OutputTerm, output_terms
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, rows_of, trained_factors
 from lightning_flatlora.schedules import RhoSchedule
@@ -63,7 +63,7 @@ class RandomPerturbation(MethodCallback["RandomPerturbationStep"]):
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class FullWeightStep(StepMethod):
+class FullWeightStep(OnePassStep):
     """Base of methods that perturb whole weights, by terms of the layers' outputs.
 
     Attributes:
@@ -72,7 +72,6 @@ class FullWeightStep(StepMethod):
         drawn_at: the step for which they have been drawn, if so.
     """
 
-    rounded = ""
     works_sharded = False
     kind: ClassVar[type[OutputTerm]]
 
@@ -88,8 +87,8 @@ class FullWeightStep(StepMethod):
         self.terms: list[Any] = []
 
     @override
-    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
-        super().follow(pairs, module, wrapped)
+    def take_pairs(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
+        super().take_pairs(pairs, module, wrapped)
         self.off()
         self.terms = []
         self.drawn_at: int | None = None
@@ -100,6 +99,11 @@ class FullWeightStep(StepMethod):
             sizes = {factor: factor.numel() for factor in trained_factors(pairs)}
             left = sum(size for factor, size in sizes.items() if factor not in perturbed)
             self.share_left_out = left / sum(sizes.values())
+
+    @override
+    def install(self) -> None:
+        # Nothing to prepare, and no parameter is changed that could be rounded.
+        pass
 
     @property
     @override
@@ -121,7 +125,6 @@ class FullWeightStep(StepMethod):
 class RandomPerturbationStep(FullWeightStep):
     """The step of :class:`RandomPerturbation`, whose terms are the noise of each layer."""
 
-    title = "RandomPerturbation"
     rho_name = "sigma"
     fixed = ("seed",)
     kind = NoisyLayer
@@ -135,7 +138,7 @@ class RandomPerturbationStep(FullWeightStep):
         super().on()
 
 
-class BalancednessRegularization(MethodCallback["BalancednessStep"]):
+class BalancednessRegularization(MethodCallback["BalancednessRegularizationStep"]):
     r"""Scale A against B of every layer before each optimizer step, as SAM does implicitly (BAR), in one pass.
 
     .. math:: B \leftarrow (1 + \sigma\alpha\eta)\, B, \qquad A \leftarrow (1 - \sigma\alpha\eta)\, A
@@ -179,14 +182,13 @@ class BalancednessRegularization(MethodCallback["BalancednessStep"]):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(BalancednessStep(rho=alpha, kind=kind, adapter_name=adapter_name, finder=finder))
+        super().__init__(BalancednessRegularizationStep(rho=alpha, kind=kind, adapter_name=adapter_name, finder=finder))
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class BalancednessStep(StepMethod):
+class BalancednessRegularizationStep(OnePassStep):
     """The step of :class:`BalancednessRegularization`: no pass is perturbed, and the factors are scaled before it."""
 
-    title = "BalancednessRegularization"
     rho_name = "alpha"
     works_sharded = False
     fixed = ("kind",)

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.flatness import joint_ascent, moved
-from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.methods.step_method import TwoPassStep
 from lightning_flatlora.pairs.lora_pair import Finder, rows_of, trained_factors
 from lightning_flatlora.perturbed_read import AnyRef, as_ref, perturbed
 from lightning_flatlora.schedules import RhoSchedule
@@ -56,39 +56,35 @@ class SAM(MethodCallback["SAMStep"]):
         super().__init__(SAMStep(rho=rho, start_step=start_step, every_n_steps=every_n_steps, sync_ascent=sync_ascent))
 
 
-class SAMStep(StepMethod):
+class SAMStep(TwoPassStep):
     """The step of :class:`SAM`: it perturbs what the optimizer trains at the moment."""
 
-    title = "SAM"
     needs_pairs = False
-    needs_one_optimizer = True
-    rounded = "a weight"
-    takes_two_passes = True
     works_sharded = False
 
     @override
     def pair_problems(self) -> list[str]:
-        if not self.ascending:
+        if not self.ascent_parameters:
             return ["the optimizer holds no parameter that is trained: unfreeze what it should learn"]
         return super().pair_problems()
 
     @property
     @override
-    def followed(self) -> list[nn.Parameter]:
-        return self.ascending
+    def rate_parameters(self) -> list[nn.Parameter]:
+        return self.ascent_parameters
 
     @property
     @override
-    def ascending(self) -> list[nn.Parameter]:
+    def ascent_parameters(self) -> list[nn.Parameter]:
         if self.optimizer is None:
             return []
         return [parameter for parameter in parameters_of(self.optimizer) if parameter.requires_grad]
 
     @override
-    def ascend(self) -> AbstractContextManager[None]:
-        parameters = [parameter for parameter in self.ascending if parameter.grad is not None]
+    def perturb(self) -> AbstractContextManager[None]:
+        parameters = [parameter for parameter in self.ascent_parameters if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        for parameter in self.ascending:
+        for parameter in self.ascent_parameters:
             # A graph of the clean weights that outlives its pass must fail, not take the moved ones silently.
             torch.autograd.graph.increment_version(parameter)
         return moved(parameters, joint_ascent(gradients, self.current_rho))
@@ -146,23 +142,20 @@ class LoRASAM(MethodCallback["LoRASAMStep"]):
         )
 
 
-class LoRASAMStep(StepMethod):
+class LoRASAMStep(TwoPassStep):
     """The step of :class:`LoRASAM`."""
-
-    title = "LoRASAM"
-    takes_two_passes = True
 
     @property
     @override
-    def ascending(self) -> list[nn.Parameter]:
+    def ascent_parameters(self) -> list[nn.Parameter]:
         return trained_factors(self.pairs)
 
     @override
     @torch.no_grad()
-    def ascend(self) -> AbstractContextManager[None]:
+    def perturb(self) -> AbstractContextManager[None]:
         # Factors that stack, in the same order on every rank.
         groups: dict[object, list[nn.Parameter]] = defaultdict(list)
-        for factor in self.ascending:
+        for factor in self.ascent_parameters:
             groups[self.sharding.shape(factor), factor.dtype, factor.device].append(factor)
         # A gradient that is missing counts as zero.
         gradients = [self.sharding.stack(group, gradients=True) for group in groups.values()]

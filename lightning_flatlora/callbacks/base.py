@@ -10,11 +10,12 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks import strategies
 from lightning_flatlora.callbacks.methods_of_fit import MethodsOfFit, S, unfreezes_later
-from lightning_flatlora.callbacks.passes import OnePass, TwoPasses, two_pass_problems
+from lightning_flatlora.callbacks.passes import OnePass, TwoPasses, takes_no_step, two_pass_problems
 from lightning_flatlora.callbacks.patches import without_logging
-from lightning_flatlora.callbacks.training_step import horizon_problems, takes_no_step, takes_passes_itself
+from lightning_flatlora.callbacks.training_step import horizon_problems, takes_passes_itself
 from lightning_flatlora.compat import callbacks_of
 from lightning_flatlora.methods.checks import optimizer_problems, refuse, say_start
+from lightning_flatlora.methods.step_method import StepMethod, TwoPassStep
 from lightning_flatlora.pairs import merge_problems
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import RhoSchedule
@@ -30,24 +31,22 @@ class MethodCallback(Callback, Generic[S]):
     Settings other than rho are those of :attr:`method`, as ``callback.method.every_n_steps``.
 
     Attributes:
-        fit_methods: the methods of the optimizers, and the pairs that they train.
+        per_optimizer: the methods of the optimizers, and the pairs that they train.
         passes: what wraps the strategy's methods; None outside of a fit.
         patches: end with the fit what is put on the trainer for it.
-        scheduler: another of these callbacks that gives the passes their perturbation, if there is one.
 
     Args:
         method: with its settings.
     """
 
     def __init__(self, method: S) -> None:
-        self.fit_methods = MethodsOfFit(method)
+        self.per_optimizer = MethodsOfFit(method)
         self._begin()
 
     def _begin(self) -> None:
         """Set everything that belongs to one fit to what it is before the fit."""
         self._loaded: dict[str, Any] | None = None
         self.passes: Any = None
-        self.scheduler: Any = None
         self.patches = ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -55,7 +54,7 @@ class MethodCallback(Callback, Generic[S]):
         blank = object.__new__(type(self))
         blank.__dict__.update(self.__dict__)
         blank._begin()
-        blank.fit_methods = MethodsOfFit(self.method.for_another_optimizer())
+        blank.per_optimizer = MethodsOfFit(self.method.for_another_optimizer())
         blank._loaded = self.state_dict()
         return without_logging(blank)
 
@@ -67,17 +66,17 @@ class MethodCallback(Callback, Generic[S]):
     @property
     def methods(self) -> list[S]:
         """For each optimizer, what trains its pairs; nearly every run has one."""
-        return self.fit_methods.methods
+        return self.per_optimizer.methods
 
     @property
     def method(self) -> S:
         """The method of the first optimizer that trains pairs."""
-        return self.fit_methods.main
+        return self.per_optimizer.first
 
     @property
-    def source(self) -> S:
-        """The method that gives the passes their perturbation: another callback's, if that one schedules them."""
-        return (self.scheduler or self).method
+    def perturbing_method(self) -> StepMethod:
+        """The method that gives the passes their perturbation."""
+        return self.method
 
     @property
     def rho(self) -> float | RhoSchedule | None:
@@ -125,50 +124,47 @@ class MethodCallback(Callback, Generic[S]):
             return
         self._begin()
         # A further fit of the same Trainer continues. A checkpoint comes later, and brings its own count.
-        self.fit_methods.begin(continues=trainer.global_step > 0)
+        self.per_optimizer.begin(continues=trainer.global_step > 0)
         refuse(self, strategies.problems_before_wrapping(trainer))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.fit_methods.take(trainer.optimizers)
+        self.per_optimizer.take_optimizers(trainer.optimizers)
         alike = [each for each in callbacks_of(trainer) if type(each) is type(self)]
         # Adapters that have a callback each may be activated in turn.
-        self.fit_methods.may_come = len(alike) > 1 or unfreezes_later(trainer)
+        self.per_optimizer.may_come = len(alike) > 1 or unfreezes_later(trainer)
         problems = self.configuration_problems(trainer, pl_module)
         try:
-            self.fit_methods.find(trainer, pl_module, must_be_there=True)
+            self.per_optimizer.find(trainer, pl_module, must_be_there=True)
         except ValueError as error:
             problems.append(str(error))
         else:
-            problems += merge_problems(pl_module) + self.fit_methods.assignment_problems()
+            problems += merge_problems(pl_module) + self.per_optimizer.assignment_problems()
             for method in self.methods:
                 problems += method.pair_problems()
         if self.method.lacks_horizon:
             problems += horizon_problems(self.method.argument, trainer, pl_module)
         refuse(self, problems)
         pairs = list(chain.from_iterable(method.pairs for method in self.methods))
-        say_start(self.method, pairs, self.fit_methods.search)
+        say_start(self.method, pairs, self.per_optimizer.search)
         for method in self.methods:
             method.is_skipped_on_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None
             method.install()
-        kind = TwoPasses if self.method.takes_two_passes else OnePass
+        kind = TwoPasses if isinstance(self.method, TwoPassStep) else OnePass
         self.passes = kind(self, trainer)
         self.patches.callback(strategies.skip_clipping_without_gradients(trainer))
 
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """List what can't work about the trainer and its other callbacks; subclasses add their own."""
         method = self.methods[0]
-        problems = strategies.strategy_problems(trainer, method.sync_ascent, method.works_sharded)
+        takes_two_passes = isinstance(method, TwoPassStep)
+        sync_ascent = not isinstance(method, TwoPassStep) or method.sync_ascent
+        problems = strategies.strategy_problems(trainer, sync_ascent, method.works_sharded)
         others = [each for each in callbacks_of(trainer) if isinstance(each, MethodCallback) and each is not self]
         rivals = [type(each).__name__ for each in others if not (self.works_beside(each) or each.works_beside(self))]
         if rivals:
             problems.append(f"it perturbs the weights that {', '.join(rivals)} perturbs too: keep one")
-        if method.needs_one_optimizer and len(trainer.optimizers) != 1:
-            problems.append(
-                f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}: for several, use "
-                "manual optimization and the EFMLoRA callback"
-            )
-        if method.takes_two_passes and not takes_passes_itself(pl_module):
+        if takes_two_passes and not takes_passes_itself(pl_module):
             problems += two_pass_problems(pl_module)
         return problems + optimizer_problems(trainer.optimizers)
 
@@ -180,8 +176,8 @@ class MethodCallback(Callback, Generic[S]):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loaded is not None:
             state, self._loaded = self._loaded, None
-            self.fit_methods.load_state_dict(state)
-        self.fit_methods.set_horizon(trainer)
+            self.per_optimizer.load_state_dict(state)
+        self.per_optimizer.set_horizon(trainer)
         # Not earlier: to restore an optimizer of FSDP2, PyTorch takes a step that changes nothing.
         self.passes.watch_steps()
 
@@ -196,8 +192,8 @@ class MethodCallback(Callback, Generic[S]):
         """Search the model in the first batch of an epoch."""
         if self.passes.is_stale:
             self.passes.is_stale = False
-            self.fit_methods.find(trainer, pl_module)
-            self.fit_methods.install_again()
+            self.per_optimizer.find(trainer, pl_module)
+            self.per_optimizer.install_again()
             self.passes.look_again()
 
     # -- a step
@@ -220,13 +216,13 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.fit_methods.warn_without_effect()
+        self.per_optimizer.warn_without_effect()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What another callback was to give to an optimizer.
-        left = [pair.name for pair in self.fit_methods.assignment.orphans]
-        if left and self.fit_methods.may_come and self.method.pairs:
+        left = [pair.name for pair in self.per_optimizer.assignment.orphans]
+        if left and self.per_optimizer.may_come and self.method.pairs:
             self.method.warn(f"{len(left)} pairs, {left[0]} among them, came into no optimizer and were not perturbed")
 
     def uninstall(self) -> None:
@@ -281,12 +277,12 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.fit_methods.state_dict() if self._loaded is None else self._loaded
+        return self.per_optimizer.state_dict() if self._loaded is None else self._loaded
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # The pairs are known in a fit only, in the middle of which a tuner restores the state that it began with.
         if self.passes is not None:
-            self.fit_methods.load_state_dict(state_dict)
+            self.per_optimizer.load_state_dict(state_dict)
         else:
             self._loaded = state_dict

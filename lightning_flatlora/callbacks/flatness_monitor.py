@@ -8,7 +8,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.callbacks.fmlora import EFMLoRA, FMLoRA, FMLoRAModuleCallback
 from lightning_flatlora.callbacks.methods_of_fit import unfreezes_later
 from lightning_flatlora.callbacks.patches import without_logging
@@ -265,7 +264,7 @@ class FlatnessMonitor(Callback):
 
 def _method_of(trainer: Trainer) -> Any:
     """Find the method whose settings are taken, or None; EFMLoRA also schedules an FMLoRAModule, so it comes first."""
-    callback: MethodCallback[Any] | None = (
+    callback: Any = (
         callback_of(trainer, EFMLoRA) or callback_of(trainer, FMLoRA) or callback_of(trainer, FMLoRAModuleCallback)
     )
     return callback.method if callback else None

@@ -149,10 +149,21 @@ class FMLoRAModuleCallback(MethodCallback[FMLoRAStep]):
     pl_module is Any use what an FMLoRAModule has and a LightningModule has not.
 
     Attributes:
+        efmlora: the EFMLoRA callback that schedules the module's passes, if there is one.
         is_set_up: whether the module has given this callback to the Trainer, also while a tuner has taken it out.
     """
 
     is_set_up = False
+
+    @override
+    def _begin(self) -> None:
+        super()._begin()
+        self.efmlora: EFMLoRA | None = None
+
+    @property
+    @override
+    def perturbing_method(self) -> FMLoRAStep | EFMLoRAStep:
+        return self.method if self.efmlora is None else self.efmlora.method
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -179,6 +190,11 @@ class FMLoRAModuleCallback(MethodCallback[FMLoRAStep]):
     @override
     def configuration_problems(self, trainer: Trainer, pl_module: Any) -> list[str]:
         problems: list[str] = super().configuration_problems(trainer, pl_module) + pl_module._subclass_problems()
+        if len(trainer.optimizers) != 1:
+            problems.append(
+                f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}: for several, use "
+                "manual optimization and the EFMLoRA callback"
+            )
         if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
             problems.append(
                 "ReduceLROnPlateau waits for a metric that FMLoRAModule does not give it: leave it out of "
@@ -186,7 +202,7 @@ class FMLoRAModuleCallback(MethodCallback[FMLoRAStep]):
             )
         if sum(isinstance(callback, EFMLoRA) for callback in callbacks_of(trainer)) > 1:
             problems.append("one EFMLoRA can schedule the module's passes: keep one")
-        return problems if self.scheduler is None else problems + self._problems_beside(self.scheduler, trainer)
+        return problems if self.efmlora is None else problems + self._problems_beside(self.efmlora, trainer)
 
     def _problems_beside(self, efmlora: EFMLoRA, trainer: Trainer) -> list[str]:
         """List what can't work with the EFMLoRA callback that schedules the passes."""
@@ -204,18 +220,18 @@ class FMLoRAModuleCallback(MethodCallback[FMLoRAStep]):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.scheduler = callback_of(trainer, EFMLoRA)
+        self.efmlora = callback_of(trainer, EFMLoRA)
         # EFMLoRA finds the pairs and has their perturbation.
-        self.fit_methods.needs_pairs = self.scheduler is None
+        self.per_optimizer.needs_pairs = self.efmlora is None
         super().on_fit_start(trainer, pl_module)
-        if self.scheduler is not None:
-            self.scheduler.method.schedules_module = True
+        if self.efmlora is not None:
+            self.efmlora.method.schedules_module = True
 
     @override
     def look_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Its pairs say whether the step ascends, and it may have wrapped the strategy's methods inside of ours.
-        if self.scheduler is not None:
-            self.scheduler.look_again(trainer, pl_module)
+        if self.efmlora is not None:
+            self.efmlora.look_again(trainer, pl_module)
         super().look_again(trainer, pl_module)
 
     @override

@@ -64,6 +64,7 @@ class MethodsOfFit(Generic[S]):
 
     Attributes:
         methods: in the order of the optimizers.
+        first: that of the first optimizer that trains pairs.
         search: the pairs of the model, and what was left out, as they were at the last search.
         assignment: which optimizer trains which pair.
         needs_pairs: whether the model is searched for pairs.
@@ -77,17 +78,13 @@ class MethodsOfFit(Generic[S]):
         self.needs_pairs = method.needs_pairs
         self.begin(continues=False)
 
-    @property
-    def main(self) -> S:
-        """The method of the first optimizer that trains pairs."""
-        return next((method for method in self.methods if method.pairs), self.methods[0])
-
     def begin(self, continues: bool) -> None:
         """Forget the last fit, except for the counts if this one continues it."""
         self.search = PairSearch([], [])
         self.assignment = PairAssignment([], [], [], set())
         # Whether another callback has the task of unfreezing or activating pairs later.
         self.may_come = False
+        self.first = self.methods[0]
         for method in self.methods:
             count = method.step, method.initial_lr
             method.reset()
@@ -95,7 +92,7 @@ class MethodsOfFit(Generic[S]):
             if continues:
                 method.step, method.initial_lr = count
 
-    def take(self, optimizers: Sequence[Optimizer]) -> None:
+    def take_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """Have one method for each optimizer; those of the last fit keep their counts."""
         while len(self.methods) < len(optimizers):
             self.methods.append(self.methods[0].for_another_optimizer())
@@ -103,18 +100,19 @@ class MethodsOfFit(Generic[S]):
         for index, optimizer in enumerate(optimizers):
             self.methods[index].optimizer = optimizer
             self.methods[index].place = f" of optimizer {index}" if len(optimizers) > 1 else ""
+        self.first = self.methods[0]
 
     def set_horizon(self, trainer: Trainer) -> None:
         """Take the number of optimizer steps of the run, which is known once the loaders are set up."""
         for method in self.methods:
             method.horizon = optimizer_steps(trainer)
-        method = self.main
+        method = self.first
         if not method.lacks_horizon:
             return
         if math.isinf(method.horizon):
             refuse(method, [f"{method.argument} spreads over an endless run: set total_steps, max_steps or max_epochs"])
-        # No count has come with a checkpoint. Next to EFMLoRA an FMLoRAModule's callback follows nothing.
-        if method.followed and method.step == 0 and trainer.global_step > 0:
+        # No count has come with a checkpoint. Next to EFMLoRA an FMLoRAModule's callback has no pairs.
+        if method.rate_parameters and method.step == 0 and trainer.global_step > 0:
             method.warn(
                 f"it was not part of this run until now, at step {trainer.global_step} of {method.horizon:g}. "
                 f"{method.argument} begins now and will not end: set its total_steps to the steps that are left"
@@ -139,7 +137,8 @@ class MethodsOfFit(Generic[S]):
             raise NoPairsError(nothing_found(module, adapter_name, finder, self.search))
         self.assignment = assign_pairs(self.search, trainer.optimizers)
         for method, pairs in zip(self.methods, self.assignment.pairs, strict=False):
-            method.follow(pairs, module, trainer.strategy.model or module)
+            method.take_pairs(pairs, module, trainer.strategy.model or module)
+        self.first = next((method for method in self.methods if method.pairs), self.methods[0])
 
     def assignment_problems(self) -> list[str]:
         """List what can't work with the optimizers that hold the pairs."""
@@ -165,15 +164,15 @@ class MethodsOfFit(Generic[S]):
 
     def install_again(self) -> None:
         """Prepare the layers of pairs that a later search has found, and warn of what can't work with them."""
-        self.main.warn(*(f"{each}. Until then these pairs are not perturbed" for each in self.assignment_problems()))
+        self.first.warn(*(f"{each}. Until then these pairs are not perturbed" for each in self.assignment_problems()))
         for method in self.methods:
             method.install()
             method.warn(*(f"{each}. Until then the first group's is followed" for each in method.rate_problems()))
 
     def warn_without_effect(self) -> None:
         """Say, at the end of an epoch, why nothing was perturbed, if this is so."""
-        if self.needs_pairs and not self.main.pairs:
-            self.main.warn(
+        if self.needs_pairs and not self.first.pairs:
+            self.first.warn(
                 "no pair is trained now, so nothing is perturbed: every B is frozen, in no optimizer, or computed from "
                 "other parameters, as by pruning. What is unfrozen later is perturbed from the next epoch on"
             )
@@ -185,8 +184,8 @@ class MethodsOfFit(Generic[S]):
     def state_dict(self) -> dict[str, Any]:
         """Give the state of all methods; with one optimizer it lies at the top level, as in a loop."""
         if len(self.methods) == 1:
-            return self.main.state_dict()
-        return {"step": self.main.step, "optimizers": [method.state_dict() for method in self.methods]}
+            return self.first.state_dict()
+        return {"step": self.first.step, "optimizers": [method.state_dict() for method in self.methods]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a :meth:`state_dict`.
@@ -198,8 +197,8 @@ class MethodsOfFit(Generic[S]):
         # One state, as of a loop or before the optimizers were known, is that of the first optimizer's pairs.
         if len(states) not in (1, len(self.methods)):
             problem = f"the checkpoint has {len(states)} optimizers, this run {len(self.methods)}: configure as many"
-            refuse(self.main, [problem])
-        methods = [self.main] if len(states) == 1 else self.methods
+            refuse(self.first, [problem])
+        methods = [self.first] if len(states) == 1 else self.methods
         for method, of_method in zip(methods, states, strict=True):
             # Another optimizer's pairs have their own state.
             known = set(self.search.names)

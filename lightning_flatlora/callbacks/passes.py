@@ -6,7 +6,7 @@ another callback runs while the layers read perturbed weights in automatic optim
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,12 +17,18 @@ from torch.optim import Optimizer
 
 from lightning_flatlora.callbacks.patches import put_on_instance, silenced
 from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, synchronizes
-from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, takes_no_step, window_of
+from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, window_of
 from lightning_flatlora.methods.checks import SEVERAL_GRADIENTS, refuse
 from lightning_flatlora.methods.put_back import copied_batch
-from lightning_flatlora.methods.replay import Replay
-from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.methods.replay import GivesPerturbation, Replay
+from lightning_flatlora.methods.step_method import OnePassStep, StepMethod
 from lightning_flatlora.sharding import is_sharded
+
+
+def takes_no_step(trainer: Trainer) -> bool:
+    """Say whether batches only update BatchNorm's statistics now, as in the epoch that weight averaging (SWA) adds."""
+    # Private, but Lightning says it nowhere else: StochasticWeightAveraging sets it for the epoch that it adds.
+    return bool(trainer.fit_loop._skip_backward)
 
 
 class Passes:
@@ -39,7 +45,7 @@ class Passes:
 
     def __init__(self, owner: Any, trainer: Trainer) -> None:
         self.owner, self.trainer = owner, trainer
-        self.methods: list[StepMethod] = owner.methods
+        self.methods: Sequence[StepMethod] = owner.methods
         # Those that a step of Lightning's has brought so far; None outside of such a step.
         self._gradients: int | None = None
         # From the start, since a run that is resumed within an epoch calls no hook at its start.
@@ -130,6 +136,8 @@ class OnePass(Passes):
     In manual optimization the perturbation lasts until the end of training_step, except for optimizer steps.
     """
 
+    methods: Sequence[OnePassStep]
+
     def __init__(self, owner: Any, trainer: Trainer) -> None:
         super().__init__(owner, trainer)
         self._is_inside = False
@@ -192,17 +200,18 @@ class TwoPasses(Passes):
 
     def look_again(self) -> None:
         """Find whose perturbation the second pass has, and what a step may write, before the first pass of an epoch."""
-        self.method: StepMethod = self.owner.source
+        self.method: GivesPerturbation = self.owner.perturbing_method
         trainer = self.trainer
+        self._stays_local = ascent_stays_local(trainer, self.method.sync_ascent)
         self._replay = Replay(trainer.lightning_module, trainer.optimizers, is_sharded(trainer.strategy.model))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the first forward pass, at the clean weights."""
-        if not self.method.ascends:
+        if not self.method.takes_ascent:
             return self._original_training_step(*args, **kwargs)
         self._arguments = copied_batch(args)
         self._replay.first_pass_starts(self.trainer.lightning_module.device)
-        if ends_window(self.trainer) and ascent_stays_local(self.trainer, self.method.sync_ascent):
+        if self._stays_local and ends_window(self.trainer):
             # Before the forward, in which DDP decides whether the backward is going to average.
             self._local_ascent.enter_context(backward_without_sync(self.trainer.strategy))
         output = self._original_training_step(*args, **kwargs)

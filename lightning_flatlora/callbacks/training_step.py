@@ -46,12 +46,6 @@ def leave_batch_out(trainer: Trainer, name: str) -> None:
     rank_zero_warn(f"{what}: the batch is left out. If this comes often, rho may be too large")
 
 
-def takes_no_step(trainer: Trainer) -> bool:
-    """Say whether batches only update BatchNorm's statistics now, as in the epoch that weight averaging (SWA) adds."""
-    # Private, but Lightning says it nowhere else: StochasticWeightAveraging sets it for the epoch that it adds.
-    return bool(trainer.fit_loop._skip_backward)
-
-
 def takes_passes_itself(module: LightningModule) -> bool:
     """Say whether a module is an FMLoRAModule, under either name of Lightning."""
     return getattr(module, "_takes_passes_itself", False)

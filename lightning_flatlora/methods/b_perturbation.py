@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.methods.checks import choice_problems
-from lightning_flatlora.methods.step_method import StepMethod
-from lightning_flatlora.pairs.lora_pair import LoRAPair
+from lightning_flatlora.methods.step_method import OnePassStep, StepMethod, TwoPassStep
+from lightning_flatlora.pairs.lora_pair import LoRAPair, trained_factors
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 from lightning_flatlora.schedules import is_size
 
@@ -42,9 +42,9 @@ class BPerturbationStep(StepMethod):
         self.perturbation = Perturbation([], self.estimator, self.norm_scope)
 
     @override
-    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
-        super().follow(pairs, module, wrapped)
-        self.perturbation.follow(pairs, self.sharding)
+    def take_pairs(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
+        super().take_pairs(pairs, module, wrapped)
+        self.perturbation.take_pairs(pairs, self.sharding)
 
     @override
     def install(self) -> None:
@@ -56,31 +56,32 @@ class BPerturbationStep(StepMethod):
     def close(self) -> None:
         self.perturbation.uninstall()
 
-    @override
-    def ascend(self) -> AbstractContextManager[None]:
-        self.perturbation.assign(self.perturbation.ascend(self.current_rho, at_perturbed=False))
-        return self.perturbation.applied()
-
-    @override
-    def restore(self, state: dict[str, Any], known: Collection[str]) -> None:
-        saved = state.get("perturbation")
-        if saved and saved["E"]:
-            # If there is no pair yet, all that are saved may come.
-            self.perturbation.load_state_dict(saved, known if self.pairs else saved["E"])
-
-
-class FMLoRAStep(BPerturbationStep):
-    """Two passes per step: E from the gradient of the first, at the clean B, and the step's gradient at B + E."""
-
-    title = "FMLoRA"
-    takes_two_passes = True
+    @property
+    def ascent_parameters(self) -> list[nn.Parameter]:
+        """The trained factors whose gradients give E, in the same order on every rank."""
+        return trained_factors([pair for pair in self.pairs if pair.B.requires_grad])
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class EFMLoRAStep(BPerturbationStep):
+class FMLoRAStep(BPerturbationStep, TwoPassStep):
+    """Two passes per step: E from the gradient of the first, at the clean B, and the step's gradient at B + E."""
+
+    @property
+    @override
+    def takes_ascent(self) -> bool:
+        return self.perturbation.learns and self.refreshes and self.current_rho > 0
+
+    @override
+    def perturb(self) -> AbstractContextManager[None]:
+        self.perturbation.assign(self.perturbation.ascend(self.current_rho, at_perturbed=False))
+        return self.perturbation.applied()
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class EFMLoRAStep(BPerturbationStep, OnePassStep):
     """One pass per step, at B + Ê; the step's own gradient moves Ê.
 
-    Next to an FMLoRAModule, which takes the passes, :meth:`ascend` gives the fresh E of a micro-batch, and Ê moves by
+    Next to an FMLoRAModule, which takes the passes, :meth:`perturb` gives the fresh E of a micro-batch, and Ê moves by
     the mean of those of the step.
 
     Attributes:
@@ -88,12 +89,11 @@ class EFMLoRAStep(BPerturbationStep):
         schedules_module: whether an FMLoRAModule takes the passes.
     """
 
-    title = "EFMLoRA"
     takes_several_optimizers = True
+    # Next to an FMLoRAModule.
+    sync_ascent: ClassVar[bool] = True
 
     beta: float = 0.9
-    # No argument: the step's own gradient is averaged over the ranks already.
-    sync_ascent: bool = field(default=True, init=False)
 
     @override
     def argument_problems(self) -> list[str]:
@@ -113,8 +113,8 @@ class EFMLoRAStep(BPerturbationStep):
     @property
     @override
     def perturbs(self) -> bool:
-        # The first of two passes reads the clean B, and the second has its own perturbation, see ascend().
-        if not self.perturbation.may_be_nonzero or (self.schedules_module and self.ascends):
+        # The first of two passes reads the clean B, and the second has its own perturbation, see perturb().
+        if not self.perturbation.may_be_nonzero or (self.schedules_module and self.takes_ascent):
             return False
         # A frozen B is read clean in any case, and may be frozen for a part of a step only, as by toggle_optimizer. The
         # views that FSDP1's layers read don't know whether it is frozen.
@@ -141,11 +141,18 @@ class EFMLoRAStep(BPerturbationStep):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "perturbation": self.perturbation.state_dict()}
 
+    @override
+    def restore(self, state: dict[str, Any], known: Collection[str]) -> None:
+        saved = state["perturbation"]
+        if saved["E"]:
+            # If there is no pair yet, all that are saved may come.
+            self.perturbation.load_state_dict(saved, known if self.pairs else saved["E"])
+
     # -- next to an FMLoRAModule
 
     @property
-    @override
-    def ascends(self) -> bool:
+    def takes_ascent(self) -> bool:
+        """Whether the module's coming step takes two passes."""
         # With rho = 0 the step is plain, unless there is an average, which the zero perturbation must move.
         return bool(self.pairs) and self.refreshes and (self.perturbation.may_be_nonzero or self.current_rho > 0)
 
@@ -154,8 +161,8 @@ class EFMLoRAStep(BPerturbationStep):
         self._sum: FreshPerturbation | None = None
         self._ascents = 0
 
-    @override
-    def ascend(self) -> AbstractContextManager[None]:
+    def perturb(self) -> AbstractContextManager[None]:
+        """Take a micro-batch's E from the module's first pass, for its second."""
         fresh = self.perturbation.ascend(self.current_rho, at_perturbed=False)
         self._ascents += 1
         if self._sum is None:

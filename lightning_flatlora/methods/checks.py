@@ -29,14 +29,13 @@ def finder_problems(finder: object, adapter_name: object) -> list[str]:
     return problems
 
 
-def rounding_problems(what: str, parameters: Iterable[nn.Parameter]) -> list[str]:
+def rounding_problems(parameters: Iterable[nn.Parameter]) -> list[str]:
     """Say that a small perturbation of parameters that are stored in 16 bits may be lost, if any are."""
     low = [p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
-    if not low or not what:
+    if not low:
         return []
-    return [
-        f"{what} is kept in {low[0]}, which may round a small change away. Use float32, as with precision='bf16-mixed'."
-    ]
+    problem = f"a parameter that is perturbed is kept in {low[0]}, which may round a small change away"
+    return [f"{problem}: use float32, as with precision='bf16-mixed'"]
 
 
 def integer_problems(name: str, value: object, least: int) -> list[str]:
@@ -78,16 +77,16 @@ def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
     return problems
 
 
-def loop_problems(model: object, optimizer: Any, method: Any, total_steps: object) -> list[str]:
+def loop_problems(model: object, optimizer: Any, method: Any, total_steps: object, takes_two_passes: bool) -> list[str]:
     """List what can't work in a loop, as far as it is known before the search for pairs."""
     problems = [] if total_steps is None else integer_problems("total_steps", total_steps, 1)
     if not isinstance(model, nn.Module) or wrappers.stepped(optimizer) is None:
         given = f"{type(model).__name__} and {type(optimizer).__name__}"
         return [*problems, f"the first two arguments must be a model and its torch.optim.Optimizer, got {given}"]
-    first_pass = [f"{method.title}'s first pass"] if method.takes_two_passes else []
+    first_pass = [f"{method.title}'s first pass"] if takes_two_passes else []
     problems += wrappers.wrapping_problems(model, first_pass)
     problems += optimizer_problems([wrappers.innermost(optimizer)])
-    if not method.sync_ascent and is_sharded(model):
+    if takes_two_passes and not method.sync_ascent and is_sharded(model):
         problems.append("sync_ascent=False needs each rank's own gradient, which FSDP does not keep")
     if method.lacks_horizon and total_steps is None:
         problems.append(f"{method.argument} spreads over the run, whose length a loop does not say: set total_steps")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -11,9 +12,23 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_flatlora.methods.put_back import PutBack, buffers_of, metrics_on_copies, own_attributes, random_state
-from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.sharding import average_gradients
 from lightning_flatlora.wrappers import parameters_of
+
+
+class GivesPerturbation(Protocol):
+    """What gives a second pass its perturbation: a TwoPassStep, or an EFMLoRAStep next to an FMLoRAModule."""
+
+    @property
+    def sync_ascent(self) -> bool: ...  # noqa: D102
+
+    @property
+    def takes_ascent(self) -> bool: ...  # noqa: D102
+
+    @property
+    def ascent_parameters(self) -> list[nn.Parameter]: ...  # noqa: D102
+
+    def perturb(self) -> AbstractContextManager[None]: ...  # noqa: D102
 
 
 class Replay:
@@ -65,7 +80,7 @@ class Replay:
         self._marks = list(map(_mark_of, self._watched))
 
     @contextmanager
-    def ascent(self, method: StepMethod, is_averaged: bool) -> Iterator[None]:
+    def ascent(self, method: GivesPerturbation, is_averaged: bool) -> Iterator[None]:
         """Inside, the first backward leaves the gradient from which the second pass gets its perturbation.
 
         Gradients begin anew inside, so that the ascent's stand alone; afterwards those from before are back.
@@ -83,8 +98,8 @@ class Replay:
         try:
             yield
             if method.sync_ascent and not is_averaged:
-                average_gradients(method.ascending)
-            self.at_perturbed_weights = method.ascend()
+                average_gradients(method.ascent_parameters)
+            self.at_perturbed_weights = method.perturb()
         finally:
             # Listed again, because hooks of the backward may have given the optimizer new parameters.
             for parameter in self._holders():

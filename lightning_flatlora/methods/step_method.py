@@ -2,6 +2,7 @@
 
 import copy
 import math
+from abc import abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, InitVar, dataclass, field
@@ -9,10 +10,10 @@ from typing import Any, ClassVar
 
 from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from lightning_flatlora.methods import checks
-from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, trained_factors
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule, is_size
 from lightning_flatlora.sharding import Sharding, sharding_of
@@ -27,11 +28,10 @@ STEPS_UNTIL_WARNING = 100
 class StepMethod:
     """A method for the LoRA pairs of one optimizer; subclasses say what is perturbed, and when.
 
-    Whoever runs the loop gives it the pairs (:meth:`follow`), runs the passes of a step as ``takes_two_passes`` says,
-    and calls :meth:`before_step` when the gradients of a step are complete.
+    Whoever runs the loop gives it the pairs (:meth:`take_pairs`), runs the passes of a step as :class:`OnePassStep` or
+    :class:`TwoPassStep` says, and calls :meth:`before_step` when the gradients of a step are complete.
 
     Attributes:
-        title: the name of the method as users write it, for messages.
         rho: the size of the perturbation, a number or a schedule over optimizer steps, as it was given.
         optimizer: the one that trains the pairs; only its ``param_groups`` are read.
         place: says in messages which optimizer this is, if there are several.
@@ -49,16 +49,11 @@ class StepMethod:
     makes it.
     """
 
-    title: ClassVar[str]
     rho_name: ClassVar[str] = "rho"
     needs_pairs: ClassVar[bool] = True
-    needs_one_optimizer: ClassVar[bool] = False
-    takes_two_passes: ClassVar[bool] = False
     takes_several_optimizers: ClassVar[bool] = False
     works_sharded: ClassVar[bool] = True
     fixed: ClassVar[tuple[str, ...]] = ()
-    # What is moved in its own dtype, in words; empty if nothing is.
-    rounded: ClassVar[str] = "B"
 
     rho: float | RhoSchedule | None
     _: KW_ONLY
@@ -67,7 +62,6 @@ class StepMethod:
     every_n_steps: int = 1
     adapter_name: str | None = None
     finder: Finder | None = None
-    sync_ascent: bool = True
     perturbation: Perturbation | None = field(default=None, init=False)
 
     def __post_init__(self, more_problems: Sequence[str]) -> None:
@@ -86,6 +80,11 @@ class StepMethod:
         if isinstance(rho, RhoSchedule) or is_size(rho):
             return []
         return [f"{self.rho_name} must be a finite number >= 0 or a RhoSchedule, got {rho!r}"]
+
+    @property
+    def title(self) -> str:
+        """The name of the method as users write it, for messages."""
+        return type(self).__name__.removesuffix("Step")
 
     def argument_problems(self) -> list[str]:
         """List what is wrong with a subclass's own settings."""
@@ -115,7 +114,7 @@ class StepMethod:
 
     # -- the pairs
 
-    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
+    def take_pairs(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
         """Take the pairs that the optimizer holds now, maybe none; those that stay keep their state.
 
         ``wrapped`` is the module in what a strategy or a loop has put around it, which says how ranks share factors. A
@@ -126,11 +125,10 @@ class StepMethod:
 
     def install(self) -> None:
         """Let the layers be able to read perturbed weights, after all checks, and say what may be rounded away."""
-        self.warn(*checks.rounding_problems(self.rounded, self.followed))
+        self.warn(*checks.rounding_problems(self.rate_parameters))
 
     def close(self) -> None:
         """Leave no trace on the layers; what a checkpoint needs stays."""
-        self.off()
 
     # -- rho
 
@@ -151,7 +149,7 @@ class StepMethod:
     def current_rho(self) -> float:
         """The number that rho is in the coming step."""
         share = 1.0
-        groups = self._followed_groups()
+        groups = self._rate_groups()
         if groups:
             # Not only None: a hand-written warm-up may start at 0.
             if not self.initial_lr:
@@ -176,21 +174,21 @@ class StepMethod:
         return self.schedule.needs_horizon and getattr(self.schedule, "total_steps", None) is None
 
     @property
-    def followed(self) -> list[nn.Parameter]:
+    def rate_parameters(self) -> list[nn.Parameter]:
         """The parameters whose learning rate a schedule may follow."""
         return [pair.B for pair in self.pairs]
 
-    def _followed_groups(self) -> list[dict[str, Any]]:
+    def _rate_groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups whose learning rate rho follows."""
         if not self.schedule.needs_learning_rate or self.optimizer is None:
             return []
-        identities = {id(parameter) for parameter in self.followed}
+        identities = {id(parameter) for parameter in self.rate_parameters}
         groups = self.optimizer.param_groups
         return [group for group in groups if not identities.isdisjoint(map(id, group["params"]))]
 
     def rate_problems(self) -> list[str]:
         """List why rho can't follow the learning rate, if it is to do so."""
-        groups, problems = self._followed_groups(), []
+        groups, problems = self._rate_groups(), []
         follows = f"{self.argument} follows the learning rate"
         if any(isinstance(group["lr"], Tensor) for group in groups):
             problems.append(f"{follows}, a tensor here: give the optimizer a float, or choose another schedule")
@@ -202,35 +200,7 @@ class StepMethod:
         """List what can't work with the pairs that were found; subclasses add their own."""
         return self.rate_problems()
 
-    # -- the passes of a step
-
-    @property
-    def perturbs(self) -> bool:
-        """Whether the coming pass of a one-pass method reads perturbed weights."""
-        return False
-
-    def on(self) -> None:
-        """Let the layers read perturbed weights; for methods of one pass."""
-
-    def off(self) -> None:
-        """Let the layers read the clean weights."""
-
-    @property
-    def ascends(self) -> bool:
-        """Whether the coming step of a two-pass method takes two passes; with a rho of 0 it is a plain step."""
-        return bool(self.ascending) and self.refreshes and self.current_rho > 0
-
-    @property
-    def ascending(self) -> list[nn.Parameter]:
-        """The trained parameters whose gradients give the perturbation, in the same order on every rank."""
-        return trained_factors([pair for pair in self.pairs if pair.B.requires_grad])
-
-    def ascend(self) -> AbstractContextManager[None]:
-        """Take the perturbation from the first pass's gradients; it is zero if one of them is not finite.
-
-        The layers read perturbed weights inside the context, and after it, whatever happens, the clean ones.
-        """
-        raise NotImplementedError(f"{self.title} takes one pass")
+    # -- a step
 
     def before_step(self) -> None:
         """Use the gradients of the coming optimizer step, and count it."""
@@ -301,3 +271,51 @@ class StepMethod:
 
     def restore(self, state: dict[str, Any], known: Collection[str]) -> None:
         """Take what a subclass has added to the state; a ValueError says that it belongs to other pairs."""
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class OnePassStep(StepMethod):
+    """A method whose one pass may read perturbed weights; by default it reads the clean ones."""
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether the coming pass reads perturbed weights."""
+        return False
+
+    def on(self) -> None:
+        """Let the layers read perturbed weights."""
+
+    def off(self) -> None:
+        """Let the layers read the clean weights."""
+
+    @override
+    def close(self) -> None:
+        self.off()
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class TwoPassStep(StepMethod):
+    """A method that takes its perturbation from the gradients of a first pass, and the step's gradients from a second.
+
+    Attributes:
+        sync_ascent: whether the first pass's gradients are averaged over the ranks.
+    """
+
+    sync_ascent: bool = True
+
+    @property
+    def takes_ascent(self) -> bool:
+        """Whether the coming step takes two passes; with a rho of 0 it is a plain step."""
+        return bool(self.ascent_parameters) and self.refreshes and self.current_rho > 0
+
+    @property
+    @abstractmethod
+    def ascent_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters whose gradients give the perturbation, in the same order on every rank."""
+
+    @abstractmethod
+    def perturb(self) -> AbstractContextManager[None]:
+        """Take the perturbation from the first pass's gradients; it is zero if one of them is not finite.
+
+        The layers read perturbed weights inside the context, and after it, whatever happens, the clean ones.
+        """

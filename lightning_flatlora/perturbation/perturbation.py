@@ -72,14 +72,14 @@ class Perturbation:
         self._waiting: dict[str, PairState] = {}
         self.pairs: list[LoRAPair] = []
         self._stacks: list[PairStack] = []
-        self.follow(pairs, sharding)
+        self.take_pairs(pairs, sharding)
 
     def _states(self) -> Iterator[tuple[LoRAPair, PairState]]:
         """Every pair with its state."""
         for stack in self._stacks:
             yield from stack.states()
 
-    def follow(self, pairs: list[LoRAPair], sharding: Sharding | None = None) -> None:
+    def take_pairs(self, pairs: list[LoRAPair], sharding: Sharding | None = None) -> None:
         """Continue with the pairs that the model has now: those that stay keep their E, new ones start at zero.
 
         If a pair's scaling s has changed, s E stays what it was, and with it the perturbation of the full weight. The
@@ -261,7 +261,7 @@ class Perturbation:
 
         Args:
             state: of this or another process.
-            may_come: names of pairs that the model has and does not train yet; their state waits for :meth:`follow`.
+            may_come: names of pairs that the model has and does not train yet; their state waits for them.
 
         Raises:
             ValueError: the state belongs to other pairs; the message says which are missing, new or of another shape.

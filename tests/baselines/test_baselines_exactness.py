@@ -118,9 +118,9 @@ def moved_weights(of_factors: bool, refactor: bool) -> list[Tensor]:
     loss(net, BATCH).backward()
     before = [pair.scaling * pair.B @ pair.A for pair in pairs]
     method = (LoRASAM(0.1) if of_factors else FMLoRA(0.1)).method
-    method.follow(pairs, net, net)
+    method.take_pairs(pairs, net, net)
     method.install()
-    with method.ascend():
+    with method.perturb():
         moved = [p.scaling * p.readers[0].weight @ p.A_readers[0].weight for p in pairs]
     method.close()
     return [(new - old).detach() for new, old in zip(moved, before, strict=True)]
@@ -140,7 +140,7 @@ def test_a_graph_of_the_clean_weights_fails_where_sam_has_moved_them() -> None:
     kept.backward(retain_graph=True)
     sam = SAM(0.1).method
     sam.optimizer = torch.optim.SGD([weight], lr=0.1)
-    with sam.ascend(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with sam.perturb(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.backward()
     assert torch.equal(weight, torch.tensor([1.0, 2.0]))
 
@@ -153,7 +153,7 @@ def test_sam_moves_what_its_optimizer_trains_at_the_moment_and_takes_it_back() -
     for is_trained in (False, True):
         later.requires_grad_(is_trained)
         first.grad, later.grad = torch.ones(2), torch.ones(2) if is_trained else None
-        with suppress(ZeroDivisionError), sam.ascend():
+        with suppress(ZeroDivisionError), sam.perturb():
             assert not torch.equal(first, torch.ones(2))
             assert torch.equal(later, torch.ones(2)) is not is_trained
             raise ZeroDivisionError

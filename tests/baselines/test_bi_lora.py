@@ -31,7 +31,7 @@ def states(owner: BiLoRA | BiLoRAStep) -> dict[str, dict[str, Tensor]]:
 def step_on(net: nn.Module, rank: int | None = None, seed: int = 0) -> BiLoRAStep:
     """The step of a network, outside of any loop."""
     step = BiLoRAStep(0.5, step_size=0.1, rank=rank, seed=seed)
-    step.follow(find_pairs(net).pairs, net, net)
+    step.take_pairs(find_pairs(net).pairs, net, net)
     return step
 
 

@@ -26,7 +26,7 @@ def started(method: Any, pairs: Any = None, model: Any = None) -> tuple[Any, nn.
         model, found = model_and_pairs()
         pairs = found if pairs is None else pairs
     method.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    method.follow(pairs, model, model)
+    method.take_pairs(pairs, model, model)
     method.install()
     return method, model
 
@@ -61,9 +61,8 @@ def test_steps_that_take_a_fresh_perturbation(kind: Any, settings: dict[str, int
         before = E_of(method)
         if method.refreshes:
             found.append(step)
-        assert method.takes_two_passes == (kind is FMLoRAStep)
         if kind is FMLoRAStep:
-            assert method.ascends is method.refreshes
+            assert method.takes_ascent is method.refreshes
         method.before_step()
         if kind is EFMLoRAStep:
             assert same_E(before, E_of(method)) is (step not in steps)
@@ -81,7 +80,7 @@ def test_rho_of_the_step_and_of_the_horizon() -> None:
         found.append(method.current_rho)
         method.before_step()
     assert found == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-    assert not method.ascends
+    assert not method.takes_ascent
     assert not FMLoRAStep(CosineRho(1.0, 0.0, total_steps=3)).lacks_horizon
 
 
@@ -159,7 +158,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(kind: Any) -> None:
     assert same_E(before, E_of(method))
     method.pairs[0].B.grad[0, 0] = math.nan
     if kind is FMLoRAStep:
-        with method.ascend():
+        with method.perturb():
             assert not any(E.any() for E in E_of(method).values())
     else:
         assert any(E.any() for E in before.values())
@@ -181,12 +180,12 @@ def test_a_step_without_any_gradient_leaves_the_average() -> None:
 
 def test_frozen_pairs_take_no_second_pass() -> None:
     method, _ = started(FMLoRAStep(0.5))
-    assert method.ascends
+    assert method.takes_ascent
     for pair in method.pairs:
         pair.B.requires_grad_(False)
     assert method.refreshes
-    assert not method.ascends
-    assert method.ascending == []
+    assert not method.takes_ascent
+    assert method.ascent_parameters == []
 
 
 def test_a_zero_rho_lets_the_average_decay_next_to_a_module() -> None:
@@ -196,15 +195,15 @@ def test_a_zero_rho_lets_the_average_decay_next_to_a_module() -> None:
     sizes = []
     for _ in range(3):
         backward(model)
-        assert method.ascends
-        with method.ascend():
+        assert method.takes_ascent
+        with method.perturb():
             pass
         method.before_step()
         sizes.append(sum(float(E.norm()) for E in E_of(method).values()))
     assert sizes == pytest.approx([sizes[0], sizes[0] / 2, sizes[0] / 4])
     zero, _ = started(EFMLoRAStep(0.0))
     zero.schedules_module = True
-    assert not zero.ascends
+    assert not zero.takes_ascent
 
 
 def test_pairs_that_never_have_a_gradient_are_said_once() -> None:
@@ -263,7 +262,7 @@ def test_a_state_waits_for_its_pairs() -> None:
     state = trained(EFMLoRAStep).state_dict()
     method = EFMLoRAStep(0.5)
     model, pairs = model_and_pairs()
-    method.follow([], model, model)
+    method.take_pairs([], model, model)
     method.load_state_dict(state, state["perturbation"]["E"])
     assert same_E(state["perturbation"]["E"], method.state_dict()["perturbation"]["E"])
     started(method, pairs, model)

@@ -103,7 +103,7 @@ def test_rho_is_checked_when_it_is_changed(kind: Any) -> None:
     """It reaches the methods of all optimizers."""
     callback = kind(0.5)
     assert callback.rho == 0.5
-    callback.fit_methods.take([None, None])
+    callback.per_optimizer.take_optimizers([None, None])
     callback.rho = 0.1
     assert [method.current_rho for method in callback.methods] == [0.1, 0.1]
     for value in (None, *BAD["rho"][1]):
