@@ -140,7 +140,7 @@ class Pair(NamedTuple):
     more: list[Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fields:
     parts: dict[str, Tensor]
     more: list[Tensor]

@@ -5,15 +5,15 @@ of times. A batch is copied.
 """
 
 import copy
-import dataclasses
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Number
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
@@ -176,10 +176,17 @@ def _copied(value: Any) -> Any:
     return value
 
 
+@runtime_checkable
+class _Movable(Protocol):
+    """What Lightning moves to a device by its own method: tensors, and batches of libraries' classes."""
+
+    def to(self, device: Any) -> Any: ...
+
+
 def copied_batch(batch: Any) -> Any:
     """Copy the tensors of a batch into new containers, so that no pass sees what another has done to them.
 
-    Containers are dicts and other mappings, lists, tuples, dataclasses, and objects with a method ``to``.
+    Containers are those in which Lightning moves tensors to a device. An object with a method ``to`` is deep-copied.
 
     Args:
         batch: whatever a data loader gives.
@@ -193,29 +200,16 @@ def copied_batch(batch: Any) -> Any:
         >>> batch.pop("x"), batch["more"].pop(), copied
         (1, 2, {'x': 1, 'more': [2]})
     """
-    if isinstance(batch, Tensor):
-        copied = batch.clone()
-        # A user may have put attributes on it.
-        copied.__dict__.update(batch.__dict__)
-        return copied
-    if isinstance(batch, Iterator):
-        kind = type(batch).__name__
+    return apply_to_collection(batch, (Iterator, _Movable), _copied_part)
+
+
+def _copied_part(part: Any) -> Any:
+    if isinstance(part, Iterator):
+        kind = type(part).__name__
         raise RuntimeError(f"a second pass can't read the batch, a {kind}, once more: let the loader give lists")
-    if type(batch) in (list, tuple):
-        return type(batch)(map(copied_batch, batch))
-    if isinstance(batch, tuple) and hasattr(batch, "_make"):  # a named tuple
-        return batch._make(map(copied_batch, batch))
-    is_mapping = isinstance(batch, MutableMapping)
-    # All others that Lightning moves to a device have one of these.
-    if callable(batch) or not (is_mapping or dataclasses.is_dataclass(batch) or hasattr(batch, "to")):
-        return batch
-    own = copy.copy(batch)
-    if is_mapping:
-        for key, value in batch.items():
-            own[key] = copied_batch(value)
-    # A class that says itself how it is copied has seen to what it holds.
-    elif own is not batch and hasattr(batch, "__dict__") and not hasattr(type(batch), "__copy__"):
-        for name, value in vars(batch).items():
-            # Not by setattr, which frozen dataclasses refuse.
-            vars(own)[name] = copied_batch(value)
-    return own
+    if not isinstance(part, Tensor):
+        return copy.deepcopy(part)
+    copied = part.clone()
+    # A user may have put attributes on it.
+    copied.__dict__.update(part.__dict__)
+    return copied

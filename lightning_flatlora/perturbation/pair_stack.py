@@ -21,6 +21,15 @@ LARGEST_STACK = 2**19
 LARGEST_STACK_ON_ACCELERATORS = 2**23
 
 
+def _let_memory_be_kept() -> None:
+    """Let glibc keep the memory of stacks from one step to the next, by freeing a block that is larger than theirs.
+
+    Until then it returns their memory to the system in each step, and faults every page in again, which takes a quarter
+    of E's time with small layers.
+    """
+    torch.empty(2**24, dtype=torch.uint8)
+
+
 class PairState(NamedTuple):
     """What is kept of a pair from one search of the model to the next, and in a checkpoint.
 
@@ -166,9 +175,7 @@ def stacked(pairs: Iterable[LoRAPair], estimator: Estimator, sharding: Sharding)
         for start in range(0, len(group), size):
             stacks.append(PairStack(group[start : start + size], estimator, sharding))
     if stacks and stacks[0].E.device.type == "cpu":
-        # 16 MB, given back untouched. Until a block of some size has been, glibc returns the stacks' memory to the
-        # system in each step, and faults every page in again: a quarter of E's time with small layers.
-        torch.empty(2**24, dtype=torch.uint8)
+        _let_memory_be_kept()
     return stacks
 
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -29,7 +28,6 @@ _PUT_AROUND = re.compile(r"\.(base_layer|original_module)(?=\.)")
 _SAMPLES = 8
 # Of a parameter: "shape", "dtype", and a "sample" of its values; None if these can't be compared.
 Identity = dict[str, Any] | None
-_TRAINED: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
 
 
 @contextmanager
@@ -169,8 +167,9 @@ def plain_name(name: str) -> str:
 
 def trained_names(module: nn.Module) -> set[str]:
     """Give the plain names of what has ever required a gradient in a module, or was in a file that it has loaded."""
-    # Outside of the module, whose attributes belong to the user, and weakly, so that it goes with the module.
-    return _TRAINED.setdefault(bare(module), set())
+    # Kept by the module and not by a callback, since another Trainer may come, or load_adapter_checkpoint without one.
+    names: set[str] = vars(bare(module)).setdefault("_ever_trained", set())
+    return names
 
 
 def note_trained(module: nn.Module) -> None:
