@@ -83,25 +83,22 @@ def is_integer(value: object, least: int) -> bool:
     return number and value >= least  # type: ignore[operator]
 
 
+def _check_fields(schedule: Any) -> None:
+    """Refuse values of a schedule's fields, which are radii apart from ``total_steps``, in one error."""
+    problems = []
+    for field in fields(schedule):
+        value = getattr(schedule, field.name)
+        if field.name != "total_steps" and not is_size(value):
+            problems.append(f"{field.name} must be a finite number >= 0, got {value!r}")
+        if field.name == "total_steps" and not (value is None or is_integer(value, least=1)):
+            problems.append(f"total_steps must be an integer >= 1 or None (the run's length), got {value!r}")
+    if problems:
+        raise ValueError(f"{type(schedule).__name__}: " + "; ".join(problems))
+
+
 # Not frozen, see RhoSchedule; and without unsafe_hash a dataclass that is not frozen has no hash.
 @dataclass(unsafe_hash=True)
-class _OfRadii(RhoSchedule):
-    """Base of the schedules below, whose fields are radii, apart from ``total_steps``; a user's may have others."""
-
-    def __post_init__(self) -> None:
-        problems = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "total_steps" and not is_size(value):
-                problems.append(f"{field.name} must be a finite number >= 0, got {value!r}")
-            if field.name == "total_steps" and not (value is None or is_integer(value, least=1)):
-                problems.append(f"total_steps must be an integer >= 1 or None (the run's length), got {value!r}")
-        if problems:
-            raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
-
-
-@dataclass(unsafe_hash=True)
-class _FromStartToEnd(_OfRadii):
+class _FromStartToEnd(RhoSchedule):
     """Base of the schedules between two radii."""
 
     start: float
@@ -109,16 +106,22 @@ class _FromStartToEnd(_OfRadii):
     total_steps: int | None = None
     needs_horizon: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
     def _fraction(self, step: int, horizon: float) -> float:
         """Return how much of the run is over: 0 at step 0, 1 at its last step and after, as in PyTorch's schedulers."""
         return min(step / (self.total_steps or horizon), 1.0)
 
 
 @dataclass(unsafe_hash=True)
-class _FromOneRadius(_OfRadii):
+class _FromOneRadius(RhoSchedule):
     """Base of the schedules with one radius."""
 
     rho: float
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
 
 
 class ConstantRho(_FromOneRadius):
