@@ -17,7 +17,7 @@ from lightning_flatlora.compat import callbacks_of
 from lightning_flatlora.methods.checks import optimizer_problems, refuse, say_start
 from lightning_flatlora.methods.step_method import StepMethod, TwoPassStep
 from lightning_flatlora.pairs import merge_problems
-from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.perturbation.perturbation import Perturbation
 from lightning_flatlora.schedules import RhoSchedule
 
 
@@ -59,11 +59,6 @@ class MethodCallback(Callback, Generic[S]):
         return without_logging(blank)
 
     @property
-    def title(self) -> str:
-        """The name of the method as users write it, for messages."""
-        return self.method.title
-
-    @property
     def methods(self) -> list[S]:
         """For each optimizer, what trains its pairs; nearly every run has one."""
         return self.per_optimizer.methods
@@ -85,7 +80,7 @@ class MethodCallback(Callback, Generic[S]):
 
     @rho.setter
     def rho(self, rho: float | RhoSchedule) -> None:
-        refuse(self, self.method.rho_problems(rho))
+        refuse(self.method, self.method.rho_problems(rho))
         for method in self.methods:
             method.rho = rho
 
@@ -110,12 +105,13 @@ class MethodCallback(Callback, Generic[S]):
             "this is a callback of Lightning's Trainer. With that of transformers write, after the Trainer is made and "
             "before train(): lightning_flatlora.loops.EFMLoRA(trainer.model, trainer.create_optimizer(), rho=...)"
         )
-        refuse(self, [problem])
+        refuse(self.method, [problem])
 
     # -- the start: everything that is wrong is reported in one message, before anything is changed
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when a fit or an evaluation begins; ends what an interrupted fit has left and starts a new one."""
         if self._visits(trainer):
             return
         # A fit that was killed between hooks, as in a notebook, may have left something behind.
@@ -125,10 +121,11 @@ class MethodCallback(Callback, Generic[S]):
         self._begin()
         # A further fit of the same Trainer continues. A checkpoint comes later, and brings its own count.
         self.per_optimizer.begin(continues=trainer.global_step > 0)
-        refuse(self, strategies.problems_before_wrapping(trainer))
+        refuse(self.method, strategies.problems_before_wrapping(trainer))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when a fit starts; finds the pairs, reports all problems in one error, and prepares the layers."""
         self.per_optimizer.take_optimizers(trainer.optimizers)
         alike = [each for each in callbacks_of(trainer) if type(each) is type(self)]
         # Adapters that have a callback each may be activated in turn.
@@ -144,7 +141,7 @@ class MethodCallback(Callback, Generic[S]):
                 problems += method.pair_problems()
         if self.method.lacks_horizon:
             problems += horizon_problems(self.method.argument, trainer, pl_module)
-        refuse(self, problems)
+        refuse(self.method, problems)
         pairs = list(chain.from_iterable(method.pairs for method in self.methods))
         say_start(self.method, pairs, self.per_optimizer.search)
         for method in self.methods:
@@ -174,6 +171,7 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when training starts, with loaders set up; takes a checkpoint's state and the length of the run."""
         if self._loaded is not None:
             state, self._loaded = self._loaded, None
             self.per_optimizer.load_state_dict(state)
@@ -185,6 +183,7 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when an epoch starts; has the model searched again in its first batch."""
         # Searched at the first pass, since hooks of others may still change the model.
         self.passes.is_stale = True
 
@@ -200,11 +199,13 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Called before gradients are cleared; drops those that the methods hold."""
         for method in self.methods:
             method.forget_gradients()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Called before an optimizer steps, with its gradients complete; the method uses and counts them."""
         self.passes.check_gradient_is_first(optimizer)
         method = self.methods[trainer.optimizers.index(optimizer)]
         is_used = method is self.method or method.takes_several_optimizers
@@ -216,10 +217,12 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when an epoch ends; warns if nothing was perturbed."""
         self.per_optimizer.warn_without_effect()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when training ends; warns of pairs that came into no optimizer."""
         # What another callback was to give to an optimizer.
         left = [pair.name for pair in self.per_optimizer.assignment.orphans]
         if left and self.per_optimizer.may_come and self.method.pairs:
@@ -239,11 +242,13 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Called when an error or Ctrl-C ends a run; leaves no trace on the model and the trainer."""
         if not self._visits(trainer):
             self.uninstall()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when a run ends; leaves no trace on the model and the trainer."""
         if not self._visits(trainer):
             self.uninstall()
 
@@ -273,14 +278,16 @@ class MethodCallback(Callback, Generic[S]):
                 f"the checkpoint holds the state of {min(unclaimed)}, and this is {self.state_key}: give the "
                 "adapter_name that it had, or start a new run from the weights"
             )
-            refuse(self, [problem])
+            refuse(self.method, [problem])
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        """Called when a checkpoint is saved; returns the state of all methods."""
         return self.per_optimizer.state_dict() if self._loaded is None else self._loaded
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Called when a checkpoint is loaded; keeps its state until training starts."""
         # The pairs are known in a fit only, in the middle of which a tuner restores the state that it began with.
         if self.passes is not None:
             self.per_optimizer.load_state_dict(state_dict)

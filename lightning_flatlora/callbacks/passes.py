@@ -100,7 +100,7 @@ class Passes:
         training_step may take as many steps as it likes.
         """
         if self._gradients and self.trainer.lightning_module.automatic_optimization:
-            refuse(self.owner, [f"{type(optimizer).__name__} {SEVERAL_GRADIENTS}"])
+            refuse(self.owner.method, [f"{type(optimizer).__name__} {SEVERAL_GRADIENTS}"])
         self._gradients = 1
 
     def watch_steps(self) -> None:
@@ -127,7 +127,7 @@ class Passes:
             "nothing would be perturbed: in your optimizer_step call optimizer.step(closure=optimizer_closure) on "
             "the optimizer that it is given, and in manual optimization step what self.optimizers() gives"
         )
-        refuse(self.owner, [problem])
+        refuse(self.owner.method, [problem])
 
 
 class OnePass(Passes):
