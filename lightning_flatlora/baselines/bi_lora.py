@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_flatlora.baselines.one_pass import FullWeightStep
 from lightning_flatlora.callbacks.base import MethodCallback
-from lightning_flatlora.flatness import joint_ascent
+from lightning_flatlora.flatness.losses import joint_ascent
 from lightning_flatlora.methods.checks import integer_problems
 from lightning_flatlora.output_terms import OutputTerm
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair

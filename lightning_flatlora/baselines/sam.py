@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
-from lightning_flatlora.flatness import joint_ascent, moved
+from lightning_flatlora.flatness.losses import joint_ascent
+from lightning_flatlora.flatness.sharpness import moved
 from lightning_flatlora.methods.step_method import TwoPassStep
 from lightning_flatlora.pairs.lora_pair import Finder, rows_of, trained_factors
 from lightning_flatlora.perturbed_read import AnyRef, as_ref, perturbed

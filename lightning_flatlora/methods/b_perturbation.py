@@ -13,7 +13,8 @@ from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.methods.checks import choice_problems
 from lightning_flatlora.methods.step_method import OnePassStep, StepMethod, TwoPassStep
 from lightning_flatlora.pairs.lora_pair import LoRAPair, trained_factors
-from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
+from lightning_flatlora.perturbation.pair_stack import FreshPerturbation
+from lightning_flatlora.perturbation.perturbation import Perturbation
 from lightning_flatlora.schedules import is_size
 
 

@@ -14,7 +14,7 @@ from typing_extensions import Self, override
 
 from lightning_flatlora.methods import checks
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
-from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.perturbation.perturbation import Perturbation
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule, is_size
 from lightning_flatlora.sharding import Sharding, sharding_of
 from lightning_flatlora.wrappers import parameters_of
