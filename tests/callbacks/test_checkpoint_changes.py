@@ -118,6 +118,16 @@ def test_what_was_trained_between_two_saves_is_in_the_file(tmp_path: Path) -> No
     assert same(state(tmp_path / "step=12.ckpt")[HEAD], module.net.base_model.model.head.weight.detach())
 
 
+def test_what_another_trainer_has_trained_is_in_the_file(tmp_path: Path) -> None:
+    """As when a head is trained first and LoRA afterwards; or in a module that load_adapter_checkpoint has filled."""
+    module = TrainsHeadForTwoSteps(net=network())
+    fit(tmp_path, module, [saver(tmp_path / "1")], max_epochs=1)
+    for each in (module, load_adapter_checkpoint(TrainsHeadForTwoSteps(net=network()), tmp_path / "1" / "step=6.ckpt")):
+        each.on_train_batch_start = lambda *args: None
+        fit(tmp_path, each, [saver(tmp_path / "2")], max_epochs=1)
+        assert HEAD in state(tmp_path / "2" / "step=6.ckpt")
+
+
 class AddsAnAdapter(L.Callback):
     """Its targets are others, so that peft puts a layer around the head in the middle of the fit."""
 
