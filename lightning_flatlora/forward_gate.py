@@ -4,7 +4,6 @@ The perturbation is switched on around the call of a layer, in training mode whi
 in ``merge_adapter``, and in evaluation and generation, the layer reads the clean B.
 """
 
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,13 +11,16 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
-from torch.autograd.function import FunctionCtx
 
 from lightning_flatlora.class_overlay import GATES, set_class
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import as_ref
+
+PASSES_UNTIL_WARNING = 100
+"""Backward passes without a step of a loop's optimizer after which a warning says that it is maybe another one's."""
 
 
 class ForwardGate:
@@ -36,13 +38,24 @@ class ForwardGate:
         self.has_opened = False
 
     def opens_for(self, layer: nn.Module) -> bool:
-        """Open if a forward of the layer that begins now is one of training, and there is something to read."""
+        """Open if a forward of the layer that begins now is one of training, and there is something to read.
+
+        Raises:
+            RuntimeError: a reentrant checkpoint has computed this forward before, with the clean weights.
+        """
         if self._are_closed or not layer.training or not self.perturbation.may_be_nonzero or self.perturbation.is_on:
             return False
-        opens = torch.is_grad_enabled() or _in_reentrant_checkpoint()
-        if opens:
-            self.has_opened = True
-        return opens
+        if not torch.is_grad_enabled():
+            return False
+        # Compiled code can't ask whether a backward runs.
+        if not torch.compiler.is_compiling() and not self.has_opened and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "EFMLoRA: a reentrant activation checkpoint has read the clean weights in its forward pass: set "
+                "use_reentrant=False (in transformers by gradient_checkpointing_kwargs), or run forward and backward "
+                "inside of `for each_pass in flat.training_passes():` and `with each_pass:`"
+            )
+        self.has_opened = True
+        return True
 
     @staticmethod
     @contextmanager
@@ -108,48 +121,42 @@ class ReceivedGradients:
     """Which B a backward has added a gradient to, on this rank: not what DDP takes from others, nor zeros.
 
     Attributes:
-        identities: of these B, until somebody clears them.
+        identities: of these B, until somebody forgets them.
     """
 
     def __init__(self) -> None:
         self.identities: set[int] = set()
+        self._count = self._watched = 0
         self._hooks = ExitStack()
 
     def watch(self, pairs: Iterable[LoRAPair]) -> None:
         """Note from now on what the trained B among those of pairs receive."""
-        received = self.identities
         for pair in pairs:
             if pair.B.requires_grad:
-                # Not the parameter itself, which would be held by its own hook.
                 watch: Any = pair.B.register_post_accumulate_grad_hook
-                self._hooks.callback(watch(lambda B: received.add(id(B))).remove)
+                self._hooks.callback(watch(self._note).remove)
+                self._watched += 1
+
+    def _note(self, B: nn.Parameter) -> None:
+        self.identities.add(id(B))
+        self._count += 1
+        if self._count == PASSES_UNTIL_WARNING * self._watched:
+            rank_zero_warn(
+                f"{PASSES_UNTIL_WARNING} backward passes without a step of the optimizer that EFMLoRA or FMLoRA was "
+                "made with: make it with the optimizer that the loop steps, or call close() to train without it"
+            )
+
+    def forget(self) -> None:
+        """Forget what was noted, as its gradients are used."""
+        self.identities.clear()
+        self._count = 0
 
     def unwatch(self) -> None:
         """Leave no hook behind, and forget what was noted."""
         self._hooks.close()
-        self.identities.clear()
+        self._watched = 0
+        self.forget()
 
 
 def _layers_of(pair: LoRAPair) -> list[nn.Module]:
     return list(pair.layers) or [as_ref(reader).module for reader in pair.readers]
-
-
-def _in_reentrant_checkpoint() -> bool:
-    """Say whether this is the first forward of reentrant activation checkpointing, which records nothing.
-
-    It computes the loss, and its backward computes the same forward again with autograd: both must read B + E. PyTorch
-    and other libraries do so inside of an autograd Function. Nothing public says so, so the calls that have led here
-    are looked at.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    frame: Any = sys._getframe()
-    while frame is not None:
-        # By this name first, since f_locals would keep all tensors of a frame alive.
-        if frame.f_code.co_varnames[:1] == ("ctx",):
-            ctx = frame.f_locals["ctx"]
-            if isinstance(ctx, FunctionCtx):
-                # In generation there is such a Function too, but nothing to go back to.
-                return bool(getattr(ctx, "next_functions", ()))
-        frame = frame.f_back
-    return False

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_flatlora import wrappers
 from lightning_flatlora.callbacks.methods_of_fit import assign_pairs
@@ -27,7 +27,7 @@ from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import clean
 from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.sharding import reshard
-from lightning_flatlora.wrappers import parameters_of, unwrapped
+from lightning_flatlora.wrappers import unwrapped
 
 STATE_KEY = "lightning_flatlora"
 """Under which an optimizer's state dict carries the states of the methods."""
@@ -89,16 +89,19 @@ class LoopMethod:
             weakref.finalize(self, leave).atexit = False
 
     def _close_others(self) -> None:
-        """Close objects on the same B, as those of an interrupted notebook cell; refuse one of the same state."""
+        """Close objects on the same B, such as an interrupted notebook cell's; refuse one of the same state."""
         own = {id(pair.B) for pair in self.method.pairs}
         for other in list(_RUNNING):
             if own & {id(pair.B) for pair in other.method.pairs}:
+                rank_zero_info(f"{self.method.title}: a former {other.method.title} of the same LoRA pairs is closed")
                 other.close()
             elif other._optimizer is self._optimizer and other._name == self._name:
                 refuse(self.method, [f"the optimizer has another {self._name}: close() that, or make two optimizers"])
 
     def look_again(self) -> None:
-        """Search the model for pairs again, after adapters or scalings have changed; those that stay keep their Ê.
+        """Search the model for pairs again, after it or the optimizer has changed; pairs that stay keep their Ê.
+
+        To be called after adapters, scalings, the optimizer's parameters or the model's device have changed.
 
         Raises:
             NoPairsError: the model holds no pair that is trained.
@@ -118,10 +121,8 @@ class LoopMethod:
         refuse(method, problems)
         self._leave_layers()
         self.search = search
-        self._held = {id(parameter) for parameter in parameters_of(self._optimizer)}
         self._orphans = assignment.orphans
         method.take_pairs(assignment.pairs[0], module, self._model)
-        self._device = method.pairs[0].B.device
         if self not in _RUNNING:
             refuse(method, method.pair_problems())
             return
@@ -186,7 +187,7 @@ class LoopMethod:
             self._steps_within = 1
             return None
         self._steps_within = 1
-        self._received.identities.clear()
+        self._received.forget()
         was_called = False
 
         def then_use_gradients() -> Any:
@@ -216,35 +217,15 @@ class LoopMethod:
         self._warn_of_late_start()
         self._check_parameters()
         self.method.before_step()
-        self._received.identities.clear()
+        self._received.forget()
 
     def _check_parameters(self) -> None:
-        """Refuse a model whose parameters were replaced since, and follow new ones and a move to another device."""
-        pairs = self.method.pairs
-        if any(pair.current_B is not pair.B and isinstance(pair.current_B, DTensor) for pair in pairs):
-            title = self.method.title
+        """Refuse a model that has other parameters since, as after ``fully_shard``: Ê is of the former ones."""
+        # FSDP2 shows whole parameters in the place of its own from a forward on.
+        if any(pair.current_B is not pair.B and not isinstance(pair.B, DTensor) for pair in self.method.pairs):
             raise RuntimeError(
-                f"{title} has other parameters: make it after the model is sharded, or call look_again()"
-            )
-        held = {id(parameter) for parameter in parameters_of(self._optimizer)}
-        if held != self._held or pairs[0].B.device != self._device:
-            self.look_again()
-
-    def _refuse_other(self, optimizer: Optimizer) -> None:
-        """Refuse a step of another optimizer that holds the pairs: it would train plain LoRA, or read an old Ê.
-
-        Raises:
-            RuntimeError: before that step.
-        """
-        # Some optimizers step another one within.
-        if optimizer is self._stepped or self._is_within_step():
-            return
-        held = {id(parameter) for parameter in parameters_of(optimizer)}
-        if any(id(pair.current_B) in held for pair in self.method.pairs):
-            raise RuntimeError(
-                f"{type(optimizer).__name__} was about to step LoRA factors of which {self.method.title} knows another "
-                f"optimizer: make {self.method.title} with the model and the optimizer as they are trained, after "
-                "fully_shard, or close() it to go on without"
+                f"the model has other parameters since {self.method.title} was made: make it after the model is "
+                "sharded, or call look_again()"
             )
 
     # -- the state
@@ -290,12 +271,3 @@ class LoopMethod:
             refuse(self.method, [problem])
         self.method.load_state_dict(state, self.search.names)
         self._lacks_state = False
-
-
-def _refuse_others(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for method in [] if torch.compiler.is_compiling() else list(_RUNNING):
-        method._refuse_other(optimizer)
-
-
-# Not one for each object, which it would keep alive.
-register_optimizer_step_pre_hook(_refuse_others)

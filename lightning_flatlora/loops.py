@@ -25,9 +25,10 @@ from lightning_flatlora.wrappers import has_gradient, unwrapped, without_sync
 class EFMLoRA(LoopMethod):
     """One pass per step, at B plus an average of past perturbations (Algorithm 2): LoRA's speed, by one line.
 
-    Make it after the model is sharded and before the optimizer's state is loaded. Clip gradients by their norm, which
-    does not change E. Several optimizers take one object each. After the loop :meth:`close` leaves no trace on the
-    model; evaluation, generation, saving and merging need nothing.
+    Make it after the model is sharded and before the optimizer's state is loaded, with the optimizer that the loop
+    steps. Clip gradients by their norm, which does not change E. Several optimizers take one object each, and a newer
+    object of the same pairs closes the former. After the loop :meth:`close` leaves no trace on the model; evaluation,
+    generation, saving and merging need nothing.
 
     Args:
         model: as the loop calls it, also after ``fabric.setup``, DDP or ``fully_shard``.

@@ -129,12 +129,12 @@ def test_the_hooks_of_a_step_never_wait_for_the_device(tmp_path: Path, callback_
 
 
 @pytest.mark.parametrize("moves_later", [False, True])
-def test_a_loop_never_waits_and_follows_a_model_that_moves(moves_later: bool) -> None:
-    """The object may be made before the model is on its device, as before accelerate prepares both."""
+def test_a_loop_never_waits_and_follows_a_model_that_has_moved(moves_later: bool) -> None:
     net = make_net().to("cpu" if moves_later else DEVICE)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.02, foreach=True)
     flat = loops.EFMLoRA(net, optimizer, 0.5)
     net.to(DEVICE)
+    flat.look_again()
     inputs = torch.randn(4, 6, device=DEVICE)
     for index in range(4):
         net(inputs).square().sum().backward()

@@ -299,14 +299,6 @@ def test_compiled_by_the_trainer(tmp_path: Path) -> None:
     assert same(weights(compiled), weights(net))
 
 
-def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path)
-    flat = EFMLoRA(trainer.model, optimizer_of(trainer.model), RHO)
-    with pytest.raises(RuntimeError, match="of which EFMLoRA knows another optimizer"):
-        trainer.train()
-    assert flat.step == 0
-
-
 @pytest.mark.parametrize("kind", [LightningEFMLoRA, LightningFMLoRA])
 def test_the_callback_of_the_other_trainer_names_the_line(tmp_path: Path, kind: type[Any]) -> None:
     trainer = trainer_of(tmp_path)

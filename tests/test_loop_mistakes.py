@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_flatlora import LinearRho, NoPairsError, loops
+from lightning_flatlora.forward_gate import PASSES_UNTIL_WARNING
 
 METHODS = ("EFMLoRA", "FMLoRA")
 
@@ -222,50 +223,33 @@ def test_training_in_eval_mode_is_refused() -> None:
     assert flat.step == 4
 
 
-def of_the_same_factors(net: nn.Module) -> torch.optim.Optimizer:
-    return optimizer_of(net)
+def test_a_loop_that_steps_another_optimizer_is_warned_of() -> None:
+    """As one that a trainer makes: it would train plain LoRA, or at the last Ê."""
+    flat, net, optimizer = started("EFMLoRA")
+    run(flat, net, optimizer, batches()[:1])
+    other = optimizer_of(net)
+    few = batches()[:1] * (PASSES_UNTIL_WARNING - 1)
+    run(None, net, other, few)
+    with pytest.warns(UserWarning, match="without a step of the optimizer that EFMLoRA or FMLoRA was made with"):
+        run(None, net, other, few[:1])
+    # A step of the right one begins again.
+    run(flat, net, optimizer, few[:1])
+    run(None, net, other, few)
+    assert flat.step == 2
 
 
-def of_new_parameters(net: nn.Module) -> torch.optim.Optimizer:
+def test_new_parameters_are_refused() -> None:
     """As after fully_shard, which puts others into the layers; see tests/distributed/test_fabric.py for itself."""
+    flat, net, optimizer = started("EFMLoRA")
+    backward(net)
     for module in net.modules():
         if isinstance(module, nn.Linear) and module.weight.requires_grad:
             module.weight = nn.Parameter(module.weight.detach().clone())
-    return optimizer_of(net)
-
-
-@pytest.mark.parametrize("another", [of_the_same_factors, of_new_parameters])
-@pytest.mark.parametrize("name", METHODS)
-def test_a_step_of_another_optimizer_is_refused(name: str, another: Callable[[nn.Module], Any]) -> None:
-    """It would train plain LoRA, or at the last Ê: as when a trainer makes an optimizer of its own."""
-    flat, net, optimizer = started(name)
-    other = another(net)
-    backward(net)
-    with pytest.raises(RuntimeError, match=f"AdamW was about to step LoRA factors of which {name} knows another"):
-        other.step()
-    # Neither does a step of the right optimizer that was refused let it in.
-    net.eval()
-    backward(net)
-    if name == "FMLoRA":
-        with pytest.raises(RuntimeError):
-            optimizer.step()
-        with pytest.raises(RuntimeError, match="was about to step LoRA factors"):
-            other.step()
-    flat.close()
-    other.step()
-    # An optimizer of something else may step.
-    flat = method_of(name, net, other, 0.3)
-    head = nn.Linear(2, 2)
-    head(torch.ones(1, 2)).sum().backward()
-    sgd(head).step()
-
-
-def test_an_optimizer_that_no_longer_holds_the_factors_is_refused() -> None:
-    flat, net, optimizer = started("EFMLoRA")
-    backward(net)
-    optimizer.param_groups[0]["params"] = list(nn.Linear(2, 2).parameters())
-    with pytest.raises(MisconfigurationException, match=r"trainable LoRA factors, .* are not in the optimizer"):
+    with pytest.raises(RuntimeError, match="the model has other parameters since EFMLoRA was made: make it after"):
         optimizer.step()
+    # Nor does the optimizer hold them.
+    with pytest.raises(MisconfigurationException, match=r"trainable LoRA factors, .* are not in the optimizer"):
+        flat.look_again()
     assert flat.step == 0
 
 

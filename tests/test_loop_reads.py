@@ -271,10 +271,30 @@ def test_an_open_model_prints_as_it_is() -> None:
     assert repr(net) == before
 
 
+# -- checkpoints whose forward records nothing
+
+
+@pytest.mark.parametrize("how", ["reentrant", "another library's"])
+def test_a_reentrant_checkpoint_is_refused_outside_of_a_pass(how: str) -> None:
+    """Its forward would read the clean weights, and its backward the perturbed ones."""
+    flat, net, optimizer = started("EFMLoRA")
+    run(flat, net, optimizer, batches()[:2])
+    model = Checkpointed(net, CHECKPOINTS[how])
+    x, y = batches()[2]
+    with pytest.raises(RuntimeError, match=r"set use_reentrant=False .* flat.training_passes\(\)"):
+        nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.zero_grad()
+    plain = [torch.autograd.grad(nn.functional.cross_entropy(net(x), y), trained_factors(flat.method.pairs))]
+    for each_pass in flat.training_passes():
+        with each_pass:
+            nn.functional.cross_entropy(model(x), y).backward()
+    assert same([p.grad for p in trained_factors(flat.method.pairs)], list(plain[0]))
+
+
 # -- measurements while the object is open
 
 
-@pytest.mark.parametrize("how", [None, *CHECKPOINTS])
+@pytest.mark.parametrize("how", [None, "not reentrant", "to the end"])
 def test_measures_in_training_mode_are_those_of_eval_mode(how: str | None) -> None:
     net = net_with(called)
     flat, optimizer = train(net)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_flatlora.callbacks.patches import silenced
 from lightning_flatlora.callbacks.training_step import loss_of
-from lightning_flatlora.flatness.losses import MeanLoss, differentiable
+from lightning_flatlora.flatness.losses import MeanLoss, differentiable, refuse_reentrant
 from lightning_flatlora.methods.put_back import copied_batch, random_state
 from lightning_flatlora.methods.replay import Replay
 
@@ -122,6 +122,7 @@ class ProbeBatches:
             usable.append(held)
             # Pairs may be unfrozen later.
             if loss.requires_grad:
+                refuse_reentrant(loss)
                 torch.autograd.grad(loss, trained, allow_unused=True)
         without = len(self._batches) - len(usable)
         if usable and without:

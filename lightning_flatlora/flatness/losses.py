@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from peft import helpers
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from lightning_flatlora.forward_gate import ForwardGate
 from lightning_flatlora.sharding import average
@@ -86,7 +85,7 @@ def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float =
         The gradient is nan if the loss is not finite.
 
     Raises:
-        ValueError: the loss gives no scalar with a graph.
+        ValueError: the loss gives no scalar with a graph, or layers are under reentrant checkpoints.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([3.0]))
@@ -131,6 +130,7 @@ def _add_derivative(part: Loss, derivative: Callable[[Tensor], Sequence[Tensor]]
     loss = computed(part)
     if not loss.requires_grad:
         raise ValueError("the loss has no graph: it must depend on parameters that require a gradient")
+    refuse_reentrant(loss)
     # The mean over no label is nan, with a gradient of 0.
     nan_or_0 = torch.where(loss.detach().isfinite(), 0.0, torch.nan)
     for total, new in zip(sums, derivative(loss), strict=True):
@@ -178,24 +178,32 @@ def computed(part: Loss) -> Tensor:
     return loss
 
 
+def refuse_reentrant(loss: Tensor) -> None:
+    """Refuse a loss in whose graph a reentrant checkpoint hides layers: the gradients of these would be 0.
+
+    Raises:
+        ValueError: there is one.
+    """
+    nodes: list[Any] = [loss.grad_fn]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError("a reentrant activation checkpoint hides gradients of layers: set use_reentrant=False")
+        nodes += [before for before, _ in node.next_functions]
+
+
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Inside, a loss is of the weights as they are, and its graph holds all of it: nothing is cached or comes later."""
+    """Inside, a loss is of the weights as they are, and its graph holds all of it: nothing is cached."""
     # Of DoRA's norms and products. It came with peft 0.19; before, nothing was cached.
     caching = getattr(helpers, "DoraCaching", None)
-    # Replaced, because what a reentrant checkpoint builds in the backward pass is hidden from torch.autograd.grad.
-    reentrant: Any = CheckpointFunction
-    original, reentrant.apply = reentrant.apply, _not_reentrant
-    try:
-        # A loop's gates would let layers in training mode read B + Ê.
-        with ForwardGate.closed(), caching(enabled=False) if caching else nullcontext():
-            yield
-    finally:
-        reentrant.apply = original
-
-
-def _not_reentrant(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+    # A loop's gates would let layers in training mode read B + Ê.
+    with ForwardGate.closed(), caching(enabled=False) if caching else nullcontext():
+        yield
 
 
 def losses_of(loss: Loss) -> Sequence[Loss]:

@@ -253,18 +253,24 @@ def test_what_is_compiled_is_measured_as_it_is_written(tmp_path: Any, of_module:
 
 
 class Checkpointed(Classifier):
-    """With reentrant activation checkpointing, in eval mode as well."""
+    """With activation checkpointing, in eval mode as well."""
+
+    use_reentrant = False
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         inputs, labels, _ = batch
-        logits = checkpoint(self.net, inputs.requires_grad_(), use_reentrant=True)
+        logits = checkpoint(self.net, inputs.requires_grad_(), use_reentrant=self.use_reentrant)
         return nn.functional.cross_entropy(logits, labels)
 
 
-def test_reentrant_checkpoints_are_measured_as_what_is_not_checkpointed(tmp_path: Any) -> None:
+def test_checkpoints_are_measured_as_what_is_not_checkpointed_and_reentrant_ones_are_not(tmp_path: Any) -> None:
     monitor = FlatnessMonitor(0.5, batches=2)
     expected = measured(tmp_path, Classifier(lr=0.0), [monitor], max_epochs=1)
-    assert measured(tmp_path, Checkpointed(lr=0.0), [monitor], max_epochs=1) == expected
+    module = Checkpointed(lr=0.0)
+    assert measured(tmp_path, module, [monitor], max_epochs=1) == expected
+    module.use_reentrant = True
+    with pytest.warns(UserWarning, match="nothing is measured in this run: .* set use_reentrant=False"):
+        assert not measured(tmp_path, module, [monitor], max_epochs=1)
 
 
 def test_a_step_draws_the_same_in_every_pass(tmp_path: Any) -> None:

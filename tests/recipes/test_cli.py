@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from lightning_flatlora import EFMLoRA, FMLoRAModule
+from lightning_flatlora import EFMLoRA
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.resumable import ResumableData
 from recipes.shared.training import RecipeModule
