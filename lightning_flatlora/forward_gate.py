@@ -5,19 +5,22 @@ in ``merge_adapter``, and in evaluation and generation, the layer reads the clea
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_flatlora.class_overlay import GATES, set_class
+from lightning_flatlora.class_overlay import Overlay, set_class
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.perturbed_read import as_ref
+from lightning_flatlora.perturbed_read import GATES_CLOSED, as_ref
+
+GATES = "_flatlora_gates"
+"""The attribute of a layer that holds its gates."""
 
 PASSES_UNTIL_WARNING = 100
 """Backward passes without a step of a loop's optimizer after which a warning says that it is maybe another one's."""
@@ -31,8 +34,6 @@ class ForwardGate:
         has_opened: whether it has since this was last set to False.
     """
 
-    _are_closed: ClassVar[bool] = False
-
     def __init__(self, perturbation: Perturbation) -> None:
         self.perturbation = perturbation
         self.has_opened = False
@@ -43,9 +44,9 @@ class ForwardGate:
         Raises:
             RuntimeError: a reentrant checkpoint has computed this forward before, with the clean weights.
         """
-        if self._are_closed or not layer.training or not self.perturbation.may_be_nonzero or self.perturbation.is_on:
+        if GATES_CLOSED.is_on or not layer.training or not torch.is_grad_enabled():
             return False
-        if not torch.is_grad_enabled():
+        if not self.perturbation.may_be_nonzero or self.perturbation.is_on:
             return False
         # Compiled code can't ask whether a backward runs.
         if not torch.compiler.is_compiling() and not self.has_opened and torch._C._current_graph_task_id() != -1:
@@ -57,15 +58,28 @@ class ForwardGate:
         self.has_opened = True
         return True
 
-    @staticmethod
-    @contextmanager
-    def closed() -> Iterator[None]:
-        """Inside, no gate opens, as for a measurement at the clean weights."""
-        before, ForwardGate._are_closed = ForwardGate._are_closed, True
+
+class _Gated(Overlay):
+    """Mixin that asks gates around each call of a layer.
+
+    An override of ``forward`` would not be called if a library has put another forward on the layer itself, and hooks
+    would go into copies of the model.
+    """
+
+    _overlay_state = GATES
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if GATES not in self.__dict__:
+            # The gates have gone, and somebody has kept this method, as torch.compile(layer) does.
+            return type(self).__call__(self, *args, **kwargs)
+        opened = [gate for gate in self.__dict__[GATES] if gate.opens_for(self)]
+        for gate in opened:
+            gate.perturbation.on()
         try:
-            yield
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
         finally:
-            ForwardGate._are_closed = before
+            for gate in opened:
+                gate.perturbation.off()
 
 
 class ForwardGates:

@@ -12,10 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from typing_extensions import override
 
-from lightning_flatlora.class_overlay import READINGS, set_class
+from lightning_flatlora.class_overlay import Overlay, set_class
+
+READINGS = "_flatlora_readings"
+"""The attribute of a module that holds what it reads perturbed."""
 
 
 class Switch:
@@ -101,6 +107,62 @@ class _Reading:
                 perturbation = F.pad(perturbation, (0, 0) * (value.ndim - 1) + around)
             perturbed = perturbed + perturbation
         return perturbed if perturbed.dtype == value.dtype else perturbed.to(value.dtype)
+
+
+class _Perturbed(Overlay):
+    """Mixin of modules some of whose parameters are properties."""
+
+    _overlay_state = READINGS
+
+    @classmethod
+    @override
+    def _overlay_names(cls, state: Any) -> tuple[str, ...]:
+        return tuple(sorted(state))
+
+    @classmethod
+    @override
+    def _overlay_members(cls, names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: _property_of(name) for name in names}
+
+
+def _property_of(attribute: str) -> property:
+    """A parameter as a property: B, or B + E while E is set and switched on."""
+
+    def read(self: Any) -> Tensor | None:
+        # FSDP1 takes the parameter away in forward and sets a view of the gathered values in its place.
+        value: Tensor | None = self.__dict__.get(attribute)
+        if value is None:
+            if attribute not in self._parameters:
+                raise AttributeError(attribute)
+            value = self._parameters[attribute]
+        reading = self.__dict__[READINGS][attribute]
+        parts = reading.parts()
+        if value is None or not parts:
+            return value
+        is_parameter = isinstance(value, nn.Parameter)
+        if isinstance(value, DTensor) or (reading.only_views and is_parameter):
+            # Outside of forward FSDP2 and FSDP1 look at the parameter itself, which must stay clean.
+            return value
+        if not value.requires_grad and not reading.only_views:
+            # Frozen, maybe for one pass alone, as by toggle_optimizer, or the values of a teacher that functional_call
+            # has put here. Only what is being trained is perturbed.
+            return value
+        perturbed: Tensor = reading.added_to(value, parts)
+        # For hooks that look at the gradient of what they read here, or change it in place; the sum itself has none.
+        if is_parameter and not torch.compiler.is_compiling():
+            gradient = value.grad
+            if gradient is not None and gradient.dtype == perturbed.dtype:
+                perturbed.grad = gradient
+        return perturbed
+
+    # For FSDP1, which sets and deletes its views under the parameter's name.
+    def write(self: Any, value: Tensor | None) -> None:
+        self.__dict__[attribute] = value
+
+    def delete(self: Any) -> None:
+        del self.__dict__[attribute]
+
+    return property(read, write, delete)
 
 
 def as_ref(reader: AnyRef) -> ParameterRef:
@@ -191,3 +253,17 @@ def clean(readers: Iterable[AnyRef]) -> Iterator[None]:
     finally:
         for switch in switches:
             switch.is_on = True
+
+
+GATES_CLOSED = Switch()
+"""On inside of :func:`gates_closed`."""
+
+
+@contextmanager
+def gates_closed() -> Iterator[None]:
+    """Inside, no layer switches a perturbation on around its own call, as in a measurement at the clean weights."""
+    before, GATES_CLOSED.is_on = GATES_CLOSED.is_on, True
+    try:
+        yield
+    finally:
+        GATES_CLOSED.is_on = before

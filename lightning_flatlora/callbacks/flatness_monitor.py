@@ -106,8 +106,11 @@ class FlatnessMonitor(Callback):
         refuse(self, problems)
         if self.every_n_steps is None and self.every_n_epochs is None:
             self.every_n_epochs = 1
-        # Everything that belongs to one fit; None outside of it, and after a step that can't be measured.
+        # None outside of a fit, and after a step that can't be measured.
         self._held: ProbeBatches | None = None
+        # The step or epoch of the last measurement; at first that at which training started.
+        self._measured_at = 0
+        self._has_measured = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Give the settings: a copy or pickle that is made in the middle of a fit has no part in that fit."""
@@ -151,8 +154,7 @@ class FlatnessMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._held is not None:
-            self._held.measured_at = self._count(trainer)
+        self._measured_at, self._has_measured = self._count(trainer), False
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -188,12 +190,12 @@ class FlatnessMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         held = self._held
         # A step that can't be measured has been told of already.
-        if held is None or held.has_measured or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if held is None or self._has_measured or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         unit, every = ("epoch", self.every_n_epochs) if self.every_n_steps is None else ("step", self.every_n_steps)
         rank_zero_warn(
             f"FlatnessMonitor: nothing was measured: every_n_{unit}s is {every}, and training went from {unit} "
-            f"{held.measured_at} to {self._count(trainer)}"
+            f"{self._measured_at} to {self._count(trainer)}"
         )
 
     @override
@@ -217,9 +219,9 @@ class FlatnessMonitor(Callback):
             return
         # Multiples are counted, since count % every == 0 would hold in every batch of an accumulation window, and
         # several optimizers skip numbers.
-        if count // every == held.measured_at // every:
+        if count // every == self._measured_at // every:
             return
-        held.measured_at = count
+        self._measured_at = count
         measures = self.measures or (*DEFAULT_MEASURES, *(["ema"] if isinstance(method, EFMLoRAStep) else []))
         with held.undisturbed():
             if not held.try_out():
@@ -227,7 +229,7 @@ class FlatnessMonitor(Callback):
                 return
             try:
                 point = self._point(trainer, pl_module, method, held)
-                held.has_measured = True
+                self._has_measured = True
                 numbers = measure(point, measures, self.per_layer)
             except NoPairsError:  # none is trained now
                 return

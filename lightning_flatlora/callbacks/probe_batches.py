@@ -23,8 +23,6 @@ class ProbeBatches:
     """Copies of the first batches that pass by, and the loss that a module's own step computes of each.
 
     Attributes:
-        measured_at: the step or epoch of the last measurement; at first that at which training started.
-        has_measured: whether there has been a measurement.
         tried: the number of batches that have been tried out.
 
     Args:
@@ -34,8 +32,6 @@ class ProbeBatches:
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, count: int) -> None:
-        self.measured_at = 0
-        self.has_measured = False
         self.tried = 0
         self._trainer, self._pl_module = trainer, pl_module
         name = "training_step" if pl_module.automatic_optimization else "compute_loss"

@@ -8,7 +8,7 @@ import torch
 from peft import helpers
 from torch import Tensor, nn
 
-from lightning_flatlora.forward_gate import ForwardGate
+from lightning_flatlora.perturbed_read import gates_closed
 from lightning_flatlora.sharding import average
 
 Loss = Callable[[], Tensor]
@@ -202,7 +202,7 @@ def differentiable() -> Iterator[None]:
     # Of DoRA's norms and products. It came with peft 0.19; before, nothing was cached.
     caching = getattr(helpers, "DoraCaching", None)
     # A loop's gates would let layers in training mode read B + Ê.
-    with ForwardGate.closed(), caching(enabled=False) if caching else nullcontext():
+    with gates_closed(), caching(enabled=False) if caching else nullcontext():
         yield
 
 
