@@ -23,13 +23,8 @@ class Overlay:
     _plain_class: type[nn.Module]
 
     @classmethod
-    def _overlay_names(cls, state: Any) -> tuple[str, ...]:
-        """Name the members of the subclass that depend on a module's state."""
-        return ()
-
-    @classmethod
     def _overlay_members(cls, names: tuple[str, ...]) -> dict[str, Any]:
-        """Make these members."""
+        """Make the subclass's members for the keys of the state, if that is a dict."""
         return {}
 
     def _get_name(self) -> str:
@@ -54,7 +49,7 @@ def set_class(module: nn.Module) -> None:
     for mixin in Overlay.__subclasses__():
         state = module.__dict__.get(mixin._overlay_state)
         if state:
-            mixins.append((mixin, mixin._overlay_names(state)))
+            mixins.append((mixin, tuple(sorted(state)) if isinstance(state, dict) else ()))
         else:  # an empty state is not needed any more
             module.__dict__.pop(mixin._overlay_state, None)
     kind: Any = plain_class(module)

@@ -7,19 +7,17 @@ Notation (arXiv 2508.00522): a LoRA layer's weight is ``W = W0 + s B A`` with ``
 to the host, or keeps state.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Estimator = Literal["average", "projected"]
 NormScope = Literal["global", "layer"]
 
 DAMPING = 1e-6
 """delta of :func:`damped_inverse_root`, relative to the trace."""
-
-# Columns of a Gram matrix that are computed by one product, as half of it is known by symmetry.
-_BLOCK = 64
 
 
 class Ascent(NamedTuple):
@@ -63,7 +61,8 @@ def damped_inverse_root(X: Tensor) -> Tensor:
 
 def _root_and_damping(X: Tensor) -> tuple[Tensor, Tensor]:
     """R of :func:`damped_inverse_root` and what was added to the Gram matrix's diagonal, in float64 where there is."""
-    gram = _lower_gram(X if X.device.type == "mps" else X.double())
+    wide_X = X if X.device.type == "mps" else X.double()
+    gram = wide_X.mT @ wide_X
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     damping = (DAMPING * diagonal.sum(-1, keepdim=True)).clamp_min(torch.finfo(X.dtype).tiny)
     diagonal += damping
@@ -98,19 +97,6 @@ def pseudo_inverse_roots(A: Tensor) -> tuple[Tensor, Tensor]:
     root, damping = _root_and_damping(A.mT)
     kept = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device) - (damping * root) @ root.mT
     return (root.mT @ kept).to(A.dtype), root.to(A.dtype)
-
-
-def _lower_gram(X: Tensor) -> Tensor:
-    """``X^T X``, shape (..., r, r); above the diagonal's blocks zeros, as Cholesky's factorization reads none of it."""
-    r = X.shape[-1]
-    if r <= _BLOCK:
-        return X.mT @ X
-    gram = X.new_zeros(*X.shape[:-2], r, r)
-    for start in range(0, r, _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        known = slice(0, start + _BLOCK)
-        gram[..., rows, known] = X[..., rows].mT @ X[..., known]
-    return gram
 
 
 def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
@@ -220,6 +206,38 @@ def perturbation_scale(squared_norm: Tensor, rho: float | Tensor) -> Tensor:
     """
     # Where the norm is 0, rsqrt gives inf, which is never chosen.
     return torch.where(squared_norm > 0, rho * squared_norm.rsqrt(), torch.zeros_like(squared_norm))
+
+
+def joint_ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
+    r"""Compute SAM's perturbation of several parameters at once.
+
+    .. math:: E_i = \rho\, \frac{G_i}{\lVert (G_1, G_2, \dots) \rVert_F}
+
+    Args:
+        gradients: of any shapes.
+        rho: radius of the ball over all of them, in the parameters' units.
+
+    Returns:
+        The perturbations, in float32 or wider; zero if the gradient is zero, and all zero if one is not finite.
+        The host does not wait.
+
+    Source: Foret et al., arXiv 2010.01412, Eq. 2 with p = 2.
+
+    Example:
+        >>> joint_ascent([torch.tensor([3.0]), torch.tensor([0.0, 4.0])], rho=0.5)
+        [tensor([0.3000]), tensor([0.0000, 0.4000])]
+    """
+    # Dense, since an embedding's may be sparse, and wide, since the squares of 16 bits may over- or underflow.
+    dense = [wide(gradient.to_dense()) for gradient in gradients]
+    norm = nn.utils.get_total_norm(dense)
+    # 0 for a norm that is not finite as well; only entries that are not finite themselves give nan with it.
+    scale = torch.where(norm > 0, rho / norm, 0.0)
+    return [(gradient * scale.to(gradient.device, gradient.dtype)).nan_to_num_(0.0) for gradient in dense]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _squared_norm(X: Tensor) -> Tensor:

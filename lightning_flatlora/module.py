@@ -19,9 +19,9 @@ from lightning_flatlora.callbacks.training_step import ZERO_LOSS, ends_window, l
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.methods.b_perturbation import FMLoRAStep
 from lightning_flatlora.methods.checks import choice_problems, integer_problems
+from lightning_flatlora.methods.optimizers import has_gradient
 from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule, is_size
-from lightning_flatlora.wrappers import has_gradient
 
 if TYPE_CHECKING:
     _Base = LightningModule

@@ -116,11 +116,6 @@ class _Perturbed(Overlay):
 
     @classmethod
     @override
-    def _overlay_names(cls, state: Any) -> tuple[str, ...]:
-        return tuple(sorted(state))
-
-    @classmethod
-    @override
     def _overlay_members(cls, names: tuple[str, ...]) -> dict[str, Any]:
         return {name: _property_of(name) for name in names}
 

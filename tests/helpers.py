@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_flatlora import EFMLoRA, FMLoRA, FMLoRAModule, perturbed_read
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 from lightning_flatlora.class_overlay import Overlay
-from lightning_flatlora.forward_gate import GATES
+from lightning_flatlora.loops.forward_gate import GATES
 from lightning_flatlora.perturbed_read import READINGS
 
 

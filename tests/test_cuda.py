@@ -14,8 +14,8 @@ from torch.amp import GradScaler
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA, loops
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
+from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.weight_noise import WeightNoise
 
 DEVICE = "cuda"
 pytestmark = [

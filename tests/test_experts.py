@@ -21,8 +21,8 @@ from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, Ran
 from lightning_flatlora.flatness import Point, loss_gradient, measure, random_direction, trained_factors
 from lightning_flatlora.flatness.landscape import loss_at
 from lightning_flatlora.flatness.sharpness import overlaps, read
+from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.weight_noise import WeightNoise
 
 pytestmark = pytest.mark.skipif(
     not hasattr(ParamWrapper, "get_delta_factors"), reason="this peft takes all experts for transposed ones"

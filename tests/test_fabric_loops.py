@@ -35,8 +35,8 @@ from transformers import (
 from lightning_flatlora import EFMLoRA as LightningEFMLoRA
 from lightning_flatlora import FMLoRA as LightningFMLoRA
 from lightning_flatlora import LinearRho, loops
-from lightning_flatlora.loop_method import STATE_KEY
 from lightning_flatlora.loops import EFMLoRA
+from lightning_flatlora.loops.loop_method import STATE_KEY
 from lightning_flatlora.pairs.finders import litgpt_pairs
 
 METHODS = ("EFMLoRA", "FMLoRA")

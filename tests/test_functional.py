@@ -76,7 +76,6 @@ def of_size(of_B: float, of_G: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 NARROW = [nearly_parallel(share, R, N, M) for share in (1.0, 1e-1, 1e-2, 1e-3, 1e-5, 1e-8)]
-# A rank whose Gram matrix goes in blocks.
 NARROW += [nearly_parallel(share, 150, 320, 256) for share in (1.0, 1e-2, 1e-8)]
 for size in (1e-12, 1e-6, 1e6, 1e12):
     NARROW += [of_size(size, 1.0), of_size(1.0, size)]
@@ -111,9 +110,8 @@ def test_noise_where_the_rows_of_A_are_dependent_stays_noise(columns: int, estim
     assert relative_error(found[1].squared_norm, found[0].squared_norm) < 5e-3
 
 
-@pytest.mark.parametrize("rank", [1, R, 64, 65, 150, 256])
+@pytest.mark.parametrize("rank", [1, R, 64, 150, 256])
 def test_the_damped_inverse_is_its_definition_and_tends_to_the_pseudo_inverse(rank: int) -> None:
-    """The Gram matrix of large ranks is made in blocks, of which the last one may be smaller."""
     X = torch.randn(3, 3 * rank, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     K = X.mT @ X
     trace = K.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]

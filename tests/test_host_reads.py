@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_flatlora import CosineRho, LearningRateRho, loops
+from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.pairs.finders import litgpt_pairs
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.weight_noise import WeightNoise
 
 META = torch.device("meta")
 WINDOW, STEPS = 2, 5

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_flatlora import EFMLoRA, Perturbation, find_pairs, loops, perturbed_read
-from lightning_flatlora.loop_method import STATE_KEY
+from lightning_flatlora.loops.loop_method import STATE_KEY
 
 INPUTS = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
 

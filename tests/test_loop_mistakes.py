@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_flatlora import LinearRho, NoPairsError, loops
-from lightning_flatlora.forward_gate import PASSES_UNTIL_WARNING
+from lightning_flatlora.loops.forward_gate import PASSES_UNTIL_WARNING
 
 METHODS = ("EFMLoRA", "FMLoRA")
 

@@ -14,7 +14,7 @@ from pytorch_optimizer import TRAC, Lookahead, OrthoGrad, ScheduleFreeWrapper
 from torch import nn
 
 from lightning_flatlora import EFMLoRA, LearningRateRho
-from lightning_flatlora.loop_method import STATE_KEY
+from lightning_flatlora.loops.loop_method import STATE_KEY
 
 
 def trained(net: nn.Module) -> list[nn.Parameter]:

@@ -25,7 +25,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_flatlora.pairs import NoPairsError, clean_name, find_pairs
+from lightning_flatlora.pairs import NoPairsError, find_pairs
+from lightning_flatlora.wrappers import clean_name
 
 
 class Net(nn.Module):

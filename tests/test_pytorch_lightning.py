@@ -20,7 +20,7 @@ from pytorch_lightning.trainer.connectors import callback_connector
 import lightning_flatlora
 import lightning_flatlora.pytorch_lightning as flatlora
 from lightning_flatlora import CosineRho, baselines
-from lightning_flatlora.compat import is_lightning
+from lightning_flatlora.callbacks.both_lightnings import is_lightning
 
 STEPS = 20
 TAKES_OTHERS = "parent=Callback" in inspect.getsource(callback_connector._validate_callbacks_list)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lightning_flatlora import NoPairsError
-from lightning_flatlora.weight_noise import WeightNoise, derived_seed
+from lightning_flatlora.full_weight.weight_noise import WeightNoise, derived_seed
 
 SIGMA, SEED = 0.3, 11
 SHAPES = [(7, 5), (5, 9)]

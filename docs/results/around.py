@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lightning_flatlora import Perturbation, find_pairs
 from lightning_flatlora import flatness as flat
+from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.pairs.lora_pair import trained_factors
-from lightning_flatlora.weight_noise import WeightNoise
 from recipes.language.batches import pad, padded
 from recipes.shared.ledger import Ledger, Row, commit
 from recipes.studies.process import written

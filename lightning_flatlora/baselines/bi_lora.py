@@ -12,13 +12,13 @@ from typing_extensions import override
 
 from lightning_flatlora.baselines.one_pass import FullWeightStep
 from lightning_flatlora.callbacks.base import MethodCallback
-from lightning_flatlora.flatness.losses import joint_ascent
+from lightning_flatlora.full_weight.output_terms import OutputTerm
+from lightning_flatlora.full_weight.weight_noise import derived_seed
+from lightning_flatlora.functional import joint_ascent
 from lightning_flatlora.methods.checks import integer_problems
-from lightning_flatlora.output_terms import OutputTerm
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
 from lightning_flatlora.schedules import RhoSchedule, is_size
 from lightning_flatlora.sharding import average_gradients
-from lightning_flatlora.weight_noise import derived_seed
 
 
 class BiLoRA(MethodCallback["BiLoRAStep"]):

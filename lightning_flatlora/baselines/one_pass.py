@@ -10,12 +10,12 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
+from lightning_flatlora.full_weight.output_terms import OutputTerm, output_terms
+from lightning_flatlora.full_weight.weight_noise import NoisyLayer, derived_seed, draw_noise
 from lightning_flatlora.methods.checks import choice_problems, integer_problems
 from lightning_flatlora.methods.step_method import OnePassStep
-from lightning_flatlora.output_terms import OutputTerm, output_terms
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, rows_of, trained_factors
 from lightning_flatlora.schedules import RhoSchedule
-from lightning_flatlora.weight_noise import NoisyLayer, derived_seed, draw_noise
 
 Kind = Literal["nBAR", "oBAR"]
 
@@ -26,7 +26,7 @@ class RandomPerturbation(MethodCallback["RandomPerturbationStep"]):
     .. math:: \text{gradient at } W' + \varepsilon, \qquad
         \varepsilon_{ij} \sim \mathcal N\!\left(0,\; \frac{\sigma^2}{m}\,\lVert W'_{i,:}\rVert^2\right)
 
-    The noise is a function of (seed, optimizer step, layer), see :class:`~lightning_flatlora.weight_noise.WeightNoise`:
+    The noise is a function of (seed, optimizer step, layer), see :class:`~lightning_flatlora.full_weight.WeightNoise`:
     all micro-batches of an accumulation window and all ranks share it, and a resumed run draws what the uninterrupted
     one would have drawn. It is on in the forward and the backward pass (so the logged loss includes it), and off in
     validation and, under automatic optimization, in all hooks. Only Linear layers get noise; others are named once.

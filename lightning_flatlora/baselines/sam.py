@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
-from lightning_flatlora.flatness.losses import joint_ascent
 from lightning_flatlora.flatness.sharpness import moved
+from lightning_flatlora.functional import joint_ascent
+from lightning_flatlora.methods.optimizers import parameters_of
 from lightning_flatlora.methods.step_method import TwoPassStep
 from lightning_flatlora.pairs.lora_pair import Finder, rows_of, trained_factors
 from lightning_flatlora.perturbed_read import AnyRef, as_ref, perturbed
 from lightning_flatlora.schedules import RhoSchedule
-from lightning_flatlora.wrappers import parameters_of
 
 
 class SAM(MethodCallback["SAMStep"]):

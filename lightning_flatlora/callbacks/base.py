@@ -9,11 +9,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora.callbacks import strategies
+from lightning_flatlora.callbacks.both_lightnings import callbacks_of
+from lightning_flatlora.callbacks.logging import without_logging
 from lightning_flatlora.callbacks.methods_of_fit import MethodsOfFit, S, unfreezes_later
 from lightning_flatlora.callbacks.passes import OnePass, TwoPasses, takes_no_step, two_pass_problems
-from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.training_step import horizon_problems, takes_passes_itself
-from lightning_flatlora.compat import callbacks_of
 from lightning_flatlora.methods.checks import optimizer_problems, refuse, say_start
 from lightning_flatlora.methods.step_method import StepMethod, TwoPassStep
 from lightning_flatlora.pairs import merge_problems

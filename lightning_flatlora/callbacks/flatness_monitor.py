@@ -8,20 +8,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_flatlora.callbacks.both_lightnings import callback_of
 from lightning_flatlora.callbacks.fmlora import EFMLoRA, FMLoRA, FMLoRAModuleCallback
+from lightning_flatlora.callbacks.logging import without_logging
 from lightning_flatlora.callbacks.methods_of_fit import unfreezes_later
-from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.probe_batches import ProbeBatches
 from lightning_flatlora.callbacks.strategies import monitor_problems
-from lightning_flatlora.compat import callback_of
 from lightning_flatlora.flatness.measures import DEFAULT_MEASURES, Point, measure, measure_problems
+from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.methods.b_perturbation import EFMLoRAStep
 from lightning_flatlora.methods.checks import choice_problems, finder_problems, integer_problems, refuse
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.pairs.lora_pair import Finder, NoPairsError
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import is_size
-from lightning_flatlora.weight_noise import WeightNoise
 
 Data = Literal["train", "val"]
 

@@ -8,12 +8,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
-from lightning_flatlora.callbacks.patches import put_on
+from lightning_flatlora.callbacks.both_lightnings import callback_of, callbacks_of
 from lightning_flatlora.callbacks.training_step import window_of
-from lightning_flatlora.compat import callback_of, callbacks_of
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.methods.b_perturbation import EFMLoRAStep, FMLoRAStep
 from lightning_flatlora.pairs.lora_pair import Finder
+from lightning_flatlora.patching import put_on
 from lightning_flatlora.schedules import RhoSchedule
 
 

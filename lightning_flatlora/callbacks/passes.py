@@ -15,13 +15,14 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_flatlora.callbacks.patches import put_on_instance, silenced
+from lightning_flatlora.callbacks.logging import silenced
 from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, synchronizes
 from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, window_of
 from lightning_flatlora.methods.checks import SEVERAL_GRADIENTS, refuse
 from lightning_flatlora.methods.put_back import copied_batch
 from lightning_flatlora.methods.replay import GivesPerturbation, Replay
 from lightning_flatlora.methods.step_method import OnePassStep, StepMethod
+from lightning_flatlora.patching import put_on_instance
 from lightning_flatlora.sharding import is_sharded
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_flatlora.callbacks.patches import silenced
+from lightning_flatlora.callbacks.logging import silenced
 from lightning_flatlora.callbacks.training_step import loss_of
 from lightning_flatlora.flatness.losses import MeanLoss, differentiable, refuse_reentrant
 from lightning_flatlora.methods.put_back import copied_batch, random_state

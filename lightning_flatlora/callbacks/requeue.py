@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.methods.checks import refuse
+from lightning_flatlora.patching import put_on
 
 # Seconds in which a repeated signal is one signal: torchrun and systemd may both send it to a process.
 _PATIENCE = 5.0

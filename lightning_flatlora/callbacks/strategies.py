@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.distributed.fsdp import ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_flatlora.callbacks.patches import nothing, put_on_instance
+from lightning_flatlora.callbacks.both_lightnings import callbacks_of, is_lightning
 from lightning_flatlora.callbacks.training_step import window_of
-from lightning_flatlora.compat import callbacks_of, is_lightning
+from lightning_flatlora.patching import nothing, put_on_instance
 from lightning_flatlora.wrappers import wrapping_problems
 
 _USE = "use strategy='ddp', ModelParallelStrategy (FSDP2) or, with automatic optimization, strategy='fsdp'"

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, Stochasti
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_flatlora.compat import callbacks_of, is_lightning
+from lightning_flatlora.callbacks.both_lightnings import callbacks_of, is_lightning
 
 # What a step can do in place of returning None where its gradient is waited for.
 ZERO_LOSS = "return a loss of zero that depends on the parameters, as 0 * output.sum()"

@@ -30,7 +30,6 @@ from lightning_flatlora.flatness.landscape import random_direction as random_dir
 from lightning_flatlora.flatness.losses import Loss as Loss
 from lightning_flatlora.flatness.losses import LossGradient as LossGradient
 from lightning_flatlora.flatness.losses import MeanLoss as MeanLoss
-from lightning_flatlora.flatness.losses import joint_ascent as joint_ascent
 from lightning_flatlora.flatness.losses import loss_gradient as loss_gradient
 from lightning_flatlora.flatness.measures import DEFAULT_MEASURES as DEFAULT_MEASURES
 from lightning_flatlora.flatness.measures import MEASURES as MEASURES
@@ -45,4 +44,5 @@ from lightning_flatlora.flatness.sharpness import fresh_perturbation as fresh_pe
 from lightning_flatlora.flatness.sharpness import lora_sharpness as lora_sharpness
 from lightning_flatlora.flatness.sharpness import moved as moved
 from lightning_flatlora.flatness.sharpness import sam_sharpness as sam_sharpness
+from lightning_flatlora.functional import joint_ascent as joint_ascent
 from lightning_flatlora.pairs.lora_pair import trained_factors as trained_factors

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_flatlora.flatness.losses import Loss, LossGradient, value
 from lightning_flatlora.flatness.sharpness import fresh_perturbation, overlaps, read
+from lightning_flatlora.full_weight.output_terms import adapted_layers
 from lightning_flatlora.functional import pseudo_inverse_roots
-from lightning_flatlora.output_terms import adapted_layers
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import AnyRef, perturbed

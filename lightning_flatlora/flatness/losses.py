@@ -8,6 +8,7 @@ import torch
 from peft import helpers
 from torch import Tensor, nn
 
+from lightning_flatlora.functional import wide
 from lightning_flatlora.perturbed_read import gates_closed
 from lightning_flatlora.sharding import average
 
@@ -68,7 +69,7 @@ class LossGradient(NamedTuple):
 def value(loss: Loss) -> Tensor:
     """Compute the loss in one forward pass: shape (), float32 or wider, without a graph."""
     with torch.no_grad(), differentiable():
-        mean = torch.stack([_wide(computed(part)) for part in losses_of(loss)]).mean()
+        mean = torch.stack([wide(computed(part)) for part in losses_of(loss)]).mean()
     average([mean])
     return mean
 
@@ -135,34 +136,7 @@ def _add_derivative(part: Loss, derivative: Callable[[Tensor], Sequence[Tensor]]
     nan_or_0 = torch.where(loss.detach().isfinite(), 0.0, torch.nan)
     for total, new in zip(sums, derivative(loss), strict=True):
         total += new + nan_or_0.to(new.device, new.dtype)
-    return _wide(loss.detach())
-
-
-def joint_ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
-    r"""Compute SAM's perturbation of several parameters at once.
-
-    .. math:: E_i = \rho\, \frac{G_i}{\lVert (G_1, G_2, \dots) \rVert_F}
-
-    Args:
-        gradients: of any shapes.
-        rho: radius of the ball over all of them, in the parameters' units.
-
-    Returns:
-        The perturbations, in float32 or wider; zero if the gradient is zero, and all zero if one is not finite.
-        The host does not wait.
-
-    Source: Foret et al., arXiv 2010.01412, Eq. 2 with p = 2.
-
-    Example:
-        >>> joint_ascent([torch.tensor([3.0]), torch.tensor([0.0, 4.0])], rho=0.5)
-        [tensor([0.3000]), tensor([0.0000, 0.4000])]
-    """
-    # Dense, since an embedding's may be sparse, and wide, since the squares of 16 bits may over- or underflow.
-    wide = [_wide(gradient.to_dense()) for gradient in gradients]
-    norm = nn.utils.get_total_norm(wide)
-    # 0 for a norm that is not finite as well; only entries that are not finite themselves give nan with it.
-    scale = torch.where(norm > 0, rho / norm, 0.0)
-    return [(gradient * scale.to(gradient.device, gradient.dtype)).nan_to_num_(0.0) for gradient in wide]
+    return wide(loss.detach())
 
 
 def computed(part: Loss) -> Tensor:
@@ -209,8 +183,3 @@ def differentiable() -> Iterator[None]:
 def losses_of(loss: Loss) -> Sequence[Loss]:
     """Return the losses of single batches, if a loss has them."""
     return loss.losses if isinstance(loss, MeanLoss) else [loss]
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -12,10 +12,10 @@ from lightning_flatlora.flatness import sharpness
 from lightning_flatlora.flatness.curvature import hessian_trace, top_eigenvalue
 from lightning_flatlora.flatness.factors import balancedness, condition_number, gradient_identity_residual
 from lightning_flatlora.flatness.losses import Loss, LossGradient, loss_gradient
+from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of, rows_of, trained_factors
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import clean
-from lightning_flatlora.weight_noise import WeightNoise
 
 Values = dict[str, Tensor]
 """By name: a number, shape (), or one for each pair, shape (pairs,)."""

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from lightning_flatlora.flatness.curvature import estimate
 from lightning_flatlora.flatness.factors import cosine_of, inner_product
-from lightning_flatlora.flatness.losses import Loss, LossGradient, joint_ascent, loss_gradient, value
+from lightning_flatlora.flatness.losses import Loss, LossGradient, loss_gradient, value
+from lightning_flatlora.full_weight import WeightNoise
+from lightning_flatlora.functional import joint_ascent
 from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of, trained_factors
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 from lightning_flatlora.perturbed_read import clean, shown
 from lightning_flatlora.schedules import is_size
-from lightning_flatlora.weight_noise import WeightNoise
 
 
 class Sharpness(NamedTuple):
@@ -218,7 +219,7 @@ def expected_sharpness(loss: Loss, noise: WeightNoise, sigma: float, samples: in
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
-        >>> from lightning_flatlora.weight_noise import WeightNoise
+        >>> from lightning_flatlora.full_weight import WeightNoise
         >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
         >>> loss = lambda: model(torch.eye(4)).square().mean()  # convex: noise can only raise it on average
         >>> bool(expected_sharpness(loss, WeightNoise(model), sigma=0.5, samples=64).sharpness > 0)

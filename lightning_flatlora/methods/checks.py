@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from lightning_flatlora import wrappers
 from lightning_flatlora.pairs.lora_pair import PairSearch
 from lightning_flatlora.schedules import is_integer
-from lightning_flatlora.sharding import is_sharded
 
 
 def finder_problems(finder: object, adapter_name: object) -> list[str]:
@@ -74,22 +73,6 @@ def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
             "the optimizer has maximize=True, and the perturbation raises what training_step returns, so it would go "
             "to the better side: return its negative as the loss, and minimize"
         )
-    return problems
-
-
-def loop_problems(model: object, optimizer: Any, method: Any, total_steps: object, takes_two_passes: bool) -> list[str]:
-    """List what can't work in a loop, as far as it is known before the search for pairs."""
-    problems = [] if total_steps is None else integer_problems("total_steps", total_steps, 1)
-    if not isinstance(model, nn.Module) or wrappers.stepped(optimizer) is None:
-        given = f"{type(model).__name__} and {type(optimizer).__name__}"
-        return [*problems, f"the first two arguments must be a model and its torch.optim.Optimizer, got {given}"]
-    first_pass = [f"{method.title}'s first pass"] if takes_two_passes else []
-    problems += wrappers.wrapping_problems(model, first_pass)
-    problems += optimizer_problems([wrappers.innermost(optimizer)])
-    if takes_two_passes and not method.sync_ascent and is_sharded(model):
-        problems.append("sync_ascent=False needs each rank's own gradient, which FSDP does not keep")
-    if method.lacks_horizon and total_steps is None:
-        problems.append(f"{method.argument} spreads over the run, whose length a loop does not say: set total_steps")
     return problems
 
 

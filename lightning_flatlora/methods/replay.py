@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_flatlora.methods.optimizers import parameters_of
 from lightning_flatlora.methods.put_back import PutBack, buffers_of, metrics_on_copies, own_attributes, random_state
 from lightning_flatlora.sharding import average_gradients
-from lightning_flatlora.wrappers import parameters_of
 
 
 class GivesPerturbation(Protocol):
@@ -86,7 +86,7 @@ class Replay:
         Gradients begin anew inside, so that the ascent's stand alone; afterwards those from before are back.
 
         Args:
-            method: that gives the perturbation.
+            method: the step method that gives the perturbation.
             is_averaged: whether the backward averages the gradient over the ranks, so that it need not be done here.
         """
         taken = {}

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from lightning_flatlora.methods import checks
+from lightning_flatlora.methods.optimizers import parameters_of
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
 from lightning_flatlora.perturbation.perturbation import Perturbation
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule, is_size
 from lightning_flatlora.sharding import Sharding, sharding_of
-from lightning_flatlora.wrappers import parameters_of
 
 STEPS_UNTIL_WARNING = 100
 """Optimizer steps without any gradient of a pair after which the method says that it had no effect."""

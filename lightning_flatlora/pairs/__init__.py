@@ -5,7 +5,5 @@ from lightning_flatlora.pairs.find import nothing_found as nothing_found
 from lightning_flatlora.pairs.find import search_pairs as search_pairs
 from lightning_flatlora.pairs.lora_pair import LoRAPair as LoRAPair
 from lightning_flatlora.pairs.lora_pair import NoPairsError as NoPairsError
-from lightning_flatlora.pairs.peft_pairs import bare as bare
-from lightning_flatlora.pairs.peft_pairs import clean_name as clean_name
 from lightning_flatlora.pairs.peft_pairs import lora_layers as lora_layers
 from lightning_flatlora.pairs.peft_pairs import merge_problems as merge_problems

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from lightning_flatlora.pairs.lora_pair import LoRAPair
-from lightning_flatlora.pairs.peft_pairs import bare, clean_name
 from lightning_flatlora.perturbed_read import ParameterRef
+from lightning_flatlora.wrappers import bare, clean_name
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The LoRA pairs of peft's layers: which of them are one product s B A, and under which names."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_flatlora.class_overlay import plain_class
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbed_read import AnyRef, ParameterRef, as_ref
+from lightning_flatlora.wrappers import bare, clean_name
 
 # That of an embedding is a DoraLinearVariant.
 _EXACT_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
@@ -27,9 +27,6 @@ _NO_PRODUCTS: dict[type[nn.Module], str] = {
     AdaLoraLayer: "AdaLoRA's update is B diag(E) A, and not a product s B A",
     LoraParallelLinear: "tensor-parallel LoRA keeps a slice of each factor",
 }
-
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_WRAPPER_NAMES = re.compile(rf"(^|\.)({'|'.join(_WRAPPED)})(?=\.)")
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
@@ -96,26 +93,6 @@ def _pairs_of(layer_name: str, layer: Any, adapter: str, A: AnyRef, B: AnyRef) -
         readers: Any = {"readers": [replace(of_B, rows=B_rows)], "A_readers": [replace(of_A, rows=A_rows)]}
         pairs.append(replace(whole, name=own_name, **readers, A_rows=A_rows, B_rows=B_rows))
     return pairs
-
-
-def clean_name(name: str) -> str:
-    """Give a parameter's name without what FSDP, torch.compile and activation checkpointing put in.
-
-    Example:
-        >>> clean_name("model._orig_mod.layer._checkpoint_wrapped_module.lora_B.default.weight")
-        'model.layer.lora_B.default.weight'
-    """
-    return _WRAPPER_NAMES.sub("", name).removeprefix(".")
-
-
-def bare(module: Any) -> Any:
-    """Give a module without what a wrapping policy, compilation, checkpointing or Fabric has put around it."""
-    while True:
-        children = getattr(module, "_modules", {})
-        inner = next((children[name] for name in (*_WRAPPED, "_original_module") if name in children), None)
-        if inner is None:
-            return module
-        module = inner
 
 
 def kind_of(layer: nn.Module) -> type[nn.Module]:

@@ -15,7 +15,7 @@ from lightning_flatlora.flatness import (
     random_direction,
 )
 from lightning_flatlora.flatness.losses import value
-from lightning_flatlora.weight_noise import WeightNoise, derived_seed
+from lightning_flatlora.full_weight.weight_noise import WeightNoise, derived_seed
 from recipes.report.options import Options
 
 

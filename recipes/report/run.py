@@ -11,10 +11,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 
 from lightning_flatlora.flatness import Loss, MeanLoss, Point, base_norm, loss_gradient, trained_factors
+from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.pairs.lora_pair import LoRAPair, NoPairsError, PairSearch
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.weight_noise import WeightNoise
 from recipes.report import landscape, numbers
 from recipes.report.adapters import Adapted, base_of, load, task_of
 from recipes.report.data import Row, columns_for, mean_loss, read_rows

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_flatlora import LoRAPair, find_pairs
-from lightning_flatlora.weight_noise import derived_seed
+from lightning_flatlora.full_weight.weight_noise import derived_seed
 
 Size = Callable[[int], float]
 

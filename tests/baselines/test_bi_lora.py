@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_flatlora import find_pairs
 from lightning_flatlora.baselines import BiLoRA
 from lightning_flatlora.baselines.bi_lora import BiLoRAStep
-from lightning_flatlora.output_terms import _Adding
+from lightning_flatlora.full_weight.output_terms import _Adding
 from lightning_flatlora.pairs.finders import PairsByName
 
 OF_BARE = PairsByName(a="lora_A", b="lora_B", scaling="scaling", base="linear")

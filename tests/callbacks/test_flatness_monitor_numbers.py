@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_flatlora import CosineRho, EFMLoRA, FlatnessMonitor, Perturbation, find_pairs
 from lightning_flatlora.baselines import RandomPerturbation
 from lightning_flatlora.flatness import DEFAULT_MEASURES, MEASURES, MeanLoss, Point, ema_sharpness, measure
-from lightning_flatlora.weight_noise import WeightNoise
+from lightning_flatlora.full_weight import WeightNoise
 
 
 def freeze_one_B(trainer: Any, pl_module: Any) -> None:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA, LearningRateRho, LinearRho
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
-from lightning_flatlora.callbacks.patches import put_on_instance
+from lightning_flatlora.patching import put_on_instance
 
 # -- a second fit
 

@@ -29,8 +29,8 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA, FMLoRA, find_pairs, load_adapter_checkpoint
+from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.pairs.finders import PairsByName, litgpt_pairs
-from lightning_flatlora.weight_noise import WeightNoise
 
 RHO = 0.3
 

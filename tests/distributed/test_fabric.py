@@ -5,7 +5,7 @@ import pytest
 from helpers import same
 from launch import Results, launch
 
-from lightning_flatlora.loop_method import STATE_KEY
+from lightning_flatlora.loops.loop_method import STATE_KEY
 
 RUNS = [("ddp", "EFMLoRA", 1), ("ddp", "EFMLoRA", 4), ("ddp", "FMLoRA", 4)]
 RUNS += [("fsdp2", "EFMLoRA", 1), ("fsdp2", "EFMLoRA", 4), ("fsdp2", "FMLoRA", 4)]

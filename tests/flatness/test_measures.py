@@ -24,7 +24,7 @@ from lightning_flatlora.flatness import (
     sam_sharpness,
 )
 from lightning_flatlora.flatness.sharpness import read
-from lightning_flatlora.weight_noise import WeightNoise
+from lightning_flatlora.full_weight import WeightNoise
 
 
 def point_of(quadratic: Quadratic, loss: Any = None, **settings: Any) -> Point:

@@ -27,7 +27,7 @@ from lightning_flatlora.flatness import (
     trained_factors,
 )
 from lightning_flatlora.flatness.sharpness import read
-from lightning_flatlora.weight_noise import WeightNoise
+from lightning_flatlora.full_weight import WeightNoise
 
 INSTRUMENTS = ("sam", "lora", "ema", "expected")
 CURVATURES = {"top_eigenvalue": top_eigenvalue, "hessian_trace": hessian_trace}

@@ -17,7 +17,7 @@ from lightning_flatlora.flatness import (
     top_eigenvalue,
     trained_factors,
 )
-from lightning_flatlora.weight_noise import WeightNoise
+from lightning_flatlora.full_weight import WeightNoise
 from recipes.report import numbers
 from recipes.report.adapters import load
 from recipes.report.data import mean_loss, read_rows

@@ -14,11 +14,11 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks.adapter_checkpoint import contents, export
 from lightning_flatlora.callbacks.adapter_checkpoint.transfer import adapters_only, read_adapters
-from lightning_flatlora.callbacks.patches import without_logging
+from lightning_flatlora.callbacks.logging import without_logging
 from lightning_flatlora.callbacks.strategies import checkpoint_problems
 from lightning_flatlora.methods.checks import refuse
+from lightning_flatlora.methods.optimizers import parameters_of
 from lightning_flatlora.pairs.lora_pair import Finder
-from lightning_flatlora.wrappers import parameters_of
 
 if TYPE_CHECKING:
     _Base = ModelCheckpoint

@@ -17,9 +17,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from lightning_flatlora.pairs import bare, clean_name, search_pairs
+from lightning_flatlora.pairs import search_pairs
 from lightning_flatlora.pairs.find import pairs_from
 from lightning_flatlora.pairs.lora_pair import Finder, all_factors
+from lightning_flatlora.wrappers import bare, clean_name
 
 # Drawn at random, or made from data or gradients. Plain PiSSA and OLoRA come out the same from the same base.
 _DIFFER_EACH_TIME = ("pissa_niter", "corda", "lora_ga")

@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from lightning_flatlora.callbacks.adapter_checkpoint import contents, export
-from lightning_flatlora.callbacks.patches import put_on
-from lightning_flatlora.compat import is_lightning
-from lightning_flatlora.pairs import clean_name, merge_problems
+from lightning_flatlora.callbacks.both_lightnings import is_lightning
+from lightning_flatlora.methods.optimizers import parameters_of
+from lightning_flatlora.pairs import merge_problems
 from lightning_flatlora.pairs.lora_pair import Finder
+from lightning_flatlora.patching import put_on
 from lightning_flatlora.sharding import Sharding, is_sharded, sharding_of
-from lightning_flatlora.wrappers import parameters_of
+from lightning_flatlora.wrappers import clean_name
 
 # The key under which a checkpoint says that it is one of ours. There it has the "format" of the file, the identities of
 # what is "left_out", and the "scalings" of the adapters, both by name.

@@ -1,10 +1,8 @@
 """Replace methods and other attributes of one object for a limited time."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
-
-from lightning.pytorch import Callback, LightningModule
 
 
 def put_on_instance(owner: Any, name: str, method: Any) -> Callable[[], None]:
@@ -47,21 +45,3 @@ def put_on(owner: Any, methods: dict[str, Any]) -> ExitStack:
 
 def nothing(*args: Any, **kwargs: Any) -> None:
     """Do nothing: it stands in for a method, or where there is nothing to put back."""
-
-
-def without_logging(callback: Callback) -> dict[str, Any]:
-    """Give a callback's attributes without Lightning's methods of a fit, which hold the whole module."""
-    return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}
-
-
-@contextmanager
-def silenced(pl_module: LightningModule) -> Iterator[None]:
-    """Inside, nothing that the module or a callback logs is taken up: the first pass has logged already."""
-    trainer = pl_module.trainer
-    with put_on(pl_module, {"log": nothing}) as stack:
-        # A loss object, and a callback, hold the method self.log of before, and an override may call super().log.
-        # That method also forgets what was logged before by the same hook, if another one has logged since.
-        stack.enter_context(put_on(trainer._results, {"log": nothing, "reset": nothing}))
-        connector = trainer._logger_connector
-        stack.callback(setattr, connector, "_current_fx", connector._current_fx)
-        yield

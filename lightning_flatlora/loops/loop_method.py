@@ -14,19 +14,19 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_flatlora import wrappers
-from lightning_flatlora.callbacks.methods_of_fit import assign_pairs
-from lightning_flatlora.callbacks.patches import put_on_instance
-from lightning_flatlora.forward_gate import ForwardGates, ReceivedGradients
-from lightning_flatlora.methods import checks
+from lightning_flatlora.loops.forward_gate import ForwardGates, ReceivedGradients
+from lightning_flatlora.methods import checks, optimizers
+from lightning_flatlora.methods.assignment import assign_pairs
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
 from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.methods.step_method import TwoPassStep
 from lightning_flatlora.pairs import find_pairs, merge_problems
 from lightning_flatlora.pairs.lora_pair import readers_of
+from lightning_flatlora.patching import put_on_instance
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import clean
 from lightning_flatlora.schedules import RhoSchedule
-from lightning_flatlora.sharding import reshard
+from lightning_flatlora.sharding import is_sharded, reshard
 from lightning_flatlora.wrappers import unwrapped
 
 STATE_KEY = "lightning_flatlora"
@@ -58,8 +58,8 @@ class LoopMethod:
         **settings: Any,
     ) -> None:
         self.method = method = self.kind(rho, **settings)
-        inner, outer = wrappers.innermost(optimizer), wrappers.stepped(optimizer)
-        refuse(method, checks.loop_problems(model, optimizer, method, total_steps, isinstance(method, TwoPassStep)))
+        inner, outer = optimizers.innermost(optimizer), optimizers.stepped(optimizer)
+        refuse(method, _loop_problems(model, optimizer, method, total_steps))
         # The inner one carries the state. A wrapper, as Lookahead, may change gradients before it steps that.
         self._model, self._optimizer, self._stepped = model, inner, outer
         method.optimizer = inner
@@ -68,7 +68,7 @@ class LoopMethod:
         self._received = ReceivedGradients()
         self._steps_within = 0
         # Said when the count is first used, since load_state_dict() may still come.
-        self._lacks_state = wrappers.has_stepped(inner)
+        self._lacks_state = optimizers.has_stepped(inner)
         method.horizon = math.inf if total_steps is None else total_steps
         method.is_skipped_on_overflow = True  # a loop does not say whether a scaler skips steps
         self.look_again()
@@ -182,7 +182,7 @@ class LoopMethod:
             return None
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            if not wrappers.only_makes_state(self._optimizer):
+            if not optimizers.only_makes_state(self._optimizer):
                 self._use_gradients()
             self._steps_within = 1
             return None
@@ -203,7 +203,7 @@ class LoopMethod:
                 raise
             return loss
 
-        return wrappers.with_closure(args, kwargs, then_use_gradients)
+        return optimizers.with_closure(args, kwargs, then_use_gradients)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._steps_within = max(self._steps_within - 1, 0)
@@ -271,3 +271,20 @@ class LoopMethod:
             refuse(self.method, [problem])
         self.method.load_state_dict(state, self.search.names)
         self._lacks_state = False
+
+
+def _loop_problems(model: object, optimizer: Any, method: Any, total_steps: object) -> list[str]:
+    """List what can't work in a loop, as far as it is known before the search for pairs."""
+    problems = [] if total_steps is None else checks.integer_problems("total_steps", total_steps, 1)
+    if not isinstance(model, nn.Module) or optimizers.stepped(optimizer) is None:
+        given = f"{type(model).__name__} and {type(optimizer).__name__}"
+        return [*problems, f"the first two arguments must be a model and its torch.optim.Optimizer, got {given}"]
+    takes_two_passes = isinstance(method, TwoPassStep)
+    first_pass = [f"{method.title}'s first pass"] if takes_two_passes else []
+    problems += wrappers.wrapping_problems(model, first_pass)
+    problems += checks.optimizer_problems([optimizers.innermost(optimizer)])
+    if takes_two_passes and not method.sync_ascent and is_sharded(model):
+        problems.append("sync_ascent=False needs each rank's own gradient, which FSDP does not keep")
+    if method.lacks_horizon and total_steps is None:
+        problems.append(f"{method.argument} spreads over the run, whose length a loop does not say: set total_steps")
+    return problems

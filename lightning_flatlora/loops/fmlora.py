@@ -1,13 +1,4 @@
-"""EFMLoRA and FMLoRA for any training loop: plain PyTorch, Fabric, accelerate, transformers' Trainer and others.
-
-EFMLoRA is one line, after the optimizer is made and before its state is loaded::
-
-    flat = EFMLoRA(model, optimizer, rho=0.05)
-
-From then on the LoRA layers read B + Ê inside their own forward, in training mode while autograd records; each step of
-the optimizer moves Ê by its gradients, and the optimizer's state dict carries Ê. FMLoRA needs a loop around the pass as
-well, see :meth:`FMLoRA.training_passes`. Both use the engine of the callbacks of these names, and give their weights.
-"""
+"""EFMLoRA and FMLoRA by the hooks of an optimizer."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,11 +6,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_flatlora.loop_method import LoopMethod
+from lightning_flatlora.loops.loop_method import LoopMethod
 from lightning_flatlora.methods.b_perturbation import EFMLoRAStep, FMLoRAStep
+from lightning_flatlora.methods.optimizers import has_gradient
 from lightning_flatlora.methods.replay import Replay
 from lightning_flatlora.sharding import is_sharded
-from lightning_flatlora.wrappers import has_gradient, unwrapped, without_sync
+from lightning_flatlora.wrappers import unwrapped, without_sync
 
 
 class EFMLoRA(LoopMethod):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_flatlora.output_terms import OutputTerm, output_terms
+from lightning_flatlora.full_weight.output_terms import OutputTerm, output_terms
 from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import is_integer, is_size
 from lightning_flatlora.sharding import is_sharded

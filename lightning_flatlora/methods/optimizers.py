@@ -1,0 +1,62 @@
+"""What an optimizer says about itself: its parameters, its steps, and the optimizer inside or around it."""
+
+from itertools import chain
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+def innermost(optimizer: Any) -> Any:
+    """Give the optimizer of PyTorch in what Fabric, accelerate or a method over another one has made of it."""
+    inner = getattr(optimizer, "optimizer", None)
+    while isinstance(inner, Optimizer):
+        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    return optimizer
+
+
+def stepped(optimizer: Any) -> Any:
+    """Give the outermost optimizer whose step calls hooks, such as Lookahead over AdamW; None if there is none."""
+    while optimizer is not None:
+        # Those that Fabric and accelerate make are of such a class too, but don't call the hooks themselves.
+        calls_hooks = getattr(getattr(type(optimizer), "step", None), "hooked", False)
+        if calls_hooks and "_optimizer_step_pre_hooks" in vars(optimizer):
+            return optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
+    return None
+
+
+def parameters_of(*optimizers: Optimizer) -> list[nn.Parameter]:
+    """List the parameters of optimizers, of each in the order in which its state numbers them."""
+    groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
+    return list(chain.from_iterable(group["params"] for group in groups))
+
+
+def with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a step another closure, by position if it has been given so."""
+    if len(args) > 1:
+        return (args[0], closure, *args[2:]), kwargs
+    return args, {**kwargs, "closure": closure}
+
+
+def has_stepped(optimizer: Optimizer) -> bool:
+    """Say whether an optimizer has the state of steps, its own or loaded ones."""
+    # Adagrad has a state from the start, and counts steps in it.
+    return any(bool(state.get("step", 1) != 0) for state in optimizer.state.values())
+
+
+def only_makes_state(optimizer: Optimizer) -> bool:
+    """Say whether the coming step is the one with a rate of 0 and zero gradients by which PyTorch makes a state.
+
+    ``torch.distributed.checkpoint`` takes it before it loads, or shows, the state of an optimizer that has none.
+    """
+    if optimizer.state or any(group.get("lr") != 0 for group in optimizer.param_groups):
+        return False
+    # This waits for the device, but few steps come so far: a warm-up has its rate of 0 once.
+    gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
+    return bool(gradients) and not any(bool((gradient != 0).any()) for gradient in gradients)
+
+
+def has_gradient(optimizer: Optimizer) -> bool:
+    """Say whether any parameter of an optimizer has a gradient."""
+    return any(parameter.grad is not None for parameter in parameters_of(optimizer))
