@@ -2,7 +2,6 @@
 
 import math
 import weakref
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -175,35 +174,17 @@ class LoopMethod:
 
     # -- the optimizer's step
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Use the gradients of the coming step, once; a closure gives them within it."""
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Use the gradients of the coming step, once."""
         if self._is_within_step():
             self._steps_within += 1
-            return None
-        closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            if not optimizers.only_makes_state(self._optimizer):
-                self._use_gradients()
-            self._steps_within = 1
-            return None
+            return
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is not None:
+            refuse(self.method, ["run forward and backward before the optimizer's step, which must get no closure"])
+        if not optimizers.only_makes_state(self._optimizer):
+            self._use_gradients()
         self._steps_within = 1
-        self._received.forget()
-        was_called = False
-
-        def then_use_gradients() -> Any:
-            nonlocal was_called
-            try:
-                if was_called:
-                    refuse(self.method, [f"{type(optimizer).__name__} {checks.SEVERAL_GRADIENTS}"])
-                was_called = True
-                loss = closure()
-                self._use_gradients()
-            except BaseException:
-                self._steps_within = 0
-                raise
-            return loss
-
-        return optimizers.with_closure(args, kwargs, then_use_gradients)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._steps_within = max(self._steps_within - 1, 0)

@@ -32,13 +32,6 @@ def parameters_of(*optimizers: Optimizer) -> list[nn.Parameter]:
     return list(chain.from_iterable(group["params"] for group in groups))
 
 
-def with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give a step another closure, by position if it has been given so."""
-    if len(args) > 1:
-        return (args[0], closure, *args[2:]), kwargs
-    return args, {**kwargs, "closure": closure}
-
-
 def has_stepped(optimizer: Optimizer) -> bool:
     """Say whether an optimizer has the state of steps, its own or loaded ones."""
     # Adagrad has a state from the start, and counts steps in it.
