@@ -1,0 +1,436 @@
+"""Write the study's figures into its pages, from the published rows; the pages keep their words.
+
+From the root of a clone: ``PYTHONPATH=. python docs/results/figures.py``. The code that made the rows of W1 to W6 is
+archived.
+"""
+
+import json
+import math
+import re
+import runpy
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from recipes.shared.ledger import Row, read
+from recipes.shared.statistics import Estimate, estimate, with_interval
+
+RESULTS = Path(__file__).parent
+DOCS = RESULTS.parent
+BySeed = Mapping[int, Row]
+
+
+class Runs:
+    """The runs of a workload of the study, on test or of its searches."""
+
+    def __init__(self, workload: str, stage: str = "test") -> None:
+        self.arms: dict[tuple[str, frozenset[tuple[str, Any]]], dict[int, Row]] = defaultdict(dict)
+        for file in RESULTS.glob(f"evidence_{workload}*.jsonl"):
+            for row in read(file):
+                # Other files of a workload hold rows of other kinds.
+                is_run = f"{'test' if stage == 'test' else 'validation'}_accuracy" in row
+                if row.get("workload") == workload and row.get("stage") == stage and is_run:
+                    self.arms[row["arm"], frozenset(row["config"].items())][row["seed"]] = row
+
+    def __call__(self, arm: str, **config: float | None) -> BySeed:
+        """Return the only runs of an arm with these settings; None for one that they do not have."""
+        found = []
+        for (name, settings), rows in self.arms.items():
+            if name == arm and all(dict(settings).get(entry) == value for entry, value in config.items()):
+                found.append(rows)
+        (only,) = found
+        return only
+
+
+def difference(one: BySeed, other: BySeed) -> Estimate:
+    """Return that in points of test accuracy, paired by seed."""
+    seeds = [seed for seed in one if seed in other]
+    return estimate([100 * (one[seed]["test_accuracy"] - other[seed]["test_accuracy"]) for seed in seeds])
+
+
+def differences(one: BySeed, *others: BySeed) -> list[str]:
+    """Return the number of seeds, which all have, and the difference to each."""
+    found = [difference(one, other) for other in others]
+    (seeds,) = {each.values for each in found}
+    return [str(seeds), *map(with_interval, found)]
+
+
+def accuracy(rows: BySeed) -> float:
+    """Return the mean test accuracy in percent."""
+    return 100 * statistics.mean(row["test_accuracy"] for row in rows.values())
+
+
+def p_value(found: Estimate) -> float:
+    """Return the two-sided p of a mean difference."""
+    return float(2 * stats.t.sf(abs(found.mean / found.error), found.values - 1))
+
+
+# -- the study's first table
+
+
+def small_tasks() -> str:
+    """Return the row of the comparison over six tasks."""
+    by_run: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for row in read(RESULTS / "comparison.jsonl"):
+        if row["part"] == "test":
+            by_run[row["task"], row["method"]][row["seed"]] = 100 * row["accuracy"]
+    tasks = {task for task, _ in by_run}
+    shared = set.intersection(*(set(by_run[task, method]) for task, method in product(tasks, ("lora", "efmlora"))))
+    means = []
+    for seed in shared:
+        means.append(statistics.mean(by_run[task, "efmlora"][seed] - by_run[task, "lora"][seed] for task in tasks))
+    return f"| Six small tasks, mean | {len(shared)} | {with_interval(estimate(means))} | | plain LoRA |"
+
+
+def many_classes() -> str:
+    """Return the row of W1."""
+    runs = Runs("w1")
+    lora = runs("lora")
+    seeds, to_lora, to_probe = differences(runs("efmlora"), lora, runs("linear_probe"))
+    row = lora[0]
+    what = f"W1: {1 / row['chance']:.0f} classes, {row['settings']['shots']} examples each"
+    return f"| {what} | {seeds} | {to_lora} | {to_probe} | LoRA with dropout {row['config']['dropout']}, as tuned |"
+
+
+def against_a_small_adapter(what: str, efmlora: BySeed, lora: BySeed, probe: BySeed, small: BySeed) -> str:
+    """Return the row of a situation with LoRA of a small rank in the last column."""
+    seeds, to_lora, to_probe, to_small = differences(efmlora, lora, probe, small)
+    its = small[0]["config"]
+    matched = f"rank {its['rank']}, dropout {its['dropout']}: {to_small}"
+    return f"| {what} | {seeds} | {to_lora} | {to_probe} | {matched} |"
+
+
+def wrong_labels() -> str:
+    """Return the row of W2."""
+    runs = Runs("w2")
+    lora = runs("lora", dropout=0.9)
+    what = f"W2: {100 * lora[0]['settings']['noise']:g} % of the labels wrong"
+    small = runs("rank_2", dropout=0.9)
+    return against_a_small_adapter(what, runs("efmlora"), lora, runs("linear_probe"), small)
+
+
+def several_tasks(what: str, matched: str) -> list[str]:
+    """Return both rows of W3 or of W5."""
+    name = what.partition(":")[0]
+    runs = Runs(name.lower())
+    probe, lora, small = runs("linear_probe"), runs("lora", dropout=0.3), runs("rank_2_more_dropout")
+    efmlora, at_rho_0 = runs("efmlora_on_dropout"), runs("efmlora_on_dropout_rho_0")
+    seeds, to_lora, to_probe = differences(efmlora, at_rho_0, probe)
+    config = efmlora[0]["config"]
+    both = f"{name}, both with rank {config['rank']}, dropout {config['dropout']}"
+    return [
+        against_a_small_adapter(what, runs("efmlora"), lora, probe, small),
+        f"| {both} | {seeds} | {to_lora} | {to_probe} | {matched} |",
+    ]
+
+
+def finished_adapters() -> str:
+    """Return the row of W4."""
+    found = []
+    for workload in ("w1", "w2", "w3", "w5"):
+        judged: dict[str, dict[int, Row]] = defaultdict(dict)
+        for row in read(RESULTS / f"evidence_{workload}_robustness.jsonl"):
+            judged[row["arm"]][row["seed"]] = row["conditions"]
+        for condition in set(judged["lora"][0]) - {"as_trained"}:
+            found.append(estimate([_loss(judged, seed, condition) for seed in judged["lora"]]))
+    (seeds,) = {each.values for each in found}
+    above = sum(each.mean > each.interval for each in found)
+    below = sum(-each.mean > each.interval for each in found)
+    what = f"W4: finished adapters rounded, rescaled or fed typos, {len(found)} comparisons"
+    return f"| {what} | {seeds} | {above} intervals above 0, {below} below | | LoRA |"
+
+
+def _loss(judged: Mapping[str, BySeed], seed: int, condition: str) -> float:
+    """Return how much more accuracy LoRA loses by a condition than EFMLoRA."""
+    lost = {}
+    for arm in ("lora", "efmlora"):
+        under = judged[arm][seed]
+        lost[arm] = under["as_trained"]["accuracy"] - under[condition]["accuracy"]
+    return lost["lora"] - lost["efmlora"]
+
+
+def more_data() -> str:
+    """Return the row of W6."""
+    runs, searched = Runs("w6"), Runs("w6", "search")
+    # rho 0 is LoRA without regularization, whose rows both searches share.
+    trials = {}
+    for (arm, settings), rows in searched.arms.items():
+        if arm == "efmlora" or set(dict(settings)) == {"learning_rate"}:
+            trials[settings] = statistics.mean(row["validation_loss"] for row in rows.values())
+    chosen = dict(min(trials, key=lambda settings: trials[settings]))
+    lora = runs("lora", dropout=0.3)
+    seeds, to_lora, to_probe = differences(runs("lora", dropout=None, **chosen), lora, runs("linear_probe"))
+    what = f"W6: {lora[0]['settings']['shots']:,} film reviews per class"
+    rho = chosen.get("rho", 0)
+    return f"| {what} | {seeds} | {to_lora} | {to_probe} | plain LoRA: rho {rho} was chosen |"
+
+
+# -- its text
+
+
+def flatness() -> list[str]:
+    """Return what is said of slopes and curvatures."""
+    measured: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in read(RESULTS / "evidence_w1_flatness.jsonl"):
+        measured[row["arm"]][row["seed"]] = row["validation"]
+
+    def ratio(measure: str, part: str) -> str:
+        logs = []
+        for seed, lora in measured["lora"].items():
+            logs.append(math.log(measured["efmlora"][seed][measure][part] / lora[measure][part]))
+        found = estimate(logs)
+        low, mean, high = (math.exp(found.mean + sign * found.interval) for sign in (-1, 0, 1))
+        return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+    return [
+        f"its slope is {ratio('gradient', 'B')} of tuned LoRA's, its curvature (trace of the Hessian) "
+        f"{ratio('trace', 'B')}.",
+        f"their slope is {ratio('gradient', 'full')} of LoRA's, their curvature {ratio('trace', 'full')}.",
+    ]
+
+
+def corrections() -> list[str]:
+    """Return what is said of W1 to W6 outside of the table."""
+    w1, w2, w3 = Runs("w1"), Runs("w2"), Runs("w3")
+    found = [
+        difference(w1("efmlora"), w1("lora")),
+        difference(w2("efmlora"), w2("lora", dropout=0.9)),
+        difference(w3("efmlora"), w3("lora", dropout=0.3)),
+    ]
+    of_w2 = p_value(found[1])
+    larger = [each for each in found if p_value(each) >= of_w2]  # Holm's method multiplies by their number
+    moved = []
+    for name, rate in (("w1", 5e-4), ("w2", 5e-4), ("w3", 5e-4), ("w5", 2.5e-4), ("w6", 1e-3)):
+        searched = Runs(name, "search")
+        losses = []
+        for config in ({"learning_rate": rate}, {"learning_rate": rate, "weight_decay": 0.1}):
+            rows = searched.arms["lora", frozenset(config.items())]
+            losses.append(statistics.mean(row["validation_loss"] for row in rows.values()))
+        moved.append(abs(losses[1] - losses[0]))
+    return [
+        f"with dropout 0.3, is {with_interval(difference(w2('efmlora'), w2('lora', dropout=0.3)))}.",
+        f"EFMLoRA {accuracy(w3('efmlora')):.2f}, and the LoRA of the table {accuracy(w3('lora', dropout=0.3)):.1f}.",
+        f"p is {len(larger) * of_w2:.3f} by Holm's method",
+        f"moved the validation loss by {max(moved):.3f} nats at most",
+    ]
+
+
+def separate_rates() -> tuple[list[str], list[str]]:
+    """Return what the study and the guide say of them."""
+    searched: dict[float, list[float]] = defaultdict(list)
+    arms: dict[tuple[int | None, float | None], dict[int, Row]] = defaultdict(dict)
+    for row in read(RESULTS / "head_rate.jsonl"):
+        config = row["config"]
+        if row["stage"] == "search":
+            searched[config["rho"]].append(row["validation_loss_scaled"])
+        else:
+            arms[config.get("rank"), config.get("rho")][row["seed"]] = row
+    rho = min(searched, key=lambda each: statistics.mean(searched[each]))
+    small, plain, efmlora = arms[2, None], arms[None, None], arms[2, rho]
+    runs = Runs("w5")
+    one_rate = {seed: row for seed, row in runs("efmlora_on_dropout").items() if seed in small}
+    probe = {seed: row for seed, row in runs("linear_probe").items() if seed in small}
+    study = [
+        f"{len(small)} seeds: LoRA of rank 2 with dropout 0.9 (head 4e-3, adapter 1e-4) has {accuracy(small):.2f}",
+        f"(head 2e-3, adapter 1e-4) {accuracy(plain):.2f}",
+        f"one rate has {accuracy(one_rate):.2f}, which is {with_interval(difference(one_rate, small))} against",
+        f"the probe {accuracy(probe):.2f}.",
+        f"with the rho of {rho:g} that validation chose, it has {accuracy(efmlora):.2f}, a difference of "
+        f"{with_interval(difference(efmlora, small))}.",
+    ]
+    guide = [f"{accuracy(small):.1f} %; EFMLoRA with these {accuracy(efmlora):.1f} % ({len(small)} seeds)"]
+    return study, guide
+
+
+# -- P1 and P2, the task that needs an adapter
+
+
+def rank_of(row: Row) -> str:
+    """Return the rank of an adapter of P1."""
+    return str(row["config"]["model.lora.r/model.lora.lora_alpha"]).partition("/")[0]
+
+
+def arm_of(row: Row) -> str:
+    """Return "efmlora", or LoRA's rank."""
+    return "efmlora" if row["side"] == "with" else rank_of(row)
+
+
+def means_and_differences(
+    arms: Mapping[str, Mapping[int, Mapping[str, float]]],
+    measure: str,
+    digits: tuple[int, int],
+    pairs: tuple[tuple[str, str], ...],
+    unit: float = 1,
+) -> str:
+    """Return cells: the mean of LoRA with rank 8, with rank 32 and of EFMLoRA, and differences with intervals."""
+    (seeds,) = {tuple(sorted(found)) for found in arms.values()}
+    cells = []
+    for arm in ("8", "32", "efmlora"):
+        cells.append(f"{statistics.mean(unit * arms[arm][seed][measure] for seed in seeds):.{digits[0]}f}")
+    for one, other in pairs:
+        values = [unit * (arms[one][seed][measure] - arms[other][seed][measure]) for seed in seeds]
+        cells.append(with_interval(estimate(values), digits[1]))
+    return " | ".join(cells)
+
+
+def needs_an_adapter() -> list[str]:
+    """Return the rows of P1 and P2, and P1's p."""
+    arms: dict[str, dict[int, dict[str, float]]] = {"8": {}, "32": {}, "efmlora": {}}
+    for file in ("p1", "p1_control", "p2"):
+        for row in read(RESULTS / f"{file}.jsonl"):
+            if row["stage"] == "final":
+                found = arms[arm_of(row)].setdefault(row["seed"], {})
+                found |= {"rise": row["rise"]} if file == "p2" else row["tested"]
+    p_values = []
+    for measure in ("test_loss", "rise"):
+        values = [arms["efmlora"][seed][measure] - row[measure] for seed, row in arms["8"].items()]
+        p_values.append(p_value(estimate(values)))
+    pairs = (("efmlora", "8"), ("efmlora", "32"))
+    rows = {
+        "test loss, nats per token": means_and_differences(arms, "test_loss", (3, 3), pairs),
+        "test accuracy, %": means_and_differences(arms, "test_accuracy", (1, 1), pairs, 100),
+        "rise of the loss on other texts": means_and_differences(arms, "rise", (2, 2), pairs),
+    }
+    # The larger one of two is left as it is by Holm's method.
+    title = f"| On {len(arms['8'])} fresh seeds |"
+    table = [f"| {name} | {cells} |" for name, cells in rows.items()]
+    return [title, *table, f"p {max(p_values):.4f} by Holm's method"]
+
+
+def other_methods() -> list[str]:
+    """Return the rows of the other methods on P1's task."""
+    losses: dict[str, dict[int, float]] = defaultdict(dict)
+    configs: dict[str, dict[str, str]] = {}
+    for file in ("p1", "p1_control", "arms"):
+        for row in read(RESULTS / f"{file}.jsonl"):
+            if row["stage"] == "final":
+                name = row.get("arm") or arm_of(row)
+                losses[name][row["seed"]] = row["tested"]["test_loss"]
+                configs[name] = row["config"]
+    names = {"bi_lora": "Bi-LoRA", "lora_sam": "LoRA-SAM", "scaling": "random scaling", "monteclora": "MonteCLoRA"}
+    names |= {"fmlora": "FMLoRA"}
+    (seeds,) = {len(losses[name]) for name in names}
+    rows = [f"| On {seeds} of these seeds |"]
+    for name, title in names.items():
+        config, of_arm = configs[name], losses[name]
+        rank = config["model.lora.r/model.lora.lora_alpha"].partition("/")[0]
+        dropout, rate = config["model.lora.lora_dropout"], config["model.learning_rate"]
+        cells = [title, f"rank {rank}, dropout {dropout}, rate {rate}, strength {config['rho']}"]
+        cells.append(f"{statistics.mean(of_arm.values()):.3f}")
+        for other in ("efmlora", "32"):
+            cells.append(with_interval(estimate([losses[other][seed] - value for seed, value in of_arm.items()]), 3))
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def doubts() -> list[str]:
+    """Return what is said of P1 over the search's seeds, and after temperature scaling."""
+    found = runpy.run_path(str(RESULTS / "search_seeds.py"))["bootstrap"]()
+    losses: dict[str, dict[int, float]] = defaultdict(dict)
+    trials: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
+    temperatures = []
+    for row in read(RESULTS / "calibrated.jsonl"):
+        if row["stage"] == "search":
+            trials[row["side"]][json.dumps(row["config"])] = tuple(row["validation"])
+        else:
+            losses[arm_of(row)][row["seed"]] = row["test"][1]
+            temperatures.append(row["temperature"])
+    for of_side in trials.values():
+        best, scaled = (sorted(of_side, key=lambda config, i=i: of_side[config][i])[:4] for i in (0, 1))
+        if best != scaled:
+            raise ValueError("the best four trials do not keep their order after temperature scaling")
+    to_lora = []
+    for rank in ("8", "32"):
+        values = [losses["efmlora"][seed] - value for seed, value in losses[rank].items()]
+        to_lora.append(with_interval(estimate(values), 3))
+    return [
+        f"choice is {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]: in {100 * found.other:.0f} % of the draws",
+        f"temperatures of {min(temperatures):.2f} to {max(temperatures):.2f}",
+        f"on ten seeds are {to_lora[0]} and {to_lora[1]}.",
+    ]
+
+
+def around() -> list[str]:
+    """Return the rows on the loss around P1's adapters."""
+    arms: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in read(RESULTS / "around.jsonl"):
+        arms[arm_of(row)][row["seed"]] = row
+    names = {
+        "sam": "rise along FMLoRA's perturbation, rho 0.2",
+        "lora": "rise along LoRA's own gradient, rho 0.2",
+        "expected": "mean rise under noise of 5 %",
+        "critical": "critical sharpness, per factor²",
+    }
+    rows = []
+    for measure, name in names.items():
+        digits = 2 if measure == "critical" else 3
+        cells = means_and_differences(arms, measure, (digits, digits), (("32", "8"), ("efmlora", "32")))
+        rows.append(f"| {name} | {cells} |")
+    return rows
+
+
+# -- rows and hours
+
+
+def cost() -> list[str]:
+    """Return what the page on rows and code says of their number and hours."""
+    found = []
+    for files in ("evidence_*", "comparison", "head_rate", "radius_tasks", "p1", "p1_control", "arms"):
+        rows = [row for file in RESULTS.glob(f"{files}.jsonl") for row in read(file)]
+        # What was only judged has no processor time in its row.
+        hours = sum(row.get("processor_seconds", row["seconds"]) for row in rows) / 3600
+        found.append(f"{len(rows):,} rows in `{files}.jsonl` | {hours:.2g} |")
+    for what in ("what it forgets (P2) | {} rows in `p2", "{} rows in `calibrated", "{} rows in `around"):
+        file = what.rpartition("`")[2]
+        found.append(f"{what.format(len(read(RESULTS / f'{file}.jsonl')))}.jsonl` |")
+    return found
+
+
+# -- the pages
+
+
+def passages() -> dict[Path, list[str]]:
+    """Return the passages of each page that have figures of the rows."""
+    study, guide = separate_rates()
+    study += [small_tasks(), many_classes(), wrong_labels(), finished_adapters(), more_data()]
+    study += several_tasks("W3: six adapters merged (TIES)", "LoRA with both")
+    study += several_tasks("W5: six tasks, one after another", "LoRA with [separate rates](#correction)")
+    study += [*flatness(), *corrections(), *needs_an_adapter(), *other_methods(), *doubts(), *around()]
+    return {DOCS / "study.md": study, DOCS / "when_to_use.md": guide, RESULTS / "README.md": cost()}
+
+
+NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e-\d+)?")
+
+
+def written(page: str, passage: str) -> str:
+    """Return a page with a passage's numbers in the one place where the page has its words.
+
+    Raises:
+        ValueError: no place has them, or several have.
+    """
+    words = NUMBER.split(passage)
+    gaps = [re.sub(r"\\?\s+", r"\\s+", re.escape(part)) for part in words]
+    places = list(re.finditer(NUMBER.pattern.join(gaps), page))
+    if len(places) != 1:
+        raise ValueError(f"{len(places)} places of the page, and not one, have the words of: {passage}")
+    (place,) = places
+    numbers = iter(NUMBER.findall(passage))
+    return page[: place.start()] + NUMBER.sub(lambda _: next(numbers), place.group()) + page[place.end() :]
+
+
+def main() -> None:
+    """Write all figures into the pages."""
+    for path, found in passages().items():
+        page = path.read_text(encoding="utf-8")
+        for passage in found:
+            page = written(page, passage)
+        path.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
