@@ -89,6 +89,10 @@ def reference(epochs: int, **settings: Any) -> nn.Module:
     return model
 
 
+def trained(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+
+
 def worst_difference(one: nn.Module, other: nn.Module) -> float:
     others = dict(other.named_parameters())
     return max(float((p - others[name]).detach().abs().max()) for name, p in one.named_parameters())

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from float64_runs import BETA, dataset, network, optimizer_of
+from float64_runs import BETA, dataset, network, optimizer_of, trained
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -105,9 +105,8 @@ def on_two_ranks(folder: str, name: str, window: int = 1) -> dict[str, Any]:
     """The trained weights and E of this rank, under the DDP that transformers starts."""
     settings = {"per_device_train_batch_size": SIZE // 2, "gradient_accumulation_steps": window}
     trainer, flat = trained_by(name, Path(folder), ddp_backend="gloo", **settings)
-    trained = {name: p.detach() for name, p in trainer.model.net.named_parameters() if p.requires_grad}
     return {
-        "weights": trained,
+        "weights": trained(trainer.model.net),
         "E": flat.perturbation.state_dict()["E"],
         "wrapped": type(trainer.model_wrapped).__name__,
     }

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from recipes.reproduce.__main__ import main as reproduce
-from recipes.shared.ledger import read
-from recipes.studies.results import Results
+from recipes.shared.ledger import Ledger, read
 from recipes.tune.report import answer
 from recipes.tune.search import CONTROL, KEY, Search
 
@@ -61,8 +60,8 @@ def test_tune_does_not_take_the_ranks_gain_for_the_perturbations(tmp_path: Path)
     rows += [{**row, "side": CONTROL} for row in read(PUBLISHED / "p1_control.jsonl")]
     (tmp_path / "results.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     space = {name: ["any"] * 12 for name in rows[0]["config"] if name != "rho"}
-    search = Search("instruction_tuning", [], space, ["0.2"], Results(tmp_path, KEY), 24, fresh=20)
-    assert search.next_run() is None
+    search = Search("instruction_tuning", [], space, ["0.2"], Ledger(tmp_path / "results.jsonl", KEY), 24, fresh=20)
+    assert search.is_finished
     found = answer(search)
     assert found is not None
     difference = found.difference("without")

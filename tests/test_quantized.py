@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from float64_runs import Automatic, Manual, fit_in_float64, loss, optimizer_of, scheduler_of
+from float64_runs import Automatic, Manual, fit_in_float64, loss, optimizer_of, scheduler_of, trained
 from quantized_bases import BASES, CLASSES, FEATURES, LAYERS, network
 from reference import Reference, ascent, perturbations
 from torch import Tensor, nn
@@ -44,10 +44,6 @@ def reference(quantize: Any, rho: float, beta: float | None) -> nn.Module:
     run = WideReference(net, pairs, loss, optimizer, lambda step: rho, beta=beta, scheduler=scheduler_of(optimizer))
     run.train(list(loader()))
     return net
-
-
-def trained(net: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
 
 
 def difference(one: nn.Module, other: nn.Module) -> float:

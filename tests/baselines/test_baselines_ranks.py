@@ -1,13 +1,17 @@
 """Two gloo processes under DDP equal one process on the joint batch; LoRA-SAM does so under FSDP too."""
 
+import os
+from functools import partial
 from itertools import product
 from typing import Any
 
 import pytest
-from baselines.ranks import train
-from ddp_runs import difference, turns
-from helpers import BASELINES, since_lightning
-from launch import Results, launch
+import torch
+from fits import ShardedAutomatic, difference, joint_batches, own_share, turns
+from float64_runs import fit_in_float64, network, trained
+from helpers import BASELINES, SIZES, since_lightning
+from launch import Results, Runs, launch
+from strategies import full_weights, in_float64
 
 DDP = list(product(BASELINES, (1, 2)))
 SHARDED = list(product(("fsdp2", "fsdp1-layers"), (1, 2)))
@@ -15,14 +19,30 @@ SHARDED = list(product(("fsdp2", "fsdp1-layers"), (1, 2)))
 NO_MIXED_PRECISION = since_lightning("2.6.0", "FSDP1 in float64, without mixed precision, fails in Lightning 2.5")
 
 
+def train(
+    name: str, strategy: str | None = None, accumulate: int = 1, loader: Any = None, **settings: Any
+) -> dict[str, Any]:
+    """The trained weights, whole; without a strategy of one process on the joint batches."""
+    net = network()
+    module, callback = ShardedAutomatic(net), BASELINES[name](SIZES[name], **settings)
+    if strategy is None:
+        alone = joint_batches() if loader is None else loader
+        module.configure_model = lambda: None
+        fit_in_float64(module, 1, [callback], alone, accumulate_grad_batches=accumulate)
+        return {"weights": trained(net)}
+    ranks = in_float64(strategy)
+    torch.manual_seed(int(os.environ["RANK"]))  # noise must not come from the global generator
+    fit_in_float64(module, 1, [callback], own_share(), accumulate_grad_batches=accumulate, **ranks)
+    return {"weights": full_weights(ranks["strategy"], net)}
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    runs: dict[str, Any] = {f"{n} {a}": {"name": n, "strategy": "ddp", "accumulate": a} for n, a in DDP}
-    runs |= {f"{s} {a}": {"name": "LoRASAM", "strategy": s, "accumulate": a} for s, a in SHARDED}
+    runs: Runs = {f"{name} {window}": partial(train, name, "ddp", window) for name, window in DDP}
+    runs |= {f"{strategy} {window}": partial(train, "LoRASAM", strategy, window) for strategy, window in SHARDED}
     for name in ("SAM", "LoRASAM"):
-        runs[f"{name} own"] = {"name": name, "strategy": "ddp", "sync_ascent": False}
-    found = {name: ("baselines.ranks:train", arguments) for name, arguments in runs.items()}
-    return launch(tmp_path_factory.mktemp("baselines"), found)
+        runs[f"{name} own"] = partial(train, name, "ddp", sync_ascent=False)
+    return launch(tmp_path_factory.mktemp("baselines"), runs)
 
 
 def assert_equal_to_one_process(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:

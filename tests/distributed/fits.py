@@ -1,21 +1,34 @@
-"""Runs on several processes: train with a front end under a strategy, and return what the rank ends with."""
+"""Fits on several CPU processes, and on one process, to be compared with."""
 
 import os
+from collections import Counter
 from typing import Any
 
-import torch
-from float64_runs import RHO, SIZE, Automatic, Manual, dataset, fit_in_float64, network
-from strategies import full_weights, places, shard, strategy_of
-from torch import nn
+from float64_runs import BATCHES, RHO, SIZE, Automatic, Manual, dataset, fit_in_float64, network, trained
+from strategies import full_weights, in_float64, places, shard, strategy_of
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_flatlora import EFMLoRA, FMLoRA
 
-PRECISION_OF_FLOAT64: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "ddp": ("64-true", {}),
-    "fsdp2": ("32-true", {}),  # it leaves the weights' dtype alone
-    "fsdp1": (None, {"double": True}),
-}
+# -- weights
+
+
+def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest in any tensor of the same name."""
+    assert one.keys() == other.keys()
+    return max(float((value - other[name]).abs().max()) for name, value in one.items())
+
+
+def relative_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest over tensors of the relative difference in norm."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - t).norm() / t.norm()) for name, t in other.items())
+
+
+# -- batches
 
 
 class Sharded(DataLoader):  # type: ignore[type-arg]
@@ -24,6 +37,33 @@ class Sharded(DataLoader):  # type: ignore[type-arg]
     def __init__(self, data: TensorDataset, ranks: int, rank: int, size: int = SIZE) -> None:
         sampler: Any = DistributedSampler(data, num_replicas=ranks, rank=rank, shuffle=False)
         super().__init__(data, batch_size=size // ranks, sampler=sampler)
+
+
+def own_share(data: TensorDataset | None = None, size: int = SIZE) -> Sharded:
+    """This process's share of each batch, by torchrun's variables."""
+    return Sharded(data or dataset(), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), size)
+
+
+def single() -> TensorDataset:
+    """The data in float32."""
+    x, y = dataset().tensors
+    return TensorDataset(x.float(), y)
+
+
+def joint_batches(size: int = SIZE) -> "DataLoader[Any]":
+    """What all ranks see together, in one batch."""
+    return DataLoader(dataset(), batch_size=size)
+
+
+def turns() -> "DataLoader[Any]":
+    """What two ranks see, one rank's half of a batch after the other's."""
+    order: list[int] = []
+    for start in range(0, BATCHES * SIZE, SIZE):
+        order += [start, start + 2, start + 1, start + 3]
+    return DataLoader(dataset(), batch_size=SIZE // 2, sampler=order)  # type: ignore[arg-type]
+
+
+# -- fits
 
 
 class _ConfiguresModel:
@@ -63,33 +103,85 @@ def train(
     strategy: str,
     front_end: str,
     accumulate: int = 1,
-    clip: Any = None,
-    precision: str | None = "32-true",
-    dtype: str = "float64",
+    clip: tuple[float, str] | None = None,
+    precision: str = "64-true",
     strategy_settings: dict[str, Any] | None = None,
     epochs: int = 2,
     batches: int | None = None,
     size: int = SIZE,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train on this rank's share of each batch, or of an epoch's first ones; the trained weights and E, whole."""
-    wide = getattr(torch, dtype)
-    net = network().to(wide)
+    """Train on this rank's share of each batch, or of an epoch's first ones; the trained weights and E, whole.
+
+    Args:
+        strategy: as in :func:`strategy_of`.
+        front_end: as in :func:`parts`.
+        accumulate: batches of a step.
+        clip: gradient_clip_val and gradient_clip_algorithm.
+        precision: of the Trainer; all but "64-true" train a float32 network.
+        strategy_settings: of the strategy.
+        epochs: how many.
+        batches: of an epoch, or None for all.
+        size: of all ranks' batches together.
+        settings: of the front end.
+    """
+    net, data, of_strategy = network(), dataset(), strategy_settings or {}
+    if precision == "64-true":
+        ranks = in_float64(strategy, **of_strategy)
+    else:
+        net, data = net.float(), single()
+        ranks = {"strategy": strategy_of(strategy, **of_strategy), "precision": precision, **places()}
     module, callbacks, trainer = parts(front_end, net, accumulate, clip, **settings)
-    x, y = dataset().tensors
-    loader = Sharded(TensorDataset(x.to(wide), y), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), size)
-    if dtype == "float64":
-        precision, double = PRECISION_OF_FLOAT64[strategy.partition("-")[0]]
-        strategy_settings = {**double, **(strategy_settings or {})}
-    used = strategy_of(strategy, **(strategy_settings or {}))
-    trainer |= {"strategy": used, "precision": precision, "limit_train_batches": batches, **places()}
-    fit_in_float64(module, epochs, callbacks, loader, **trainer)
+    trainer |= {"limit_train_batches": batches, **ranks}
+    fit_in_float64(module, epochs, callbacks, own_share(data, size), **trainer)
+    return {"weights": full_weights(ranks["strategy"], net), "E": E_of(module, callbacks)}
+
+
+def train_alone(
+    front_end: str,
+    accumulate: int = 1,
+    clip: tuple[float, str] | None = None,
+    epochs: int = 2,
+    loader: Any = None,
+    batches: int | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Do as :func:`train` on one process on the joint batches, or on a loader of its own."""
+    net = network()
+    module, callbacks, trainer = parts(front_end, net, accumulate, clip, **settings)
+    loader = joint_batches() if loader is None else loader
+    fit_in_float64(module, epochs, callbacks, loader, limit_train_batches=batches, **trainer)
+    return {"weights": trained(net), "E": E_of(module, callbacks)}
+
+
+def E_of(module: Any, callbacks: list[Any]) -> dict[str, Tensor]:
+    """E of a front end of :func:`parts`, whole, by the names of B; of plain LoRA nothing."""
     driver = callbacks[0] if callbacks else getattr(module, "_callback", None)
-    E = driver.perturbation.state_dict()["E"] if driver else {}
-    return {"weights": full_weights(used, net), "E": E}
+    return driver.perturbation.state_dict()["E"] if driver else {}
 
 
-def relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest over tensors of the relative difference in norm."""
-    assert one.keys() == other.keys()
-    return max(float((one[name] - t).norm() / t.norm()) for name, t in other.items())
+# -- collectives
+
+
+class Collectives(TorchDispatchMode):
+    """Counts calls by name, and bytes of the whole tensors: the sum, what is gathered or scattered; the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in str(func):
+            name = str(func).split(".")[1].strip("_")
+            if "wrap" not in name:
+                self.calls[name] += 1
+                shares = int(args[1]) if name == "all_gather_into_tensor" else 1  # it makes its output itself
+                size = shares * max(_size(argument) for argument in args)
+                self.bytes += size
+                self.largest = max(self.largest, size)
+        return func(*args, **(kwargs or {}))
+
+
+def _size(argument: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tree_leaves(argument) if isinstance(t, Tensor))

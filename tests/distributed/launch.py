@@ -1,41 +1,78 @@
 """Run functions on several processes, in the environment that torchrun gives them, and bring back what each returns."""
 
-import json
+import os
+import pickle
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
-import worker
+import torch.distributed as dist
 from processes import CAN_FORK, end, start
 from torch.distributed import TCPStore
 from torch.distributed.run import main as torchrun
 
+Runs = dict[str, "partial[dict[str, Any]]"]
+"""By name, a function that the processes can import, with its arguments."""
 
-def launch(
-    folder: Path, runs: dict[str, tuple[str, dict[str, Any]]], ranks: int = 2, timeout: float = 500
-) -> "Results":
+
+def launch(folder: Path, runs: Runs, ranks: int = 2, timeout: float = 500) -> "Results":
     """Run several functions one after another in the same processes: starting these takes longer than most runs.
 
     Args:
         folder: for the results.
-        runs: by name, the function as "module:name" in this folder and its keyword arguments (what JSON can hold).
+        runs: what to call.
         ranks: number of processes.
         timeout: seconds after which all are killed: something hangs.
     """
-    (folder / "runs.json").write_text(json.dumps(runs))
-    run_on(ranks, worker.main, folder, output=folder / "output.txt", timeout=timeout)
+    plan(folder, runs)
+    run_on(ranks, work, folder, output=folder / "output.txt", timeout=timeout)
     return Results(folder, ranks)  # where one is missing, its run hung
 
 
-def launch_on_nodes(folder: Path, runs: dict[str, tuple[str, dict[str, Any]]], timeout: float = 300) -> "Results":
+def launch_on_nodes(folder: Path, runs: Runs, timeout: float = 300) -> "Results":
     """Do as :func:`launch` on two nodes of one rank each, whose torchruns meet on this machine."""
-    (folder / "runs.json").write_text(json.dumps(runs))
-    run_by_torchrun(worker.__file__, folder, nodes=2, output=folder / "output.txt", timeout=timeout)
+    plan(folder, runs)
+    run_by_torchrun(__file__, folder, nodes=2, output=folder / "output.txt", timeout=timeout)
     return Results(folder, 2)
+
+
+def plan(folder: Path, runs: Runs) -> None:
+    """Write into a folder what :func:`work` does there."""
+    (folder / "runs.pickle").write_bytes(pickle.dumps(runs))
+
+
+def work(folder: Path) -> None:
+    """Do all runs in turn, as each process of a launch does, and write each result into a file."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    for name, function in pickle.loads((folder / "runs.pickle").read_bytes()).items():
+        if (folder / f"{name}.rank{rank}.pt").exists():
+            continue  # done before the job was requeued
+        try:
+            result: Any = function()
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        torch.save(result, folder / f"{name}.rank{rank}.pt")
+        if "error" in result and not _all_ended(folder, name):
+            os._exit(1)  # this rank failed alone, and the others wait for it
+        if dist.is_initialized():
+            dist.barrier()
+
+
+def _all_ended(folder: Path, name: str) -> bool:
+    """Whether every rank's result is there, soon after this one's."""
+    deadline = time.monotonic() + 30
+    files = [folder / f"{name}.rank{rank}.pt" for rank in range(int(os.environ["WORLD_SIZE"]))]
+    while time.monotonic() < deadline and not all(file.exists() for file in files):
+        time.sleep(0.1)
+    return all(file.exists() for file in files)
 
 
 def run_by_torchrun(
@@ -139,3 +176,11 @@ class Results:
         """The traceback of each rank in a run that has to fail."""
         files = [self._folder / f"{name}.rank{rank}.pt" for rank in range(self._ranks)]
         return [str(torch.load(file, weights_only=True).get("error", "")) for file in files]
+
+
+SLURMS = {"SLURM_PROCID": "RANK", "SLURM_NTASKS": "WORLD_SIZE", "SLURM_NTASKS_PER_NODE": "LOCAL_WORLD_SIZE"}
+"""Its names of what the runs read by torchrun's."""
+
+if __name__ == "__main__":
+    os.environ.update({name: os.environ[its] for its, name in SLURMS.items() if its in os.environ})
+    work(Path(sys.argv[1]))

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+from float64_runs import trained
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from peft.tuners.lora import LoraLayer, ParamWrapper
@@ -56,21 +57,29 @@ def places() -> dict[str, Any]:
 
 
 def strategy_of(name: str, **settings: Any) -> Strategy:
-    """A strategy for two or more CPU processes.
+    """Return a strategy for two or more CPU processes.
 
     Args:
         name: "ddp", "fsdp2", or "fsdp1" with an optional policy of WRAPPING after a hyphen.
-        settings: of the strategy; ``double=True`` is float64 under FSDP1 (then the Trainer's precision is None).
+        settings: of the strategy.
     """
     kind, _, policy = name.partition("-")
+    settings["process_group_backend"] = "gloo"
     if kind == "ddp":
-        return DDPStrategy(process_group_backend="gloo", **settings)
+        return DDPStrategy(**settings)
     if kind == "fsdp2":
-        settings = {"data_parallel_size": int(os.environ["WORLD_SIZE"]), "tensor_parallel_size": 1, **settings}
-        return ModelParallelStrategy(process_group_backend="gloo", **settings)
-    if settings.pop("double", False):
+        sizes = {"data_parallel_size": int(os.environ["WORLD_SIZE"]), "tensor_parallel_size": 1}
+        return ModelParallelStrategy(**{**sizes, **settings})
+    return FSDPOnCPU(auto_wrap_policy=WRAPPING[policy or "layers"], **settings)
+
+
+def in_float64(strategy: str, **settings: Any) -> dict[str, Any]:
+    """Return what a Trainer gets to fit in float64 under a strategy of :func:`strategy_of`."""
+    precision: dict[str, str | None] = {"ddp": "64-true", "fsdp2": "32-true"}  # the latter leaves the weights' dtype
+    if strategy.startswith("fsdp1"):
         settings["precision_plugin"] = DoubleFSDP()
-    return FSDPOnCPU(process_group_backend="gloo", auto_wrap_policy=WRAPPING[policy or "layers"], **settings)
+    kind = strategy.partition("-")[0]
+    return {"strategy": strategy_of(strategy, **settings), "precision": precision.get(kind), **places()}
 
 
 def shard(net: nn.Module, device_mesh: Any) -> nn.Module:
@@ -87,9 +96,8 @@ def full_weights(strategy: Strategy, net: nn.Module) -> dict[str, Tensor]:
     """Every trained weight, whole, by its plain name; a collective under FSDP."""
     if isinstance(strategy.model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(strategy.model, writeback=False):
-            return {_plain(name): p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
-    trained = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
-    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in trained.items()}
+            return {_plain(name): p.clone() for name, p in trained(net).items()}
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in trained(net).items()}
 
 
 def _plain(name: str) -> str:

@@ -3,21 +3,30 @@
 All runs on two processes share one launch; those on one process run here.
 """
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from checkpoint_runs import END, MIDDLE, train
+from checkpoint_runs import END, MIDDLE, loader, local, train, trainer_of
+from fits import Collectives, ShardedAutomatic
+from float64_runs import RHO, network
 from helpers import same
-from launch import Results, launch
-from peft import PeftModel
+from launch import Results, Runs, launch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA
 from lightning_flatlora.callbacks.adapter_checkpoint.transfer import MARK
+from lightning_flatlora.sharding import is_sharded, sharding_of
 
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {}),
@@ -33,49 +42,143 @@ APART = {"nothing": None, "an older file": "6", "no such file": "5"}
 """What the other rank finds if the machines share no folder: the step in its file's name."""
 
 
-class Runs:
+def apart(folder: str, strategy: str, resumes: list[str | None], **settings: Any) -> dict[str, Any]:
+    """Each rank resumes from a file of its own, or from none, as if machines shared no folder."""
+    return train(folder, strategy, resume=resumes[int(os.environ["RANK"])], **settings)
+
+
+class Wide(nn.Module):
+    """A frozen base much larger than the adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 500), nn.Linear(500, 500)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))[:, :3]
+
+
+def traffic(folder: str, strategy: str, **settings: Any) -> dict[str, Any]:
+    """The largest tensor in the collectives while a checkpoint is saved and loaded, of the factors and of the base."""
+    largest = {}
+
+    def counted(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with Collectives() as mode:
+                result = action(*args, **kwargs)
+            largest[name] = mode.largest
+            return result
+
+        return run
+
+    def trainer(where: str, steps: int) -> Any:
+        save: Any = AdapterCheckpoint(where, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        save._save_checkpoint = counted("save", save._save_checkpoint)
+        return trainer_of(strategy, [EFMLoRA(RHO), save], max_steps=steps, **settings)
+
+    first = wide_module()
+    factor = max(p.nbytes for p in first.parameters() if p.requires_grad)
+    base = max(p.nbytes for p in first.parameters())
+    trainer(folder, 1).fit(first, loader())
+    resumed = trainer(folder + "-2", 2)
+    connector = resumed._checkpoint_connector
+    connector._restore_modules_and_callbacks = counted("load", connector._restore_modules_and_callbacks)
+    resumed.fit(wide_module(), loader(), ckpt_path=f"{folder}/step=1.ckpt")
+    return {**largest, "factor": factor, "base": base}
+
+
+def wide_module() -> ShardedAutomatic:
+    torch.manual_seed(0)
+    net = get_peft_model(Wide(), LoraConfig(r=2, target_modules=["first", "last"])).double()
+    return ShardedAutomatic(net)
+
+
+def gathered(kind: str) -> dict[str, Any]:
+    """What is made whole of a model of which only a part is sharded, as a configure_model may have done it."""
+    torch.manual_seed(0)
+    inner, scale = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3)), nn.Parameter(torch.ones(7))
+    with torch.no_grad():
+        inner[0].bias.fill_(-0.0)  # which a sum over the ranks would turn into 0.0
+    expected = {name: p.detach().clone() for name, p in inner.named_parameters()}
+    if kind == "fsdp1":
+        unit: Any = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=True)
+    else:
+        unit = fully_shard(inner, mesh=init_device_mesh("cpu", (2,)))
+    model = nn.ModuleDict({"unit": unit})
+    model.register_parameter("scale", scale)
+    layout = sharding_of(model)
+    found = {name: layout.gather(p, p) for name, p in inner.named_parameters()}
+    parts = [same(local(layout.part(found[name], p)), local(p)) for name, p in inner.named_parameters()]
+    return {
+        "expected": expected,
+        "found": found,
+        "parts": all(parts),
+        "whole": torch.equal(layout.gather(scale, scale), scale) and not layout.splits(scale),
+        "sharded": is_sharded(model),
+    }
+
+
+def odd_optimizer(folder: str, strategy: str) -> dict[str, Any]:
+    """An optimizer that keeps something else than a number or the parameter's size of a sharded parameter."""
+
+    class Odd(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            for state in trainer.optimizers[0].state.values():
+                state["history"] = torch.zeros(1000)
+
+    save = AdapterCheckpoint(folder, every_n_train_steps=1)
+    trainer_of(strategy, [Odd(), save], max_steps=1).fit(ShardedAutomatic(network()), loader())
+    return {}
+
+
+class Checkpoints:
     """Results of the launch, and of the runs on one process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.one = train(str(folder / "one"), "single")
-        self.two: Results = launch(folder, dict(self._planned()))
+        self.two: Results = launch(folder, self._planned())
 
     def file(self, run: str, step: int = MIDDLE) -> str:
         return str(self.folder / run / f"step={step}.ckpt")
 
-    def _planned(self) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
-        for name, (strategy, settings) in STRATEGIES.items():
-            common = {"strategy": strategy, "strategy_settings": settings}
-
-            def planned(run: str, name: str = name, common: Any = common, function: str = "train", **more: Any) -> Any:
-                run = f"{name}-{run}"
-                return run, (f"checkpoint_runs:{function}", {"folder": str(self.folder / run), **common, **more})
-
-            yield planned("whole", lightnings=True)
-            yield planned("resumed", resume=self.file(f"{name}-whole"))
-            yield planned("lightning-resumed", saver="lightning", resume=self.file(f"{name}-whole/lightning"))
-            if name in ONE_OF_EACH:
-                yield planned("from-one", resume=self.file("one"))
-            if name in GATHERED:
-                yield planned("traffic", function="traffic")
-                yield planned("frozen", frozen_A=1.0)
-                yield planned("frozen-resumed", frozen_A=2.0, resume=self.file(f"{name}-frozen"))
-            for found, other in APART.items() if name in ONE_OF_EACH else ():
-                resumes = [self.file("one"), other and self.file("one", int(other))]
-                yield planned(f"apart-{found}", function="apart", resumes=resumes)
+    def _planned(self) -> Runs:
+        runs: Runs = {}
+        for name in STRATEGIES:
+            runs |= self._planned_under(name)
         for kind in ("fsdp1", "fsdp2"):
-            yield f"gathered-{kind}", ("checkpoint_runs:gathered", {"kind": kind})
-        run = "odd"
-        yield run, ("checkpoint_runs:odd_optimizer", {"folder": str(self.folder / run), "strategy": "fsdp2"})
+            runs[f"gathered-{kind}"] = partial(gathered, kind)
+        runs["odd"] = partial(odd_optimizer, str(self.folder / "odd"), "fsdp2")
+        return runs
+
+    def _planned_under(self, name: str) -> Runs:
+        runs: Runs = {}
+        strategy, settings = STRATEGIES[name]
+
+        def add(run: str, function: Callable[..., dict[str, Any]] = train, **arguments: Any) -> None:
+            folder = str(self.folder / f"{name}-{run}")
+            runs[f"{name}-{run}"] = partial(function, folder, strategy, strategy_settings=settings, **arguments)
+
+        add("whole", lightnings=True)
+        add("resumed", resume=self.file(f"{name}-whole"))
+        add("lightning-resumed", saver="lightning", resume=self.file(f"{name}-whole/lightning"))
+        if name in ONE_OF_EACH:
+            add("from-one", resume=self.file("one"))
+            for found, other in APART.items():
+                add(f"apart-{found}", apart, resumes=[self.file("one"), other and self.file("one", int(other))])
+        if name in GATHERED:
+            add("traffic", traffic)
+            add("frozen", frozen_A=1.0)
+            add("frozen-resumed", frozen_A=2.0, resume=self.file(f"{name}-frozen"))
+        return runs
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("checkpoints"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
-def saved(runs: Runs, name: str, step: int = MIDDLE) -> dict[str, Any]:
+def saved(runs: Checkpoints, name: str, step: int = MIDDLE) -> dict[str, Any]:
     return torch.load(runs.file(f"{name}-whole", step), weights_only=True)
 
 
@@ -86,7 +189,7 @@ def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("run", [f"{name}-{kind}" for name in STRATEGIES for kind in ("resumed", "lightning-resumed")])
-def test_resumed_equals_uninterrupted_bit_for_bit(runs: Runs, run: str) -> None:
+def test_resumed_equals_uninterrupted_bit_for_bit(runs: Checkpoints, run: str) -> None:
     """On the same layout, with our files and with Lightning's of both formats, which one run writes."""
     whole = runs.two[run.replace("-lightning", "").replace("-resumed", "-whole")]
     for rank, resumed in enumerate(runs.two[run]):
@@ -98,7 +201,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: Runs, run: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_saved_on_two_ranks_resumed_on_one(runs: Runs, name: str, tmp_path: Path) -> None:
+def test_saved_on_two_ranks_resumed_on_one(runs: Checkpoints, name: str, tmp_path: Path) -> None:
     resumed = train(str(tmp_path), "single", resume=runs.file(f"{name}-whole"))
     assert_close(resumed["weights"], runs.one["weights"])
     assert_close(resumed["optimizer"], runs.one["optimizer"])
@@ -106,7 +209,7 @@ def test_saved_on_two_ranks_resumed_on_one(runs: Runs, name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_saved_on_one_resumed_on_two_ranks(runs: Runs, name: str) -> None:
+def test_saved_on_one_resumed_on_two_ranks(runs: Checkpoints, name: str) -> None:
     for rank in runs.two[f"{name}-from-one"]:
         assert_close(rank["weights"], runs.one["weights"])
         assert_close(rank["driver"]["perturbation"]["E"], runs.one["driver"]["perturbation"]["E"])
@@ -117,7 +220,7 @@ def test_saved_on_one_resumed_on_two_ranks(runs: Runs, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_every_strategy_writes_the_file_of_one_process(runs: Runs, name: str) -> None:
+def test_every_strategy_writes_the_file_of_one_process(runs: Checkpoints, name: str) -> None:
     """The same entries, shapes and dtypes, so nothing of the base and no wrapper's name in any of them."""
     file, expected = saved(runs, name), torch.load(runs.file("one"), weights_only=True)
     # Parts of the base have no sample, from which another base could be recognized.
@@ -139,7 +242,7 @@ def outline(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_peft_loads_the_folder(runs: Runs, name: str) -> None:
+def test_peft_loads_the_folder(runs: Checkpoints, name: str) -> None:
     folder = Path(runs.file(f"{name}-whole", END)).with_suffix("")
     loaded = PeftModel.from_pretrained(plain_base(), str(folder))
     expected = runs.two[f"{name}-whole"][0]["weights"]
@@ -154,14 +257,14 @@ def plain_base() -> nn.Module:
 
 
 @pytest.mark.parametrize("name", GATHERED)
-def test_the_frozen_base_is_never_gathered(runs: Runs, name: str) -> None:
+def test_the_frozen_base_is_never_gathered(runs: Checkpoints, name: str) -> None:
     """No collective is larger than a factor, on saving and on loading."""
     for rank in runs.two[f"{name}-traffic"]:
         assert 0 < max(rank["save"], rank["load"]) <= rank["factor"] < rank["base"]
 
 
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
-def test_any_trained_parameter_is_gathered_whatever_is_wrapped(runs: Runs, kind: str) -> None:
+def test_any_trained_parameter_is_gathered_whatever_is_wrapped(runs: Checkpoints, kind: str) -> None:
     """Biases and norms too, and where only a part of the model is sharded, a parameter outside of it."""
     for rank in runs.two[f"gathered-{kind}"]:
         assert same(rank["found"], rank["expected"])
@@ -170,14 +273,14 @@ def test_any_trained_parameter_is_gathered_whatever_is_wrapped(runs: Runs, kind:
         assert rank["sharded"]
 
 
-def test_an_optimizer_that_cannot_be_made_whole_is_refused(runs: Runs) -> None:
+def test_an_optimizer_that_cannot_be_made_whole_is_refused(runs: Checkpoints) -> None:
     for error in runs.two.error("odd"):
         assert "AdamW keeps ['history'], and it can't be known how that is split over the ranks" in error
 
 
 @pytest.mark.parametrize("found", APART)
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_ranks_that_find_different_checkpoints_end_with_one_error(runs: Runs, name: str, found: str) -> None:
+def test_ranks_that_find_different_checkpoints_end_with_one_error(runs: Checkpoints, name: str, found: str) -> None:
     """Before DDP trains on from both, and before FSDP waits for a rank that has nothing to load."""
     steps = {"an older file": r"\[9, 6\]"}.get(found, r"\[9, 0\]")
     for error in runs.two.error(f"{name}-apart-{found}"):
@@ -185,7 +288,7 @@ def test_ranks_that_find_different_checkpoints_end_with_one_error(runs: Runs, na
 
 
 @pytest.mark.parametrize("name", GATHERED)
-def test_a_frozen_A_is_saved_with_its_B(runs: Runs, name: str) -> None:
+def test_a_frozen_A_is_saved_with_its_B(runs: Checkpoints, name: str) -> None:
     """LoRA-FA: each process draws its own A, and continues with that of the checkpoint."""
     whole, resumed = runs.two[f"{name}-frozen"], runs.two[f"{name}-frozen-resumed"]
     for one, other in zip(whole, resumed, strict=True):

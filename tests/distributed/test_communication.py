@@ -1,21 +1,50 @@
 """What the perturbation adds to the communication of a step, in bytes of the tensors given to collectives."""
 
+from functools import partial
 from itertools import product
+from typing import Any
 
+import lightning as L
 import pytest
+from fits import Collectives, own_share, parts
+from float64_runs import fit_in_float64, network
 from launch import Results, launch
+from strategies import in_float64
 
 WANTED = [*product(("ddp", "fsdp2", "fsdp1-layers"), ("LoRA", "EFMLoRA"), (2,)), ("fsdp2", "LoRA", 1)]
 WANTED += [("ddp", "FMLoRA", 2), ("fsdp2", "FMLoRA", 1)]
-RUNS = {}
-for strategy, front_end, accumulate in WANTED:
-    settings = {"strategy": strategy, "front_end": front_end, "accumulate": accumulate}
-    RUNS[f"{strategy}:{front_end}:{accumulate}"] = settings
+
+
+class OneStep(L.Callback):
+    """Counts in the accumulation window that ends with the optimizer's third step."""
+
+    def __init__(self, window: int) -> None:
+        self.first, self.last = 2 * window, 3 * window - 1
+        self.mode = Collectives()
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.first:
+            self.mode.__enter__()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.last:
+            self.mode.__exit__(None, None, None)
+
+
+def count(strategy: str, front_end: str, accumulate: int) -> dict[str, Any]:
+    net = network()
+    module, callbacks, trainer = parts(front_end, net, accumulate)
+    counter = OneStep(accumulate)
+    trainer |= {"max_steps": 4, **in_float64(strategy)}
+    fit_in_float64(module, 1, [*callbacks, counter], own_share(), **trainer)
+    # Rank 3: two ranks share the rows of A unevenly, the rows of B evenly.
+    factors = sum(p.numel() for name, p in network().named_parameters() if ".lora_" in name)
+    return {"bytes": counter.mode.bytes, "calls": sum(counter.mode.calls.values()), "factors": 8 * factors}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    runs = {name: ("communication_runs:count", arguments) for name, arguments in RUNS.items()}
+    runs = {":".join(map(str, wanted)): partial(count, *wanted) for wanted in WANTED}
     return launch(tmp_path_factory.mktemp("communication"), runs)
 
 

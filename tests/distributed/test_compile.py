@@ -1,13 +1,20 @@
 """torch.compile under DDP: the same weights as without, and two graphs in all, one clean and one perturbed."""
 
+import os
 import shutil
+from functools import partial
 from typing import Any
 
+import lightning as L
 import pytest
-from compile_runs import BATCHES
-from ddp_runs import difference, train_alone
-from launch import Results, launch
+import torch
+from fits import E_of, difference, own_share, parts, train_alone
+from float64_runs import fit_in_float64, network, trained
+from launch import Results, Runs, launch
+from strategies import in_float64
+from torch._dynamo.utils import counters
 
+BATCHES = 6
 RUNS: dict[str, dict[str, Any]] = {
     "EFMLoRA, network": {"front_end": "EFMLoRA", "compiled": "net"},
     "FMLoRA, module": {"front_end": "FMLoRA", "compiled": "module"},
@@ -20,13 +27,56 @@ NAMES = [*RUNS, *(pytest.param(name, marks=needs_compiler) for name in INDUCTOR)
 RUNS |= INDUCTOR
 
 
+class CountsGraphs(L.Callback):
+    """How many graphs were compiled after each batch."""
+
+    def __init__(self) -> None:
+        self.graphs: list[int] = []
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.graphs.append(counters["stats"]["unique_graphs"])
+
+
+def train(
+    front_end: str,
+    compiled: str | None = None,
+    accumulate: int = 1,
+    backend: str = "aot_eager",
+    cache: str | None = None,
+) -> dict[str, Any]:
+    """Train on this rank's half of each batch.
+
+    Args:
+        front_end: as in parts.
+        compiled: "net" for the network in the module, "module" for the LightningModule, None for neither.
+        accumulate: batches of a step.
+        backend: of torch.compile.
+        cache: inductor's folder. With the kernels of earlier runs in the user's one, a run held to AVX2 gave nan.
+    """
+    if cache is not None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    torch.compiler.reset()
+    counters.clear()
+    net = network()
+    module, callbacks, trainer = parts(front_end, net, accumulate)
+    if compiled == "net":
+        module.net = torch.compile(net, backend=backend)
+    count = CountsGraphs()
+    fitted = torch.compile(module, backend=backend) if compiled == "module" else module
+    fit_in_float64(
+        fitted, 1, [*callbacks, count], own_share(), limit_train_batches=BATCHES, **trainer, **in_float64("ddp")
+    )
+    return {"weights": trained(net), "E": E_of(module, callbacks), "graphs": count.graphs}
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    possible = [name for name in RUNS if HAS_COMPILER or name not in INDUCTOR]
-    runs: dict[str, tuple[str, dict[str, Any]]] = {name: ("compile_runs:train", RUNS[name]) for name in possible}
-    for name in INDUCTOR:
-        if name in runs:
-            runs[name][1]["cache"] = str(tmp_path_factory.mktemp("inductor"))
+    runs: Runs = {}
+    for name, arguments in RUNS.items():
+        if name not in INDUCTOR:
+            runs[name] = partial(train, **arguments)
+        elif HAS_COMPILER:
+            runs[name] = partial(train, **arguments, cache=str(tmp_path_factory.mktemp("inductor")))
     return launch(tmp_path_factory.mktemp("compile"), runs)
 
 

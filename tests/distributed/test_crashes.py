@@ -1,115 +1,227 @@
-"""Processes killed at any moment lose the steps since the last checkpoint and no more, and damage none."""
+"""Processes killed at any moment lose the steps since the last checkpoint and no more, and damage none.
+
+torchrun runs this file as a program, which trains.
+"""
 
 import json
+import os
 import re
+import resource
+import shutil
 import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
-import crashes as training
+import lightning as L
 import pytest
 import torch
+from checkpoint_runs import loader, trainer_of
+from fits import ShardedAutomatic
+from float64_runs import BETA, RHO, network
 from helpers import same
-from launch import run_by_torchrun
+from launch import run_by_torchrun, run_on
 from processes import run
 from safetensors.torch import load_file
+from strategies import full_weights
 
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA
 from lightning_flatlora.callbacks.adapter_checkpoint.export import LIST
 from lightning_flatlora.callbacks.adapter_checkpoint.transfer import HINT
 
-KILLED = -signal.SIGKILL
-
-WHOLE: dict[str, Any] = {kind: (2, kind, None) for kind in ("ddp", "fsdp2")}
-KILLS: dict[str, Any] = {
-    "one-between-steps": (2, "ddp", {"at": "step", "step": 3, "rank": 1}),
-    "first-before-renaming": (2, "fsdp2", {"at": "renamed", "rank": 0}),
+STEPS, EVERY = 4, 2
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.link"}
+STRATEGIES = ("ddp", "fsdp2")
+KILLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "one-between-steps": ("ddp", {"at": "step", "step": 3, "rank": 1}),
+    "first-before-renaming": ("fsdp2", {"at": "renamed", "rank": 0}),
 }
-COPIED: dict[str, Any] = {"copied": (1, "single", {"at": "copy", "rank": 0})}
+
+
+# -- the runs
+
+
+class Saver(AdapterCheckpoint):
+    """Keeps the newest and the last, and notes outside of the folder which steps are completely saved."""
+
+    done: Path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_batch_end(trainer, *args)
+        if trainer.global_step % EVERY == 0 and trainer.is_global_zero:
+            self.done.write_text(str(trainer.global_step))
+
+
+def train(folder: Path, strategy: str, kill: dict[str, Any] | None = None, resume: bool = False) -> None:
+    """What a process does: train four steps, save every second, and die when it has to."""
+    torch.set_num_threads(1)
+    saver = Saver(folder, filename="{step}", save_top_k=1, save_last=True, every_n_train_steps=EVERY)
+    saver.done = folder.with_suffix(".saved")
+    driver, module = EFMLoRA(RHO, beta=BETA), ShardedAutomatic(network())
+    callbacks: list[L.Callback] = [driver, saver]
+    if kill and kill["rank"] == int(os.environ.get("RANK", 0)):
+        callbacks += arm(kill, folder)
+    trainer = trainer_of(strategy, callbacks, max_steps=STEPS)
+    trainer.fit(module, loader(), ckpt_path="last" if resume else None)
+    result = {"weights": full_weights(trainer.strategy, module.net), "driver": driver.state_dict()}
+    if trainer.is_global_zero:
+        torch.save(result, folder.with_suffix(".end"))
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
+    """Die as a "step" begins or in its "forward", or before a file is "renamed"; or "copy" what a kill would leave.
+
+    Or have the torchrun that has started this process "terminated", before a file is renamed. Or let no file grow
+    "full", beyond a size, from a step on.
+    """
+    if kill["at"] in ("step", "forward", "full"):
+        return [At(**kill)]
+    numbers = iter(range(1, 10000))
+
+    def hook(event: str, args: Any) -> None:
+        changes = event in CHANGES or (event == "open" and isinstance(args[1], str) and "w" in args[1])
+        ours = changes and any(f"{folder}/" in f"{arg}/" for arg in args[:2])
+        if not ours or not folder.with_suffix(".saved").exists():
+            return
+        if kill["at"] == "copy":
+            shutil.copytree(folder, folder.with_name(f"{folder.name}-{next(numbers)}"), symlinks=True)
+        elif event == "os.rename" and str(args[1]).endswith(".ckpt"):
+            if kill["at"] == "renamed":
+                die()
+            print("in a save", flush=True)
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(60)
+
+    sys.addaudithook(hook)
+    return []
+
+
+class At(L.Callback):
+    """Dies when a step begins, or in the middle of its forward; or has a full disk from then on."""
+
+    def __init__(self, step: int, at: str, rank: int = 0, size: int = 0) -> None:
+        self.step, self.at, self.size = step, at, size
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step != self.step:
+            return
+        if self.at == "step":
+            die()
+        elif self.at == "forward":
+            last = [layer for layer in pl_module.net.modules() if isinstance(layer, torch.nn.Linear)][-1]
+            last.register_forward_pre_hook(lambda *inputs: die())
+        else:
+            limit_files(self.size)
+
+
+def limit_files(size: int) -> None:
+    """Let no file of this process grow beyond a size, of -1 for any; writing more is an error, as on a full disk."""
+    _, highest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, highest))
+
+
+def train_on_a_full_disk(folder: Path, size: int) -> None:
+    """What a process does: its second save fails."""
+    try:
+        train(folder, "single", {"at": "full", "step": 3, "size": size, "rank": 0}, resume=False)
+    finally:
+        limit_files(-1)  # what it writes of the error goes into a file, too
+
+
+def train_or_resume(folder: Path, strategy: str, kill: dict[str, Any] | None) -> None:
+    """What torchrun starts, and starts again; it is killed once."""
+    is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    train(folder, strategy, kill if is_first else None, resume=(folder / "last.ckpt").exists())
+
+
+# -- the tests
 
 
 @pytest.fixture(scope="module")
-def crashes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
-    """The folder of all runs, and how each process of them ended."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of runs that nothing interrupts; one of them copies its own before each change of it."""
     folder = tmp_path_factory.mktemp("crashes")
-    (folder / "plan.json").write_text(json.dumps({**WHOLE, **KILLS, **COPIED}))
-    output = folder / "output.txt"
-    assert run(training.main, folder, output=output) == 0, output.read_text()[-3000:]
-    return folder, json.loads((folder / "ends.json").read_text())
+    for strategy in STRATEGIES:
+        assert run_on(2, train, folder / strategy, strategy, output=folder / "output.txt") == [0, 0]
+    copies = {"at": "copy", "rank": 0}
+    assert run(train, folder / "copied", "single", copies, output=folder / "output.txt") == 0
+    return folder
+
+
+def assert_same_end(folder: Path, name: str, expected: str) -> None:
+    assert same(*(torch.load(folder / f"{run}.end", weights_only=True) for run in (name, expected)))
 
 
 @pytest.mark.parametrize("name", KILLS)
-def test_a_killed_run_resumes_from_the_last_checkpoint(crashes: tuple[Path, Any], name: str) -> None:
+def test_a_killed_run_resumes_from_the_last_checkpoint(whole: Path, name: str) -> None:
     """Every file can be read, the last is not older than the last complete save, and the resumed run ends as ever."""
-    folder, ends = crashes
-    _, strategy, kill = KILLS[name]
-    assert ends[name][kill["rank"]] == KILLED
-    left = json.loads((folder / f"{name}.left").read_text())
-    assert min(left.values()) >= left["saved"] == 2
-    assert ends[f"{name}-resumed"] == [0, 0]
-    ended, expected = (torch.load(folder / f"{run}.end", weights_only=True) for run in (name, strategy))
-    assert same(ended, expected)
+    place, output = whole / name, whole / f"{name}.txt"
+    strategy, kill = KILLS[name]
+    assert run_on(2, train, place, strategy, kill, output=output)[kill["rank"]] == -signal.SIGKILL
+    assert place.with_suffix(".saved").read_text() == "2"
+    assert (place / "last.ckpt").exists()
+    assert min(content(file)["step"] for file in place.glob("*.ckpt")) >= 2
+    assert run_on(2, train, place, strategy, None, True, output=output) == [0, 0]
+    assert_same_end(whole, name, strategy)
 
 
 def by_torchrun(place: Path, strategy: str, kill: Any, **settings: Any) -> tuple[list[int | None], str]:
     """Train on two ranks, from the last checkpoint if there is one; torchrun's exit code, and what was written."""
     arguments = (place, strategy, json.dumps(kill))
     output = place.with_suffix(".txt")
-    codes = run_by_torchrun(training.__file__, *arguments, ranks=2, output=output, timeout=120, **settings)
+    codes = run_by_torchrun(__file__, *arguments, ranks=2, output=output, timeout=120, **settings)
     return codes, output.read_text()
 
 
-@pytest.mark.parametrize("strategy", WHOLE)
-def test_torchrun_starts_ranks_again_that_are_killed_in_a_step(crashes: tuple[Path, Any], strategy: str) -> None:
-    folder, _ = crashes
-    place = folder / f"restarted-{strategy}"
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_torchrun_starts_ranks_again_that_are_killed_in_a_step(whole: Path, strategy: str) -> None:
+    place = whole / f"restarted-{strategy}"
     kill = {"at": "forward", "step": 3, "rank": 1}
     codes, said = by_torchrun(place, strategy, kill, restarts=1)
     assert codes == [0], said[-3000:]
     assert f"Restoring states from the checkpoint path at {place / 'last.ckpt'}" in said
-    ended, expected = (torch.load(folder / f"{run}.end", weights_only=True) for run in (place.name, strategy))
-    assert same(ended, expected)
+    assert_same_end(whole, place.name, strategy)
 
 
-@pytest.mark.parametrize("strategy", WHOLE)
-def test_a_termination_within_a_save_leaves_the_former_checkpoint(crashes: tuple[Path, Any], strategy: str) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_termination_within_a_save_leaves_the_former_checkpoint(whole: Path, strategy: str) -> None:
     """Torchrun is told to end, and ends its ranks; started again it ends with what no termination would change."""
-    folder, _ = crashes
-    place = folder / f"terminated-{strategy}"
+    place = whole / f"terminated-{strategy}"
     codes, said = by_torchrun(place, strategy, {"at": "terminated", "rank": 0})
     assert codes == [1], said[-3000:]
     assert "in a save" in said
     assert {file.name: content(file)["step"] for file in place.glob("*.ckpt")} == {"last.ckpt": 2, "step=2.ckpt": 2}
     codes, said = by_torchrun(place, strategy, None)
     assert codes == [0], said[-3000:]
-    ended, expected = (torch.load(folder / f"{run}.end", weights_only=True) for run in (place.name, strategy))
-    assert same(ended, expected)
+    assert_same_end(whole, place.name, strategy)
 
 
 @pytest.mark.parametrize("size", [100, 9000])
-def test_a_full_disk_within_a_save_leaves_the_former_checkpoint(crashes: tuple[Path, Any], size: int) -> None:
+def test_a_full_disk_within_a_save_leaves_the_former_checkpoint(whole: Path, size: int) -> None:
     """Whether it is full at the adapter's first file or at the checkpoint's."""
-    folder, _ = crashes
-    place, output = folder / f"full-{size}", folder / f"full-{size}.txt"
-    assert run(training.train_on_a_full_disk, place, size, output=output, timeout=60) == 1
+    place, output = whole / f"full-{size}", whole / f"full-{size}.txt"
+    assert run(train_on_a_full_disk, place, size, output=output, timeout=60) == 1
     said = f"OSError: AdapterCheckpoint: could not write {place / 'step=4.ckpt'} (0.0 MB): [Errno 27] File too large"
     assert said in output.read_text()
     assert {path.name for path in place.iterdir()} == {"last", "last.ckpt", "step=2", "step=2.ckpt"}
     assert all(content(file)["step"] == step_of(file.with_suffix("")) == 2 for file in place.glob("*.ckpt"))
-    assert run(training.train, place, "single", None, True, output=output, timeout=60) == 0
-    ended, expected = (torch.load(folder / f"{run}.end", weights_only=True) for run in (place.name, "copied"))
-    assert same(ended, expected)
+    assert run(train, place, "single", None, True, output=output, timeout=60) == 0
+    assert_same_end(whole, place.name, "copied")
 
 
-def test_a_kill_before_any_change_of_the_folder_leaves_a_checkpoint(crashes: tuple[Path, Any]) -> None:
+def test_a_kill_before_any_change_of_the_folder_leaves_a_checkpoint(whole: Path) -> None:
     """What is there before each file operation of a save is complete, and of the uninterrupted run.
 
     A folder is put in its place after its file, and says until then that it is of another step.
     """
-    folder, ends = crashes
-    assert ends["copied"] == [0]
-    moments = list(folder.glob("copied-*"))
+    moments = list(whole.glob("copied-*"))
     assert len(moments) > 10
-    expected = {2: content(folder / "copied-1" / "step=2.ckpt"), 4: content(folder / "copied" / "step=4.ckpt")}
+    expected = {2: content(whole / "copied-1" / "step=2.ckpt"), 4: content(whole / "copied" / "step=4.ckpt")}
     behind: list[Path] = []
     for moment in moments:
         assert (moment / "last.ckpt").exists(), moment.name
@@ -144,3 +256,7 @@ def content(file: Path) -> dict[str, Any]:
         "driver": checkpoint["callbacks"]["EFMLoRA"],
         "loops": checkpoint["loops"]["fit_loop"],
     }
+
+
+if __name__ == "__main__":
+    train_or_resume(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))

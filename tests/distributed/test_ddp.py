@@ -1,10 +1,20 @@
 """Two gloo processes under DDP equal one process on the joint batch, and hold one perturbation."""
 
+from functools import partial
 from typing import Any
 
+import lightning as L
 import pytest
-from ddp_runs import difference, train_alone, train_called_off, train_routed, turns
-from launch import Results, launch
+import pytorch_lightning
+import torch
+from fits import difference, joint_batches, own_share, train, train_alone, turns
+from float64_runs import RHO, Automatic, Manual, fit_in_float64, loss, network, trained
+from launch import Results, Runs, launch
+from strategies import in_float64
+from torch import Tensor, nn
+
+import lightning_flatlora.pytorch_lightning
+from lightning_flatlora import EFMLoRA, FMLoRA
 
 FRONT_ENDS = ["EFMLoRA", "FMLoRA", "FMLoRAModule", "EFMLoRA+FMLoRAModule"]
 STEPS: list[dict[str, Any]] = [
@@ -24,30 +34,143 @@ def name_of(*parts: object) -> str:
     return "-".join(map(str, parts)).replace("/", "")
 
 
+# -- the runs
+
+
+class Routed(nn.Module):
+    """The second layer sees some samples only, the third none of every third batch.
+
+    So a layer goes unused now on one rank, now on all, as with experts.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.batch_idx = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, _, second, _, third, _, last = self.net.base_model.model
+        hidden = torch.tanh(first(x))
+        chosen = x[:, 0] > 0.3
+        if chosen.any():
+            hidden = hidden.index_put((chosen,), torch.tanh(second(hidden[chosen])))
+        if self.batch_idx % 3 != 1:
+            hidden = torch.tanh(third(hidden))
+        return last(hidden)  # type: ignore[no-any-return]
+
+
+class RoutedAutomatic(Automatic):
+    """Automatic optimization."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.net.batch_idx = batch_idx
+        return super().training_step(batch, batch_idx)
+
+
+class RoutedManual(Manual):
+    """FMLoRAModule."""
+
+    def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+        self.net.batch_idx = batch_idx
+        return super().compute_loss(batch, batch_idx)
+
+
+def train_routed(front_end: str, alone: bool = False) -> dict[str, Any]:
+    """Layers that some batches leave out, with find_unused_parameters."""
+    net = Routed(network())
+    step = {"accumulate_grad_batches": 2}
+    short = {"limit_train_batches": 12}
+    loader, trainer = (joint_batches(), {}) if alone else (own_share(), in_float64("ddp", find_unused_parameters=True))
+    if front_end == "FMLoRAModule":
+        fit_in_float64(RoutedManual(net, rho=RHO, **step), 1, [], loader, **short, **trainer)
+    else:
+        callback = {"EFMLoRA": EFMLoRA, "FMLoRA": FMLoRA}[front_end](RHO)
+        fit_in_float64(RoutedAutomatic(net), 1, [callback], loader, **step, **short, **trainer)
+    return {"weights": trained(net.net)}
+
+
+class CalledOff(Automatic):
+    """Ends its first epoch at a batch."""
+
+    def __init__(self, net: nn.Module, at: int) -> None:
+        super().__init__(net)
+        self.at = at
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if self.current_epoch == 0 and batch_idx == self.at else None
+
+
+class Synchronizes(L.Callback):
+    """Whether DDP would average the gradients of a backward, as each epoch ends."""
+
+    def __init__(self) -> None:
+        self.answers: list[bool] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.answers.append(getattr(trainer.strategy.model, "require_backward_grad_sync", True))
+
+
+def train_called_off(alone: bool = False) -> dict[str, Any]:
+    """FMLoRA with an ascent of each rank's own, which keeps DDP from synchronizing it; and a batch called off."""
+    net, answers = network(), Synchronizes()
+    loader, trainer = (turns(), {"accumulate_grad_batches": 2}) if alone else (own_share(), in_float64("ddp"))
+    callbacks = [FMLoRA(RHO, sync_ascent=alone), answers]
+    trainer["limit_train_batches"] = 12 if alone else 6
+    fit_in_float64(CalledOff(net, at=6 if alone else 3), 2, callbacks, loader, **trainer)
+    return {"weights": trained(net), "synchronizes": answers.answers}
+
+
+class UnderTheOtherName(pytorch_lightning.LightningModule):
+    """Automatic optimization, and the Trainer of pytorch_lightning."""
+
+    configure_optimizers = Automatic.configure_optimizers
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return loss(self.net, batch)
+
+
+def train_under_the_other_name(front_end: str) -> dict[str, Any]:
+    """As fits.train on two ranks, with a strategy, a Trainer and a callback of pytorch_lightning."""
+    net, callback = network(), getattr(lightning_flatlora.pytorch_lightning, front_end)(RHO)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    strategy = pytorch_lightning.strategies.DDPStrategy(process_group_backend="gloo")
+    trainer = pytorch_lightning.Trainer(
+        max_epochs=2,
+        callbacks=[callback],
+        precision="64-true",
+        accelerator="cpu",
+        strategy=strategy,
+        devices=2,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        limit_train_batches=BATCHES,
+        **quiet,
+    )
+    trainer.fit(UnderTheOtherName(net), own_share())
+    return {"weights": trained(net), "E": callback.perturbation.state_dict()["E"]}
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    runs: dict[str, tuple[str, dict[str, Any]]] = {}
+    runs: Runs = {}
     for front_end in FRONT_ENDS:
-        ddp = {"strategy": "ddp", "front_end": front_end}
+        ddp = partial(train, "ddp", front_end, batches=BATCHES)
         for step in STEPS:
-            runs[name_of(front_end, step)] = "fits:train", {**ddp, **step, "batches": BATCHES}
+            runs[name_of(front_end, step)] = partial(ddp, **step)
         for settings, accumulate in DDP_SETTINGS:
-            used = {
-                "accumulate": accumulate,
-                "epochs": 1,
-                "batches": BATCHES,
-                "strategy_settings": dict.fromkeys(settings, True),
-            }
-            runs[name_of(front_end, settings)] = "fits:train", {**ddp, **used}
+            used = dict.fromkeys(settings, True)
+            runs[name_of(front_end, settings)] = partial(ddp, accumulate, epochs=1, strategy_settings=used)
     for front_end in TWO_PASSES:
-        own = {"strategy": "ddp", "accumulate": 2, "sync_ascent": False, "batches": BATCHES}
-        runs[name_of(front_end, "own")] = "fits:train", {"front_end": front_end, **own}
+        runs[name_of(front_end, "own")] = partial(train, "ddp", front_end, 2, sync_ascent=False, batches=BATCHES)
     for front_end in FRONT_ENDS[:3]:
-        runs[name_of(front_end, "routed")] = "ddp_runs:train_routed", {"front_end": front_end}
+        runs[name_of(front_end, "routed")] = partial(train_routed, front_end)
     for front_end in FRONT_ENDS[:2]:
-        named = {"front_end": front_end, "batches": BATCHES}
-        runs[name_of(front_end, "other name")] = "ddp_runs:train_under_the_other_name", named
-    runs["called off"] = "ddp_runs:train_called_off", {}
+        runs[name_of(front_end, "other name")] = partial(train_under_the_other_name, front_end)
+    runs["called off"] = partial(train_called_off)
     return launch(tmp_path_factory.mktemp("ddp"), runs)
 
 

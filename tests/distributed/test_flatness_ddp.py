@@ -1,29 +1,60 @@
 """FlatnessMonitor on two gloo processes: the numbers of one process on the joint batches, and no trace in training."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from ddp_runs import difference
-from flatness_runs import train
-from launch import Results, launch
+from fits import difference, joint_batches, own_share, parts
+from float64_runs import fit_in_float64, network, trained
+from launch import Results, Runs, launch
+from lightning.pytorch import Callback
+from strategies import in_float64
+
+from lightning_flatlora import EFMLoRA, FlatnessMonitor
+from lightning_flatlora.flatness import MEASURES
 
 FRONT_ENDS = ["LoRA", "FMLoRA", "EFMLoRA+FMLoRAModule"]
 SETTINGS = ["static_graph", "gradient_as_bucket_view", "find_unused_parameters"]
 
 
+class Logged(Callback):
+    """What the monitor has measured, after every batch."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        metrics = trainer.callback_metrics
+        self.rows.append({name: value.clone() for name, value in metrics.items() if name.startswith("flatness/")})
+
+
+def train(
+    front_end: str, accumulate: int = 1, monitored: bool = True, alone: bool = False, **strategy: Any
+) -> dict[str, Any]:
+    """The trained weights, and all measures every five optimizer steps; of half of each batch, or of it all."""
+    net = network()
+    loader, trainer = (joint_batches(), {}) if alone else (own_share(), in_float64("ddp", **strategy))
+    module, callbacks, step = parts(front_end, net, accumulate)
+    ema = callbacks and isinstance(callbacks[0], EFMLoRA)
+    # The largest eigenvalue takes longer than all others together.
+    wanted = {"ema": ema, "top_eigenvalue": front_end == "LoRA"}
+    measures = [name for name in MEASURES if wanted.get(name, True)]
+    monitor = FlatnessMonitor(0.3, every_n_steps=5, batches=2, measures=measures, samples=2, per_layer=True)
+    logged = Logged()
+    used = [*([monitor] if monitored else []), *callbacks, logged]
+    fit_in_float64(module, 1, used, loader, limit_train_batches=12, **step, **trainer)
+    return {"weights": trained(net), "rows": logged.rows}
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    runs: dict[str, tuple[str, dict[str, Any]]] = {}
-    for front_end in FRONT_ENDS:
-        for monitored in (True, False):
-            run = {"front_end": front_end, "monitored": monitored}
-            runs[f"{front_end}-{monitored}"] = "flatness_runs:train", {**run, "accumulate": 2}
+    runs: Runs = {}
     for monitored in (True, False):
-        run = {"front_end": "EFMLoRA", "monitored": monitored, **dict.fromkeys(SETTINGS, True)}
-        runs[f"EFMLoRA-{monitored}"] = "flatness_runs:train", run
-    for strategy in ("fsdp1", "fsdp2"):
-        runs[strategy] = "flatness_runs:refused", {"strategy": strategy}
+        for front_end in FRONT_ENDS:
+            runs[f"{front_end}-{monitored}"] = partial(train, front_end, 2, monitored=monitored)
+        settings = dict.fromkeys(SETTINGS, True)
+        runs[f"EFMLoRA-{monitored}"] = partial(train, "EFMLoRA", monitored=monitored, **settings)
     return launch(tmp_path_factory.mktemp("flatness"), runs)
 
 
@@ -50,10 +81,3 @@ def test_all_ranks_have_the_numbers_of_one_process(results: Results, front_end: 
             tolerance = 2e-2 if "eigenvalue" in name else 1e-6  # Lanczos ends at 1e-2
             if "residual" not in name:  # rounding alone
                 torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=1e-8, msg=name)
-
-
-@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
-def test_sharded_models_are_refused_on_every_rank(results: Results, strategy: str) -> None:
-    first, second = results[strategy]
-    assert first == second
-    assert "is not supported, because a sharded model has no whole weights to perturb" in first["message"]

@@ -3,15 +3,18 @@
 On eight ranks most shards of a factor are empty.
 """
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import fits
 import pytest
 from checkpoint_runs import END, MIDDLE, train
-from ddp_runs import difference, joint_batches, train_alone
+from fits import difference, joint_batches, train_alone
 from helpers import same
-from launch import Results, launch, launch_on_nodes
+from launch import Results, Runs, launch, launch_on_nodes
+from strategies import places
 
 STRATEGIES = ("ddp", "fsdp2")
 FRONT_ENDS = [("ddp", "EFMLoRA"), ("ddp", "FMLoRA"), ("fsdp2", "EFMLoRA"), ("fsdp2", "FMLoRAModule")]
@@ -26,25 +29,22 @@ def name_of(strategy: str, front_end: str) -> str:
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    runs: dict[str, tuple[str, dict[str, Any]]] = {}
-    for strategy, front_end in FRONT_ENDS:
-        settings = {"strategy": strategy, "front_end": front_end, "size": SIZE, "epochs": 1, "batches": BATCHES}
-        runs[name_of(strategy, front_end)] = "fits:train", settings
+    runs: Runs = {}
+    for case in FRONT_ENDS:
+        runs[name_of(*case)] = partial(fits.train, *case, size=SIZE, epochs=1, batches=BATCHES)
     return launch(tmp_path_factory.mktemp("eight"), runs, ranks=8, timeout=200)
 
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("nodes")
-    runs: dict[str, tuple[str, dict[str, Any]]] = {}
-    for strategy, front_end in FRONT_ENDS:
-        runs[name_of(strategy, front_end)] = "fits:train", {"strategy": strategy, "front_end": front_end, "epochs": 1}
-    runs["places"] = "strategies:places", {}
+    runs: Runs = {name_of(*case): partial(fits.train, *case, epochs=1) for case in FRONT_ENDS}
+    runs["places"] = partial(places)
     for strategy in STRATEGIES:
         whole = folder / f"{strategy}-whole"
-        runs[whole.name] = "checkpoint_runs:train", {"folder": str(whole), "strategy": strategy}
-        resumed = {"folder": str(folder / f"{strategy}-resumed"), "resume": str(whole / f"step={MIDDLE}.ckpt")}
-        runs[f"{strategy}-resumed"] = "checkpoint_runs:train", {"strategy": strategy, **resumed}
+        resumed = folder / f"{strategy}-resumed"
+        runs[whole.name] = partial(train, str(whole), strategy)
+        runs[resumed.name] = partial(train, str(resumed), strategy, resume=str(whole / f"step={MIDDLE}.ckpt"))
     return launch_on_nodes(folder, runs)
 
 

@@ -1,14 +1,20 @@
 """FSDP2 and FSDP1 in one process, which shards nothing: on the CPU, and on a CUDA device where there is one."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from fits import relative_difference
-from launch import Results, launch
+from fits import E_of, parts, relative_difference, single
+from float64_runs import dataset, fit_in_float64, network
+from launch import Results, Runs, launch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from strategies import WRAPPING, FSDPOnCPU, full_weights
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
 
 FRONT_ENDS = ("EFMLoRA", "FMLoRA", "FMLoRAModule")
-CASES: dict[str, dict[str, Any]] = {}
+CASES: dict[str, tuple[str, str, str]] = {}
 for strategy, front_ends in {
     "single": FRONT_ENDS,
     "fsdp2": FRONT_ENDS,
@@ -16,22 +22,61 @@ for strategy, front_ends in {
 }.items():
     for front_end in front_ends:
         for precision in ("32-true", "bf16-mixed"):
-            case = {"strategy": strategy, "front_end": front_end, "accumulate": 2, "precision": precision}
-            CASES[f"{strategy}:{front_end}:{precision}"] = case
+            CASES[f"{strategy}:{front_end}:{precision}"] = (strategy, front_end, precision)
 SHARDED = [name for name in CASES if not name.startswith("single")]
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+def alone(strategy: str, front_end: str, precision: str, accelerator: str) -> dict[str, Any]:
+    """Train in one process, on one device or under a sharding strategy of world size 1."""
+    net = network().float()
+    module, callbacks, trainer = parts(front_end, net, accumulate=2)
+    used: Any = SingleDeviceStrategy(torch.device("cuda:0" if accelerator == "cuda" else "cpu"))
+    if strategy == "fsdp1":
+        kind = FSDPStrategy if accelerator == "cuda" else FSDPOnCPU
+        used = kind(auto_wrap_policy=WRAPPING["layers"])
+    elif strategy == "fsdp2":
+        used = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    loader = DataLoader(single(), batch_size=4)
+    settings = {
+        "precision": precision,
+        "devices": 1,
+        "accelerator": accelerator,
+        "limit_train_batches": 9,  # odd: the last window of two is shorter
+        "use_distributed_sampler": False,
+        **trainer,
+    }
+    fit_in_float64(module, 1, callbacks, loader, strategy=used, **settings)
+    return {"weights": {n: w.cpu() for n, w in full_weights(used, net).items()}, "E": E_of(module, callbacks)}
+
+
+def validated(front_end: str, batches: int) -> dict[str, Any]:
+    """Train three epochs under FSDP2 with one unit for all, after whose validation whole stand-ins stay in the modules.
+
+    Args:
+        front_end: see :func:`parts`.
+        batches: of each validation.
+    """
+    net = network()
+    module, callbacks, _ = parts(front_end, net, accumulate=1)
+    loader = DataLoader(dataset(), batch_size=4)
+    module.configure_model = lambda: fully_shard(net, mesh=module.device_mesh["data_parallel"])
+    module.val_dataloader = lambda: loader
+    module.validation_step = lambda batch, batch_idx: module.net(batch[0]).sum()
+    used = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    limits = {"limit_train_batches": 4, "limit_val_batches": batches, "num_sanity_val_steps": batches}
+    settings: dict[str, Any] = {"devices": 1, "strategy": used, "precision": "32-true", **limits}
+    fit_in_float64(module, 3, callbacks, loader, **settings)
+    return {"weights": full_weights(used, net)}
+
+
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    runs: dict[str, tuple[str, dict[str, Any]]] = {}
-    for name, case in CASES.items():
-        runs[name] = ("fsdp_runs:alone", {**case, "accelerator": request.param})
+    runs: Runs = {name: partial(alone, *case, accelerator=request.param) for name, case in CASES.items()}
     if request.param == "cpu":
         for front_end in FRONT_ENDS:
             for batches in (0, 1):
-                case = {"front_end": front_end, "batches": batches}
-                runs[f"validated:{front_end}:{batches}"] = ("fsdp_runs:validated", case)
+                runs[f"validated:{front_end}:{batches}"] = partial(validated, front_end, batches)
     return launch(tmp_path_factory.mktemp("one"), runs, ranks=1)
 
 

@@ -3,10 +3,21 @@
 tests/callbacks/test_refused_strategies.py has what one process can see.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
-from launch import Results, launch
+import torch
+from fits import ShardedAutomatic, own_share, parts, single
+from float64_runs import RHO, fit_in_float64, network
+from launch import Results, Runs, launch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from strategies import places, strategy_of
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+from lightning_flatlora import EFMLoRA
 
 FSDP = "fsdp1-layers"
 SYNC_ASCENT = ("sync_ascent=False needs each rank's own gradient", "use sync_ascent=True, or DDP")
@@ -22,23 +33,79 @@ CASES: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     (FSDP, "FMLoRA", {"sync_ascent": False}, SYNC_ASCENT),
     ("fsdp2", "FMLoRAModule", {"sync_ascent": False}, SYNC_ASCENT),
     ("tensor-parallel", "EFMLoRA", {}, TENSOR_PARALLEL),
-    ("ddp", "EFMLoRA", {**STATIC, "scheduled": {"1": 3}}, ("accumulate_grad_batches=3", "leave static_graph out")),
+    ("ddp", "EFMLoRA", {**STATIC, "scheduled": {1: 3}}, ("accumulate_grad_batches=3", "leave static_graph out")),
     ("ddp", "FMLoRA", {**STATIC, "sync_ascent": False}, ("sync_ascent=False", "leave static_graph out")),
 ]
 
 
+class ByHand(ShardedAutomatic):
+    """A user's own manual optimization."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__(net)
+        self.automatic_optimization = False
+
+
+class Split(ShardedAutomatic):
+    """Tensor parallelism over the rows of a B."""
+
+    def configure_model(self) -> None:
+        if not getattr(self, "is_split", False):
+            layer = self.net.base_model.model[0]
+            parallelize_module(layer, self.device_mesh["tensor_parallel"], {"lora_B.default": ColwiseParallel()})
+            self.is_split = True
+
+
+def refused(
+    strategy: str,
+    front_end: str,
+    strategy_settings: dict[str, Any] | None = None,
+    scheduled: dict[int, int] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The refusal's message, and how many steps came before it.
+
+    Args:
+        strategy: as in strategy_of, or "tensor-parallel".
+        front_end: as in parts, or "EFMLoRA by hand".
+        strategy_settings: of the strategy.
+        scheduled: batches of a step by epoch, for a GradientAccumulationScheduler.
+        settings: of the front end.
+    """
+    net = network().float()
+    if front_end == "EFMLoRA by hand":
+        module, callbacks, trainer = ByHand(net), [EFMLoRA(RHO)], {}
+    else:
+        module, callbacks, trainer = parts(front_end, net, accumulate=1, **settings)
+    if strategy == "tensor-parallel":
+        used: Any = ModelParallelStrategy(process_group_backend="gloo", **(strategy_settings or {}))
+        module.__class__ = Split
+    else:
+        used = strategy_of(strategy, **(strategy_settings or {}))
+    if scheduled:
+        callbacks.append(GradientAccumulationScheduler(scheduled))
+    steps = []
+    module.on_before_batch_transfer = lambda batch, index: steps.append(index) or batch
+    trainer |= {"strategy": used, "precision": "32-true", **places()}
+    try:
+        fit_in_float64(module, 1, callbacks, own_share(single()), **trainer)
+    except MisconfigurationException as error:
+        return {"message": str(error), "steps": len(steps)}
+    raise AssertionError("it was not refused")
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    runs = {}
-    for place, (strategy, front_end, settings, _) in enumerate(CASES):
-        runs[str(place)] = ("refusal_runs:refused", {"strategy": strategy, "front_end": front_end, **settings})
+    runs: Runs = {}
+    for index, (strategy, front_end, settings, _) in enumerate(CASES):
+        runs[str(index)] = partial(refused, strategy, front_end, **settings)
     return launch(tmp_path_factory.mktemp("refusals"), runs)
 
 
-@pytest.mark.parametrize("place", range(len(CASES)))
-def test_every_rank_refuses_before_the_first_step(results: Results, place: int) -> None:
-    _, front_end, _, words = CASES[place]
-    first, second = results[str(place)]
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_every_rank_refuses_before_the_first_step(results: Results, index: int) -> None:
+    _, front_end, _, words = CASES[index]
+    first, second = results[str(index)]
     assert first == second
     assert first["steps"] == 0
     assert first["message"].startswith(f"{front_end.partition(' ')[0]}: ")

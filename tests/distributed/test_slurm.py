@@ -4,22 +4,59 @@ One job does all runs, since its processes take longest to start. Two of the run
 its lives does the runs that no former one has ended.
 """
 
-import json
+import os
+import subprocess
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fits
+import launch
+import lightning as L
 import pytest
-import worker
-from ddp_runs import difference, train_alone
-from launch import Results
+from checkpoint_runs import BATCHES, loader, trainer_of
+from fits import ShardedAutomatic, difference, train_alone
+from float64_runs import BETA, RHO, network
 from slurm import Cluster, missing
-from slurm_runs import SIGNALLED, STEPS, train
+from strategies import full_weights, places
+
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA, Requeue
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(missing()), reason=missing())]
 FRONT_ENDS = [("ddp", "EFMLoRA"), ("ddp", "FMLoRA"), ("fsdp2", "EFMLoRA"), ("fsdp2", "FMLoRAModule")]
 STRATEGIES = ("ddp", "fsdp2")
 TOLERANCE = 1e-12
+EPOCHS, SIGNALLED = 17, 8
+STEPS = EPOCHS * BATCHES
+
+
+class Signals(L.Callback):
+    """At a step has SLURM signal the job, if the run has not come back; further steps take so long that it arrives."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.began = trainer.global_step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if self.began or trainer.global_step < SIGNALLED:
+            return
+        if trainer.global_step == SIGNALLED and trainer.is_global_zero:
+            subprocess.run(["scancel", "--signal=USR1", os.environ["SLURM_JOB_ID"]], check=True)
+        time.sleep(0.05)
+
+
+def train(folder: str, strategy: str) -> dict[str, Any]:
+    """Train to the end, from the last checkpoint if there is one; "single" is one process without a signal."""
+    signals, driver, module = Signals(), EFMLoRA(RHO, beta=BETA), ShardedAutomatic(network())
+    saver = AdapterCheckpoint(Path(folder), save_top_k=0, save_last=True)
+    callbacks: list[L.Callback] = [driver, saver]
+    if strategy != "single":
+        callbacks += [Requeue(), signals]
+    trainer = trainer_of(strategy, callbacks, max_epochs=EPOCHS)
+    trainer.fit(module, loader(), ckpt_path="last")
+    weights, E = full_weights(trainer.strategy, module.net), driver.perturbation.state_dict()["E"]
+    return {"weights": weights, "E": E, "steps": trainer.global_step, "began": getattr(signals, "began", 0)}
 
 
 @pytest.fixture(scope="module")
@@ -30,23 +67,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def results(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> launch.Results:
     folder = tmp_path_factory.mktemp("job")
-    runs: dict[str, Any] = {"places": ("strategies:places", {})}
+    runs: launch.Runs = {"places": partial(places)}
     for strategy, front_end in FRONT_ENDS:
-        settings = {"strategy": strategy, "front_end": front_end, "epochs": 1}
-        runs[f"{strategy}-{front_end}"] = "fits:train", settings
+        runs[f"{strategy}-{front_end}"] = partial(fits.train, strategy, front_end, epochs=1)
     for strategy in STRATEGIES:
-        settings = {"strategy": strategy, "folder": str(folder / strategy)}
-        runs[f"{strategy}-requeued"] = "slurm_runs:train", settings
-    (folder / "runs.json").write_text(json.dumps(runs))
-    ended = cluster.work(worker.__file__, folder, output=folder / "output.txt", timeout=300)
+        runs[f"{strategy}-requeued"] = partial(train, str(folder / strategy), strategy)
+    launch.plan(folder, runs)
+    ended = cluster.work(launch.__file__, folder, output=folder / "output.txt", timeout=300)
     assert ended == f"COMPLETED {len(STRATEGIES)}", (folder / "output.txt").read_text()[-6000:] + cluster.logs()
-    return Results(folder, 2)
+    return launch.Results(folder, 2)
 
 
 @pytest.mark.parametrize(("strategy", "front_end"), FRONT_ENDS)
-def test_srun_on_two_nodes_equals_one_process(results: Results, strategy: str, front_end: str) -> None:
+def test_srun_on_two_nodes_equals_one_process(results: launch.Results, strategy: str, front_end: str) -> None:
     assert all((rank["num_nodes"], rank["devices"]) == (2, 1) for rank in results["places"])
     alone = train_alone(front_end, epochs=1)
     for rank in results[f"{strategy}-{front_end}"]:
@@ -55,7 +90,7 @@ def test_srun_on_two_nodes_equals_one_process(results: Results, strategy: str, f
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_requeued_run_ends_as_an_uninterrupted_one(results: Results, strategy: str, tmp_path: Path) -> None:
+def test_a_requeued_run_ends_as_an_uninterrupted_one(results: launch.Results, strategy: str, tmp_path: Path) -> None:
     alone = train(str(tmp_path), "single")
     for rank in results[f"{strategy}-requeued"]:
         assert SIGNALLED < rank["began"] < rank["steps"] == alone["steps"] == STEPS

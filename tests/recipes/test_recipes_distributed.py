@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launch import Results, launch
+from launch import Results, Runs, launch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipe_runs import run
@@ -79,17 +80,16 @@ def recipes(place: Path, tiny: str, tokenizer: Any) -> dict[str, Recipe]:
 @pytest.fixture(scope="module")
 def results(place: Path, recipes: dict[str, Recipe]) -> Results:
     """All runs on two processes, by the recipe's name, the strategy and the method or what else it is about."""
-    cases: dict[str, tuple[str, dict[str, Any]]] = {}
+    cases: Runs = {}
 
     def add(
         name: str, strategy: str, method: str, about: str = "", command: str = "fit", options: list[str] | None = None
     ) -> None:
         recipe = recipes[name]
         options = training(name, method) if options is None else options
-        arguments = {"command": command, "recipe": recipe.folder, "method": method, "strategy": strategy}
-        arguments["options"] = [*EVERY_RUN, *recipe.options, *recipe.ranks, *options]
+        options = [*EVERY_RUN, *recipe.options, *recipe.ranks, *options]
         case = f"{name}:{strategy}:{about or method}"
-        cases[case] = ("recipe_runs:run", {"folder": str(place / case), **arguments})
+        cases[case] = partial(run, command, str(place / case), recipe.folder, method, strategy, options)
 
     for name, strategy in [*product((*NAMES, *MODES), ("ddp",)), *SHARDED]:
         add(name, strategy, MODES.get(name, "efmlora"))
