@@ -1,7 +1,7 @@
 """The baselines in a real Trainer: what others see, settings that must stay, steps that end early, and refusals.
 
-At size 0, resumed, and stopped by an exception: tests/callbacks/test_resume.py and
-test_steps_that_end_early.py.
+At size 0, resumed, stopped by an exception, and refused: tests/callbacks/test_resume.py,
+test_steps_that_end_early.py and test_refused_fits.py.
 """
 
 import copy
@@ -12,28 +12,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import (
-    BASELINES,
-    ByHand,
-    Classifier,
-    ResumableLoader,
-    TwoPassClassifier,
-    assert_no_trace,
-    fit,
-    make_loader,
-    same,
-    weights,
-)
+from helpers import BASELINES, ByHand, Classifier, ResumableLoader, assert_no_trace, fit, make_loader, same, weights
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import LoraConfig, get_peft_model
-from torch import nn
 from torch.amp import GradScaler
 
-from lightning_flatlora import EFMLoRA, FMLoRA
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 from lightning_flatlora.callbacks.base import MethodCallback
 
@@ -116,15 +102,6 @@ def test_manual_optimization(tmp_path: Path, name: str) -> None:
     assert not any(m._forward_hooks for m in module.modules())
 
 
-def refused(tmp_path: Path, module: Any, callbacks: list[Callback], **kwargs: Any) -> str:
-    before = weights(module)
-    with pytest.raises(MisconfigurationException) as error:
-        fit(tmp_path, module, callbacks, **kwargs)
-    assert same(weights(module), before)
-    assert_no_trace(module)
-    return str(error.value)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -146,36 +123,6 @@ def test_values(make: Any, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("name", ["SAM", "LoRASAM"])
-def test_two_passes_need_automatic_optimization(tmp_path: Path, name: str) -> None:
-    assert "a second pass can't be put into manual optimization" in refused(tmp_path, ByHand(), [BASELINES[name](0.1)])
-
-
-@pytest.mark.parametrize("name", BASELINES)
-def test_one_method_at_a_time(tmp_path: Path, name: str) -> None:
-    for other in (EFMLoRA, FMLoRA):
-        message = refused(tmp_path, Classifier(), [BASELINES[name](0.1), other(0.1)])
-        assert "keep one" in message
-        assert other.__name__ in message
-    assert "keep one" in refused(tmp_path, TwoPassClassifier(0.1), [BASELINES[name](0.1)])
-
-
-def test_sam_needs_an_optimizer_that_trains(tmp_path: Path) -> None:
-    class Frozen(Classifier):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD([p for p in self.parameters() if not p.requires_grad], 0.1)
-
-    assert "holds no parameter that is trained" in refused(tmp_path, Frozen(), [SAM(0.1)])
-
-
-def test_a_frozen_A_can_not_be_balanced(tmp_path: Path) -> None:
-    module = Classifier()
-    for name, p in module.named_parameters():
-        p.requires_grad_(p.requires_grad and "lora_A" not in name)
-    message = refused(tmp_path, module, [BalancednessRegularization(1.0)])
-    assert "A of 3 pairs is frozen, as in net.base_model.model.0.lora_B.default.weight" in message
-
-
 def test_lora_sam_leaves_a_frozen_A(tmp_path: Path) -> None:
     module = Classifier()
     for name, p in module.named_parameters():
@@ -183,14 +130,6 @@ def test_lora_sam_leaves_a_frozen_A(tmp_path: Path) -> None:
     before = weights(module)
     fit(tmp_path, module, [LoRASAM(0.5)])
     assert all(same(v, before[n]) for n, v in weights(module).items() if "lora_A" in n)
-
-
-@pytest.mark.parametrize("name", ["RandomPerturbation", "BiLoRA"])
-def test_no_layer_with_a_whole_weight(tmp_path: Path, name: str) -> None:
-    module = Classifier()
-    config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
-    module.net = get_peft_model(nn.Sequential(nn.Linear(6, 3)), config)
-    assert "no LoRA layer on a Linear" in refused(tmp_path, module, [BASELINES[name](0.1)])
 
 
 @pytest.mark.parametrize("name", ["SAM", "nBAR", "RandomPerturbation", "BiLoRA"])

@@ -1,4 +1,7 @@
-"""Saves that end in the middle, several jobs in one folder, full disks, and files of other formats."""
+"""Saves that end in the middle, several jobs in one folder, and files of other formats.
+
+Full disks, and ranks with different files: tests/distributed/test_crashes.py and test_checkpoints.py.
+"""
 
 import json
 import os
@@ -7,14 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import peft.peft_model
 import pytest
 import torch
 from checkpointed_bases import WEIGHTS, saver, state, validate
 from helpers import Classifier, fit, make_loader, same
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lightning_flatlora import AdapterCheckpoint, load_adapter_checkpoint
@@ -44,24 +45,19 @@ def assert_pair(file: Path) -> None:
         assert same(value, saved[f"net.{name.removesuffix('weight')}default.weight"])
 
 
-def failing_save(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> None:
-    """From a step on the file can't be written."""
-    save = torch.save
-
-    def fails(checkpoint: Any, file: Any) -> None:
-        if checkpoint["global_step"] >= step:
-            raise error
-        save(checkpoint, file)
-
-    monkeypatch.setattr(torch, "save", fails)
-
-
 # -- saves that end in the middle
 
 
 def test_a_first_save_that_ends_early_does_not_take_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job script looks for last.ckpt."""
-    failing_save(monkeypatch, 3, Killed())
+    save = torch.save
+
+    def ends(checkpoint: Any, file: Any) -> None:
+        if checkpoint["global_step"] >= 3:
+            raise Killed
+        save(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", ends)
     with pytest.raises(Killed):
         train(tmp_path)
     monkeypatch.undo()
@@ -158,37 +154,6 @@ def test_a_folder_that_another_job_takes_away_meanwhile_does_not_end_the_run(
         validate(tmp_path, Classifier(), "last.ckpt")
 
 
-# -- a full disk
-
-
-def by_torch(patch: pytest.MonkeyPatch, step: int) -> None:
-    failing_save(patch, step, OSError(28, "No space left on device"))
-
-
-def by_safetensors(patch: pytest.MonkeyPatch, step: int) -> None:
-    save, calls = peft.peft_model.safe_save_file, iter(range(100))
-
-    def fails(*args: Any, **options: Any) -> None:
-        if next(calls) >= step // 3:  # one each third step, and the trial's before
-            raise SafetensorError("I/O error: No space left on device (os error 28)")
-        save(*args, **options)
-
-    patch.setattr(peft.peft_model, "safe_save_file", fails)
-
-
-@pytest.mark.parametrize("fills", [by_torch, by_safetensors])
-def test_a_full_disk_is_named_and_leaves_the_former_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fills: Any
-) -> None:
-    fills(monkeypatch, 6)
-    said = r"AdapterCheckpoint: could not write .*last\.ckpt \(0\.0 MB\): .*No space left on device"
-    with pytest.raises(OSError, match=said):
-        train(tmp_path)
-    assert names(tmp_path) == {"last", "last.ckpt"}
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
-    assert_pair(tmp_path / "last.ckpt")
-
-
 # -- formats
 
 
@@ -264,22 +229,6 @@ def test_that_a_network_is_at_another_place_in_its_module_is_said(saved: tuple[P
     said = r"lacks 6 weights that the module has, such as whole\.net\..* at another place in its module"
     with pytest.raises(MisconfigurationException, match=said):
         load_adapter_checkpoint(Inside(), saved[0] / "last.ckpt")
-
-
-# -- ranks
-
-
-def test_ranks_that_would_go_on_from_different_steps_are_refused(
-    saved: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With real ranks it is in tests/distributed/test_checkpoints.py."""
-    folder, _ = saved
-    monkeypatch.setattr(SingleDeviceStrategy, "all_gather", lambda strategy, step: torch.stack([step, 0 * step]))
-    with pytest.raises(MisconfigurationException, match=r"from different steps, \[6, 0\]"):
-        train(folder, ckpt_path=folder / "last.ckpt")
-    train(folder)
-    with pytest.raises(FileNotFoundError, match="Checkpoint file not found"):
-        train(folder, ckpt_path=folder / "none.ckpt")
 
 
 @pytest.mark.parametrize("path", ["{folder}/ck/../mine", "local://{folder}/mine", "{folder}/mine"])

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Classifier, assert_no_trace, build, fit, make_loader, make_net, same, trains, weights
+from helpers import BASELINES, Classifier, assert_no_trace, build, fit, make_loader, make_net, same, trains, weights
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim import SGD, lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset
@@ -33,9 +34,17 @@ def second_adapter() -> nn.Module:
     return net
 
 
-def frozen_B(module: Any) -> None:
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and "lora_B" not in name)
+def of_dora() -> nn.Module:
+    config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    return get_peft_model(nn.Sequential(nn.Linear(6, 3)), config)
+
+
+def frozen(factor: str) -> Callable[[Any], None]:
+    def prepare(module: Any) -> None:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and factor not in name)
+
+    return prepare
 
 
 def named(rho: float) -> EFMLoRA:
@@ -142,7 +151,7 @@ CASES: dict[str, Case] = {
         prepare=merged,
     ),
     "no LoRA layer": Case(("no LoRA pair", "GELU", "Linear", "peft.get_peft_model"), net=without_lora),
-    "every B frozen": Case(("Every B is frozen", "default"), prepare=frozen_B),
+    "every B frozen": Case(("Every B is frozen", "default"), prepare=frozen("lora_B")),
     "unknown adapter": Case(
         ("adapter_name must be None or one of ['default', 'second'], got 'third'",),
         SINGLE,
@@ -151,8 +160,11 @@ CASES: dict[str, Case] = {
     ),
     "both callbacks": Case(("the weights that FMLoRA perturbs too: keep one",), ("efmlora",), beside=(FMLoRA,)),
     "FMLoRA beside a module": Case(("it perturbs the weights that", "keep one"), ("module",), beside=(FMLoRA,)),
+    "a baseline beside EFMLoRA": Case(("keep one", "EFMLoRA"), tuple(BASELINES), beside=(EFMLoRA,)),
+    "a baseline beside FMLoRA": Case(("keep one", "FMLoRA"), tuple(BASELINES), beside=(FMLoRA,)),
     "two on the same pairs": Case(("keep one",), ("efmlora",), Apart, beside=(named,)),
     "manual optimization": Case(("manual optimization", "FMLoRAModule", "EFMLoRA"), ("fmlora",), ByHand),
+    "two passes by hand": Case(("a second pass can't be put into manual optimization",), ("SAM", "LoRASAM"), ByHand),
     "several optimizers": Case(("use EFMLoRA",), ("fmlora",), Apart),
     "spread": Case(
         ("spread over optimizers [0, 1]", "one optimizer must hold A and B of all of them"), ("efmlora",), TwoOptimizers
@@ -161,7 +173,16 @@ CASES: dict[str, Case] = {
         ("in no optimizer", "net.base_model.model.0.lora_B.default.weight"),
         own=trains(lambda name, parameter: parameter.requires_grad and "0.lora_B" not in name),
     ),
-    "a module's two optimizers": Case(("must return one optimizer, got 2",), ("module",), TwoOptimizers),
+    "two optimizers where one is needed": Case(("must return one optimizer, got 2",), ("module", "SAM"), TwoOptimizers),
+    "nothing in the optimizer": Case(
+        ("holds no parameter that is trained",), ("SAM",), trains(lambda name, parameter: not parameter.requires_grad)
+    ),
+    "balance with a frozen A": Case(
+        ("A of 3 pairs is frozen, as in net.base_model.model.0.lora_B.default.weight",),
+        ("nBAR",),
+        prepare=frozen("lora_A"),
+    ),
+    "no whole weight": Case(("no LoRA layer on a Linear",), ("RandomPerturbation", "BiLoRA"), net=of_dora),
     "differential privacy": Case(("which the privacy budget does not cover",), prepare=uses(Private)),
     "LBFGS": Case(("LBFGS takes several gradients",), prepare=uses(torch.optim.LBFGS)),
     "dataloader_iter": Case(
@@ -204,6 +225,8 @@ CASES: dict[str, Case] = {
 }
 for hook in ("optimizer_step", "optimizer_zero_grad", "on_before_zero_grad"):
     CASES[hook] = Case((f"Manual overrides {hook}, which Lightning does not call",), ("module",), overrides(hook))
+for name, baseline in BASELINES.items():
+    CASES[f"{name} beside a module"] = Case(("keep one",), ("module",), beside=(baseline,))
 
 
 AT_THE_START = []
@@ -223,7 +246,7 @@ def test_refused_at_the_start(tmp_path: Any, title: str, front_end: str) -> None
         fit(tmp_path, module, callbacks, case.loader(), **case.trainer)
     for word in case.words:
         assert word in str(caught.value)
-    assert {"efmlora": "EFMLoRA", "fmlora": "FMLoRA", "module": "FMLoRA"}[front_end] in str(caught.value)
+    assert {"efmlora": "EFMLoRA", "fmlora": "FMLoRA", "module": "FMLoRA"}.get(front_end, "") in str(caught.value)
     assert not steps
     assert same(weights(module), before)
     assert [type(m) for m in module.modules()] == kinds

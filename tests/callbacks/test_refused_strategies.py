@@ -1,4 +1,7 @@
-"""Strategies that can't work are refused with the remedy, and those that are like supported ones are served."""
+"""Strategies that can't work are refused with the remedy, and those that are like supported ones are served.
+
+What only real ranks can see: tests/distributed/test_refusals.py.
+"""
 
 import sys
 from types import SimpleNamespace
@@ -81,12 +84,6 @@ def test_strategies_that_are_supported(front_end):
         assert not strategy_problems_of(strategy, front_end, accumulate=2)
 
 
-def test_fsdp_with_manual_optimization():
-    (problem,) = strategy_problems_of(FSDPStrategy(), TwoPassClassifier)
-    for word in ("manual optimization", "FMLoRA or EFMLoRA callback", "ModelParallelStrategy (FSDP2)"):
-        assert word in problem
-
-
 def test_efmlora_beside_a_module_whose_ranks_have_their_own_perturbation(monkeypatch):
     efmlora = EFMLoRA(1.0)
     trainer = trainer_of(".", [efmlora])
@@ -109,16 +106,6 @@ def one_process_group():
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("callback", CALLBACKS)
-def test_static_graph_with_accumulation(one_process_group, callback):
-    strategy = DDPStrategy(cluster_environment=LightningEnvironment())
-    strategy._model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2), static_graph=True)
-    (problem,) = strategy_problems_of(strategy, callback, accumulate=2)
-    assert "static_graph=True" in problem
-    assert "accumulate_grad_batches=2" in problem
-    assert not strategy_problems_of(strategy, callback)
 
 
 def test_a_subclass_of_ddp_that_keeps_its_parameters_otherwise(one_process_group):

@@ -140,27 +140,21 @@ def test_it_does_not_end_within_an_accumulation(tmp_path: Path, method: str, cal
         run(tmp_path / "other", method, Send("on_validation_batch_start", 3 * call), accumulate=2, val_check_interval=1)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"val_check_interval": 2},
-        {"check_val_every_n_epoch": 2},
-        {"max_steps": 13},
-        {"batches": 1, "limit_val_batches": 0, "monitor": None},
-        {"kind": ModelCheckpoint},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("call", [0, 1])
+WITHOUT_VALIDATION = {"limit_val_batches": 0, "monitor": None}
+VALIDATIONS = [
+    {"val_check_interval": 2},
+    {"check_val_every_n_epoch": 2},
+    {"max_steps": 13},
+    {"batches": 1, **WITHOUT_VALIDATION},
+    {"kind": ModelCheckpoint},
+]
+LAST_BATCHES = [{"max_steps": 13}, {"max_steps": 13, **WITHOUT_VALIDATION}]
+
+
+@pytest.mark.parametrize(("settings", "call"), [*product(VALIDATIONS, (0, 1)), *product(LAST_BATCHES, (4,))], ids=str)
 def test_it_comes_back_whenever_the_run_validates(tmp_path: Path, settings: dict[str, Any], call: int) -> None:
-    """Also if an epoch is one step."""
+    """Also if an epoch is one step, and from an epoch's last batch with max_steps."""
     assert_comes_back(tmp_path, "efmlora", Send("on_train_batch_start", call), **settings)
-
-
-@pytest.mark.parametrize("validates", [True, False])
-def test_it_comes_back_from_an_epochs_last_batch_with_max_steps(tmp_path: Path, validates: bool) -> None:
-    settings: dict[str, Any] = {} if validates else {"limit_val_batches": 0, "monitor": None}
-    assert_comes_back(tmp_path, "efmlora", Send("on_train_batch_start", 4), max_steps=13, **settings)
 
 
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_start", "on_train_batch_start"])
@@ -292,23 +286,23 @@ def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, status: int = 0, **more
     return calls
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_slurm_job_is_requeued_by_its_signal_and_not_by_scancels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+@pytest.mark.parametrize(
+    ("number", "job", "requeued"),
+    [
+        (signal.SIGUSR1, {}, ["requeue", "77"]),
+        (signal.SIGTERM, {}, None),  # scancel's
+        (signal.SIGUSR1, {"ARRAY_JOB_ID": "70", "ARRAY_TASK_ID": "3"}, ["requeue", "70_3"]),
+    ],
+)
+def test_a_slurm_job_or_its_task_of_an_array_is_requeued_by_its_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, job: dict[str, str], requeued: list[str] | None
 ) -> None:
-    calls = slurm(tmp_path, monkeypatch)
+    calls = slurm(tmp_path, monkeypatch, **job)
     with pytest.raises(SystemExit):
         run(tmp_path, "efmlora", Send("on_train_batch_start", 2, number), plugins=SLURMEnvironment())
-    assert calls() == [["requeue", "77"]] * (number == signal.SIGUSR1)
+    assert calls() == [requeued] * (requeued is not None)
     assert not list(tmp_path.glob("hpc*"))  # Lightning's
     assert torch.load(tmp_path / "saved/last.ckpt", weights_only=True)["global_step"] == 3
-
-
-def test_of_an_array_only_this_task_is_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = slurm(tmp_path, monkeypatch, ARRAY_JOB_ID="70", ARRAY_TASK_ID="3")
-    with pytest.raises(SystemExit):
-        run(tmp_path, "plain", Send("on_train_batch_start"), plugins=SLURMEnvironment())
-    assert calls() == [["requeue", "70_3"]]
 
 
 @pytest.mark.parametrize("status", [1, None])
