@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import trainer_of
-from lightning.pytorch import LightningModule
+from imitated_layers import Learner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import ParamWrapper
@@ -144,18 +144,6 @@ def test_fused_experts_train_as_if_each_had_layers_of_its_own(
     assert not torch.allclose(mine[True, 0][1], start)
     for key in mine:
         torch.testing.assert_close(mine[key], theirs[key], rtol=0, atol=1e-12)
-
-
-class Learner(LightningModule):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def training_step(self, batch: Batch) -> Tensor:
-        return loss_of(self.net, batch)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([p for p in self.net.parameters() if p.requires_grad], lr=0.05)
 
 
 def test_experts_are_refused_by_the_method_that_scales_whole_factors(tmp_path: Path) -> None:

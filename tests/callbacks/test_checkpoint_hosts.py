@@ -169,31 +169,12 @@ class OfTheNetwork(Classifier):
         return self.net.state_dict(*args, **{**kwargs, "prefix": ""})
 
 
-def test_file_and_folder_are_the_same_whatever_the_modules_own_state_dict_gives(tmp_path: Path) -> None:
-    module, plain = OfTheNetwork(net=in_a_peft_model()), Classifier(net=in_a_peft_model())
-    fit(tmp_path, module, [saver(tmp_path / "1")])
-    fit(tmp_path, plain, [saver(tmp_path / "2")])
-    assert same(state(tmp_path / "1" / "step=12.ckpt"), state(tmp_path / "2" / "step=12.ckpt"))
-    assert_peft_loads(tmp_path / "1" / "step=12", module)
-
-
 def of_alpaca() -> Any:
     """Its state_dict, which training scripts have copied from alpaca-lora, gives the adapter by other names."""
     net = in_a_peft_model()
     whole = net.state_dict
     net.state_dict = (lambda self, *_, **__: get_peft_model_state_dict(self, whole())).__get__(net, type(net))
     return net
-
-
-def test_a_state_dict_that_was_put_on_the_network_changes_nothing(tmp_path: Path) -> None:
-    trained = assert_resumes(tmp_path, lambda: Classifier(net=of_alpaca()), callbacks=lambda: [EFMLoRA(0.5)])
-    plain = Classifier(net=in_a_peft_model())
-    fit(tmp_path, plain, [EFMLoRA(0.5), saver(tmp_path / "3")])
-    assert same(state(tmp_path / "1" / "step=12.ckpt"), state(tmp_path / "3" / "step=12.ckpt"))
-    assert_peft_loads(tmp_path / "1" / "step=12", trained)
-    loaded = load_adapter_checkpoint(Classifier(net=of_alpaca()), tmp_path / "1" / "step=12.ckpt")
-    assert same(weights(loaded), weights(plain))
-    assert set(trained.net.state_dict()) == set(of_alpaca().state_dict())
 
 
 class LeavesOut(nn.Module):
@@ -210,14 +191,26 @@ class LeavesOut(nn.Module):
         return {}
 
 
-def test_an_adapter_is_saved_even_if_a_state_dict_leaves_it_out(tmp_path: Path) -> None:
-    assert_resumes(tmp_path, lambda: Classifier(net=LeavesOut()), callbacks=lambda: [EFMLoRA(0.5)])
+OWN_STATES: dict[str, Any] = {
+    "the module gives the network's": lambda: OfTheNetwork(net=in_a_peft_model()),
+    "the network gives other names": lambda: Classifier(net=of_alpaca()),
+    "the network leaves the adapter out": lambda: Classifier(net=LeavesOut()),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_STATES)
+def test_a_state_dict_of_its_own_changes_nothing(tmp_path: Path, kind: str) -> None:
+    """Not the file, nor the folder, nor the weights that are loaded, nor what it gives itself."""
+    trained = assert_resumes(tmp_path, OWN_STATES[kind], callbacks=lambda: [EFMLoRA(0.5)])
     plain = Classifier(net=in_a_peft_model())
     fit(tmp_path, plain, [EFMLoRA(0.5), saver(tmp_path / "3")])
-    saved = {name.replace(".inner.", "."): value for name, value in state(tmp_path / "1" / "step=12.ckpt").items()}
+    file = tmp_path / "1" / "step=12.ckpt"
+    saved = {name.replace(".inner.", "."): value for name, value in state(file).items()}
     assert same(saved, state(tmp_path / "3" / "step=12.ckpt"))
-    loaded: Any = load_adapter_checkpoint(Classifier(net=LeavesOut()), tmp_path / "1" / "step=12.ckpt")
-    assert same(weights(loaded.net.inner), weights(plain.net))
+    assert_peft_loads(file.with_suffix(""), trained)
+    loaded = load_adapter_checkpoint(OWN_STATES[kind](), file)
+    assert same(list(weights(loaded).values()), list(weights(plain).values()))
+    assert set(trained.state_dict()) == set(OWN_STATES[kind]().state_dict())
 
 
 @needs_weight_averaging
