@@ -216,7 +216,7 @@ def corrections() -> list[str]:
         f"with dropout 0.3, is {with_interval(difference(w2('efmlora'), w2('lora', dropout=0.3)))}.",
         f"EFMLoRA {accuracy(w3('efmlora')):.2f}, and the LoRA of the table {accuracy(w3('lora', dropout=0.3)):.1f}.",
         f"p is {len(larger) * of_w2:.3f} by Holm's method",
-        f"moved the validation loss by {max(moved):.3f} nats at most",
+        f"moved the validation loss by {math.ceil(1000 * max(moved)) / 1000:.3f} nats at most",
     ]
 
 

@@ -1,6 +1,6 @@
 """Saves that end in the middle, several jobs in one folder, and files of other formats.
 
-Full disks, and ranks with different files: tests/distributed/test_crashes.py and test_checkpoints.py.
+Other full disks, and ranks with different files: tests/distributed/test_crashes.py and test_checkpoints.py.
 """
 
 import json
@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peft.peft_model
 import pytest
 import torch
 from checkpointed_bases import WEIGHTS, saver, state, validate
 from helpers import Classifier, fit, make_loader, same
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lightning_flatlora import AdapterCheckpoint, load_adapter_checkpoint
@@ -154,6 +156,28 @@ def test_a_folder_that_another_job_takes_away_meanwhile_does_not_end_the_run(
         validate(tmp_path, Classifier(), "last.ckpt")
 
 
+# -- a full disk
+
+
+def test_a_full_disk_that_safetensors_meets_is_named_and_leaves_the_former_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error is not of the kind that Python's files raise."""
+    save, calls = peft.peft_model.safe_save_file, iter(range(100))
+
+    def fails(*args: Any, **options: Any) -> None:
+        if next(calls) == 2:  # one each third step, and the trial's before
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(*args, **options)
+
+    monkeypatch.setattr(peft.peft_model, "safe_save_file", fails)
+    with pytest.raises(OSError, match=r"could not write .*last\.ckpt \(0\.0 MB\): .*No space left on device"):
+        train(tmp_path)
+    assert names(tmp_path) == {"last", "last.ckpt"}
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert_pair(tmp_path / "last.ckpt")
+
+
 # -- formats
 
 
@@ -229,6 +253,11 @@ def test_that_a_network_is_at_another_place_in_its_module_is_said(saved: tuple[P
     said = r"lacks 6 weights that the module has, such as whole\.net\..* at another place in its module"
     with pytest.raises(MisconfigurationException, match=said):
         load_adapter_checkpoint(Inside(), saved[0] / "last.ckpt")
+
+
+def test_that_a_file_is_missing_is_told_by_lightning(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="Checkpoint file not found"):
+        train(tmp_path, ckpt_path=tmp_path / "none.ckpt")
 
 
 @pytest.mark.parametrize("path", ["{folder}/ck/../mine", "local://{folder}/mine", "{folder}/mine"])

@@ -5,15 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import E_hat, assert_no_trace, same, trainer_of, weights
-from lightning.pytorch import LightningModule
+from helpers import E_hat, assert_no_trace, fit, same, weights, with_own
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, GptOssConfig, OlmoeConfig, Qwen3MoeConfig
 
-from lightning_flatlora import AdapterCheckpoint, EFMLoRA, FMLoRA, FMLoRAModule
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA, FMLoRA
 from lightning_flatlora.callbacks.adapter_checkpoint.transfer import HINT
 
 pytestmark = [
@@ -56,48 +55,33 @@ def base(title: str) -> Any:
     return AutoModelForCausalLM.from_config(MODELS[title][0])
 
 
-class _Learner:
-    net: Any
+class OfTokens:
+    """The loss of a language model."""
 
-    def prepare(self, title: str, checkpointing: bool) -> None:
-        self.net = get_peft_model(base(title), LoraConfig(r=2, lora_alpha=4, **MODELS[title][1]))
-        if checkpointing:
-            self.net.enable_input_require_grads()
-            self.net.gradient_checkpointing_enable({"use_reentrant": False})
-        self.net.train()
-
-    def loss(self, batch: Tensor) -> Tensor:
-        value: Tensor = self.net(input_ids=batch, labels=batch).loss
+    def loss(self, batch: Tensor, batch_idx: int) -> Tensor:
+        value: Tensor = self.net(input_ids=batch, labels=batch).loss  # type: ignore[attr-defined]
         return value
 
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=3e-3)
+
+Automatic, Manual = with_own(OfTokens)
 
 
-class Automatic(_Learner, LightningModule):
-    def __init__(self, title: str, checkpointing: bool = False) -> None:
-        super().__init__()
-        self.prepare(title, checkpointing)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.loss(batch)
+def learner(title: str, checkpointing: bool = False) -> Any:
+    return Automatic(net=network(title, checkpointing), lr=3e-3)
 
 
-class Manual(_Learner, FMLoRAModule):
-    def __init__(self, title: str) -> None:
-        super().__init__(rho=0.3)
-        self.prepare(title, checkpointing=False)
-
-    def compute_loss(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.loss(batch)
+def network(title: str, checkpointing: bool = False) -> nn.Module:
+    net: Any = get_peft_model(base(title), LoraConfig(r=2, lora_alpha=4, **MODELS[title][1]))
+    if checkpointing:
+        net.enable_input_require_grads()
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+    return net.train()
 
 
 def train(folder: Path, module: Any, callbacks: list[Any], ckpt_path: Any = None) -> None:
     # Few tokens, so that some experts have none in some steps.
     loader = DataLoader(torch.randint(2, 32, (3, 1, 6), generator=torch.Generator().manual_seed(1)), batch_size=None)
-    torch.manual_seed(3)
-    trainer = trainer_of(folder, callbacks, max_epochs=2)
-    trainer.fit(module, loader, ckpt_path=ckpt_path)
+    fit(folder, module, callbacks, loader, ckpt_path=ckpt_path)
 
 
 def without_E(module: nn.Module) -> dict[str, Tensor]:
@@ -106,7 +90,7 @@ def without_E(module: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("title", MODELS)
 def test_everything_that_is_trained_is_perturbed(title: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    module, flat = Automatic(title), EFMLoRA(0.3)
+    module, flat = learner(title), EFMLoRA(0.3)
     train(tmp_path, module, [flat])
     trained = {name.removeprefix("net.") for name, p in module.named_parameters() if p.requires_grad}
     E = E_hat(flat)
@@ -120,9 +104,9 @@ def test_everything_that_is_trained_is_perturbed(title: str, tmp_path: Path, cap
 @pytest.mark.parametrize("title", MODELS)
 def test_a_run_is_resumed_and_its_adapter_is_loaded_by_peft(title: str, tmp_path: Path) -> None:
     saver: Any = {"save_top_k": -1, "filename": "{step}"}
-    module, flat = Automatic(title), EFMLoRA(0.3)
+    module, flat = learner(title), EFMLoRA(0.3)
     train(tmp_path, module, [flat, AdapterCheckpoint(tmp_path, **saver)])
-    resumed, again = Automatic(title), EFMLoRA(0.3)
+    resumed, again = learner(title), EFMLoRA(0.3)
     train(tmp_path, resumed, [again, AdapterCheckpoint(tmp_path / "b", **saver)], ckpt_path=tmp_path / "step=3.ckpt")
     assert same(weights(module), weights(resumed))
     assert same(E_hat(flat), E_hat(again))
@@ -136,7 +120,7 @@ def test_a_run_is_resumed_and_its_adapter_is_loaded_by_peft(title: str, tmp_path
 
 @pytest.mark.parametrize("method", [EFMLoRA, FMLoRA])
 def test_checkpointed_activations_change_nothing(method: Any, tmp_path: Path) -> None:
-    plain, checkpointed = Automatic("Qwen3-MoE"), Automatic("Qwen3-MoE", checkpointing=True)
+    plain, checkpointed = learner("Qwen3-MoE"), learner("Qwen3-MoE", checkpointing=True)
     for module in (plain, checkpointed):
         train(tmp_path, module, [method(0.3)])
     torch.testing.assert_close(weights(checkpointed), weights(plain), rtol=0, atol=1e-6)
@@ -144,7 +128,8 @@ def test_checkpointed_activations_change_nothing(method: Any, tmp_path: Path) ->
 
 def test_rho_0_trains_as_lora_and_the_module_as_the_callback(tmp_path: Path) -> None:
     title = "Qwen3-MoE"
-    plain, zero, by_module, by_callback = Automatic(title), Automatic(title), Manual(title), Automatic(title)
+    plain, zero, by_callback = learner(title), learner(title), learner(title)
+    by_module = Manual(0.3, net=network(title), lr=3e-3)
     train(tmp_path, plain, [])
     train(tmp_path, zero, [EFMLoRA(0.0)])
     train(tmp_path, by_module, [])

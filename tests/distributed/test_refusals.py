@@ -33,6 +33,7 @@ CASES: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     (FSDP, "FMLoRA", {"sync_ascent": False}, SYNC_ASCENT),
     ("fsdp2", "FMLoRAModule", {"sync_ascent": False}, SYNC_ASCENT),
     ("tensor-parallel", "EFMLoRA", {}, TENSOR_PARALLEL),
+    ("ddp", "FMLoRA", {**STATIC, "accumulate": 2}, ("accumulate_grad_batches=2", "leave static_graph out")),
     ("ddp", "EFMLoRA", {**STATIC, "scheduled": {1: 3}}, ("accumulate_grad_batches=3", "leave static_graph out")),
     ("ddp", "FMLoRA", {**STATIC, "sync_ascent": False}, ("sync_ascent=False", "leave static_graph out")),
 ]
@@ -60,6 +61,7 @@ def refused(
     strategy: str,
     front_end: str,
     strategy_settings: dict[str, Any] | None = None,
+    accumulate: int = 1,
     scheduled: dict[int, int] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -69,14 +71,15 @@ def refused(
         strategy: as in strategy_of, or "tensor-parallel".
         front_end: as in parts, or "EFMLoRA by hand".
         strategy_settings: of the strategy.
-        scheduled: batches of a step by epoch, for a GradientAccumulationScheduler.
+        accumulate: batches of a step.
+        scheduled: these by epoch, for a GradientAccumulationScheduler.
         settings: of the front end.
     """
     net = network().float()
     if front_end == "EFMLoRA by hand":
         module, callbacks, trainer = ByHand(net), [EFMLoRA(RHO)], {}
     else:
-        module, callbacks, trainer = parts(front_end, net, accumulate=1, **settings)
+        module, callbacks, trainer = parts(front_end, net, accumulate, **settings)
     if strategy == "tensor-parallel":
         used: Any = ModelParallelStrategy(process_group_backend="gloo", **(strategy_settings or {}))
         module.__class__ = Split
