@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fits import ShardedAutomatic, difference, joint_batches, own_share, turns
+from fits import ShardedAutomatic, assert_equal_to_one_process, joint_batches, own_share, turns
 from float64_runs import fit_in_float64, network, trained
 from helpers import BASELINES, SIZES, since_lightning
 from launch import Results, Runs, launch
@@ -43,12 +43,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     for name in ("SAM", "LoRASAM"):
         runs[f"{name} own"] = partial(train, name, "ddp", sync_ascent=False)
     return launch(tmp_path_factory.mktemp("baselines"), runs)
-
-
-def assert_equal_to_one_process(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
-    first, second = ranks
-    assert difference(first["weights"], second["weights"]) == 0
-    assert difference(first["weights"], alone["weights"]) < 1e-10
 
 
 @pytest.mark.parametrize(("name", "accumulate"), DDP)

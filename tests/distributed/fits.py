@@ -28,6 +28,14 @@ def relative_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> flo
     return max(float((one[name] - t).norm() / t.norm()) for name, t in other.items())
 
 
+def assert_equal_to_one_process(ranks: list[dict[str, Any]], alone: dict[str, Any], tolerance: float = 1e-10) -> None:
+    """Weights and, if it is there, E: the same bits on all ranks, near those of one process, and not zero."""
+    for part, expected in alone.items():
+        assert difference(ranks[0][part], expected) < tolerance
+        assert all(difference(rank[part], ranks[0][part]) == 0 for rank in ranks)
+    assert all((E != 0).any() for E in alone.get("E", {}).values())
+
+
 # -- batches
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from fits import E_of, difference, own_share, parts, train_alone
+from fits import E_of, assert_equal_to_one_process, own_share, parts, train_alone
 from float64_runs import fit_in_float64, network, trained
 from launch import Results, Runs, launch
 from strategies import in_float64
@@ -83,11 +83,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_compiled_run_equals_the_plain_one(results: Results, name: str) -> None:
     """That of one process on the joint batches, which test_ddp.py shows to be DDP's."""
-    first, second = results[name]
     alone = train_alone(RUNS[name]["front_end"], RUNS[name].get("accumulate", 1), epochs=1, batches=BATCHES)
-    assert difference(first["weights"], second["weights"]) == 0
-    assert difference(first["weights"], alone["weights"]) < 1e-10
-    assert difference(first["E"], alone["E"]) < 1e-10
+    assert_equal_to_one_process(results[name], alone)
 
 
 @pytest.mark.parametrize("name", NAMES)

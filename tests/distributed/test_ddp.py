@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import pytorch_lightning
 import torch
-from fits import difference, joint_batches, own_share, train, train_alone, turns
+from fits import assert_equal_to_one_process, difference, joint_batches, own_share, train, train_alone, turns
 from float64_runs import RHO, Automatic, Manual, fit_in_float64, loss, network, trained
 from launch import Results, Runs, launch
 from strategies import in_float64
@@ -174,16 +174,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return launch(tmp_path_factory.mktemp("ddp"), runs)
 
 
-def assert_equal_to_one_process(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
-    """To 1e-10 in weights and E, which are the same bits on both ranks, and not zero."""
-    first, second = ranks
-    assert difference(first["weights"], second["weights"]) == 0
-    assert difference(first["weights"], alone["weights"]) < 1e-10
-    assert difference(first["E"], second["E"]) == 0
-    assert difference(first["E"], alone["E"]) < 1e-10
-    assert all((E != 0).any() for E in first["E"].values())
-
-
 @pytest.mark.parametrize("step", STEPS, ids=str)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_two_ranks_equal_one_process_on_the_joint_batch(results: Results, front_end: str, step: dict[str, Any]) -> None:
@@ -200,10 +190,7 @@ def test_settings_of_ddp_change_nothing(results: Results, front_end: str, settin
 @pytest.mark.parametrize("front_end", FRONT_ENDS[:3])
 def test_layers_that_are_unused_on_one_rank_or_on_all(results: Results, front_end: str) -> None:
     """Used early in an accumulation window and not in its last batch, a layer's gradient still reaches all ranks."""
-    first, second = results[name_of(front_end, "routed")]
-    alone = train_routed(front_end, alone=True)
-    assert difference(first["weights"], second["weights"]) == 0
-    assert difference(first["weights"], alone["weights"]) < 1e-10
+    assert_equal_to_one_process(results[name_of(front_end, "routed")], train_routed(front_end, alone=True))
 
 
 @pytest.mark.parametrize("front_end", TWO_PASSES)

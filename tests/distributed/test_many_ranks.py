@@ -4,14 +4,12 @@ On eight ranks most shards of a factor are empty.
 """
 
 from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import fits
 import pytest
 from checkpoint_runs import END, MIDDLE, train
-from fits import difference, joint_batches, train_alone
+from fits import assert_equal_to_one_process, difference, joint_batches, train_alone
 from helpers import same
 from launch import Results, Runs, launch, launch_on_nodes
 from strategies import places
@@ -48,22 +46,17 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return launch_on_nodes(folder, runs)
 
 
-def assert_equal_to_one_process(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
-    for rank, part in product(ranks, ("weights", "E")):
-        assert difference(rank[part], alone[part]) < TOLERANCE
-    assert all((E != 0).any() for E in alone["E"].values())
-
-
 @pytest.mark.parametrize(("strategy", "front_end"), FRONT_ENDS)
 def test_eight_ranks_equal_one_process(eight: Results, strategy: str, front_end: str) -> None:
     alone = train_alone(front_end, epochs=1, batches=BATCHES, loader=joint_batches(SIZE))
-    assert_equal_to_one_process(eight[name_of(strategy, front_end)], alone)
+    assert_equal_to_one_process(eight[name_of(strategy, front_end)], alone, TOLERANCE)
 
 
 @pytest.mark.parametrize(("strategy", "front_end"), FRONT_ENDS)
 def test_two_nodes_equal_one_process(nodes: Results, strategy: str, front_end: str) -> None:
     assert all((rank["num_nodes"], rank["devices"]) == (2, 1) for rank in nodes["places"])
-    assert_equal_to_one_process(nodes[name_of(strategy, front_end)], train_alone(front_end, epochs=1))
+    alone = train_alone(front_end, epochs=1)
+    assert_equal_to_one_process(nodes[name_of(strategy, front_end)], alone, TOLERANCE)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -17,7 +17,7 @@ import launch
 import lightning as L
 import pytest
 from checkpoint_runs import BATCHES, loader, trainer_of
-from fits import ShardedAutomatic, difference, train_alone
+from fits import ShardedAutomatic, assert_equal_to_one_process, difference, train_alone
 from float64_runs import BETA, RHO, network
 from slurm import Cluster, missing
 from strategies import full_weights, places
@@ -83,10 +83,7 @@ def results(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> launc
 @pytest.mark.parametrize(("strategy", "front_end"), FRONT_ENDS)
 def test_srun_on_two_nodes_equals_one_process(results: launch.Results, strategy: str, front_end: str) -> None:
     assert all((rank["num_nodes"], rank["devices"]) == (2, 1) for rank in results["places"])
-    alone = train_alone(front_end, epochs=1)
-    for rank in results[f"{strategy}-{front_end}"]:
-        assert difference(rank["weights"], alone["weights"]) < TOLERANCE
-        assert difference(rank["E"], alone["E"]) < TOLERANCE
+    assert_equal_to_one_process(results[f"{strategy}-{front_end}"], train_alone(front_end, epochs=1), TOLERANCE)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
