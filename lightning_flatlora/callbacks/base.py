@@ -43,6 +43,13 @@ class MethodCallback(Callback, Generic[S]):
         self.per_optimizer = MethodsOfFit(method)
         self._begin()
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse what is the method's, such as ``beta``, and would change nothing here."""
+        owner = vars(self).get("per_optimizer")
+        if owner is not None and hasattr(owner.first, name) and not hasattr(type(self), name):
+            raise AttributeError(f"{name} belongs to the method: assign to callback.method.{name}")
+        super().__setattr__(name, value)
+
     def _begin(self) -> None:
         """Set everything that belongs to one fit to what it is before the fit."""
         self._loaded: dict[str, Any] | None = None
@@ -98,14 +105,6 @@ class MethodCallback(Callback, Generic[S]):
     def perturbation(self) -> Perturbation | None:
         """The perturbation of the pairs' B; None for a method without one."""
         return self.method.perturbation
-
-    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse transformers' Trainer, which calls this first and has other hooks."""
-        problem = (
-            "this is a callback of Lightning's Trainer. With that of transformers write, after the Trainer is made and "
-            "before train(): lightning_flatlora.loops.EFMLoRA(trainer.model, trainer.create_optimizer(), rho=...)"
-        )
-        refuse(self.method, [problem])
 
     # -- the start: everything that is wrong is reported in one message, before anything is changed
 

@@ -17,7 +17,7 @@ from lightning_flatlora.callbacks.strategies import monitor_problems
 from lightning_flatlora.flatness.measures import DEFAULT_MEASURES, Point, measure, measure_problems
 from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.methods.b_perturbation import EFMLoRAStep
-from lightning_flatlora.methods.checks import choice_problems, finder_problems, integer_problems, refuse
+from lightning_flatlora.methods.checks import choice_problems, integer_problems, refuse
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.pairs.lora_pair import Finder, NoPairsError
 from lightning_flatlora.perturbation import Perturbation
@@ -102,7 +102,6 @@ class FlatnessMonitor(Callback):
         if not (is_size(self.sigma) and self.sigma):
             problems.append(f"sigma must be a finite number > 0, got {self.sigma!r}")
         problems += measure_problems(self.measures)
-        problems += finder_problems(self.finder, None)
         refuse(self, problems)
         if self.every_n_steps is None and self.every_n_epochs is None:
             self.every_n_epochs = 1

@@ -42,7 +42,7 @@ class MethodsOfFit(Generic[S]):
     def begin(self, continues: bool) -> None:
         """Forget the last fit, except for the counts if this one continues it."""
         self.search = PairSearch([], [])
-        self.assignment = PairAssignment([], [], [], set())
+        self.assignment = PairAssignment([], [], [])
         # Whether another callback has the task of unfreezing or activating pairs later.
         self.may_come = False
         self.first = self.methods[0]
@@ -68,16 +68,8 @@ class MethodsOfFit(Generic[S]):
         for method in self.methods:
             method.horizon = optimizer_steps(trainer)
         method = self.first
-        if not method.lacks_horizon:
-            return
-        if math.isinf(method.horizon):
+        if method.lacks_horizon and math.isinf(method.horizon):
             refuse(method, [f"{method.argument} spreads over an endless run: set total_steps, max_steps or max_epochs"])
-        # No count has come with a checkpoint. Next to EFMLoRA an FMLoRAModule's callback has no pairs.
-        if method.rate_parameters and method.step == 0 and trainer.global_step > 0:
-            method.warn(
-                f"it was not part of this run until now, at step {trainer.global_step} of {method.horizon:g}. "
-                f"{method.argument} begins now and will not end: set its total_steps to the steps that are left"
-            )
 
     # -- the pairs
 
@@ -110,16 +102,11 @@ class MethodsOfFit(Generic[S]):
                 f"trainable LoRA factors, such as {assignment.orphans[0].name}, are in no optimizer: give them to it, "
                 "or freeze them; a BaseFinetuning callback may add them later in the fit"
             )
-        several = [index for index, pairs in enumerate(assignment.pairs) if pairs]
-        if assignment.spread:
+        holders = [pairs for pairs in assignment.pairs if pairs]
+        if assignment.spread or (len(holders) > 1 and not self.methods[0].takes_several_optimizers):
             problems.append(
-                f"the factors of pairs, {assignment.spread[0].name} among them, are spread over optimizers "
-                f"{sorted(assignment.places)}: one optimizer must hold A and B of all of them"
-            )
-        elif len(several) > 1 and not self.methods[0].takes_several_optimizers:
-            problems.append(
-                f"the pairs are spread over optimizers {several}: one optimizer must hold A and B of all of them, or "
-                "use EFMLoRA, which follows the pairs of each optimizer"
+                "the pairs, or the factors of one, are spread over optimizers: one optimizer must hold A and B of all "
+                "of them, or use EFMLoRA, which follows several if each holds A and B of its pairs"
             )
         return problems
 

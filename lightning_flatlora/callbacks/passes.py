@@ -20,7 +20,7 @@ from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward
 from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, window_of
 from lightning_flatlora.methods.checks import SEVERAL_GRADIENTS, refuse
 from lightning_flatlora.methods.put_back import copied_batch
-from lightning_flatlora.methods.replay import GivesPerturbation, Replay
+from lightning_flatlora.methods.replay import Replay
 from lightning_flatlora.methods.step_method import OnePassStep, StepMethod
 from lightning_flatlora.patching import put_on_instance
 from lightning_flatlora.sharding import is_sharded
@@ -201,7 +201,7 @@ class TwoPasses(Passes):
 
     def look_again(self) -> None:
         """Find whose perturbation the second pass has, and what a step may write, before the first pass of an epoch."""
-        self.method: GivesPerturbation = self.owner.perturbing_method
+        self.method = self.owner.perturbing_method
         trainer = self.trainer
         self._stays_local = ascent_stays_local(trainer, self.method.sync_ascent)
         self._replay = Replay(trainer.lightning_module, trainer.optimizers, is_sharded(trainer.strategy.model))

@@ -39,10 +39,9 @@ def leave_batch_out(trainer: Trainer, name: str) -> None:
         RuntimeError: other ranks would wait for this batch's gradient, or a loss scaler would refuse the step.
     """
     what = f"{name} returned None in the second pass of a step, and a loss in the first"
-    if trainer.world_size > 1:
-        raise RuntimeError(f"{what}, and the other ranks would wait for its gradient forever: {ZERO_LOSS}")
-    if trainer.lightning_module.automatic_optimization and getattr(trainer.precision_plugin, "scaler", None):
-        raise RuntimeError(f"{what}, and the loss scaler refuses a step without gradients: {ZERO_LOSS}")
+    scales = trainer.lightning_module.automatic_optimization and getattr(trainer.precision_plugin, "scaler", None)
+    if trainer.world_size > 1 or scales:
+        raise RuntimeError(f"{what}, and other ranks or the loss scaler would wait for its gradient: {ZERO_LOSS}")
     rank_zero_warn(f"{what}: the batch is left out. If this comes often, rho may be too large")
 
 

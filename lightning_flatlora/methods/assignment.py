@@ -16,18 +16,16 @@ class PairAssignment(NamedTuple):
         pairs: for each optimizer, the pairs whose factors it holds, those that are not trained now last.
         orphans: pairs with a trained B that have a trained factor in no optimizer, and none in several.
         spread: pairs whose factors are in several optimizers.
-        places: the indices of the optimizers that hold the spread pairs.
     """
 
     pairs: list[list[LoRAPair]]
     orphans: list[LoRAPair]
     spread: list[LoRAPair]
-    places: set[int]
 
 
 def assign_pairs(search: PairSearch, optimizers: Sequence[Optimizer]) -> PairAssignment:
     """Find the optimizer that trains each pair, also those that are unfrozen or activated later."""
-    assignment = PairAssignment([[] for _ in optimizers], [], [], set())
+    assignment = PairAssignment([[] for _ in optimizers], [], [])
     held = [set(map(id, parameters_of(optimizer))) for optimizer in optimizers]
     for pair in (*search.pairs, *search.resting):
         # E is defined by a division by the scaling.
@@ -36,13 +34,12 @@ def assign_pairs(search: PairSearch, optimizers: Sequence[Optimizer]) -> PairAss
         holders = []
         for factor in [pair.A, pair.B] if pair.learns_A else [pair.B]:
             holders.append({index for index, identities in enumerate(held) if id(factor) in identities})
-        places = set().union(*holders)
+        indices = set().union(*holders)
         # One optimizer must step A and B together, or E would belong to two different moments.
-        if len(places) > 1:
+        if len(indices) > 1:
             assignment.spread.append(pair)
-            assignment.places.update(places)
         elif all(holders):
-            assignment.pairs[places.pop()].append(pair)
+            assignment.pairs[indices.pop()].append(pair)
         elif pair.B.requires_grad:
             assignment.orphans.append(pair)
     return assignment

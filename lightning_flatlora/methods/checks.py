@@ -14,20 +14,6 @@ from lightning_flatlora.pairs.lora_pair import PairSearch
 from lightning_flatlora.schedules import is_integer
 
 
-def finder_problems(finder: object, adapter_name: object) -> list[str]:
-    """What is wrong with the arguments that say which pairs are meant, one line for each problem."""
-    problems = []
-    if adapter_name is not None and not isinstance(adapter_name, str):
-        problems.append(
-            f"adapter_name must be the name of an adapter or None for the active ones, got {adapter_name!r}"
-        )
-    if finder is not None and not callable(finder):
-        problems.append(f"finder must be a function of the model, or None for peft's layers, got {finder!r}")
-    if finder is not None and adapter_name is not None:
-        problems.append("adapter_name applies to peft layers, finder to all others: give one of them")
-    return problems
-
-
 def rounding_problems(parameters: Iterable[nn.Parameter]) -> list[str]:
     """Say that a small perturbation of parameters that are stored in 16 bits may be lost, if any are."""
     low = [p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]

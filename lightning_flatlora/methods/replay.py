@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -14,21 +14,6 @@ from torch.optim import Optimizer
 from lightning_flatlora.methods.optimizers import parameters_of
 from lightning_flatlora.methods.put_back import PutBack, buffers_of, metrics_on_copies, own_attributes, random_state
 from lightning_flatlora.sharding import average_gradients
-
-
-class GivesPerturbation(Protocol):
-    """What gives a second pass its perturbation: a TwoPassStep, or an EFMLoRAStep next to an FMLoRAModule."""
-
-    @property
-    def sync_ascent(self) -> bool: ...  # noqa: D102
-
-    @property
-    def takes_ascent(self) -> bool: ...  # noqa: D102
-
-    @property
-    def ascent_parameters(self) -> list[nn.Parameter]: ...  # noqa: D102
-
-    def perturb(self) -> AbstractContextManager[None]: ...  # noqa: D102
 
 
 class Replay:
@@ -80,13 +65,13 @@ class Replay:
         self._marks = list(map(_mark_of, self._watched))
 
     @contextmanager
-    def ascent(self, method: GivesPerturbation, is_averaged: bool) -> Iterator[None]:
+    def ascent(self, method: Any, is_averaged: bool) -> Iterator[None]:
         """Inside, the first backward leaves the gradient from which the second pass gets its perturbation.
 
         Gradients begin anew inside, so that the ascent's stand alone; afterwards those from before are back.
 
         Args:
-            method: the step method that gives the perturbation.
+            method: what gives the perturbation: a TwoPassStep, or an EFMLoRAStep next to an FMLoRAModule.
             is_averaged: whether the backward averages the gradient over the ranks, so that it need not be done here.
         """
         taken = {}
@@ -139,13 +124,6 @@ class Replay:
         try:
             with perturbed:
                 yield
-        except RuntimeError as error:
-            if "backward through the graph a second time" in str(error):
-                raise RuntimeError(
-                    "the second pass of a step needs a graph that was built outside of the step, as in a hook that "
-                    "prepares the batch: compute it inside the step, or detach it, or use EFMLoRA, which takes one pass"
-                ) from error
-            raise
         finally:
             _put_back(of_first)
 

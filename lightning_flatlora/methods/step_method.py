@@ -69,7 +69,6 @@ class StepMethod:
         problems = self.rho_problems(self.rho)
         problems += checks.integer_problems("start_step", self.start_step, least=0)
         problems += checks.integer_problems("every_n_steps", self.every_n_steps, least=1)
-        problems += checks.finder_problems(self.finder, self.adapter_name)
         checks.refuse(self, [*problems, *self.argument_problems(), *more_problems])
         self.reset()
 

@@ -10,9 +10,6 @@ from itertools import combinations
 from math import isfinite
 from typing import Any
 
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -79,15 +76,10 @@ def pairs_from(finder: Finder, model: nn.Module) -> list[LoRAPair]:
     """What a finder gives for a model.
 
     Raises:
-        ValueError: it is no list of pairs, or a pair of it can't be read as s B A.
+        ValueError: a pair of it can't be read as s B A.
     """
-    found: object = finder(model)
-    if not isinstance(found, Iterable):
-        raise ValueError(f"the finder must return a list of LoRAPair, got {found!r}")
-    pairs = list(found)
+    pairs = list(finder(model))
     for pair in pairs:
-        if not isinstance(pair, LoRAPair):
-            raise ValueError(f"the finder must return a list of LoRAPair, got {pair!r} in it")
         problem = _misfit(pair)
         if problem:
             raise ValueError(f"the finder's pair {pair.name} can't be perturbed: {problem}")
@@ -215,33 +207,10 @@ def nothing_found(model: nn.Module, adapter_name: str | None, finder: Finder | N
         if not search.left_out:
             lines.append("Every B is frozen: disabled, is_trainable=False, or left to a BaseFinetuning callback?")
     else:
-        no_layer = f"The model holds no LoRA layer, only {kinds}. Wrap it with peft.get_peft_model."
-        lines.append(_other_adapters(model) or no_layer)
-    lines += [f"Left out: {line}." for line in search.left_out]
-    return " ".join(lines)
-
-
-def _other_adapters(model: nn.Module) -> str | None:
-    """Say what a model without peft's LoRA holds in its place: another library's, or another method of peft."""
-    others, methods = set(), set()
-    for module in model.modules():
-        held = (*module.named_parameters(recurse=False), *module.named_children())
-        names = {name.lower() for name, _ in held}
-        # As those of litgpt, torchtune, loralib and NeMo.
-        looks_like_lora = {"lora_a", "lora_b"} <= names or {"linear_in", "linear_out"} <= names
-        if looks_like_lora and not isinstance(module, BaseTunerLayer | LoraLayer):
-            others.add(type(module).__name__)
-        if isinstance(module, BaseTuner):
-            methods.add(type(module).__name__)
-        elif isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning:
-            methods.add(str(module.active_peft_config.peft_type.value))
-    found = ", ".join(sorted(others or methods))
-    if others:
-        return (
-            f"The model holds layers that look like another library's LoRA, {found}; without a finder only peft's are "
-            "found. Give one, such as finder=lightning_flatlora.pairs.finders.litgpt_pairs, "
+        lines.append(
+            f"The model holds no LoRA layer of peft, only {kinds}. Wrap it with peft.get_peft_model, or, if it holds "
+            "another library's LoRA, give a finder: finder=lightning_flatlora.pairs.finders.litgpt_pairs, "
             'torchtune_pairs, nemo_pairs, or PairsByName(a="lora_A", b="lora_B", scaling="scaling") with your names.'
         )
-    if methods:
-        return f"The model holds peft's {found}, and no LoRA layer: only LoRA's update is a product s B A."
-    return None
+    lines += [f"Left out: {line}." for line in search.left_out]
+    return " ".join(lines)

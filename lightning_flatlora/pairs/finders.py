@@ -34,7 +34,7 @@ class PairsByName:
         base: the attribute that is the frozen Linear, which noise on the whole weight needs; None if there is none.
 
     Raises:
-        ValueError: a layer has no attribute of the name ``scaling`` or ``base``.
+        AttributeError: a layer has no attribute of the name ``scaling`` or ``base``.
 
     Example:
         >>> import torch
@@ -58,13 +58,6 @@ class PairsByName:
             A, B = _reader(layer, self.a), _reader(layer, self.b)
             if A is None or B is None or not (self.where is None or self.where(layer)):
                 continue
-            remedies = ((self.scaling, "give scaling as a function of the layer"), (self.base, "leave base out"))
-            for attribute, remedy in remedies:
-                if isinstance(attribute, str) and not hasattr(layer, attribute):
-                    raise ValueError(
-                        f"{name or 'the model'} ({type(layer).__name__}) has {self.a} and {self.b}, but no "
-                        f"{attribute}: {remedy}, or leave such layers out by where"
-                    )
             scaling = getattr(layer, self.scaling) if isinstance(self.scaling, str) else self.scaling(layer)
             base = None if self.base is None else getattr(layer, self.base)
             pairs.append(_pair(name, self.b, scaling, A, B, base=base))

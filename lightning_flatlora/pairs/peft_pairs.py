@@ -6,7 +6,6 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.tp_layer import LoraParallelLinear
 from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant, DoraLinearVariant
@@ -22,11 +21,6 @@ from lightning_flatlora.wrappers import bare, clean_name
 
 # That of an embedding is a DoraLinearVariant.
 _EXACT_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
-# Why no adapter of a layer is a pair, by the layer's kind.
-_NO_PRODUCTS: dict[type[nn.Module], str] = {
-    AdaLoraLayer: "AdaLoRA's update is B diag(E) A, and not a product s B A",
-    LoraParallelLinear: "tensor-parallel LoRA keeps a slice of each factor",
-}
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
@@ -118,16 +112,15 @@ def _reader(factors: Any, adapter: str) -> AnyRef:
 
 def _why_not(layer: LoraLayer, adapter: str, A: object, B: object) -> str | None:
     """The reason for which a layer's update cannot be perturbed through B; None if it can."""
-    for kind, reason in _NO_PRODUCTS.items():
-        if isinstance(layer, kind):
-            return reason
+    if isinstance(layer, LoraParallelLinear):
+        return "tensor-parallel LoRA keeps a slice of each factor"
     # X-LoRA replaces the forward of each layer by a method of its own.
-    if isinstance(getattr(vars(layer).get("forward"), "__self__", None), XLoraLayer):
-        return "X-LoRA weighs the adapters by a router, so the update is s B A times something that changes"
-    if any(router in layer.active_adapters for router in getattr(layer, "lora_arrow", {})):
-        return "Arrow weighs the adapters by a router, so the update is s B A times something that changes"
+    is_xlora = isinstance(getattr(vars(layer).get("forward"), "__self__", None), XLoraLayer)
+    if is_xlora or any(router in layer.active_adapters for router in getattr(layer, "lora_arrow", {})):
+        return "X-LoRA or Arrow weighs the adapters by a router, so the update is s B A times something that changes"
+    # Such as AdaLoRA's, whose update is B diag(E) A.
     if not kind_of(layer).__module__.startswith("peft.tuners.lora."):
-        return "not one of peft's own LoRA layers, so the product of its factors is unknown"
+        return "not one of peft's own LoRA layers, so its update may be no product s B A"
     # A variant changes what the layer computes. Only those of which s B A is known to be a term are allowed.
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, _EXACT_VARIANTS):

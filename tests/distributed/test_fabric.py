@@ -264,7 +264,7 @@ def test_an_ascent_without_gradients_and_other_layouts_are_refused(results: Resu
     assert all("leave no_backward_sync" in error for error in results.error("unsynchronized"))
     for rank in results["refused"]:
         assert "static_graph=True crashes" in rank["said"][0]
-        assert "as by tensor parallelism or HSDP" in rank["said"][1]
+        assert "otherwise than by fully_shard over one dimension" in rank["said"][1]
 
 
 # -- transformers

@@ -1,7 +1,6 @@
 """Values out of range are refused where they are given, all of them in one message, under the name that users write."""
 
 import math
-import re
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_flatlora import EFMLoRA, FMLoRA, FMLoRAModule, LinearRho, loops
 from lightning_flatlora.methods.b_perturbation import EFMLoRAStep
-from lightning_flatlora.pairs.finders import litgpt_pairs
 
 BAD: dict[str, tuple[str, list[Any]]] = {
     "rho": ("a finite number >= 0 or a RhoSchedule", [-1, math.nan, math.inf, "2", True]),
@@ -19,8 +17,6 @@ BAD: dict[str, tuple[str, list[Any]]] = {
     "norm_scope": ("'global' or 'layer'", ["all"]),
     "start_step": ("an integer >= 0", [-1, 1.5]),
     "every_n_steps": ("an integer >= 1", [0, "2", True]),
-    "adapter_name": ("the name of an adapter or None for the active ones", [3]),
-    "finder": ("a function of the model, or None for peft's layers", ["litgpt"]),
     "beta": (
         "in (0, 1], the weight of the fresh perturbation in the average",
         [0, -0.1, 1.1, math.nan, math.inf, "0.5", None, True],
@@ -85,17 +81,20 @@ def test_all_wrong_values_in_one_message(front_end: str) -> None:
     """One line for each argument, with what came."""
     tables = BAD | (OF_MODULES if front_end == "FMLoRAModule" else {})
     wrong = {name: bad[0] for name, (_, bad) in tables.items() if name != "beta" or front_end.startswith("EFMLoRA")}
-    del wrong["finder"]  # whose other problem, beside an adapter's name, is below
     heading, *lines = refused(FRONT_ENDS[front_end], wrong).splitlines()
     assert heading == f"{front_end.split()[0]}: {len(wrong)} problems"
     for name, value in wrong.items():
         assert [line for line in lines if f" {name} must be" in line and repr(value) in line], name
 
 
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_arguments_that_exclude_each_other(front_end: str) -> None:
-    message = refused(FRONT_ENDS[front_end], {"finder": litgpt_pairs, "adapter_name": "default"})
-    assert re.search("adapter_name applies to peft layers, finder to all others: give one of them", message)
+@pytest.mark.parametrize("name", ["beta", "every_n_steps", "estimator"])
+def test_other_settings_are_assigned_to_the_method(name: str) -> None:
+    """On the callback they would silently do nothing."""
+    callback = EFMLoRA(0.5)
+    with pytest.raises(AttributeError, match=f"assign to callback.method.{name}"):
+        setattr(callback, name, 1)
+    callback.mine = 1  # type: ignore[attr-defined]
+    callback.method.beta = 0.5
 
 
 @pytest.mark.parametrize("kind", [EFMLoRA, FMLoRA])
