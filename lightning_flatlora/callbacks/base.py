@@ -28,7 +28,7 @@ class MethodCallback(Callback, Generic[S]):
     model is searched at the start of a fit and of each epoch: a scaling or an adapter that changes inside an epoch acts
     from the next one.
 
-    Settings other than rho are those of :attr:`method`, as ``callback.method.every_n_steps``.
+    Settings other than rho are those of :attr:`method`, as ``callback.method.every_n_steps``; here they are refused.
 
     Attributes:
         per_optimizer: the methods of the optimizers, and the pairs that they train.

@@ -68,8 +68,16 @@ class MethodsOfFit(Generic[S]):
         for method in self.methods:
             method.horizon = optimizer_steps(trainer)
         method = self.first
-        if method.lacks_horizon and math.isinf(method.horizon):
+        if not method.lacks_horizon:
+            return
+        if math.isinf(method.horizon):
             refuse(method, [f"{method.argument} spreads over an endless run: set total_steps, max_steps or max_epochs"])
+        # No count has come with a checkpoint. Next to EFMLoRA an FMLoRAModule's callback has no pairs.
+        if method.rate_parameters and method.step == 0 and trainer.global_step > 0:
+            method.warn(
+                f"it was not part of this run until now, at step {trainer.global_step} of {method.horizon:g}. "
+                f"{method.argument} begins now and will not end: set its total_steps to the steps that are left"
+            )
 
     # -- the pairs
 

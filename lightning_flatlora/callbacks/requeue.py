@@ -6,7 +6,6 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from threading import current_thread, main_thread
 from typing import Any
 
 import torch
@@ -63,8 +62,6 @@ class Requeue(Callback):
             return  # nothing is saved
         if not _savers(trainer):
             refuse(self, ["a run comes back from last.ckpt: add AdapterCheckpoint(dirpath, save_last=True)"])
-        if current_thread() is not main_thread():
-            refuse(self, ["only the main thread can hold signals back, and fit runs in another one: leave it out"])
         self._patches.close()
         self._held.clear()
         self._step = -1  # before the last batch

@@ -50,8 +50,6 @@ def lora_targets(
     problems = [f"projections must be of {get_args(Projection)}, got {p!r}" for p in projections if p not in _LEAVES]
     if towers not in get_args(Towers):
         problems.append(f"towers must be one of {get_args(Towers)}, got {towers!r}")
-    if not projections:
-        problems.append(f"projections must name at least one of {get_args(Projection)}")
     if problems:
         raise ValueError("; ".join(problems))
     targets = []

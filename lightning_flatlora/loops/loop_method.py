@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -170,7 +170,11 @@ class LoopMethod:
     def _warn_of_late_start(self) -> None:
         if self._lacks_state:
             self._lacks_state = False
-            checks.warn_of_late_start(self.method)
+            rank_zero_warn(
+                f"the optimizer has taken steps that {self.method.title} has no state of: its perturbation and count "
+                "start here. To continue a run, make it before the optimizer's state is loaded, or call "
+                "load_state_dict()"
+            )
 
     # -- the optimizer's step
 

@@ -93,14 +93,6 @@ def say_start(method: Any, pairs: Sequence[Any], search: PairSearch, orphans: Se
         say(f"{method.title} leaves unperturbed: " + "; ".join(left_out))
 
 
-def warn_of_late_start(method: Any) -> None:
-    """Say that an optimizer has gone on before its method, whose state starts here."""
-    rank_zero_warn(
-        f"the optimizer has taken steps that {method.title} has no state of: its perturbation and count start here. To "
-        "continue a run, make it before the optimizer's state is loaded, or call load_state_dict()"
-    )
-
-
 def refuse(owner: object, problems: list[str]) -> None:
     """Raise one error that lists all problems, if there are any."""
     if problems:
