@@ -16,8 +16,7 @@ from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.batches import PictureBatches, PictureBatchSampler
 from recipes.clip_contrastive.sources import Picture
 from recipes.shared.data import given_dataset
-from recipes.shared.division import Division
-from recipes.shared.parts import indices_in, refuse_bad_settings, warn_of_training_data
+from recipes.shared.parts import Division, indices_in, refuse_bad_settings, warn_of_training_data
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -77,10 +77,7 @@ def settings_of_run(checkpoint: str) -> Settings:
     file = path.parent.parent / "config.yaml"
     rank_zero_info(f"The settings are as in {file}, except for strategy, plugins, loggers and what is given here")
     if left_out:
-        rank_zero_info(
-            f"Not taken from {file}, since they may choose other code or where files are written: "
-            f"{', '.join(left_out)}. If you trust the file and need them, give them here"
-        )
+        rank_zero_info(f"Not taken, as they may run code or write files: {', '.join(left_out)}. Give them here")
     return run
 
 
@@ -102,12 +99,4 @@ def _compared(settings: Settings) -> Settings:
     compared = {name: settings.get(name) for name in ("model", "data", "optimizer", "seed_everything")}
     methods = methods_of_run(settings)
     compared["trainer"] = {name: settings["trainer"].get(name) for name in _STEP_SETTINGS} | methods
-    return _flat(compared)
-
-
-def _flat(settings: Settings, prefix: str = "") -> Settings:
-    """Return nested settings by dotted names."""
-    flat: Settings = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+    return dict(dict_to_namespace(compared).items())

@@ -1,14 +1,12 @@
 """The command line that all recipes share."""
 
 import sys
-from argparse import RawDescriptionHelpFormatter
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import DefaultHelpFormatter, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import (
     ArgsType,
@@ -17,31 +15,24 @@ from lightning.pytorch.cli import (
     LRSchedulerTypeTuple,
     SaveConfigCallback,
 )
-from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora import Requeue
-from recipes.shared.checkpoints import LAST, LAST_IF_ANY, differing_settings, last_checkpoint, settings_of_run
-from recipes.shared.command_line import refuse_unknown_fields, taken_apart
-from recipes.shared.configs import is_method, listed, methods_of, settings_help, shipped_configs
+from recipes.shared.checkpoints import LAST_IF_ANY, differing_settings, last_checkpoint, settings_of_run
+from recipes.shared.command_line import taken_apart
+from recipes.shared.configs import RECIPES, base_file, is_method, listed, methods_of
 from recipes.shared.files import set_aside
 from recipes.shared.precision import fast_precision
-from recipes.shared.progress import progress_bar, without_missing_weights
-from recipes.shared.ranks import gathered
+from recipes.shared.progress import progress_bar
 from recipes.shared.taken import Settings
 from recipes.shared.training import RecipeModule
 
 
-class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of what is written before and after the options."""
-
-
 class ConfigSaver(SaveConfigCallback):
-    """Writes the run's ``config.yaml``, if all ranks agree, and gives another file of that name a new one first.
+    """Write the run's ``config.yaml``, and give another file of that name a new one first.
 
     A run that is resumed into its old folder finds one there, and a run without a logger writes where it was started,
     which may be where a user keeps a file of that name.
@@ -49,12 +40,6 @@ class ConfigSaver(SaveConfigCallback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        precisions = gathered(str(trainer.precision))
-        if len(set(precisions)) > 1:
-            raise MisconfigurationException(
-                f"the processes would compute in different precisions ({', '.join(precisions)}), since their machines "
-                "differ: give them one by --trainer.precision"
-            )
         path = Path(trainer.log_dir or "", self.config_filename)  # every rank has to ask
         if self.save_to_log_dir and not self.already_saved and trainer.is_global_zero:
             set_aside(path)
@@ -62,7 +47,7 @@ class ConfigSaver(SaveConfigCallback):
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI for any module and data module, whose loggers write into one folder a run.
+    """LightningCLI for any recipe's module and data module, whose loggers write into one folder a run.
 
     ``run_name`` is the name of all loggers whose own name is null: an overlay of a method names its runs in one line.
 
@@ -89,35 +74,31 @@ class RecipeCLI(LightningCLI):
         self._recipe = recipe
         self._run: Settings = {}
         self._goes_on = False
-        try:
-            super().__init__(
-                L.LightningModule,
-                L.LightningDataModule,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                seed_everything_default=0,
-                save_config_callback=ConfigSaver,
-                # ConfigSaver has set aside whatever must not be lost.
-                save_config_kwargs={"overwrite": True},
-                auto_configure_optimizers=False,  # it wants the parameters before configure_model has made them
-                parser_kwargs=self._parser_settings(),
-                args=args,
-                **settings,
-            )
-        except SystemExit:
-            self._say_how_to_resume()
-            raise
+        super().__init__(
+            RecipeModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_callback=ConfigSaver,
+            save_config_kwargs={"overwrite": True},  # ConfigSaver has set aside whatever must not be lost
+            auto_configure_optimizers=False,  # it wants the parameters before configure_model has made them
+            parser_kwargs=self._parser_settings(),
+            args=args,
+            **settings,
+        )
 
     def _parser_settings(self) -> dict[str, Any]:
-        """Return the settings of the parsers: no abbreviations, and a help that names the recipe's own settings."""
-        common = {"allow_abbrev": False, "formatter_class": _HelpFormatter, "epilog": shipped_configs(self._recipe)}
-        if not self._recipe:
-            return common
+        """Return the settings of the parsers: no abbreviations, and a help that names the files of settings."""
         program = f"python -m recipes.{self._recipe}"
+        about = (
+            f"The settings of the model and the data, --model.NAME and --data.NAME, are explained in "
+            f"{base_file(self._recipe)}. Configurations for --config are next to it and in {RECIPES / 'configs'}."
+        )
+        common = {"allow_abbrev": False, "description": about}
         described: dict[str, Any] = {**common, "prog": program}
         for command in self.subcommands():
-            usage = f"{program} {command} [OPTION ...]"
-            described[command] = {**common, "usage": usage, "description": settings_help(self._recipe)}
+            described[command] = {**common, "usage": f"{program} {command} [OPTION ...]"}
         return described
 
     @override
@@ -149,16 +130,30 @@ class RecipeCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        self._set_rho()
-        refuse_unknown_fields(self._get(self.config, "model").get("init_args", {}).get("lora"))
-        for logger in listed(self._get(self.config, "trainer").logger):
+        settings = self.config[self.subcommand] if self.subcommand else self.config
+        self._set_rho(settings)
+        self._choose_precision(settings.trainer)
+        lora = settings.model.get("init_args", {}).get("lora")
+        if isinstance(lora, dict) and isinstance(lora.get("modules_to_save"), str):  # peft would take its letters
+            raise MisconfigurationException(
+                f"lora: modules_to_save must be a list, such as [{lora['modules_to_save']}]"
+            )
+        for logger in listed(settings.trainer.logger):
             arguments = getattr(logger, "init_args", {})
             if "name" in arguments and arguments["name"] is None:
-                arguments["name"] = self._get(self.config, "run_name")
+                arguments["name"] = settings.run_name
 
-    def _set_rho(self) -> None:
-        """Hand ``--rho`` to what has one, and forget it, so that the run's ``config.yaml`` has it in one place."""
-        settings = self.config[self.subcommand] if self.subcommand else self.config
+    def _choose_precision(self, trainer: Namespace) -> None:
+        # A precision with a plugin for it is an error of the Trainer's.
+        if trainer.precision is not None or "Precision" in str(trainer.plugins):
+            return
+        trainer.precision = fast_precision(trainer.accelerator if isinstance(trainer.accelerator, str) else "auto")
+        rank_zero_info(
+            f"Precision {trainer.precision}, in which this device computes fast; --trainer.precision sets another"
+        )
+
+    def _set_rho(self, settings: Namespace) -> None:
+        """Hand ``--rho`` to what has one, and forget it, so that the run's ``config.yaml`` has it once."""
         rho, settings.rho = settings.rho, None
         if rho is None:
             return
@@ -173,7 +168,6 @@ class RecipeCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        self._choose_precision()
         settings = self._get(self.config_init, "trainer")
         # In place of the configuration's list; LightningCLI still adds the callbacks that it makes itself.
         callbacks = self._wanted_callbacks(settings)
@@ -191,27 +185,15 @@ class RecipeCLI(LightningCLI):
         trainer = super().instantiate_trainer(**{"callbacks": callbacks, "default_root_dir": folder, **kwargs})
         for logger in trainer.loggers:
             _ = logger.version  # fixed at first sight: all must look before the first has made its folder
-        if settings.fast_dev_run:
-            # Lightning suppresses every other file, but not the one at the end of training.
-            for each in trainer.checkpoint_callbacks:
-                each.save_last = None  # type: ignore[attr-defined]
         return trainer
-
-    def _choose_precision(self) -> None:
-        settings = self._get(self.config_init, "trainer")
-        # A precision beside a plugin for it is an error of the Trainer's.
-        if settings.precision is not None or any(isinstance(each, Precision) for each in listed(settings.plugins)):
-            return
-        chosen = fast_precision(settings.accelerator if isinstance(settings.accelerator, str) else "auto")
-        for config in (self.config_init, self.config):  # of the trainer, and of the file that the run leaves
-            self._get(config, "trainer").precision = chosen
-        rank_zero_info(f"Precision {chosen}, in which this device computes fast; --trainer.precision sets another")
 
     def _wanted_callbacks(self, settings: Namespace) -> list[L.Callback]:
         """Return the callbacks of the Trainer's settings, and a progress bar, without what is switched off."""
         callbacks: list[L.Callback] = [*listed(settings.callbacks)]
-        # A checkpoint lacks the frozen weights, and needs its saver: with one Lightning refuses the setting.
-        if settings.enable_checkpointing is False and not self._get(self.config_init, "ckpt_path"):
+        # A checkpoint lacks the frozen weights, and needs its saver: with one Lightning refuses enable_checkpointing.
+        # In a fast_dev_run Lightning suppresses every file but the one at the end of training.
+        saves = settings.enable_checkpointing is not False and not settings.fast_dev_run
+        if not saves and not self._get(self.config_init, "ckpt_path"):
             callbacks = [each for each in callbacks if not isinstance(each, Checkpoint)]
         if settings.enable_progress_bar is not False:
             callbacks.append(progress_bar(self.subcommand or "run"))
@@ -219,45 +201,18 @@ class RecipeCLI(LightningCLI):
 
     @override
     def after_instantiate_classes(self) -> None:
-        if self.subcommand == "predict" and not is_overridden("predict_dataloader", self.datamodule):
-            raise MisconfigurationException(
-                f"predict: {type(self.datamodule).__name__} holds nothing to predict, as this recipe has only fit, "
-                "validate and test"
-            )
-        if self.subcommand is not None and self._get(self.config_init, "ckpt_path"):
-            without_missing_weights()
+        self.model.chosen_optimizer = self._get(self.config_init, "optimizer")
+        self.model.chosen_scheduler = self._get(self.config_init, "lr_scheduler")
+        if self.subcommand == "fit" and self._run:
             self._compare_with_run()
-        optimizer, scheduler = (self._get(self.config_init, name) for name in ("optimizer", "lr_scheduler"))
-        if not (optimizer or scheduler):
-            return
-        if not isinstance(self.model, RecipeModule):
-            raise MisconfigurationException(
-                f"--optimizer and --lr_scheduler are for the recipes' modules, and {type(self.model).__name__} is "
-                "another one: set both in its configure_optimizers"
-            )
-        self.model.chosen_optimizer = optimizer
-        self.model.chosen_scheduler = scheduler
 
     def after_fit(self) -> None:
         """Say where the run is, and what comes next; Lightning calls it."""
         folder = self.trainer.log_dir  # every rank has to ask
-        savers: list[Any] = self.trainer.checkpoint_callbacks
-        kept = [saver.best_model_path or saver.last_model_path for saver in savers]
-        path = next(filter(None, kept), None)
-        if path is not None:
+        saver: Any = self.trainer.checkpoint_callback
+        path = saver and (saver.best_model_path or saver.last_model_path)
+        if path:
             rank_zero_info(f"The run is in {folder}. To test it: {self.parser.prog} test --ckpt_path {path}")
-
-    def _say_how_to_resume(self) -> None:
-        """After Ctrl-C, which ends a fit by an exit."""
-        if not hasattr(self, "trainer") or not self.trainer.interrupted:
-            return
-        savers: list[Any] = self.trainer.checkpoint_callbacks
-        saved = chain.from_iterable(Path(saver.dirpath or "").glob(LAST) for saver in savers)
-        newest = max(saved, key=lambda path: path.stat().st_mtime, default=None)
-        if self.subcommand == "fit" and newest:
-            # Another would begin a second run's folder, and this one then refuses to choose.
-            command = f": {self.parser.prog} fit --ckpt_path {newest}"
-            rank_zero_info(f"To resume{', give the same command again' if self._goes_on else command}")
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -268,15 +223,10 @@ class RecipeCLI(LightningCLI):
 
     def _compare_with_run(self) -> None:
         """Name what a fit that goes on has otherwise than its run; an evaluation on other data is meant to."""
-        if self.subcommand != "fit" or not self._run:
-            return
         now = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
         differences = "; ".join(differing_settings(self._run, now))
-        checkpoint = self._get(self.config, "ckpt_path")
+        problem = f"--ckpt_path {self._get(self.config, 'ckpt_path')} is of a run with other settings: {differences}"
         if differences and self._goes_on:
-            raise MisconfigurationException(
-                f"--ckpt_path {LAST_IF_ANY}: {checkpoint} is of another run: {differences}. Give this run a "
-                "--run_name, or leave these settings out to go on with that one"
-            )
+            raise MisconfigurationException(f"{problem}. Give this run a --run_name, or leave these settings out")
         if differences:
-            rank_zero_warn(f"--ckpt_path {checkpoint} is of a run with other settings: {differences}")
+            rank_zero_warn(problem)

@@ -5,18 +5,16 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import LoraConfig
 
 from recipes.shared.configs import base_file, is_method, method_file, methods_of
 from recipes.shared.taken import Settings
 
 CLIP_FIELDS = ("projections", "blocks", "towers")
 """Where an adapter on a CLIP model goes."""
+_SETS_CALLBACKS = re.compile(r"--trainer\.callbacks|\bcallbacks\+?[\"']?\s*:")
 
 
 def option(arguments: Sequence[str], name: str) -> str | None:
@@ -79,14 +77,10 @@ class CommandLine:
 
     def callbacks(self) -> str:
         """Return the texts that set callbacks, of configurations and of the options; empty if none does."""
-        texts = []
+        texts = [" ".join(self.options)]
         for config in self.configs:
-            text = Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config
-            if re.search(r"\bcallbacks\+?[\"']?\s*:", text):
-                texts.append(text)
-        if any(option.startswith("--trainer.callbacks") for option in self.options):
-            texts += self.options  # all of them, since a value may be a word of its own
-        return " ".join(texts)
+            texts.append(Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config)
+        return " ".join(filter(_SETS_CALLBACKS.search, texts))
 
     def gives_method(self) -> bool:
         """Return whether a method is among the callbacks that are given."""
@@ -102,14 +96,15 @@ def taken_apart(recipe: str, arguments: Sequence[str]) -> CommandLine:
         (['own.yaml'], 'efmlora', ['--rho=1'])
 
     Raises:
-        MisconfigurationException: the recipe has no such method.
+        SystemExit: the recipe has no such method.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append", default=[])
-    for name in ("--method", "--ckpt_path", "--optimizer"):
-        parser.add_argument(name)
-    found, options = parser.parse_known_args(arguments)
     names = methods_of(recipe)
+    parser.add_argument("--method", choices=names)
+    parser.add_argument("--ckpt_path")
+    parser.add_argument("--optimizer")
+    found, options = parser.parse_known_args(arguments)
     files = {method_file(recipe, name).resolve(): name for name in names}
     configs, method = [], found.method
     for config in found.config:
@@ -118,8 +113,6 @@ def taken_apart(recipe: str, arguments: Sequence[str]) -> CommandLine:
             method = method or files[path]
         elif path != base_file(recipe).resolve():
             configs.append(config)
-    if method not in (None, *names):
-        raise MisconfigurationException(f"--method {method}: there are {', '.join(names)}")
     if found.optimizer is not None:
         # jsonargparse takes a bare name only if one imported class has it, and bitsandbytes has an SGD and an Adam too.
         module = "torch.optim." if found.optimizer in torch.optim.__all__ else ""
@@ -131,21 +124,3 @@ def names_method(recipe: str, arguments: Sequence[str]) -> bool:
     """Return whether arguments choose a method, by ``--method``, by its file, or among the callbacks."""
     line = taken_apart(recipe, arguments)
     return line.method is not None or line.gives_method()
-
-
-def refuse_unknown_fields(lora: Any) -> None:
-    """Refuse a misspelt field of an adapter before a model is loaded.
-
-    Args:
-        lora: fields of peft's LoraConfig, and on CLIP models where the adapter goes; anything else is left alone.
-
-    Raises:
-        MisconfigurationException: there is no such field, or a value that peft would misread.
-    """
-    fields = lora if isinstance(lora, dict) else {}
-    known = [field.name for field in dataclasses.fields(LoraConfig)]
-    unknown = sorted(fields.keys() - known - set(CLIP_FIELDS))
-    if unknown:
-        raise MisconfigurationException(f"lora: peft's LoraConfig has no {', '.join(unknown)}, only {', '.join(known)}")
-    if isinstance(fields.get("modules_to_save"), str):
-        raise MisconfigurationException(f"lora: modules_to_save must be a list, such as [{fields['modules_to_save']}]")

@@ -11,39 +11,23 @@ _NO_METHODS = ("AdapterCheckpoint", "FlatnessMonitor", "Requeue")
 
 
 def base_file(recipe: str) -> Path:
-    """What a recipe trains by itself: plain LoRA."""
+    """Return the file of what a recipe trains by itself: plain LoRA."""
     return RECIPES / recipe / "configs" / "base.yaml"
 
 
 def method_file(recipe: str, method: str) -> Path:
-    """The overlay of a method: the recipe's own, or else the one that all recipes share."""
+    """Return the overlay of a method: the recipe's own, or else the one that all recipes share."""
     specific = RECIPES / recipe / "configs" / "methods" / f"{method}.yaml"
     return specific if specific.exists() else RECIPES / "configs" / "methods" / f"{method}.yaml"
 
 
 def methods_of(recipe: str) -> list[str]:
-    """The methods that a recipe has configurations for."""
+    """Return the methods that a recipe has configurations for."""
     # LoRA has no overlay: it is what the base trains.
     names = {"lora"}
     for folder in (RECIPES / "configs", RECIPES / recipe / "configs"):
         names.update(path.stem for path in folder.glob("methods/*.yaml"))
     return sorted(names)
-
-
-def shipped_configs(recipe: str) -> str:
-    """Return a text for users: a recipe's files of configurations and those for all, or every recipe's."""
-    folders = [RECIPES / recipe, RECIPES / "configs"]
-    files = {path for folder in folders for path in folder.rglob("*.yaml")}
-    return "\n  ".join(["Configurations for --config; base.yaml is read first:", *sorted(map(str, files))])
-
-
-def settings_help(recipe: str) -> str:
-    """Return a text for users: the settings of a recipe's model and data with their defaults."""
-    text = base_file(recipe).read_text(encoding="utf-8")
-    settings = text[text.index("\nmodel:") :]
-    return (
-        f"Settings of the model and the data, given as --model.NAME and --data.NAME, with their defaults:\n{settings}"
-    )
 
 
 def written_settings(saved: Path) -> dict[str, Any]:
@@ -55,19 +39,14 @@ def written_settings(saved: Path) -> dict[str, Any]:
         saved: a checkpoint of the run, or the folder next to it: ``runs/.../version_N/checkpoints/NAME``.
     """
     path = saved.resolve().parent.parent / "config.yaml"
-    if not path.is_file():
-        return {}
+    settings: Any = yaml.safe_load(path.read_bytes()) if path.is_file() else None
     # Another program may have a file of that name.
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        return {}
     is_of_run = isinstance(settings, dict) and isinstance(settings.get("model"), dict)
     return settings if is_of_run else {}
 
 
 def listed(setting: Any) -> list[Any]:
-    """What a setting of the Trainer holds, where one thing may stand for a list of it.
+    """Return what a setting of the Trainer holds, as a list; one thing may be given in place of a list of it.
 
     Example:
         >>> listed(None), listed("one"), listed(["one", "two"])
@@ -79,7 +58,7 @@ def listed(setting: Any) -> list[Any]:
 
 
 def methods_of_run(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The package's methods among the callbacks of a run, by name, with their arguments; none is plain LoRA.
+    """Return the package's methods among the callbacks of a run, by name, with their arguments; none is plain LoRA.
 
     Args:
         settings: as :func:`written_settings` gives them.
@@ -99,6 +78,6 @@ def methods_of_run(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def is_method(class_path: str) -> bool:
-    """Whether a callback is one of the package's methods."""
+    """Return whether a callback is one of the package's methods."""
     module, _, name = class_path.rpartition(".")
     return module.split(".")[0] == "lightning_flatlora" and name not in _NO_METHODS

@@ -1,23 +1,27 @@
 """Data sets that ``datasets`` reads, and batches in as many pieces as ranks need."""
 
 import glob
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import fsspec
+from datasets.fingerprint import Hasher
 from datasets.packaged_modules.csv.csv import CsvConfig
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from recipes.shared.table_files import FORMATS, WORDS_STAY, csv_options, table_ending, warn_of_unread_tables
+from recipes.shared.left_out import few
 
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+_WORDS_STAY: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+"""Options for CSV files by which words such as NA and None stay texts, and only an empty value is missing."""
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings that `datasets` unpacks by itself
 PACKAGED = "packaged:"  # how the names of packaged tasks begin
-_CODE = Path(__file__).parents[2]  # of the recipes and the package
+_RECIPES = Path(__file__).parents[1]
 Task = TypeVar("Task")
 
 
@@ -44,6 +48,19 @@ def read_table(
     return table
 
 
+def table_ending(name: str) -> str | None:
+    """Return the ending of a table's file, one of :data:`FORMATS`; None if a name is not one of such a file.
+
+    Example:
+        >>> table_ending("mine/questions.json"), table_ending("Reviews.CSV.gz"), table_ending("nyu-mll/glue")
+        ('.json', '.csv', None)
+    """
+    endings = [ending.lower() for ending in Path(name).suffixes]
+    if endings and endings[-1] in _COMPRESSED:
+        endings.pop()
+    return endings[-1] if endings and endings[-1] in FORMATS else None
+
+
 def _read(name: str, split: str, config_name: str | None, revision: str | None) -> Any:
     path = Path(name).expanduser()
     ending = table_ending(name)
@@ -51,17 +68,29 @@ def _read(name: str, split: str, config_name: str | None, revision: str | None) 
         name, options = _folder_or_hub(name), {}
         if path.is_dir():
             builder = datasets.load_dataset_builder(name, config_name)
-            options = WORDS_STAY if isinstance(builder.config, CsvConfig) else {}
-            if config_name is None:
-                warn_of_unread_tables(path, builder)
+            options = _WORDS_STAY if isinstance(builder.config, CsvConfig) else {}
+            # Files that belong to no split are left out without a word.
+            for part, files in (builder.config.data_files or {}).items():
+                rank_zero_info(f"dataset={name!r}: {part} is {few([Path(file).name for file in files])}")
         return datasets.load_dataset(name, config_name, split=split, revision=revision, **options)
     if not path.is_file() or not path.stat().st_size:
         raise MisconfigurationException(f"dataset={name!r}: there is no such file, or it is empty")
-    options = csv_options(path) if FORMATS[ending] == "csv" else {}
+    options = _csv_options(path) if FORMATS[ending] == "csv" else {}
     table = datasets.load_dataset(FORMATS[ending], data_files=glob.escape(str(path)), split="train", **options)
     if "__index_level_0__" in table.column_names:  # pandas has taken the first value for the row's name
         raise ValueError("the first row has more values than the header has names: put texts with commas into quotes")
     return table
+
+
+def _csv_options(file: Path) -> dict[str, Any]:
+    """Return options of ``datasets.load_dataset`` for a CSV file: its separator, and words such as NA as texts.
+
+    Args:
+        file: in UTF-8, perhaps compressed. A tab in its first line separates its columns, as in open_clip's tables.
+    """
+    with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8") as lines:
+        separator = "\t" if "\t" in lines.readline() else ","
+    return {"sep": separator, **_WORDS_STAY}
 
 
 def _folder_or_hub(name: str) -> str:
@@ -86,39 +115,36 @@ def read_errors(name: str, split: str, tasks: str) -> Iterator[None]:
     except MisconfigurationException:
         raise
     except Exception as error:  # a dozen types, from a bad name to a network down or broken JSON
-        formats = ", ".join(FORMATS)
-        packaged = f", or one of {tasks}" if tasks else ""
-        remedy = f"Give a Hub name or a file ending in {formats}{packaged}"
-        if "Unknown split" in str(error) and Path(name).expanduser().is_dir():
-            remedy = "The files' names decide, as part2_test.jsonl is of test: rename them, or set the split"
         raise MisconfigurationException(
-            f"dataset={name!r}, split={split!r} can't be read: {_reason(error).rstrip('.')}. {remedy}"
+            f"dataset={name!r}, split={split!r} can't be read: {_reason(error).rstrip('.')}. Give {_choice(tasks)}"
         ) from error
 
 
 def split_names(name: str, split: str, config_name: str | None, revision: str | None, tasks: str) -> list[str]:
-    """The splits of a folder or a Hub data set; the arguments are those of :func:`read_table`."""
+    """Return the splits of a folder or a Hub data set; the arguments are those of :func:`read_table`."""
     with read_errors(name, split, tasks):
         found = datasets.get_dataset_split_names(_folder_or_hub(name), config_name, revision=revision)
     return list(found)
 
 
 def given_dataset(name: str | None, tasks: str = "") -> str:
-    """The name of a data set.
+    """Return the name of a data set.
 
     Raises:
         MisconfigurationException: there is none.
     """
     if name is None:
-        packaged = f", or one of {tasks}" if tasks else ""
-        raise MisconfigurationException(
-            f"no data: give a file ending in {', '.join(FORMATS)}, a folder or a Hub name as --data.dataset{packaged}"
-        )
+        raise MisconfigurationException(f"no data: give as --data.dataset {_choice(tasks)}")
     return name
 
 
+def _choice(tasks: str) -> str:
+    packaged = f", or one of {tasks}" if tasks else ""
+    return f"a Hub name, a folder or a file ending in {', '.join(FORMATS)}{packaged}"
+
+
 def mapped(table: Any, function: Callable[..., dict[str, Any]], **options: Any) -> Any:
-    """``table.map(function)``, whose kept result is one of the code as it is now.
+    """Return ``table.map(function)``, whose kept result is one of the code as it is now.
 
     `datasets` keeps what a function has made of a file, and finds it again by the function's name and arguments. After
     an update it would give back what the code of the day before has made.
@@ -128,28 +154,18 @@ def mapped(table: Any, function: Callable[..., dict[str, Any]], **options: Any) 
         function: of a row, or of what the options say.
         options: further ones of ``map``.
     """
-    return table.map(_OfCode(function, _code()), **options)
+    return table.map(partial(_call, function, _code()), **options)
 
 
-@dataclass(frozen=True)
-class _OfCode:
-    """A function with a name for the code that it is a part of, by both of which `datasets` finds a result."""
-
-    function: Callable[..., dict[str, Any]]
-    code: str
-
-    def __call__(self, *given: Any) -> dict[str, Any]:
-        return self.function(*given)
+def _call(function: Callable[..., dict[str, Any]], code: str, *given: Any) -> dict[str, Any]:
+    """Call a function of the recipes; the name of their code is an argument by which `datasets` finds a result."""
+    return function(*given)
 
 
 @cache
 def _code() -> str:
-    """A name for the code of the recipes and the package, which is another one after each change."""
-    digest = hashlib.sha256()
-    for folder in ("recipes", "lightning_flatlora"):
-        for file in sorted((_CODE / folder).rglob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
+    """Return a name for the code of the recipes, which is another one after each change."""
+    return str(Hasher.hash([file.read_bytes() for file in sorted(_RECIPES.rglob("*.py"))]))
 
 
 def say_what_is_left_out(source: str, columns: Iterable[str], used: Iterable[str]) -> None:
@@ -181,18 +197,18 @@ def renamed(table: Any, names: Mapping[str, str]) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says, with that of the one behind it: "an error occurred" alone helps nobody."""
+    """Return what an error says, with that of the one behind it: "an error occurred" alone helps nobody."""
     reason = f"{type(error).__name__}: {error}"
     return reason if error.__cause__ is None else f"{reason} ({_reason(error.__cause__)})"
 
 
 def is_packaged(name: str) -> bool:
-    """Whether a data set's name is one of a packaged task."""
+    """Return whether a data set's name is one of a packaged task."""
     return name.startswith(PACKAGED)
 
 
 def packaged_names(tasks: Iterable[str]) -> str:
-    """Packaged tasks by the names of data sets, for messages.
+    """Return packaged tasks by the names of data sets, for messages.
 
     Example:
         >>> packaged_names(["sentiment", "subject"])
@@ -202,7 +218,7 @@ def packaged_names(tasks: Iterable[str]) -> str:
 
 
 def packaged_task(name: str, tasks: Mapping[str, Task]) -> Task:
-    """What belongs to a packaged task.
+    """Return what belongs to a packaged task.
 
     Args:
         name: of a data set that :func:`is_packaged`.
@@ -218,7 +234,7 @@ def packaged_task(name: str, tasks: Mapping[str, Task]) -> Task:
 
 
 def divided(batches: list[list[int]], number: int) -> list[list[int]]:
-    """As many batches as asked for, or as can be, with the same examples in the same order: the last long are halved.
+    """Return as many batches as asked for, or as can be, of the same examples in the same order: long ones are halved.
 
     Example:
         >>> divided([[1, 2], [3, 4], [5]], 5)
@@ -236,7 +252,7 @@ def divided(batches: list[list[int]], number: int) -> list[list[int]]:
 
 
 def columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
-    """Columns of a table that is given in rows.
+    """Return columns of a table that is given in rows.
 
     Example:
         >>> columns([{"line": 0, "prompt": "Why?"}, {"line": 1, "prompt": "How?"}], ["prompt"])

@@ -29,7 +29,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text file, without a byte order mark and without their ends.
+    """Return the lines of a text file, without a byte order mark and without their ends.
 
     Args:
         path: of a file in UTF-8; "~" stands for the user's folder.
@@ -50,10 +50,7 @@ def read_lines(path: str | Path) -> list[str]:
     try:
         return Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise MisconfigurationException(
-            f"{path} is not in UTF-8, but perhaps in Latin-1 as of Windows, or in UTF-16: save it in UTF-8, for "
-            "example with iconv -f latin1 -t utf-8 OLD > NEW"
-        ) from error
+        raise MisconfigurationException(f"{path} is not in UTF-8 ({error}): save it in UTF-8") from error
 
 
 def set_aside(path: Path) -> None:

@@ -11,7 +11,7 @@ class UnusableRowError(MisconfigurationException):
 
 
 def few(names: Sequence[str], separator: str = ", ", most: int = 5) -> str:
-    """The first few of some names, and how many more there are.
+    """Return the first few of some names, and how many more there are.
 
     Example:
         >>> few(["a", "b"]), few(["row 1"] * 9, "; ")

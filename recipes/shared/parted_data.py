@@ -8,11 +8,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from recipes.shared.data import columns, given_dataset
-from recipes.shared.division import Division
-from recipes.shared.parts import indices_in, is_file, refuse_bad_settings, warn_of_training_data
+from recipes.shared.parts import Division, indices_in, is_file, refuse_bad_settings, warn_of_training_data
 from recipes.shared.resumable import PARTS_OF_STAGE, ResumableData
 
 
@@ -76,14 +76,8 @@ class PartedData(ResumableData):
     def __post_init__(self) -> None:
         super().__init__()
         shares = {"validation": self.validation_share, "test": self.test_share}
-        self.division = Division(
-            self.dataset,
-            self.split,
-            self.given_splits(),
-            shares,
-            packaged=self.packaged,
-            packaged_splits=self.packaged_splits,
-        )
+        self.division = Division(self.dataset, self.split, self.given_splits(), shares, packaged=self.packaged)
+        self.division.packaged_splits = self.packaged_splits
         self.own_splits, self.shares = self.division.own_splits, self.division.shares
         least = {"batch_size": 1, "num_workers": 0, **self.least}
         refuse_bad_settings(self, least, self.shares, self.problems())
@@ -94,38 +88,38 @@ class PartedData(ResumableData):
     # -- for subclasses
 
     def read(self, split: str) -> Any:
-        """The rows of a split or of a file, as a ``datasets.Dataset``; :meth:`source` says where they are."""
+        """Return the rows of a split or of a file, as a ``datasets.Dataset``; :meth:`source` says where they are."""
         raise NotImplementedError
 
     def keys(self, rows: Any) -> list[str]:
-        """What decides on each row's part."""
+        """Return what decides on each row's part."""
         raise NotImplementedError
 
     def encoded(self, part: str, rows: Any) -> Any:
-        """The rows of a part as batches take them, without those that can't be used."""
+        """Return the rows of a part as batches take them, without those that can't be used."""
         raise NotImplementedError
 
     def identities(self, rows: Any) -> Sequence[Hashable]:
-        """By what a row is known that is in training and in validation."""
+        """Return by what a row is known that is in training and in validation."""
         return self.keys(rows)
 
     def begin(self) -> None:
         """Prepare what encodes the rows, in `setup`."""
 
     def rows_to_predict(self) -> Any:
-        """The encoded rows of `predict`."""
+        """Return the encoded rows of `predict`."""
         raise NotImplementedError
 
     def problems(self) -> list[str]:
-        """What else is wrong with the settings."""
+        """Return what else is wrong with the settings."""
         return []
 
     def given_splits(self) -> dict[str, str | None]:
-        """The splits of the parts as far as they are given."""
+        """Return the splits of the parts as far as they are given."""
         return {"validation": self.validation_split, "test": self.test_split}
 
     def parts_of(self, stage: str) -> Iterable[str]:
-        """The parts that a stage needs."""
+        """Return the parts that a stage needs."""
         return PARTS_OF_STAGE[stage]
 
     # -- stages
@@ -153,15 +147,21 @@ class PartedData(ResumableData):
         for part in self.parts_of(stage):
             if part not in self.parts:
                 self.parts[part] = self._part(part)
-            if stage == "fit" and part != "train":
-                self._warn_of_training_data(part)
+            own = self.own_splits.get(part)
+            if stage == "fit" and own is not None:
+                trained = self.identities(self.table(self.split))
+                warn_of_training_data(part, set(self.identities(self.table(own))), trained, self.kinds)
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self.prompts_loader(self.batch_to_predict)
+        rows = self.parts["predict"]
+        # The same number for each rank, which FSDP needs.
+        sampler: DistributedSampler[Any] = DistributedSampler(rows, shuffle=False, **self.ranks())
+        # Not a LateLoader: a prediction has nothing to resume.
+        return DataLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self.batch_to_predict)
 
     def batch_to_predict(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Rows of `predict` as a batch."""
+        """Return rows of `predict` as a batch."""
         return columns(rows, list(rows[0]))
 
     # -- which rows
@@ -171,21 +171,21 @@ class PartedData(ResumableData):
         self.division.refuse_trained_rows(self.trainer, trained, self._trained_on())
 
     def source(self, split: str) -> str:
-        """The name of the file, folder or data set that a split is read from."""
+        """Return the name of the file, folder or data set that a split is read from."""
         return split if is_file(split) else given_dataset(self.dataset, self.packaged).replace("{split}", split)
 
     def source_of(self, part: str) -> str:
-        """The name of the file, folder or data set that a part is read from."""
+        """Return the name of the file, folder or data set that a part is read from."""
         return self.source(self.division.where(part)[1])
 
     def table(self, split: str) -> Any:
-        """What :meth:`read` gives, kept."""
+        """Return what :meth:`read` gives, kept."""
         if split not in self._tables:
             self._tables[split] = self.read(split)
         return self._tables[split]
 
     def rows(self, part: str) -> Any:
-        """The rows of a part: its own split or file, or its share of the training split."""
+        """Return the rows of a part: its own split or file, or its share of the training split."""
         own = self.own_splits.get(part)
         table = self.table(own or self.split)
         if own is not None or not any(self.shares.values()):
@@ -202,9 +202,3 @@ class PartedData(ResumableData):
         if len(kept) or not self.division.is_wanted(part):
             return kept
         raise MisconfigurationException(f"{part}: nothing is left to use. {report}")
-
-    def _warn_of_training_data(self, part: str) -> None:
-        own = self.own_splits[part]
-        if own is not None:
-            trained = self.identities(self.table(self.split))
-            warn_of_training_data(part, set(self.identities(self.table(own))), trained, self.kinds)

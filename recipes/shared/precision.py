@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -14,7 +14,7 @@ SETTING = "FLATLORA_PRECISION"
 
 
 def fast_precision(accelerator: str = "auto") -> Precision:
-    """Lightning's ``precision`` for training a float32 adapter on this machine.
+    """Return Lightning's ``precision`` for training a float32 adapter on this machine.
 
     ====================================================  ==============
     a GPU with bfloat16 (Ampere and later)                "bf16-mixed"
@@ -53,7 +53,7 @@ def fast_precision(accelerator: str = "auto") -> Precision:
 
 
 def precision_of_runs(folder: Path, accelerator: str = "auto") -> Precision:
-    """One precision for all runs whose results land in a folder, which are compared with each other.
+    """Return one precision for all runs whose results land in a folder, which are compared with each other.
 
     Args:
         folder: of the runs; the precision is written into its ``precision.txt``.
@@ -75,12 +75,10 @@ def precision_of_runs(folder: Path, accelerator: str = "auto") -> Precision:
 
 
 def _checked(value: str, where: str) -> Precision:
-    for precision in get_args(Precision):
-        if value == precision:
-            return precision  # type: ignore[no-any-return]
-    raise MisconfigurationException(
-        f"{where} must hold one of {', '.join(get_args(Precision))}, or be absent, got {value!r}"
-    )
+    allowed = get_args(Precision)
+    if value not in allowed:
+        raise MisconfigurationException(f"{where} must hold one of {', '.join(allowed)}, or be absent, got {value!r}")
+    return cast("Precision", value)
 
 
 def _of_gpu() -> Precision:

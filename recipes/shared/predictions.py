@@ -14,7 +14,7 @@ from recipes.shared.ranks import gathered
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """Where a run leaves its files. Every rank has to ask: they agree on it then."""
+    """Return where a run leaves its files. Every rank has to ask: they agree on it then."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
@@ -52,13 +52,7 @@ class PredictionWriter(L.Callback):
 
     @override
     def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         rows: dict[int, dict[str, Any]] = {}
         for of_rank in gathered(dict(zip(batch["places"], outputs, strict=True))):

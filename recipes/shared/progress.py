@@ -26,12 +26,12 @@ _FORM = "{desc}{n_fmt} of {total_fmt}, {elapsed}<{remaining}{postfix}"
 
 
 def progress_bar(name: str) -> ProgressBar:
-    """Lightning's progress bar for where the output goes: rich's in a terminal, else lines that begin with a name."""
+    """Return Lightning's progress bar: rich's in a terminal, else lines that begin with a name."""
     return RichProgressBar() if is_live() else ProgressLines(name)
 
 
 def progress(what: str, total: int) -> Tqdm:
-    """A bar for other work, or its lines: a context in which ``update()`` counts what is done.
+    """Return a bar for other work, or its lines: a context in which ``update()`` counts what is done.
 
     Args:
         what: is being done.
@@ -83,25 +83,10 @@ def without_hints() -> None:
     """Silence what other libraries say in every run, and that tells its user nothing."""
     for message in _HINTS:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
-
-
-def without_missing_weights() -> None:
-    """Silence what transformers says of a head that the base lacks, when a checkpoint is about to give it."""
-    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_missing_head)
-
-
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless cloud" not in record.getMessage()
-
-
-def _is_no_missing_head(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    return "MISSING" not in text or "UNEXPECTED" in text or "MISMATCH" in text
 
 
 def quiet() -> None:
-    """Only what matters in a demo: Lightning's remarks on devices, workers and folders do not."""
+    """Silence in a demo also Lightning's remarks on devices, workers and folders."""
     without_hints()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (".*does not have many workers.*", ".*exists and is not empty.*"):
@@ -109,6 +94,6 @@ def quiet() -> None:
 
 
 def is_live() -> bool:
-    """Whether what is shown can be drawn over."""
+    """Return whether what is shown can be drawn over."""
     console = Console()
     return console.is_terminal or console.is_jupyter

@@ -47,7 +47,7 @@ class RandomState(Callback):
 
 
 def collect_random_state() -> dict[str, Any]:
-    """The generators' states in types that ``torch.load(weights_only=True)`` reads."""
+    """Return the generators' states in types that ``torch.load(weights_only=True)`` reads."""
     of_numpy: dict[str, Any] = np.random.get_state(legacy=False)
     of_numpy["state"]["key"] = of_numpy["state"]["key"].tolist()
     return {

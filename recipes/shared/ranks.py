@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 
 def gathered(value: Any) -> list[Any]:
-    """Every process's value, in rank order, on each of them; all have to call it.
+    """Return every process's value, in rank order, on each of them; all have to call it.
 
     Example:
         >>> gathered("alone")
@@ -20,5 +20,5 @@ def gathered(value: Any) -> list[Any]:
 
 
 def rank() -> int:
-    """This process's place among them."""
+    """Return this process's index among them."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

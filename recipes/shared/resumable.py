@@ -6,9 +6,7 @@ from typing import Any, ClassVar, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from typing_extensions import override
@@ -45,8 +43,6 @@ class ResumableData(L.LightningDataModule):
         parts: the examples of "train", "validation", "test" and "predict", as far as they are set up.
     """
 
-    dataset: str | None
-    split: str
     batch_size: int
     num_workers: int
     seed: int
@@ -61,11 +57,11 @@ class ResumableData(L.LightningDataModule):
 
     @property
     def trained_module(self) -> Any:
-        """The Trainer's module, whose tokenizer or image size the data take."""
+        """Return the Trainer's module, whose tokenizer or image size the data take."""
         return cast("L.Trainer", self.trainer).lightning_module
 
     def loader(self, part: str) -> LateLoader:
-        """The batches of a part."""
+        """Return the batches of a part."""
         raise NotImplementedError
 
     @override
@@ -101,26 +97,21 @@ class ResumableData(L.LightningDataModule):
             self.resumed(loader)
 
     def _trained_on(self) -> dict[str, Any]:
-        """Where the rows that train come from, and which of them they are."""
+        """Return where the rows that train come from, and which of them they are."""
         return {name: getattr(self, name) for name in ("dataset", "split", *self.deciding)}
 
     def _refuse_trained_rows(self, trained: dict[str, Any] | None) -> None:
         """Refuse to judge a checkpoint on what its own run, which :meth:`_trained_on` describes, has trained on."""
 
     def resumed(self, loader: LateLoader) -> LateLoader:
-        """The training loader, put once at the position that a checkpoint holds."""
-        ranks = loader.sampler.num_replicas
-        if "train_loader" in self._position and self._position["ranks"] != ranks:
-            rank_zero_warn(
-                f"The checkpoint is of {self._position['ranks']} devices and this run has {ranks}: the rest of its "
-                "epoch repeats examples and leaves others out"
-            )
-        before, now = self._position.get("examples"), len(self.parts["train"])
-        if before not in (None, now):
-            rank_zero_warn(
-                f"The checkpoint's run trained on {before} examples, and this one has {now}: it repeats some in this "
-                "epoch, leaves others out, and ends after another number of steps"
-            )
+        """Return the training loader, put once at the position that a checkpoint holds."""
+        for name, now in (("ranks", loader.sampler.num_replicas), ("examples", len(self.parts["train"]))):
+            before = self._position.get(name, now)
+            if before != now:
+                rank_zero_warn(
+                    f"The checkpoint's run had {before} {name}, and this one has {now}: an epoch that was begun "
+                    "repeats examples and leaves others out, and the number of steps may differ"
+                )
         loader.sampler.set_epoch(self._position.get("epoch", 0))
         # An empty state makes the loader forget an iterator that it has begun, and start at the first batch.
         loader.load_state_dict(self._position.get("train_loader", {}))
@@ -130,16 +121,7 @@ class ResumableData(L.LightningDataModule):
     def whole_batches(
         self, rows: Any, sampler: DistributedSampler[Any], collate_fn: Callable[[Any], Any] | None = None
     ) -> LateLoader:
-        """A loader of batches that the sampler gives whole.
-
-        Raises:
-            MisconfigurationException: the Trainer is to overfit some batches, for which it replaces samplers.
-        """
-        if getattr(self.trainer, "overfit_batches", False):
-            raise MisconfigurationException(
-                "overfit_batches replaces this data's sampler, which gives whole batches: set "
-                "limit_train_batches instead, or give a dataset of a few rows"
-            )
+        """Return a loader of batches that the sampler gives whole."""
         return LateLoader(
             rows,
             batch_size=None,
@@ -152,16 +134,8 @@ class ResumableData(L.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),
         )
 
-    def prompts_loader(self, collate_fn: Callable[[Any], Any]) -> DataLoader[Any]:
-        """The rows of "predict", the same number for each rank, which FSDP needs."""
-        rows = self.parts["predict"]
-        ranks: dict[str, Any] = dict(self.ranks())
-        sampler: DistributedSampler[Any] = DistributedSampler(rows, shuffle=False, **ranks)
-        # Not a LateLoader: a prediction has nothing to resume.
-        return DataLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=collate_fn)
-
-    def ranks(self) -> dict[str, int]:
-        """How many processes share the data, and which this one is: arguments of a DistributedSampler."""
+    def ranks(self) -> dict[str, Any]:
+        """Return how many processes share the data, and which this one is: arguments of a DistributedSampler."""
         # Strategies of a single device have no such attribute.
         ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) if self.trainer else None
         return ranks or {"num_replicas": 1, "rank": 0}

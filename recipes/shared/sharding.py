@@ -4,7 +4,6 @@ from typing import Any
 
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -52,7 +51,7 @@ class BlocksAndFactors:
         self._blocks: set[int] = set()
 
     def __call__(self, module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-        """What FSDP asks on its way down from the root: whether to descend into a module, and whether to wrap it."""
+        """Answer FSDP on its way down from the root: whether to descend into a module, and whether to wrap it."""
         # Only the model around a block says that it is one, and FSDP asks about that model first: hence the set.
         self._blocks |= {id(block) for block in blocks(module)}
         is_trained_layer = any(p.requires_grad for p in module.parameters(recurse=False))
@@ -60,7 +59,7 @@ class BlocksAndFactors:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks inside: what transformers declares as not to be split, open_clip's and timm's blocks."""
+    """Return the transformer blocks inside: what transformers does not split, open_clip's and timm's blocks."""
     names: set[str] = set()
     stacked: set[int] = set()
     for module in model.modules():
@@ -82,10 +81,7 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> None:
     """
     if isinstance(net, FSDPModule):
         return
-    units = blocks(net)
-    if not units:
-        rank_zero_warn("The model has no blocks that are known, so that it is gathered as a whole in each step")
-    for block in reversed(units):  # FSDP2 wants inner modules first
+    for block in reversed(blocks(net)):  # FSDP2 wants inner modules first
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
     for method in _METHODS:  # they bypass the forward of `net`, which gathers what is in no block, such as embeddings
@@ -94,7 +90,7 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(net: nn.Module) -> bool:
-    """Whether a forward of some part of the model needs all ranks."""
+    """Return whether a forward of some part of the model needs all ranks."""
     return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in net.modules())
 
 
@@ -107,16 +103,15 @@ def check_strategy(strategy: Strategy, quantization: str | None = None, lora: di
     if not isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
         return
     problem = None
-    if quantization is not None:
-        problem = f"quantization={quantization!r} is not tested with sharded weights: use ddp, or set it to null"
-    elif isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
-        problem = f"tensor parallelism is not supported: add --config {_OVERLAYS}/fsdp2.yaml"
-    elif isinstance(strategy, FSDPStrategy) and not strategy.kwargs.get("auto_wrap_policy"):
+    wraps = strategy.kwargs.get("auto_wrap_policy") if isinstance(strategy, FSDPStrategy) else None
+    if not (wraps or isinstance(strategy, FSDP2)):
         problem = (
-            "FSDP needs an auto_wrap_policy that keeps the float32 adapter apart from the frozen weights: "
-            f"add --config {_OVERLAYS}/fsdp1.yaml"
+            "sharding needs an auto_wrap_policy that keeps the adapter apart from the frozen weights, or FSDP2 without "
+            f"tensor parallelism: add --config {_OVERLAYS}/fsdp1.yaml or fsdp2.yaml"
         )
-    elif isinstance(strategy, FSDPStrategy) and (lora or {}).get("use_dora"):
+    elif quantization is not None:
+        problem = f"quantization={quantization!r} is not tested with sharded weights: use ddp, or set it to null"
+    elif wraps and (lora or {}).get("use_dora"):
         problem = "DoRA reads weights of several FSDP1 units at once: use FSDP2 or ddp, or set use_dora to false"
     if problem:
         raise MisconfigurationException(problem)

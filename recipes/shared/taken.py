@@ -23,8 +23,6 @@ _WORDS = re.compile(r"([\w {}:=,+@-]|\.\d)*")
 _PLAIN = ("seed_everything", "method", "run_name", "optimizer", "lr_scheduler")
 _OF_MACHINE = ("strategy", "plugins", "profiler", "logger", "default_root_dir", "model_registry")
 """Settings of the Trainer that are never taken."""
-_OBJECTS = ("rho", "finder")
-"""Arguments of modules for which a text may be the path of a class, which the parser would import."""
 _CODE = re.compile(
     r"class_path|trust|code_revision|weights_only|attn_implementation|kernel|cache|offload|auto_map|megatron|_config$|__"
 )
@@ -53,12 +51,8 @@ def taken(run: Settings) -> tuple[Settings, list[str]]:
     trainer = {name: value for name, value in _dict(run.get("trainer")).items() if name not in _OF_MACHINE}
     callbacks = trainer.pop("callbacks", None) or []
     found["trainer"], left_out = _divided(trainer, "trainer.", _is_plain)
-    found["trainer"]["callbacks"] = []
-    for callback in callbacks:
-        if isinstance(callback, dict) and _is_plain("callbacks", callback):
-            found["trainer"]["callbacks"].append(callback)
-        else:
-            left_out.append(f"trainer.callbacks ({_dict(callback).get('class_path', callback)})")
+    found["trainer"]["callbacks"] = kept = [each for each in callbacks if _dict(each) and _is_plain("callbacks", each)]
+    left_out += [f"trainer.callbacks ({_dict(each).get('class_path', each)})" for each in callbacks if each not in kept]
     return found, [*others, *left_out]
 
 
@@ -90,7 +84,7 @@ def _is_setting(name: str, value: Any) -> bool:
     # With a slash they are another folder, and a repository of code.
     if name in ("predictions", "attn_implementation"):
         return "/" not in str(value)
-    return _is_plain(name, value) if name in _OBJECTS else str(name).isidentifier() and runs_no_code(value)
+    return str(name).isidentifier() and runs_no_code(value)
 
 
 def runs_no_code(value: Any) -> bool:

@@ -10,7 +10,7 @@ _MINUS_SIGN = "\N{MINUS SIGN}"
 
 
 def normalized(text: str) -> str:
-    """A text without case, punctuation and repeated spaces: what keeps equal questions in one part of the data.
+    """Return a text without case, punctuation and repeated spaces: what keeps equal questions in one part of the data.
 
     It is coarse on purpose, as it also takes accents for nothing that are characters of their own. A text without any
     letter or digit stays as it is.
@@ -23,7 +23,7 @@ def normalized(text: str) -> str:
 
 
 def is_same(answer: str, right: str) -> bool:
-    """Whether two texts have the same words in the same order, in any case; texts of punctuation alone must be equal.
+    """Return whether two texts have the same words in the same order, in any case; mere punctuation must be equal.
 
     Spaces and punctuation only stand between words, so "e-mail" is not "email", nor "1,000" the number 1000. The marks
     that some scripts write as characters of their own count, and so do a number's sign and decimal point.

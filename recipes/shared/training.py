@@ -1,14 +1,13 @@
 """What the LightningModules of all recipes do alike."""
 
 import math
+import reprlib
 from copy import deepcopy
-from itertools import dropwhile
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import ReduceLROnPlateau, instantiate_class
+from lightning.pytorch.cli import LightningCLI, instantiate_class
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -20,7 +19,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 from typing_extensions import override
 
-from recipes.shared.fitting import refuse_another
 from recipes.shared.predictions import PredictionWriter
 from recipes.shared.sharding import check_strategy, shard
 
@@ -28,16 +26,7 @@ Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 
 BARE: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 """Arguments of a Trainer for programs that keep what they need themselves."""
-
-
-def saved_paths(checkpoint: dict[str, Any]) -> list[str]:
-    """Return the paths of checkpoints that the callbacks' states in a checkpoint name."""
-    paths: list[str] = []
-    for state in checkpoint.get("callbacks", {}).values():
-        if isinstance(state, dict):
-            paths += [str(value) for name, value in state.items() if str(name).endswith("_model_path")]
-            paths += map(str, state.get("best_k_models") or ())
-    return paths
+_SCHEDULE = "--lr_scheduler"
 
 
 class RecipeModule(L.LightningModule):
@@ -134,12 +123,6 @@ class RecipeModule(L.LightningModule):
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
-        steps = self.trainer.estimated_stepping_batches
-        if self.trainer.global_step > steps and not self.chosen_scheduler:
-            raise MisconfigurationException(
-                f"this run resumes at step {self.trainer.global_step}, but has {steps} steps with the batch size, "
-                "devices and accumulation given now, so its learning rate would be 0: resume with those of its start"
-            )
         if isinstance(self.net, PeftModel):
             lora = self.net.active_peft_config
             settings = f"rank {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}"
@@ -152,17 +135,17 @@ class RecipeModule(L.LightningModule):
         self._cut = deepcopy(self.trainer.fit_loop.state_dict()) if is_cut else None
 
     def recipe_schedule(self, optimizer: Optimizer) -> LRScheduler:
-        """The learning rate in time where none was chosen, which is stepped with every optimizer step."""
+        """Return the schedule if none was chosen, which is stepped with every optimizer step."""
         steps = self.optimizer_steps()
         warmup_steps = max(self.warmup_steps, math.ceil(self.warmup_share * steps))
         return cast("LRScheduler", get_scheduler(self.schedule, optimizer, warmup_steps, steps))
 
     def parameter_groups(self) -> list[Any]:
-        """What the optimizer gets: trained parameters, or groups of them."""
+        """Return what the optimizer gets: trained parameters, or groups of them."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def new_optimizer(self) -> Optimizer:
-        """The chosen optimizer, or AdamW."""
+        """Return the chosen optimizer, or AdamW."""
         groups = self.parameter_groups()
         if self.chosen_optimizer:
             # LightningCLI has checked it but built nothing, since the parameters exist only now.
@@ -177,14 +160,10 @@ class RecipeModule(L.LightningModule):
         if not self.chosen_scheduler:
             config = {"scheduler": self.recipe_schedule(optimizer), "interval": "step"}
             return {"optimizer": optimizer, "lr_scheduler": config}
-        scheduler = instantiate_class(optimizer, self.chosen_scheduler)
-        config = {"scheduler": scheduler, "interval": "epoch"}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            config["monitor"] = scheduler.monitor
-        return {"optimizer": optimizer, "lr_scheduler": config}
+        return LightningCLI.configure_optimizers(self, optimizer, instantiate_class(optimizer, self.chosen_scheduler))
 
     def optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run, for ``configure_optimizers``.
+        """Return the optimizer steps of the whole run, for ``configure_optimizers``.
 
         Raises:
             MisconfigurationException: the run has no end.
@@ -215,40 +194,36 @@ class RecipeModule(L.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["must_fit"] = self.must_fit()
-        checkpoint["chosen_scheduler"] = self._name_of_scheduler()
+        checkpoint["must_fit"] = self._all_that_must_fit()
         if self._cut is not None:
             # By max_time, after which Lightning counts the epoch as done: resuming would leave out the rest of it.
             checkpoint["loops"]["fit_loop"] = self._cut
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model or other classes, and states that would do harm.
-
-        These are that of a schedule of another kind, before it fails halfway or is taken for this one's, and that of a
-        saver of checkpoints with paths that lead out of its folder, which it would delete.
+        """Refuse a checkpoint of another model or other classes, and resuming under another kind of schedule.
 
         Raises:
             MisconfigurationException: it is such a checkpoint.
         """
         super().on_load_checkpoint(checkpoint)
-        # Without a Trainer there are no data, and so no classes.
-        if self._trainer is not None:
-            refuse_another(checkpoint.get("must_fit", {}), self.must_fit())
-        for path in saved_paths(checkpoint):
-            inner = dropwhile(lambda part: part == "..", Path(path).parts)
-            if ".." in inner or "://" in path:
-                raise MisconfigurationException(f"the checkpoint names another checkpoint of its run as {path!r}")
-        before, now = checkpoint.get("chosen_scheduler"), self._name_of_scheduler()
-        is_resumed = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if is_resumed and before != now:
+        if self._trainer is None:  # without a Trainer there are no data, and so no classes
+            return
+        now = self._all_that_must_fit()
+        differences = []
+        for name, before in checkpoint.get("must_fit", {}).items():
+            is_asked = name != _SCHEDULE or self.trainer.state.fn == TrainerFn.FITTING
+            if is_asked and before != now.get(name):
+                differences.append(f"{name}: {_difference(before, now.get(name))}")
+        if differences:
             raise MisconfigurationException(
-                f"the checkpoint's run had {before or 'no'} --lr_scheduler, and this one has {now or 'none'}: resume "
-                "with the learning rate schedule that the run began with"
+                f"the checkpoint is of a run on something else ({'; '.join(differences)}): give the model, the data "
+                "and the schedule of that run"
             )
 
-    def _name_of_scheduler(self) -> str | None:
-        return self.chosen_scheduler["class_path"] if self.chosen_scheduler else None
+    def _all_that_must_fit(self) -> dict[str, Any]:
+        chosen = self.chosen_scheduler["class_path"] if self.chosen_scheduler else None
+        return {**self.must_fit(), _SCHEDULE: chosen}
 
     # -- validation and test
 
@@ -275,3 +250,15 @@ class RecipeModule(L.LightningModule):
     @override
     def on_test_epoch_end(self) -> None:
         self.log_evaluation("test")
+
+
+def _difference(before: Any, now: Any) -> str:
+    """Return two values in short; of lists what only one of them has, unless they differ in their order.
+
+    Example:
+        >>> _difference(["cat", "dog", "fish"], ["cat", "bird", "fish"])
+        "['dog'] there, ['bird'] here"
+    """
+    if isinstance(before, list) and isinstance(now, list) and set(before) != set(now):
+        before, now = [one for one in before if one not in now], [one for one in now if one not in before]
+    return f"{reprlib.repr(before)} there, {reprlib.repr(now)} here"

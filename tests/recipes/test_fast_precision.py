@@ -88,8 +88,7 @@ def test_runs_of_a_folder_keep_their_precision(
 
 
 def cli(*more: str) -> RecipeCLI:
-    boring = "lightning.pytorch.demos.boring_classes"
-    given = [f"--model={boring}.BoringModel", f"--data={boring}.BoringDataModule", "--trainer.accelerator=cpu"]
+    given = ["--model=test_cli.Tiny", "--data=test_cli.Numbers", "--trainer.accelerator=cpu"]
     return RecipeCLI([*given, "--trainer.logger=false", *more], run=False)
 
 
@@ -101,14 +100,6 @@ def test_null_is_filled_in_and_kept(fast_bfloat16: None) -> None:
     assert cli("--trainer.precision=32-true").trainer.precision == "32-true"
     plugin = "lightning.pytorch.plugins.DoublePrecision"
     assert cli(f"--trainer.plugins=[{{class_path: {plugin}}}]").trainer.precision == "64-true"
-
-
-def test_processes_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their collectives would wait for each other, or get another size than they expect."""
-    monkeypatch.setattr("recipes.shared.cli.gathered", lambda own: [own, "bf16-mixed"])
-    chosen = cli("--trainer.precision=32-true", "--trainer.max_epochs=1")
-    with pytest.raises(MisconfigurationException, match=r"\(32-true, bf16-mixed\).*one by --trainer.precision"):
-        chosen.trainer.fit(chosen.model, chosen.datamodule)
 
 
 def test_every_base_leaves_it_open() -> None:

@@ -7,15 +7,14 @@ import pytest
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.files import write_whole
 
-BORING = "lightning.pytorch.demos.boring_classes"
-
 
 def fit(*more: str) -> None:
     """A short run without a logger, whose files land in the working directory."""
     quiet = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
     short = ["--trainer.accelerator=cpu", "--trainer.max_steps=1", "--trainer.precision=32-true"]
-    module, data = f"--model={BORING}.BoringModel", f"--data={BORING}.BoringDataModule"
-    RecipeCLI(["fit", module, data, "--trainer.logger=false", *quiet, *short, *more])
+    RecipeCLI(
+        ["fit", "--model=test_cli.Tiny", "--data=test_cli.Numbers", "--trainer.logger=false", *quiet, *short, *more]
+    )
 
 
 @pytest.mark.usefixtures("command_line")

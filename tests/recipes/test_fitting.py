@@ -16,7 +16,7 @@ from recipes.vqa.module import VQA
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("clip_contrastive", r"\(weights of the image tower: \d+ there, \d+ here\): give the model and the data"),
+        ("clip_contrastive", r"\(weights of the image tower: \d+ there, \d+ here\): give the model, the data"),
         ("vqa", r"kind of model: 'idefics3' there, 'qwen2_5_vl' here"),
     ],
 )

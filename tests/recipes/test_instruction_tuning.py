@@ -150,7 +150,7 @@ def test_the_base_configuration_trains_any_model_on_any_file(tiny: str, tokenize
     with pytest.raises(MisconfigurationException, match=r"nothing to test on.*Give --data.test_split"):
         quick("test", base, *options)
     Path(sums).write_text(2 * Path(sums).read_text())
-    with pytest.warns(UserWarning, match=f"trained on {len(rows)} examples, and this one has {2 * len(rows)}"):
+    with pytest.warns(UserWarning, match=f"had {len(rows)} examples, and this one has {2 * len(rows)}"):
         quick("fit", base, *options, "--trainer.max_steps=2")
 
 

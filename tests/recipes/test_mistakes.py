@@ -10,7 +10,7 @@ from recipes.shared.mistakes import mistake_behind, without_traceback
 # Another test may have imported a command's `__main__` before it is run here as the command.
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
 
-NO_SPLIT = "^Error: .*is a file, and has no split[^\n]*$"
+NO_SPLIT = "^Error: .*has no split[^\n]*$"
 MISTAKES = [
     ("classification", ["fit", "TINY", "--data.dataset=mine.csv", "--data.validation_split=validation"], NO_SPLIT),
     ("nlg", ["fit", "TINY", "--data.dataset=mine.txt", "--data.test_split=test"], NO_SPLIT),

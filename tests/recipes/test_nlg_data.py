@@ -175,14 +175,14 @@ def test_bad_settings_and_files_are_refused_before_training(model: str, tmp_path
     with pytest.raises(MisconfigurationException, match="leave something to train on"):
         MeaningData("data.csv", validation_share=0.5, test_share=0.5)
     file = save_csv(tmp_path / "train.csv")
-    with pytest.raises(MisconfigurationException, match=r"train.csv' is a file, and has no split 'test'"):
+    with pytest.raises(MisconfigurationException, match=r"train.csv' has no split 'test'"):
         prepared(model, file, "test", test_split="test")
     with pytest.warns(
         UserWarning, match="none of 108 rows falls into validation's share of 0.0001: it takes the nearest"
     ):
         assert len(prepared(model, file, validation_share=0.0001).meanings["validation"]) == 1
     text = save_lora_text(tmp_path / "train.txt")
-    with pytest.raises(MisconfigurationException, match=r"train.txt' is a file, and has no split 'validation'"):
+    with pytest.raises(MisconfigurationException, match=r"train.txt' has no split 'validation'"):
         prepared(model, text, validation_split="validation")
     (tmp_path / "bad.txt").write_text("a||b\n\nno text here\n")
     with pytest.raises(MisconfigurationException, match=r"line 3: a line needs meaning\|\|text"):

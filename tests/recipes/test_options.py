@@ -47,7 +47,7 @@ def test_lists_switches_and_what_is_handed_on() -> None:
     assert others == ["--model.lr", "2", "--data.x=[1,2]"]
 
 
-@pytest.mark.parametrize("given", [["--seeds=13"], ["--seeds", "13"], ["--seeds=[13]"], ["--seeds", "[13]"]])
+@pytest.mark.parametrize("given", [["--seeds=13"], ["--seeds", "13"]])
 def test_a_list_of_one(given: list[str]) -> None:
     assert parse_options(Options, ["--table=a", "--plan=false", *given], "program", None) == Options("a", seeds=[13])
 

@@ -11,9 +11,9 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.shared import packaged
-from recipes.shared.packaged import NpmPackage, npm_folder
+from recipes.shared.packaged import npm_folder
 
-WANTED = NpmPackage("@some/pictures", "1.2", ("list.json", "images/*"))
+WANTED = ("@some/pictures@1.2", ("list.json", "images/*"))
 FILES = {"package/list.json": b"[]", "package/images/a.png": b"picture", "package/index.js": b"not wanted"}
 
 
@@ -39,7 +39,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_without_npm_the_message_tells_what_to_do(cache: Path) -> None:
     with pytest.raises(
-        MisconfigurationException, match=f"Node.js.*npm pack '@some/pictures@1.2' --pack-destination '{cache}'"
+        MisconfigurationException, match=f"Node.js.*npm pack @some/pictures@1.2 --silent --pack-destination '{cache}'"
     ):
         npm_folder("pictures")
     assert list(cache.iterdir()) == []

