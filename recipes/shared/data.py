@@ -134,13 +134,13 @@ def given_dataset(name: str | None, tasks: str = "") -> str:
         MisconfigurationException: there is none.
     """
     if name is None:
-        raise MisconfigurationException(f"no data: give as --data.dataset {_choice(tasks)}")
+        raise MisconfigurationException(f"no data: give {_choice(tasks)} as --data.dataset")
     return name
 
 
 def _choice(tasks: str) -> str:
     packaged = f", or one of {tasks}" if tasks else ""
-    return f"a Hub name, a folder or a file ending in {', '.join(FORMATS)}{packaged}"
+    return f"a file ending in {', '.join(FORMATS)}, a folder, a Hub name{packaged}"
 
 
 def mapped(table: Any, function: Callable[..., dict[str, Any]], **options: Any) -> Any:

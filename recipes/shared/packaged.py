@@ -181,8 +181,6 @@ def _extract(tarball: Path, patterns: Sequence[str], folder: Path) -> None:
                     archive.extract(member.replace(name=name, deep=False), folder, filter="data")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise MisconfigurationException(f"{tarball} can't be extracted ({error}): delete it") from error
-    if not any(folder.iterdir()):
-        raise MisconfigurationException(f"{tarball} holds none of {', '.join(patterns)}: delete it")
 
 
 def _convert_gguf(source: Path, target: Path) -> None:

@@ -79,8 +79,7 @@ class PartedData(ResumableData):
         self.division = Division(self.dataset, self.split, self.given_splits(), shares, packaged=self.packaged)
         self.division.packaged_splits = self.packaged_splits
         self.own_splits, self.shares = self.division.own_splits, self.division.shares
-        least = {"batch_size": 1, "num_workers": 0, **self.least}
-        refuse_bad_settings(self, least, self.shares, self.problems())
+        refuse_bad_settings(self, {"batch_size": 1, "num_workers": 0, **self.least}, self.shares, self.problems())
         self.parts = {}
         self.reports: dict[str, str] = {}
         self._tables: dict[str, Any] = {}

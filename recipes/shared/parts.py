@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from recipes.shared.data import given_dataset, is_packaged, split_names, table_ending
 
-VALIDATION_SHARE = 0.05
-"""Of the training split, if nothing else says what validation takes."""
+_SHARES = {"validation": 0.05, "test": 0.0}
+"""Of the training split, if nothing else says what a part takes."""
 _OWN_SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 """What data sets call the split for a part."""
 _PART_OF_STAGE = {"validate": "validation", "test": "test"}
@@ -168,10 +168,9 @@ class Division:
     packaged_splits: Sequence[str] = ("train",)
 
     def __post_init__(self) -> None:
-        defaults = {"validation": VALIDATION_SHARE, "test": 0.0}
         self.shares: dict[str, float] = {}
         for part, share in self.given_shares.items():
-            self.shares[part] = defaults[part] if share is None else share
+            self.shares[part] = _SHARES[part] if share is None else share
             if self.own(part) is not None:
                 self.shares[part] = 0.0  # the whole training split trains, except for the other part's share
 
@@ -204,7 +203,9 @@ class Division:
         """
         unset = [part for part, share in self.given_shares.items() if share is None and self.own(part) is None]
         trained_on = re.findall(r"\w+", self.split)  # perhaps one beside "train"
-        names = self._split_names(config_name, revision) if unset else []
+        name = given_dataset(self.dataset, self.packaged)
+        has_splits = unset and not is_packaged(name) and not is_file(name)
+        names = split_names(name, self.split, config_name, revision, self.packaged) if has_splits else []
         for part in unset:
             own = next((split for split in _OWN_SPLITS[part] if split in names and split not in trained_on), None)
             if own is not None:
@@ -213,13 +214,6 @@ class Division:
                 )
                 self.own_splits[part] = own
                 self.shares[part] = 0.0
-
-    def _split_names(self, config_name: str | None, revision: str | None) -> list[str]:
-        """Return the splits of a data set; none of a packaged one and of files."""
-        name = given_dataset(self.dataset, self.packaged)
-        if is_packaged(name) or is_file(name):
-            return []
-        return split_names(name, self.split, config_name, revision, self.packaged)
 
     def refuse_wrong_splits(self, stage: str, option: str = "split") -> None:
         """Refuse splits that the data set does not have, or that are trained on, and an evaluation on nothing.

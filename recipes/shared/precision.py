@@ -46,7 +46,11 @@ def fast_precision(accelerator: str = "auto") -> Precision:
     if setting:
         return _checked(setting, SETTING)
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return _of_gpu()
+        # By default PyTorch also says yes for cards that only emulate bfloat16.
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed"
+        # Volta, 7.0, was the first generation with tensor cores.
+        return "16-mixed" if torch.cuda.get_device_capability() >= (7, 0) else "32-true"
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return "32-true"
     return "bf16-mixed" if _has_fast_bfloat16() else "32-true"
@@ -79,15 +83,6 @@ def _checked(value: str, where: str) -> Precision:
     if value not in allowed:
         raise MisconfigurationException(f"{where} must hold one of {', '.join(allowed)}, or be absent, got {value!r}")
     return cast("Precision", value)
-
-
-def _of_gpu() -> Precision:
-    # By default PyTorch also says yes for cards that only emulate bfloat16.
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16-mixed"
-    # Volta, 7.0, was the first generation with tensor cores.
-    has_tensor_cores = torch.cuda.get_device_capability() >= (7, 0)
-    return "16-mixed" if has_tensor_cores else "32-true"
 
 
 def _has_fast_bfloat16() -> bool:

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 _METHODS = ("generate", "encode_image", "encode_text")
-_OVERLAYS = "recipes/configs/strategies"
 
 
 class FSDP2(ModelParallelStrategy):
@@ -107,7 +106,7 @@ def check_strategy(strategy: Strategy, quantization: str | None = None, lora: di
     if not (wraps or isinstance(strategy, FSDP2)):
         problem = (
             "sharding needs an auto_wrap_policy that keeps the adapter apart from the frozen weights, or FSDP2 without "
-            f"tensor parallelism: add --config {_OVERLAYS}/fsdp1.yaml or fsdp2.yaml"
+            "tensor parallelism: add --config recipes/configs/strategies/fsdp1.yaml or fsdp2.yaml"
         )
     elif quantization is not None:
         problem = f"quantization={quantization!r} is not tested with sharded weights: use ddp, or set it to null"

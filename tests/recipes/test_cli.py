@@ -290,7 +290,7 @@ def test_every_command_has_the_settings_of_the_checkpoints_run(config: str) -> N
 
 
 def test_predict_is_refused_where_a_recipe_has_none(config: str) -> None:
-    with pytest.raises(MisconfigurationException, match="predict_dataloader"):
+    with pytest.raises(MisconfigurationException, match=r"`Trainer\.predict` requires"):
         run("predict", config)
 
 

@@ -16,7 +16,7 @@ from recipes.shared.command_line import taken_apart
 from recipes.shared.configs import RECIPES, methods_of
 
 ROOT = RECIPES.parent
-FILES = sorted(RECIPES.rglob("*.yaml"))
+FILES = sorted(RECIPES.glob("**/configs/**/*.yaml"))
 NAMES = [path.parent.parent.name for path in FILES if path.name == "base.yaml"]
 OVERLAYS = []
 for name in NAMES:

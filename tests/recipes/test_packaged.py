@@ -73,10 +73,9 @@ def test_a_tarball_fetched_by_hand_is_taken(cache: Path) -> None:
     ("files", "said"),
     [
         ({"package/images/../../../../out.png": b""}, "can't be extracted"),
-        ({"package/other": b""}, r"holds none of list.json, images/\*"),
         (None, "can't be extracted"),
     ],
-    ids=["outside", "nothing wanted", "no archive"],
+    ids=["outside", "no archive"],
 )
 def test_a_wrong_tarball_is_refused(cache: Path, files: dict[str, bytes] | None, said: str) -> None:
     (cache / "some-pictures-1.2.0.tgz").write_bytes(tarball(files) if files else b"?")
