@@ -153,18 +153,17 @@ class RecipeCLI(LightningCLI):
         )
 
     def _set_rho(self, settings: Namespace) -> None:
-        """Hand ``--rho`` to what has one, and forget it, so that the run's ``config.yaml`` has it once."""
+        """Hand ``--rho`` to the method, and forget it, so that the run's ``config.yaml`` has it once."""
         rho, settings.rho = settings.rho, None
         if rho is None:
             return
         chosen = [each for each in listed(settings.trainer.callbacks) if is_method(each.class_path)]
-        owners = chosen or [settings.model]
-        if len(owners) > 1 or "rho" not in owners[0].init_args:
+        if len(chosen) != 1 or "rho" not in chosen[0].init_args:
             raise MisconfigurationException(
-                "--rho is the radius of one method: choose it with --method, or name the callback or the module, as in "
-                "--trainer.callbacks.rho or --model.rho"
+                "--rho is the radius of one method: choose it with --method, or set --trainer.callbacks.rho or "
+                "--model.rho"
             )
-        owners[0].init_args.rho = rho
+        chosen[0].init_args.rho = rho
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
