@@ -12,14 +12,15 @@ from typing_extensions import override
 
 from recipes.instruction_tuning import sources
 from recipes.instruction_tuning.encoding import encode
-from recipes.instruction_tuning.formats import MORE_THAN_TEXT, NO_ANSWER, NO_QUESTION, REFUSED
-from recipes.language.batches import Collate, loader_by_length, padding_id
+from recipes.language.batches import collate, loader_by_length, padding_id
 from recipes.language.chat import ChatEncoder
 from recipes.language.data import encoded_prompts, tokenizer_of
 from recipes.language.packing import packed
 from recipes.shared.data import mapped
 from recipes.shared.parted_data import PartedData
 from recipes.shared.resumable import LateLoader
+
+_REASONS = 5  # for dropped conversations, that a report names
 
 
 @dataclass(eq=False)
@@ -124,7 +125,8 @@ class InstructionData(PartedData):
 
     @override
     def loader(self, part: str) -> LateLoader:
-        return loader_by_length(self, self.parts[part], Collate(padding_id(self.encoder.tokenizer)), part == "train")
+        padded = partial(collate, pad_id=padding_id(self.encoder.tokenizer))
+        return loader_by_length(self, self.parts[part], padded, part == "train")
 
     def _packed(self, rows: Any) -> Any:
         """Rows of several conversations, which are the same in every epoch."""
@@ -141,27 +143,14 @@ class InstructionData(PartedData):
         return made
 
     def _report(self, part: str, counts: Counter[str], kept: Any) -> str:
-        notes = {
-            "cut": f"{counts['cut']} of them cut at max_length={self.max_length} tokens",
-            "too long": f"{counts['too long']} dropped: no answer within max_length={self.max_length} tokens",
-            NO_ANSWER: f"{counts[NO_ANSWER]} dropped: no answer in the data",
-            NO_QUESTION: f"{counts[NO_QUESTION]} dropped: no question in the data",
-            MORE_THAN_TEXT: f"{counts[MORE_THAN_TEXT]} dropped: {MORE_THAN_TEXT} in them",
-        }
-        parts = [f"{self.source_of(part)}, {part}: {counts['kept'] + counts['cut']} conversations"]
-        parts += [note for status, note in notes.items() if counts[status]]
-        refused = Counter({status: count for status, count in counts.items() if status.startswith(REFUSED)})
-        if refused:
-            # Templates have few reasons, and data mostly one.
-            ((reason, count),) = refused.most_common(1)
-            share = "" if count == refused.total() else f", {count} of them"
-            parts.append(f"{refused.total()} dropped{share}: {reason.removeprefix(REFUSED)}")
-        without_thoughts = sum(kept["leaves_thoughts"])
-        if without_thoughts:
-            parts.append(
-                f"{without_thoughts} of them without thoughts that the data hold: the template leaves them out"
-            )
-        without_tools = sum(kept["leaves_tools"])
-        if without_tools:
-            parts.append(f"{without_tools} of them without the tools in the data, which the template does not write")
-        return "; ".join(parts)
+        parts = [f"{self.source_of(part)}, {part}: {len(kept)} conversations"]
+        cut, without = counts.pop("cut", 0), sum(kept["leaves_out"])
+        if cut:
+            parts.append(f"{cut} of them cut at max_length={self.max_length} tokens")
+        if without:
+            parts.append(f"{without} of them without thoughts or tools of the data: the template leaves them out")
+        del counts["kept"]
+        # Templates have few reasons, and data mostly one.
+        parts += [f"{count} dropped: {reason}" for reason, count in counts.most_common(_REASONS)]
+        others = counts.total() - sum(count for _, count in counts.most_common(_REASONS))
+        return "; ".join([*parts, f"{others} dropped for other reasons"] if others else parts)

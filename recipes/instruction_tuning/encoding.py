@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-from recipes.instruction_tuning.formats import NO_ANSWER, REFUSED
 from recipes.language.chat import IGNORED, ChatEncoder
 from recipes.language.conversation import THOUGHTS
 from recipes.language.templates import RefusedConversationError
@@ -12,7 +11,7 @@ Row = dict[str, Any]
 
 
 def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
-    """Token ids of a conversation, once for each option if they are to be ranked, and what became of it.
+    """Return token ids of a conversation, once for each option if they are to be ranked, and what became of it.
 
     Args:
         row: as ``formats`` gives it.
@@ -20,20 +19,15 @@ def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
         with_options: encode each option, for an evaluation.
 
     Returns:
-        ``input_ids`` and ``labels`` of each option, the greatest ``length`` in tokens, the place ``gold`` of the right
-        option, ``answer`` and ``prompt_ids`` of a free answer that is to be generated, whether the template
-        ``leaves_thoughts`` or ``leaves_tools`` out, and the ``status``: "kept", "cut", "too long", "no answer", the
-        row's problem, or :data:`REFUSED` and why.
+        ``input_ids`` and ``labels`` of each option, the greatest ``length`` in tokens, the index ``gold`` of the right
+        option, ``answer`` and ``prompt_ids`` of a free answer that is to be generated, whether the template leaves
+        thoughts or tools out (``leaves_out``), and the ``status``: "kept", "cut", or why the row can't be used.
     """
-    last = row["messages"][-1] if row["messages"] else None
-    if row["problem"] or last is None or not (last["content"].strip() or last["more"]):
-        # An answer of spaces alone has no token to learn.
-        return _unusable(row["problem"] or NO_ANSWER)
+    # One such row must not stop a run, such as a conversation of ShareGPT that begins with an answer.
     try:
-        return _usable(row, encoder, with_options)
+        return _unusable(row["problem"]) if row["problem"] else _usable(row, encoder, with_options)
     except RefusedConversationError as error:
-        # One such row must not stop a run, such as a conversation of ShareGPT that begins with an answer.
-        return _unusable(f"{REFUSED}{error}")
+        return _unusable(str(error))
 
 
 def _usable(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
@@ -43,9 +37,8 @@ def _usable(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
     options = (row["options"] if with_options else None) or [answer["content"]]
     ends = not row["options"]  # options are ranked by their own tokens, and nobody generates them
     encoded = [encoder.encode([*context, {**answer, "content": option}], ends, tools) for option in options]
-    status = "cut" if any(e.cut for e in encoded) else "kept"
     if any(set(e.labels) <= {IGNORED} for e in encoded):
-        status = "too long"
+        return _unusable(f"no answer within max_length={encoder.max_length} tokens")
     # Answers with thoughts are not generated: how a template ends thoughts is its own affair, and so is comparing them.
     has_thoughts = row["messages"][-1]["thoughts"] or "</think>" in answer["content"]
     is_free = with_options and not row["options"] and not has_thoughts and "tool_calls" not in answer
@@ -56,20 +49,18 @@ def _usable(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
         "gold": options.index(answer["content"]),
         "answer": answer["content"] if is_free else "",
         "prompt_ids": encoder.encode_prompt(context, tools) if is_free else [],
-        "leaves_thoughts": any(e.leaves_thoughts for e in encoded),
-        "leaves_tools": any(e.leaves_tools for e in encoded),
-        "status": status,
+        "leaves_out": any(e.leaves_out for e in encoded),
+        "status": "cut" if any(e.cut for e in encoded) else "kept",
     }
 
 
 def _unusable(status: str) -> Row:
     empty: Row = {"input_ids": [], "labels": [], "prompt_ids": [], "answer": ""}
-    flags = {"leaves_thoughts": False, "leaves_tools": False}
-    return {**empty, **flags, "length": 0, "gold": 0, "status": status}
+    return {**empty, "leaves_out": False, "length": 0, "gold": 0, "status": status}
 
 
 def template_message(message: Row) -> Row:
-    """A message as chat templates know it.
+    """Return a message as chat templates know it.
 
     Example:
         >>> template_message({"role": "user", "content": "Why?", "thoughts": None, "learnt": True, "more": ""})

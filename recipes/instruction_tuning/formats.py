@@ -18,34 +18,16 @@ from recipes.shared.text_metrics import normalized
 
 Row = dict[str, Any]
 Message = dict[str, Any]
+_TEXT = datasets.Value("string")
+_MESSAGE = {"role": _TEXT, "content": _TEXT, "thoughts": _TEXT, "learnt": datasets.Value("bool"), "more": _TEXT}
 FEATURES = datasets.Features(
-    {
-        "messages": [
-            {
-                "role": datasets.Value("string"),
-                "content": datasets.Value("string"),
-                "thoughts": datasets.Value("string"),
-                "learnt": datasets.Value("bool"),
-                "more": datasets.Value("string"),
-            }
-        ],
-        "options": [datasets.Value("string")],
-        "tools": datasets.Value("string"),
-        "key": datasets.Value("string"),
-        "problem": datasets.Value("string"),
-    }
+    {"messages": [_MESSAGE], "options": [_TEXT], "tools": _TEXT, "key": _TEXT, "problem": _TEXT}
 )
-MORE_THAN_TEXT = "images or sounds"
-REFUSED = "refused: "  # how the problem of a row begins that can't be read or rendered; why follows
-NO_QUESTION = "no question"
-NO_ANSWER = "no answer"
 _ROLES = {
-    **{role: role for role in ("system", "developer", "user", "assistant")},
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "function_call", "tool_call"), "assistant"),
-    **dict.fromkeys(("tool", "ipython", "function", "observation", "tool_response"), "tool"),
+    "gpt": "assistant",
 }
-_CALL_ROLES = ("function_call", "tool_call")  # of answers whose text is a call, as ShareGPT's files have them
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what Qwen, GPT-OSS and others call them
 _LISTS = ("messages", "conversations")  # columns of whole conversations
 _SYSTEM = ("system", "system_prompt")
@@ -58,36 +40,26 @@ class Pair(NamedTuple):
 
     Attributes:
         question: column of the question.
-        answer: column of the answer.
+        answers: columns of which the first one that is there holds the answer.
         more: columns that may be missing or empty, which follow the question after an empty line.
     """
 
     question: str
-    answer: str
+    answers: tuple[str, ...]
     more: tuple[str, ...] = ()
 
 
-_MORE = ("input", "context")
 PAIRS = (
-    Pair("instruction", "output", _MORE),  # Alpaca
-    Pair("instruction", "response", _MORE),  # Dolly
-    Pair("instruction", "answer", _MORE),
-    Pair("prompt", "completion"),  # trl; texts, or lists of messages
-    Pair("prompt", "response"),
-    Pair("query", "response", ("context",)),  # MetaMath
-    Pair("query", "answer", ("context",)),
-    Pair("question", "answer", ("context",)),  # GSM8K
-    Pair("question", "response", ("context",)),  # OpenOrca, with system_prompt
-    Pair("input", "output"),
+    Pair("instruction", ("output", "response", "answer"), ("input", "context")),  # Alpaca, Dolly
+    Pair("prompt", ("completion", "response")),  # trl; texts, or lists of messages
+    Pair("query", ("response", "answer"), ("context",)),  # MetaMath
+    Pair("question", ("answer", "response"), ("context",)),  # GSM8K; OpenOrca, with system_prompt
+    Pair("input", ("output",)),
 )
 
 
-class _UnusableError(Exception):
-    """A row that can't be learnt; its text says why."""
-
-
 def turn(role: str, content: str, thoughts: str | None = None, learnt: bool = True, more: str = "") -> Message:
-    """A message.
+    """Return a message.
 
     Args:
         role: "system", "developer", "user", "assistant" or "tool".
@@ -100,7 +72,7 @@ def turn(role: str, content: str, thoughts: str | None = None, learnt: bool = Tr
 
 
 def conversation(question: str, answer: str, options: Sequence[str], key: str) -> Row:
-    """A row of one question and its answer."""
+    """Return a row of one question and its answer."""
     return _row([turn("user", question), turn("assistant", answer)], key, options)
 
 
@@ -108,14 +80,8 @@ def _row(messages: list[Message], key: str, options: Sequence[str] = (), problem
     return {"messages": messages, "options": list(options), "tools": "", "key": normalized(key), "problem": problem}
 
 
-def known_columns() -> str:
-    """Return the columns that are understood, for messages."""
-    pairs = ", ".join(f"{pair.question!r} and {pair.answer!r}" for pair in PAIRS)
-    return f"'messages' (a list of role and content), 'conversations' (a list of from and value), or {pairs}"
-
-
 def converter(columns: Sequence[str], source: str) -> Callable[[Row], Row]:
-    """What turns rows with these columns into rows of :data:`FEATURES`.
+    """Return what turns rows with these columns into rows of :data:`FEATURES`.
 
     Args:
         columns: of the table.
@@ -127,113 +93,100 @@ def converter(columns: Sequence[str], source: str) -> Callable[[Row], Row]:
     found = _understood(columns)
     if found is not None:
         return partial(_converted, found=found)
+    pairs = ", ".join(f"{pair.question!r} and {answer!r}" for pair in PAIRS for answer in pair.answers)
     raise MisconfigurationException(
-        f"{source} has the columns {sorted(columns)}. Known are {known_columns()}. Give other names in columns, for "
-        "example --data.columns '{problem: question, solution: answer}'"
+        f"{source} has the columns {sorted(columns)}. Known are 'messages' (a list of role and content), "
+        f"'conversations' (a list of from and value), or {pairs}. Give other names in columns, for example "
+        "--data.columns '{problem: question, solution: answer}'"
     )
 
 
 def read_columns(columns: Sequence[str]) -> list[str]:
-    """Those of some columns that a :func:`converter` of them reads.
+    """Return those of some columns that a :func:`converter` of them reads.
 
     Example:
         >>> read_columns(["id", "context", "question", "answer"])
         ['question', 'answer', 'context']
     """
     found = _understood(columns)
-    wanted = [found.question, found.answer, *found.more] if isinstance(found, Pair) else [found]
+    wanted = [found.question, found.answers[0], *found.more] if isinstance(found, Pair) else [found]
     return [column for column in (*wanted, *_SYSTEM, _TOOLS) if column in columns]
 
 
 def _understood(columns: Sequence[str]) -> str | Pair | None:
-    """What a table's rows are read from: a column of conversations, or the columns of a question and its answer."""
+    """Return a column of conversations, or the columns of a question and its answer."""
     for column in _LISTS:
         if column in columns:
             return column
     for pair in PAIRS:
-        if pair.question in columns and pair.answer in columns:
-            return pair
+        answers = [answer for answer in pair.answers if answer in columns]
+        if pair.question in columns and answers:
+            return pair._replace(answers=(answers[0],))
     return None
 
 
 def _converted(row: Row, found: str | Pair) -> Row:
-    """Up to the last answer that is learnt; a conversation without one keeps no message, and is counted later."""
+    # One row that can't be used must not stop a run; how many there are is printed.
     try:
-        messages = _read_pair(row, found) if isinstance(found, Pair) else _messages(row[found] or [], found)
-        functions = [tool.get("function") or tool for tool in _objects(row.get(_TOOLS))]
-        tools = [_function(function) for function in functions if function.get("name")]
-    # One such row must not stop a run; how many there are is printed.
-    except _UnusableError as error:
-        return _row([], "", problem=str(error))
+        return _read(row, found)
     except ValueError as error:
-        return _row([], "", problem=f"{REFUSED}{error}")
+        return _row([], "", problem=str(error))
+
+
+def _read(row: Row, found: str | Pair) -> Row:
+    """Return a conversation up to the last answer that is learnt."""
+    messages = _read_pair(row, found) if isinstance(found, Pair) else _messages(row[found] or [], found)
     system = next((row[name] for name in _SYSTEM if row.get(name)), None)
     if system is not None and not leads(messages):
         messages.insert(0, turn("system", str(system)))
     while messages and not _is_learnt(messages[-1]):
-        # What comes after the last answer that is learnt teaches nothing.
         messages.pop()
-    problem = _lack(messages)
-    if problem:
-        return _row([], "", problem=problem)
+    if not messages:
+        raise ValueError("no answer in the data")
+    for message in messages:
+        if not (message["content"].strip() or message["more"]):
+            if message["role"] == "user":
+                raise ValueError("no question in the data")
+            if _is_learnt(message):
+                raise ValueError("no answer in the data")
+    tools = [tool.get("function") or tool for tool in _objects(row.get(_TOOLS))]
+    listed = [{"type": "function", "function": tool} for tool in tools if tool.get("name")]
     question = next((message["content"] for message in messages if message["role"] == "user"), "")
-    return _row(messages, question) | {"tools": json.dumps(tools) if tools else ""}
+    return _row(messages, question) | {"tools": json.dumps(listed) if listed else ""}
 
 
 def _is_learnt(message: Message) -> bool:
     return bool(message["role"] == "assistant" and message["learnt"])
 
 
-def _lack(messages: Sequence[Message]) -> str:
-    """Which of a conversation's messages is empty, of those that teach something; "" where none is."""
-    for message in messages:
-        if not (message["content"].strip() or message["more"]):
-            if message["role"] == "user":
-                return NO_QUESTION
-            if _is_learnt(message):
-                return NO_ANSWER
-    return ""
-
-
 def _read_pair(row: Row, pair: Pair) -> list[Message]:
-    question, answer = row[pair.question], row[pair.answer]
-    messages = []
+    question, (column,) = row[pair.question], pair.answers
     if isinstance(question, list):
-        messages += _messages(question, pair.question, learnt=False)
+        messages = _messages(question, pair.question, learnt=False)
     else:
-        parts = [_text_of(row, column) for column in (pair.question, *pair.more)]
-        asked = "\n\n".join(part for part in parts if part)
-        if not asked.strip():
-            raise _UnusableError(NO_QUESTION)
-        messages.append(turn("user", asked))
-    if isinstance(answer, list):
-        return messages + _messages(answer, pair.answer)
-    text = _text_of(row, pair.answer)
+        parts = [_text(row.get(name), f"the column {name!r}") for name in (pair.question, *pair.more)]
+        messages = [turn("user", "\n\n".join(part for part in parts if part))]
+    if isinstance(row[column], list):
+        return messages + _messages(row[column], column)
+    text = _text(row[column], f"the column {column!r}")
     # Completions of plain text often begin with the space that joins them to their prompt.
-    return [*messages, turn("assistant", text.strip() if pair.answer == "completion" else text)]
+    return [*messages, turn("assistant", text.strip() if column == "completion" else text)]
 
 
-def _text_of(row: Row, column: str) -> str:
-    value = row.get(column)
-    text = _written(value)
-    if text is None:
-        raise ValueError(f"the column {column!r} must hold texts or numbers, and a row holds {value!r}. {_LEAVE_OUT}")
-    return text
-
-
-def _written(value: Any) -> str | None:
-    """A text, or a number as it is written; "" for none, and None for what is neither.
+def _text(value: Any, where: str) -> str:
+    """Return a text, or a number as it is written; "" for none.
 
     Example:
-        >>> _written(7.0), _written(0.5), _written(None), _written([]), _written([1])
-        ('7', '0.5', '', '', None)
+        >>> _text(7.0, "the answer"), _text(0.5, "the answer"), _text(None, "the answer")
+        ('7', '0.5', '')
     """
-    if value is None or value in ([], {}) or value != value:  # a missing number is not equal to itself
+    if value is None or value == [] or value != value:  # a missing number is not equal to itself
         return ""
     if isinstance(value, float) and value.is_integer():  # a column of integers in which one is missing
         return str(int(value))
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return str(value) if is_number or isinstance(value, str) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"{where} must hold texts or numbers, and a row holds {value!r}. {_LEAVE_OUT}")
+    return str(value)
 
 
 def _messages(listed: Any, column: str, learnt: bool = True) -> list[Message]:
@@ -243,41 +196,46 @@ def _messages(listed: Any, column: str, learnt: bool = True) -> list[Message]:
 
 
 def _message(given: Mapping[str, Any], column: str, learnt: bool) -> Message:
-    role = given.get("role") or given.get("from")
+    name = given.get("role") or given.get("from")
+    role = _ROLES.get(str(name))
     content = given["content"] if "content" in given else given.get("value")
-    if role not in _ROLES:
-        raise ValueError(f"the column {column!r} has a message of {role!r}; the roles are {', '.join(_ROLES)}")
+    if role is None:
+        raise ValueError(f"the column {column!r} has a message of {name!r}; the roles are {', '.join(_ROLES)}")
     thoughts = next((given[name] for name in _THOUGHTS if given.get(name)), None)
     # SlimOrca and OpenAI's files mark answers that are only read with a weight of 0.
     weight = given.get("weight")
     is_learnt = learnt and (weight is None or float(weight) != 0)
-    calls = _objects(content if role in _CALL_ROLES else given.get("tool_calls") or given.get("function_call"))
-    calls = [call for call in calls if any(call.values())]
-    more = {name: given[name] for name in ("name", "tool_call_id") if given.get(name) and _ROLES[role] == "tool"}
+    more = {name: given[name] for name in ("name", "tool_call_id") if given.get(name) and role == "tool"}
+    calls = [call for call in _objects(given.get("tool_calls")) if any(call.values())]
     if calls:
         more = {"tool_calls": [_call(call) for call in calls]}
-    if _ROLES[role] == "tool" and isinstance(content, dict) and "type" not in content:
-        content = json.dumps(_without_none(content), ensure_ascii=False)
-    text = "" if role in _CALL_ROLES else _joined(content)
-    return turn(_ROLES[role], text, thoughts, is_learnt, json.dumps(more) if more else "")
+    return turn(role, _joined(content), thoughts, is_learnt, json.dumps(more) if more else "")
+
+
+def _joined(content: Any) -> str:
+    """Return the text of a message, whose content may be a list of parts."""
+    if not isinstance(content, list):
+        return _text(content, "a message")
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type", "text") != "text":
+            raise ValueError("images or sounds in the data")
+        texts.append(_text(part.get("text"), "a part of a message"))
+    return "".join(texts)
 
 
 def _call(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A call of a tool as chat templates know it, whose arguments may be a text of JSON."""
+    """Return a call of a tool as chat templates know it; its arguments may be a text of JSON."""
     function = given.get("function", given)
     if not isinstance(function, dict) or not function.get("name"):
         raise ValueError(f"a call of a tool must have a name, and a row holds {given!r}")
     arguments = _objects(function.get("arguments"))
-    made = _function({"name": function["name"], "arguments": arguments[0] if arguments else {}})
+    made = {"type": "function", "function": {"name": function["name"], "arguments": (arguments or [{}])[0]}}
     return made | ({"id": given["id"]} if given.get("id") else {})
 
 
-def _function(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "function", "function": given}
-
-
 def _objects(given: Any) -> list[dict[str, Any]]:
-    """Tools, calls or arguments, which may be a text of JSON, and one without a list around it."""
+    """Return tools, calls or arguments, which may be a text of JSON, and one without a list around it."""
     is_text = isinstance(given, str)
     try:
         value = json.loads(given) if is_text and given else given
@@ -293,27 +251,9 @@ def _objects(given: Any) -> list[dict[str, Any]]:
 
 
 def _without_none(value: Any) -> Any:
-    """A value without the fields that other rows have, which tables fill with None."""
+    """Return a value without the fields that other rows have, which tables fill with None."""
     if isinstance(value, list):
         return [_without_none(part) for part in value]
     if not isinstance(value, dict):
         return value
     return {name: _without_none(part) for name, part in value.items() if part is not None}
-
-
-def _joined(content: Any) -> str:
-    """The text of a message, whose content may be a list of parts."""
-    text = _written(content)
-    if text is not None:
-        return text
-    if not isinstance(content, (list, dict)):
-        raise ValueError(f"a message's content must be a text or a list of parts, and a row holds {content!r}")
-    texts = []
-    for part in content if isinstance(content, list) else [content]:
-        if isinstance(part, str):
-            texts.append(part)
-        elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            raise _UnusableError(MORE_THAN_TEXT)
-    return "".join(texts)

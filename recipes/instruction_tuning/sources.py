@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.instruction_tuning.formats import FEATURES, REFUSED, Row, conversation, converter, read_columns
+from recipes.instruction_tuning.formats import FEATURES, Row, conversation, converter, read_columns
 from recipes.language.texts import film_reviews
 from recipes.shared import packaged
 from recipes.shared.data import (
@@ -63,8 +63,8 @@ def load_chats(
         desc="Reading conversations",
     )
     problems = set(rows["problem"])
-    if problems and all(problem.startswith(REFUSED) for problem in problems):
-        raise MisconfigurationException(f"{source}: {min(problems).removeprefix(REFUSED)}")
+    if problems and "" not in problems:
+        raise MisconfigurationException(f"{source}: {min(problems)}")
     return rows
 
 

@@ -70,7 +70,7 @@ class LengthBatchSampler(DistributedSampler[list[int]]):
 
 
 def loader_by_length(data: ResumableData, rows: Any, collate: Callable[[Any], Any], is_training: bool) -> LateLoader:
-    """A loader of batches of similar length.
+    """Return a loader of batches of similar length.
 
     Args:
         data: the data module, which knows the size of a batch, the seed and the ranks.
@@ -82,51 +82,41 @@ def loader_by_length(data: ResumableData, rows: Any, collate: Callable[[Any], An
     return data.whole_batches(rows, sampler, collate)
 
 
-class Collate:
-    """Rows of the encoded data as one batch, padded on the right.
+def collate(examples: dict[str, list[Any]], pad_id: int) -> Batch:
+    """Return rows of the encoded data, given in columns, as one batch, padded on the right.
 
     The batch holds ``input_ids``, ``attention_mask`` and ``labels``, one row for each option of each example (training
     and free answers: one), ``options`` (rows of each example), ``gold`` (row of each example's right answer), and for
     free answers in evaluation ``prompt_ids`` and ``answers``.
 
     Rows of several conversations (:func:`recipes.language.packing.packed`) get ``input_ids``, ``labels`` and
-    ``position_ids`` alone: transformers reads where a conversation begins off the positions, and only where there is no
+    ``position_ids`` only: transformers reads where a conversation begins off the positions, and only without an
     attention mask.
 
     Args:
+        examples: the columns.
         pad_id: the token that fills up short rows.
     """
-
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
-
-    def __call__(self, examples: dict[str, list[Any]]) -> Batch:
-        """The batch of rows that are given in columns."""
-        if "position_ids" in examples:
-            return self._packed(examples)
-        counts = [len(options) for options in examples["input_ids"]]
-        starts = np.cumsum([0, *counts[:-1]])
-        labels = [torch.tensor(row) for row in chain.from_iterable(examples["labels"])]
-        return {
-            **padded(list(chain.from_iterable(examples["input_ids"])), self.pad_id),
-            "labels": pad(labels, IGNORED),
-            "options": counts,
-            "gold": torch.tensor(starts + np.asarray(examples["gold"])),
-            "prompt_ids": examples["prompt_ids"],
-            "answers": examples["answer"],
-        }
-
-    def _packed(self, rows: dict[str, list[Any]]) -> Batch:
-        return {
-            "input_ids": pad([torch.tensor(ids) for (ids,) in rows["input_ids"]], self.pad_id),
-            "labels": pad([torch.tensor(labels) for (labels,) in rows["labels"]], IGNORED),
-            # Each token that fills up a row is a conversation of its own, which nothing else reads.
-            "position_ids": pad([torch.tensor(positions) for positions in rows["position_ids"]], 0),
-        }
+    rows = padded(list(chain.from_iterable(examples["input_ids"])), pad_id)
+    labels = pad([torch.tensor(row) for row in chain.from_iterable(examples["labels"])], IGNORED)
+    if "position_ids" in examples:
+        # Each token that fills up a row is a conversation by itself, which nothing else reads.
+        positions = pad([torch.tensor(positions) for positions in examples["position_ids"]], 0)
+        return {"input_ids": rows["input_ids"], "labels": labels, "position_ids": positions}
+    counts = [len(options) for options in examples["input_ids"]]
+    starts = np.cumsum([0, *counts[:-1]])
+    return {
+        **rows,
+        "labels": labels,
+        "options": counts,
+        "gold": torch.tensor(starts + np.asarray(examples["gold"])),
+        "prompt_ids": examples["prompt_ids"],
+        "answers": examples["answer"],
+    }
 
 
 def padded(token_ids: Sequence[list[int]], pad_id: int) -> Batch:
-    """Rows of tokens as ``input_ids`` and ``attention_mask``, filled up on the right.
+    """Return rows of tokens as ``input_ids`` and ``attention_mask``, filled up on the right.
 
     Example:
         >>> padded([[5], [6, 7]], 0)["attention_mask"].tolist()
@@ -137,7 +127,7 @@ def padded(token_ids: Sequence[list[int]], pad_id: int) -> Batch:
 
 
 def pad(rows: list[Tensor], value: int, side: str = "right") -> Tensor:
-    """Rows of different lengths as one matrix (rows, longest).
+    """Return rows of different lengths as one matrix (rows, longest).
 
     Example:
         >>> pad([torch.tensor([1]), torch.tensor([2, 3])], 0).tolist()
@@ -147,9 +137,9 @@ def pad(rows: list[Tensor], value: int, side: str = "right") -> Tensor:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """The token that fills up rows: the end token where the tokenizer has none for that, as with Llama and GPT-2.
+    """Return the token that fills up rows: the end token if the tokenizer has none for that, as with Llama and GPT-2.
 
-    Labels and attention masks go by places and not by tokens, so that end tokens are learnt all the same.
+    Labels and attention masks go by positions and not by tokens, so that end tokens are learnt all the same.
 
     Raises:
         MisconfigurationException: there is neither.

@@ -16,15 +16,13 @@ class Encoded(NamedTuple):
         input_ids: the tokens.
         labels: as many.
         cut: whether there were more.
-        leaves_thoughts: whether the chat template leaves an answer's thoughts out.
-        leaves_tools: whether it leaves the list of tools out.
+        leaves_out: whether the chat template leaves out an answer's thoughts, or the list of tools.
     """
 
     input_ids: list[int]
     labels: list[int]
     cut: bool
-    leaves_thoughts: bool = False
-    leaves_tools: bool = False
+    leaves_out: bool = False
 
 
 class ChatEncoder(TemplateEncoder):
@@ -60,19 +58,24 @@ class ChatEncoder(TemplateEncoder):
         Raises:
             RefusedConversationError: the template can't render the conversation, or leaves out a call of a tool.
         """
-        thoughts = [thoughts_of(message) for message in messages if message["role"] == "assistant"]
+        wanted = [thoughts_of(message) for message in messages if message["role"] == "assistant"]
+        wanted += [tool["function"]["name"] for tool in tools or []]
         messages = self._for_template(messages)
-        text, spans = self._answers(messages, ends, tools)
+        if self.is_marked:
+            text = self._render(messages, False, tools)
+            ids, mask = self._marked(messages, tools)
+            spans = {index: (0, len(text)) for index, _ in enumerate(messages)}
+        else:
+            text, spans = self._answers(messages, ends, tools)
+            ids, mask = self._tokens(text, list(spans.values()))
         for index, (start, end) in spans.items():
             _refuse_lost_calls(messages[index], text[start:end])
-        ids, mask = self._tokens(text, list(spans.values()))
         labels = [token if is_answer else IGNORED for token, is_answer in zip(ids, mask, strict=True)]
         return Encoded(
             ids[: self.max_length],
             labels[: self.max_length],
             cut=len(ids) > self.max_length,
-            leaves_thoughts=any(thought not in text for thought in thoughts),
-            leaves_tools=any(tool["function"]["name"] not in text for tool in tools or []),
+            leaves_out=any(part not in text for part in wanted),
         )
 
     def encode_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:

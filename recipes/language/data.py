@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from recipes.language.model import load_tokenizer
 from recipes.shared.files import read_lines
@@ -27,7 +26,7 @@ def tokenizer_of(data: ResumableData, name: str | None) -> Any:
 
 
 def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[str]:
-    """The lines of a text file, without blank ones.
+    """Return the lines of a text file, without blank ones.
 
     Args:
         path: of the file.
@@ -43,18 +42,14 @@ def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[s
         lines = read_lines(path)
     except OSError as error:
         raise MisconfigurationException(f"{option}={path!r} can't be read: {error}") from error
-    lines = "\n".join(lines).rstrip().split("\n")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise MisconfigurationException(f"{option}={path!r} holds no {kind}: write one a line")
-    if len(prompts) < len(lines):
-        # What is written for them is numbered without these.
-        rank_zero_info(f"{option}={path!r}: {len(lines) - len(prompts)} of {len(lines)} lines are blank and left out")
     return prompts
 
 
 def encoded_prompts(path: str | None, kind: str, encode: Callable[[str], list[int]]) -> list[dict[str, Any]]:
-    """The lines of a text file, numbered, with their tokens; the arguments are those of :func:`read_prompts`."""
+    """Return the lines of a text file, numbered, with their tokens; the arguments are those of :func:`read_prompts`."""
     rows = []
     for number, prompt in enumerate(read_prompts(path, kind)):
         rows.append({"places": number, "prompt": prompt, "prompt_ids": encode(prompt)})

@@ -22,10 +22,10 @@ from recipes.shared.files import refuse_unless_new
 from recipes.shared.taken import runs_no_code
 
 
-def main(
+def export(
     adapter: Path, folder: Path, dtype: DType = "auto", base: str | None = None, push_to_hub: str | None = None
 ) -> None:
-    """Write a run's adapter in the weights of its base: a plain transformers model, with a model card.
+    """Write a run's adapter in the weights of its base: a plain transformers model, with tokenizer and model card.
 
     Args:
         adapter: folder of the adapter, such as checkpoints/last of a run.
@@ -33,67 +33,60 @@ def main(
         dtype: of the weights; auto is the base's.
         base: the model that was trained on, if it is elsewhere now.
         push_to_hub: send it to this repository, which is private if it is new.
-    """
-    export(adapter, folder, dtype, base)
-    print(f"The merged model is in {folder}")
-    if push_to_hub:
-        print(f"and in {push(folder, push_to_hub)}")
-
-
-def export(adapter: Path, to: Path, dtype: DType = "auto", base: str | None = None) -> None:
-    """Write the merged model, its tokenizer and a model card.
-
-    Args:
-        adapter: folder of an adapter in peft's format, such as ``checkpoints/last`` of a run.
-        to: the new folder.
-        dtype: of the merged weights; "auto" is what the base's checkpoint has.
-        base: the model that the adapter belongs to; None takes the name that the adapter has.
 
     Raises:
         MisconfigurationException: there is no adapter or it can't be merged, the base can't be loaded or is another
-            model, the folder holds something already, or the merged weights are not finite.
+            model, or the folder holds something already.
     """
-    config = config_of(adapter)
-    refuse_unless_new(to)
-    if config.layer_replication:
-        raise MisconfigurationException(
-            "an adapter with layer_replication can't be merged: the copies of a layer share their weights"
-        )
-    base = base or str(config.base_model_name_or_path)
+    refuse_unless_new(folder)
+    base = base or str(config_of(adapter).base_model_name_or_path)
     run = written_settings(adapter)
-    fields = run.get("model", {}).get("init_args", {}).get("model_config") or {}
-    if not runs_no_code(fields):  # the run may be somebody else's
-        raise MisconfigurationException(
-            f"model_config {fields} in the config.yaml of {adapter} may run code or write files: leave only fields of "
-            "the model's configuration there"
-        )
-    model = load_adapted(base, adapter, dtype, **fields)
-    whole = merged(model, adapter)
+    model = load_adapted(base, adapter, dtype, _model_config(run))
+    whole: Any = model.merge_and_unload(safe_merge=True)  # refuses weights that are not finite
     join_attention(whole)
     data = run.get("data", {}).get("init_args", {})
     tokenizer = load_tokenizer(data.get("tokenizer") or base)
     if data.get("chat_template"):
         # What the run was trained with has to be what others ask with.
-        given = data["chat_template"]
-        if "{" not in given and not given.endswith(".jinja"):
-            raise MisconfigurationException(
-                f"chat_template={given!r} in the run's config.yaml: only a template or a .jinja file is exported"
-            )
-        tokenizer.chat_template = given if "{" in given else read_template(given)
+        tokenizer.chat_template = _template(data["chat_template"])
     # Programs load a vision-language model together with its image processor.
     if "image" in getattr(whole, "input_modalities", ()):
-        load_pretrained(AutoProcessor, base).save_pretrained(to)
+        load_pretrained(AutoProcessor, base).save_pretrained(folder)
     if isinstance(tokenizer.chat_template, str):
         _end_answers(whole, tokenizer, data.get("template_arguments"))
-    whole.save_pretrained(to)
-    tokenizer.save_pretrained(to)
-    model_card(base, model.peft_config["default"], run).save(to / "README.md")
+    whole.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model_card(base, model.peft_config["default"], run).save(folder / "README.md")
+    print(f"The merged model is in {folder}")
+    if push_to_hub:
+        api = HfApi()
+        print(f"and in {api.create_repo(push_to_hub, private=True, exist_ok=True)}")
+        api.upload_folder(repo_id=push_to_hub, folder_path=str(folder))
+
+
+def _model_config(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the model's configuration that a run has changed, which may be somebody else's."""
+    fields: dict[str, Any] = run.get("model", {}).get("init_args", {}).get("model_config") or {}
+    if not runs_no_code(fields):
+        raise MisconfigurationException(
+            f"model_config {fields} in the run's config.yaml may run code or write files: leave only fields of the "
+            "model's configuration there"
+        )
+    return fields
+
+
+def _template(given: str) -> str:
+    if "{" not in given and not given.endswith(".jinja"):
+        raise MisconfigurationException(
+            f"chat_template={given!r} in the run's config.yaml: only a template or a .jinja file is exported"
+        )
+    return read_template(given)
 
 
 def _end_answers(model: Any, tokenizer: Any, arguments: dict[str, Any] | None) -> None:
     """Let programs that generate with the model stop where its chat template ends an answer."""
     try:
-        end = TemplateEncoder(tokenizer, None, None, arguments).answer_end
+        end = TemplateEncoder(tokenizer, tokenizer.chat_template, None, arguments).answer_end
     except MisconfigurationException:  # a template for images, too
         return
     if end:  # it is not the tokenizer's end token
@@ -103,8 +96,8 @@ def _end_answers(model: Any, tokenizer: Any, arguments: dict[str, Any] | None) -
             print(f"Answers end with {end!r}, which is not one token: give it as a stop string where you generate")
 
 
-def load_adapted(base: str, adapter: Path, dtype: DType, **fields: Any) -> PeftModel:
-    """A base with its adapter, as a language model or, where the adapter belongs to one, as a vision-language model.
+def load_adapted(base: str, adapter: Path, dtype: DType, fields: dict[str, Any]) -> PeftModel:
+    """Load a base with its adapter, as a language model or, if the adapter belongs to one, as a vision-language model.
 
     A base that was quantized in training is loaded whole: 4 bits would not hold the sum.
 
@@ -131,36 +124,25 @@ def load_adapted(base: str, adapter: Path, dtype: DType, **fields: Any) -> PeftM
     )
 
 
-def push(folder: Path, repository: str) -> str:
-    """Send a folder to the Hub, into a repository that is private if it is new.
-
-    Returns:
-        The repository's address.
-    """
-    api = HfApi()
-    address = api.create_repo(repository, private=True, exist_ok=True)
-    api.upload_folder(repo_id=repository, folder_path=str(folder))
-    return str(address)
-
-
 def config_of(adapter: Path) -> PeftConfig:
-    """The configuration of an adapter, which names its base.
+    """Return the configuration of an adapter, which names its base.
 
     Raises:
-        MisconfigurationException: the folder holds no adapter.
+        MisconfigurationException: the folder holds no adapter, or one that is not read.
     """
     if not (adapter / "adapter_config.json").is_file():
         raise MisconfigurationException(
             f"{adapter} holds no adapter_config.json: give the folder next to a checkpoint, such as checkpoints/last"
         )
     config = PeftConfig.from_pretrained(str(adapter))
-    if getattr(config, "megatron_config", None):  # peft 0.18 imports the module that it names
-        raise MisconfigurationException(f"{adapter} is an adapter for Megatron, which is not read")
+    # peft 0.18 imports the module that a megatron_config names; replicated layers share the weights to merge into.
+    if getattr(config, "megatron_config", None) or getattr(config, "layer_replication", None):
+        raise MisconfigurationException(f"{adapter}: adapters for Megatron or with layer_replication are not read")
     return config
 
 
 def with_adapter(base: nn.Module, adapter: Path) -> PeftModel:
-    """A base with an adapter that was trained on it.
+    """Load an adapter that was trained on a base onto it.
 
     Raises:
         MisconfigurationException: the adapter's weights are those of another model.
@@ -174,16 +156,3 @@ def with_adapter(base: nn.Module, adapter: Path) -> PeftModel:
     if get_peft_model_state_dict(model).keys() != saved.keys():
         raise MisconfigurationException("the adapter's weights have other names than this model's")
     return model
-
-
-def merged(model: PeftModel, adapter: Path) -> Any:
-    """The base, with the adapter in its weights.
-
-    Raises:
-        MisconfigurationException: a merged weight would not be finite.
-    """
-    try:
-        # safe_merge looks for values that are not finite, before they replace the weights.
-        return model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise MisconfigurationException(f"{adapter} can't be merged into its base: {error}") from error

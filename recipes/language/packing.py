@@ -1,13 +1,12 @@
-"""Several conversations in one row, each of which reads itself alone."""
+"""Several conversations in one row, each of which reads only itself."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from recipes.language.chat import IGNORED
 
@@ -15,14 +14,14 @@ _PROBE = 8  # tokens of each conversation that the check makes up
 
 
 def fill_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Which conversations or texts share a row: the longest first, each in the first row with room for it.
+    """Return which conversations or texts share a row: the longest first, each in the first row with room for it.
 
     Args:
         lengths: tokens of each.
-        room: tokens of a row; a longer one gets a row of its own.
+        room: tokens of a row; a longer one gets its own row.
 
     Returns:
-        The places of those in each row.
+        The indices of those in each row.
 
     Example:
         >>> fill_rows([3, 7, 4, 2], room=8)
@@ -30,36 +29,35 @@ def fill_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
     """
     rows: list[list[int]] = []
     left: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        fitting = next((row for row, room_left in enumerate(left) if room_left >= lengths[place]), None)
-        if fitting is None:
-            rows.append([place])
-            left.append(room - lengths[place])
-        else:
-            rows[fitting].append(place)
-            left[fitting] -= lengths[place]
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        fitting = next((row for row, room_left in enumerate(left) if room_left >= lengths[index]), len(rows))
+        if fitting == len(rows):
+            rows.append([])
+            left.append(room)
+        rows[fitting].append(index)
+        left[fitting] -= lengths[index]
     return rows
 
 
 def packed(columns: dict[str, list[Any]], room: int) -> dict[str, list[Any]]:
-    """Encoded conversations, one option each, as rows of several.
+    """Return encoded conversations, one option each, as rows of several.
 
-    Positions start anew with each conversation, by which transformers distinguishes them.
+    Positions start again with each conversation, by which transformers distinguishes them.
 
     Args:
         columns: ``input_ids`` and ``labels`` of each conversation's options, and its ``length``.
         room: tokens of a row.
     """
     made: dict[str, list[Any]] = {"input_ids": [], "labels": [], "position_ids": [], "length": []}
-    for places in fill_rows(columns["length"], room):
+    for indices in fill_rows(columns["length"], room):
         ids: list[int] = []
         labels: list[int] = []
         positions: list[int] = []
-        for place in places:
-            ids += columns["input_ids"][place][0]
+        for index in indices:
+            ids += columns["input_ids"][index][0]
             # The last token of another conversation must not be asked for this one's first.
-            labels += [IGNORED, *columns["labels"][place][0][1:]]
-            positions += range(columns["length"][place])
+            labels += [IGNORED, *columns["labels"][index][0][1:]]
+            positions += range(columns["length"][index])
         made["input_ids"].append([ids])
         made["labels"].append([labels])
         made["position_ids"].append(positions)
@@ -69,7 +67,7 @@ def packed(columns: dict[str, list[Any]], room: int) -> dict[str, list[Any]]:
 
 @torch.no_grad()
 def check_packing(net: nn.Module, rows: int, device: torch.device) -> None:
-    """Try whether a model reads each conversation of a row alone, with the attention that it was loaded with.
+    """Try whether a model keeps the conversations of a row apart, with the attention that it was loaded with.
 
     Args:
         net: the model, as it is trained; it is in training mode afterwards.
@@ -77,8 +75,8 @@ def check_packing(net: nn.Module, rows: int, device: torch.device) -> None:
         device: of its weights.
 
     Raises:
-        MisconfigurationException: an earlier conversation changes a later one, or the later one is not what it is in a
-            row of its own.
+        MisconfigurationException: an earlier conversation changes a later one, or the later one is not what it is in
+            its own row.
     """
     base: Any = net.get_base_model() if isinstance(net, PeftModel) else net
     config = base.config.get_text_config()
@@ -88,17 +86,16 @@ def check_packing(net: nn.Module, rows: int, device: torch.device) -> None:
         "row apart ({}). Set attn_implementation to 'sdpa' or 'eager' (FlashAttention needs batch_size=1, with "
         "accumulate_grad_batches), or packing to false"
     )
-    if "position_ids" not in inspect.signature(base.forward).parameters:
-        raise MisconfigurationException(remedy.format("it takes no position_ids"))
     generator = torch.Generator().manual_seed(0)
     first, other, last = torch.randint(config.vocab_size, (3, rows, _PROBE), generator=generator).to(device)
-    positions = torch.arange(_PROBE, device=device).expand(rows, _PROBE)
-    twice = torch.cat([positions, positions], dim=1)
     net.eval()
-    after_first = _logits(net, torch.cat([first, last], dim=1), twice)[:, _PROBE:]
-    after_other = _logits(net, torch.cat([other, last], dim=1), twice)[:, _PROBE:]
-    alone = _logits(net, last, positions)
+    logits = []
+    for conversations in ([first, last], [other, last], [last]):
+        positions = torch.arange(_PROBE, device=device).repeat(len(conversations)).expand(rows, -1)
+        output = net(input_ids=torch.cat(conversations, dim=1), position_ids=positions, use_cache=False)
+        logits.append(output.logits[:, -_PROBE:])
     net.train()
+    after_first, after_other, alone = logits
     # What is masked contributes exactly nothing; but sums of another length are rounded otherwise.
     rounding = 1e-4 if alone.dtype in (torch.float32, torch.float64) else 3e-2
     scale = alone.abs().max()
@@ -106,8 +103,3 @@ def check_packing(net: nn.Module, rows: int, device: torch.device) -> None:
         raise MisconfigurationException(remedy.format("an earlier one changes a later one"))
     if (after_first - alone).abs().max() > rounding * scale:
         raise MisconfigurationException(remedy.format("a later one is not what it is by itself"))
-
-
-def _logits(net: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    logits: Tensor = net(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-    return logits

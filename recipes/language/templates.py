@@ -1,9 +1,8 @@
 """A model's chat template: how it renders messages, and where answers lie in the text."""
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import takewhile
+from collections.abc import Sequence
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,11 @@ Span = tuple[int, int]
 
 _ASKED: list[Message] = [{"role": "user", "content": "Why?"}]  # to try a template with
 _MARK = "5d1probe5d1"  # a text that no template holds or changes
+_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 _REMEDY = (
     'Set template_arguments to {"enable_thinking": true} if answers have thoughts, or to false if they have none; '
-    "otherwise set chat_template to one whose answers follow its generation prompt, or use single-turn data"
+    "otherwise use single-turn data, or set chat_template to one whose answers follow its generation prompt or, "
+    "without images, lie in {% generation %} blocks, such as trl's training templates"
 )
 
 
@@ -43,6 +44,7 @@ class TemplateEncoder:
     generation prompt, belongs to prompts too, unless ``enable_thinking`` is true: then it is learnt.
 
     Attributes:
+        is_marked: whether a given template has {% generation %} blocks, which then are the answers.
         opening: what prompts have in addition to the template's generation prompt; "" for most.
         answer_end: what the template ends an answer with, if it is not the tokenizer's end token; else "".
 
@@ -65,7 +67,7 @@ class TemplateEncoder:
     ) -> None:
         self.renderer = renderer
         self.tokenizer = getattr(renderer, "tokenizer", renderer)
-        if chat_template is not None and "{" not in chat_template:  # a file name: no template lacks a brace
+        if chat_template is not None:
             chat_template = read_template(chat_template)
         # A processor may leave the template to its tokenizer.
         self.template = chat_template or renderer.chat_template or self.tokenizer.chat_template
@@ -74,6 +76,7 @@ class TemplateEncoder:
                 f"the model {self.tokenizer.name_or_path!r} has no single chat template: set chat_template to a Jinja "
                 "template or to a file with one, or take an instruction-tuned model"
             )
+        self.is_marked = bool(chat_template and _GENERATION.search(chat_template))
         self.system_prompt = system_prompt
         self.arguments = template_arguments or {}
         answer = {"role": "assistant", "content": "So.", **dict.fromkeys(THOUGHTS, _MARK)}
@@ -95,14 +98,14 @@ class TemplateEncoder:
         prompt = self._render(_ASKED, True)
         text = self._render([*_ASKED, {"role": "assistant", "content": _MARK}], False)
         before, _, after = text.partition(_MARK)
-        if not before.startswith(prompt):
+        if not (self.is_marked or before.startswith(prompt)):
             raise MisconfigurationException(
                 f"the chat template asks for an answer with {prompt[-40:]!r}, and writes {before[-40:]!r} before one. "
                 f"{_REMEDY}"
             )
         # A space belongs to the answer, because it often is a part of the answer's first token.
         opening = before[len(prompt) :] if before[len(prompt) :].strip() else ""
-        if self.arguments.get("enable_thinking"):
+        if self.is_marked or self.arguments.get("enable_thinking"):
             opening = ""
         elif opening:
             rank_zero_info(
@@ -127,16 +130,39 @@ class TemplateEncoder:
         return messages if self._takes_system else without_system(messages)
 
     def _render(self, messages: Sequence[Message], opens_answer: bool, tools: list[Any] | None = None) -> str:
-        with template_errors():
-            return str(
-                self.renderer.apply_chat_template(
-                    self._in_form(messages),
-                    chat_template=self.template,
-                    tokenize=False,
-                    add_generation_prompt=opens_answer,
-                    **(self.arguments | ({"tools": tools} if tools else {})),
-                )
+        return str(self._applied(messages, tools, tokenize=False, add_generation_prompt=opens_answer))
+
+    def _applied(self, messages: Sequence[Message], tools: list[Any] | None, **options: Any) -> Any:
+        options |= self.arguments | ({"tools": tools} if tools else {})
+        try:
+            return self.renderer.apply_chat_template(self._in_form(messages), chat_template=self.template, **options)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RefusedConversationError(
+                f"the model's chat template can't render a conversation: {type(error).__name__}: {error}. Fix the data "
+                "(many templates want user and assistant alternately), or set chat_template to another one"
+            ) from error
+
+    def _marked(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[list[int], list[bool]]:
+        """Return a conversation's tokens, and for each whether it is learnt, by the template's {% generation %} blocks.
+
+        Raises:
+            RefusedConversationError: no token is marked, or only some answers are learnt and blocks are not answers.
+        """
+        made = self._applied(messages, tools, return_assistant_tokens_mask=True, return_dict=True)
+        mask = [bool(is_marked) for is_marked in made["assistant_masks"]]
+        learnt = [message.get("learnt", True) for message in messages if message["role"] == "assistant"]
+        blocks = [list(block) for _, block in groupby(range(len(mask)), key=mask.__getitem__)]
+        blocks = [block for block in blocks if mask[block[0]]]
+        if not blocks or not (all(learnt) or len(blocks) == len(learnt)):
+            raise RefusedConversationError(
+                "the chat template's {% generation %} blocks mark no token, or answers with a weight of 0 can't be "
+                f"left out, since {len(learnt)} answers have {len(blocks)} blocks"
             )
+        if not all(learnt):
+            for block, is_learnt in zip(blocks, learnt, strict=True):
+                for index in block:
+                    mask[index] = is_learnt
+        return list(made["input_ids"]), mask
 
     def _in_form(self, messages: Sequence[Message]) -> list[Message]:
         """Return the messages in the form that the template takes."""
@@ -224,23 +250,13 @@ def _hidden(answer: Message, problem: str) -> MisconfigurationException:
     return kind(f"an answer can't be found in the chat template's text: {problem}. {_REMEDY}")
 
 
-@contextmanager
-def template_errors() -> Iterator[None]:
-    """Turn what a template objects to into a message, in place of a traceback through Jinja."""
+def read_template(given: str) -> str:
+    """Return a chat template, which may be given by its file."""
+    if "{" in given:  # no template lacks a brace
+        return given
     try:
-        yield
-    except (TemplateError, TypeError, ValueError) as error:
-        raise RefusedConversationError(
-            f"the model's chat template can't render a conversation: {type(error).__name__}: {error}. Mend the data "
-            "(many templates want user and assistant alternately), or set chat_template to another one"
-        ) from error
-
-
-def read_template(path: str) -> str:
-    """Read the chat template in a file."""
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8-sig")
+        return Path(given).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise MisconfigurationException(
-            f"chat_template={path!r} is neither a Jinja template nor a file that can be read: {error}"
+            f"chat_template={given!r} is neither a Jinja template nor a file that can be read: {error}"
         ) from error

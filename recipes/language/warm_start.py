@@ -18,25 +18,20 @@ def load_factors(net: PeftModel, folder: str) -> None:
 
     Args:
         net: a model with a LoRA adapter.
-        folder: with ``adapter_config.json``, such as the one beside each checkpoint.
+        folder: with ``adapter_config.json``, such as the one next to each checkpoint.
 
     Raises:
         MisconfigurationException: there is no adapter, or it is one of other layers or with other settings.
     """
     folder = str(Path(folder).expanduser())
     saved, own = config_of(Path(folder)), net.peft_config["default"]
-    different = [name for name in _SAME if getattr(saved, name) != getattr(own, name)]
-    if different:
-        was = {name: getattr(saved, name) for name in different}
+    if any(getattr(saved, name) != getattr(own, name) for name in _SAME):
+        was = {name: getattr(saved, name) for name in _SAME}
         raise MisconfigurationException(f"start_from={folder!r} was trained with other settings: set {was} in lora")
     factors = _factors(load_peft_weights(folder, device="cpu"))
     present = get_peft_model_state_dict(net)
-    missing = factors.keys() ^ _factors(present).keys()
-    if missing:
-        raise MisconfigurationException(
-            f"start_from={folder!r} adapts other layers than lora, or another model's: {sorted(missing)[:3]} of "
-            f"{len(missing)} are in only one of them"
-        )
+    if factors.keys() != _factors(present).keys():
+        raise MisconfigurationException(f"start_from={folder!r} adapts other layers than lora, or another model's")
     set_peft_model_state_dict(net, present | factors)  # it wants the head too
 
 

@@ -63,8 +63,7 @@ class MeaningData(PartedData):
     def read(self, split: str) -> Any:
         table = read_source(self.source(split), split, self.config_name, self.revision)
         source = f"dataset={self.dataset!r}, split={split!r}"
-        pairs = read_pairs(table, source, self.meaning, self.text)
-        return datasets.Dataset.from_list([pair._asdict() for pair in pairs])
+        return datasets.Dataset.from_list(read_pairs(table, source, self.meaning, self.text))
 
     @override
     def keys(self, rows: Any) -> list[str]:
@@ -79,11 +78,11 @@ class MeaningData(PartedData):
         # Of the others, the loss would be a mean over no token.
         kept = [index for index, labels in enumerate(table["labels"]) if set(labels) != {IGNORED}]
         too_long, rows, table = len(table) - len(kept), rows.select(kept), table.select(kept)
-        cut = sum(table["cut"])
-        meanings = grouped(rows)
-        note = f"; {cut} of them cut at max_length={self.max_length} tokens" if cut else ""
-        note += f"; {too_long} left out: no token of the text within max_length={self.max_length}" if too_long else ""
-        self.reports[part] = f"{self.source_of(part)}, {part}: {len(rows)} texts of {len(meanings)} meanings{note}"
+        meanings, cut = grouped(rows), sum(table["cut"])
+        notes = [f"{self.source_of(part)}, {part}: {len(rows)} texts of {len(meanings)} meanings"]
+        notes += [f"{cut} of them cut at max_length={self.max_length} tokens"] if cut else []
+        notes += [f"{too_long} left out: no token of the text within max_length={self.max_length}"] if too_long else []
+        self.reports[part] = "; ".join(notes)
         if part != "train" and meanings:
             prompts = datasets.Dataset.from_list(meanings)
             self.meanings[part] = mapped(prompts, partial(_prompted, encoder=self.encoder), desc="Tokenizing meanings")
@@ -94,7 +93,7 @@ class MeaningData(PartedData):
         return encoded_prompts(self.prompts, "meaning", self.encoder.prompt)
 
     def longest(self) -> tuple[int, int]:
-        """Tokens of the longest pair, and of the longest prompt that a text is written for."""
+        """Return tokens of the longest pair, and of the longest prompt that a text is written for."""
         pairs, prompts = [0], [0]
         for part, rows in self.parts.items():
             if part == "predict":
@@ -119,7 +118,7 @@ class MeaningData(PartedData):
         return self._evaluation_loaders("test", len(self.meanings["test"]))
 
     def _evaluation_loaders(self, part: str, written: int) -> list[LateLoader]:
-        """Pairs for the loss, and meanings to write texts for."""
+        """Return loaders of pairs for the loss, and of meanings to write texts for."""
         if not len(self.parts[part]):
             return []
         loaders = [self.loader(part)]
@@ -143,7 +142,7 @@ def _prompted(row: dict[str, Any], encoder: PairEncoder) -> dict[str, Any]:
 
 
 def collate(rows: dict[str, list[Any]], pad_id: int) -> Batch:
-    """Rows that are given in columns as one batch: pairs padded on the right, or meanings as they are."""
+    """Return rows that are given in columns as one batch: pairs padded on the right, or meanings as they are."""
     # Prompts stay lists: the module pads them on the left when it generates.
     if "prompt_ids" in rows:
         return rows

@@ -9,7 +9,6 @@ from typing_extensions import override
 
 DEFAULT = {"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4, "early_stopping": "never"}
 """That of LoRA's repository for E2E."""
-_ONE_TEXT = ("num_return_sequences", "return_dict_in_generate", "max_length", "max_new_tokens")
 
 
 class NoRepeatInText(LogitsProcessor):  # type: ignore[misc]
@@ -33,25 +32,22 @@ class NoRepeatInText(LogitsProcessor):  # type: ignore[misc]
 
 
 def check_decoding(decoding: dict[str, Any]) -> None:
-    """Refuse settings that ``generate`` would not know, or that give more or less than one text.
+    """Refuse settings that ``generate`` would not know.
 
     Raises:
         MisconfigurationException: with their names.
+        ValueError: one is out of its range.
     """
-    unknown = sorted(set(decoding) - set(GenerationConfig().to_dict()) | set(decoding) & set(_ONE_TEXT))
+    unknown = sorted(set(decoding) - set(GenerationConfig().to_dict()))
     if unknown:
         raise MisconfigurationException(
-            f"decoding={decoding!r}: {unknown} can't be set. It takes fields of transformers' GenerationConfig; the "
-            "length of a text is the module's max_new_tokens"
+            f"decoding={decoding!r}: {unknown} can't be set. It takes fields of transformers' GenerationConfig"
         )
-    try:
-        GenerationConfig(**decoding).validate()
-    except ValueError as error:
-        raise MisconfigurationException(f"decoding={decoding!r}: {error}") from error
+    GenerationConfig(**decoding).validate()
 
 
 def arguments(decoding: dict[str, Any], prompt: int) -> dict[str, Any]:
-    """Arguments of ``generate`` for prompts of so many tokens, padding included."""
+    """Return arguments of ``generate`` for prompts of so many tokens, padding included."""
     settings = dict(decoding)
     # generate would count the prompt as well, see NoRepeatInText.
     size = settings.pop("no_repeat_ngram_size", 0)

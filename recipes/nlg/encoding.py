@@ -30,11 +30,11 @@ class PairEncoder:
         self._start = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
 
     def prompt(self, meaning: str) -> list[int]:
-        """The tokens after which the model writes a text."""
+        """Return the tokens after which the model writes a text."""
         return [*self._start, *self._tokens(meaning), self.tokenizer.eos_token_id]
 
     def encode(self, meaning: str, text: str) -> Encoded:
-        """Tokens of a meaning and its text, and labels on the text and its end token, cut at ``max_length``."""
+        """Return tokens of a meaning and its text, and labels on the text and its end token, cut at ``max_length``."""
         prompt = self.prompt(meaning)
         # GPT-2 has tokens of its own for words after a space, and those at a beginning are rare.
         answer = [*self._tokens(f" {text}"), self.tokenizer.eos_token_id]

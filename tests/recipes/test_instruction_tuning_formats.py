@@ -127,7 +127,7 @@ def test_a_system_column_gives_way_to_a_leading_message_only(role: str, jsonl: A
 def test_images_are_counted(tiny: str, jsonl: Any) -> None:
     image = {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]}
     assert (
-        "1 dropped: images or sounds in them"
+        "1 dropped: images or sounds in the data"
         in encoded(
             tiny, jsonl([{"messages": [image, SAY]}, {"messages": [{**image, "content": [image["content"][1]]}, SAY]}])
         ).reports["train"]
@@ -171,7 +171,7 @@ def test_other_names_of_columns_are_given(jsonl: Any) -> None:
         ({"conversations": ["Why?", "So."]}, "'conversations' must hold lists of role and content"),
         (
             {"messages": [{"role": "user", "content": True}]},
-            "content must be a text or a list of parts, and a row holds True",
+            "a message must hold texts or numbers, and a row holds True",
         ),
     ],
 )
@@ -184,7 +184,7 @@ def test_one_row_that_is_not_understood_is_counted(tiny: str, jsonl: Any) -> Non
     told = {"role": "narrator", "content": "Once"}
     rows = [[ASK, SAY], [told, SAY], [told, ASK, SAY], [{**ASK, "content": True}, SAY]]
     report = encoded(tiny, jsonl([{"messages": turns} for turns in rows])).reports["train"]
-    told = "3 dropped, 2 of them: the column 'messages' has a message of 'narrator'; the roles are system"
+    told = "2 dropped: the column 'messages' has a message of 'narrator'; the roles are system"
     assert f"train: 1 conversations; {told}" in report
 
 

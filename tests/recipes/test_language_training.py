@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA
 from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuning
-from recipes.language.batches import Collate
+from recipes.language.batches import collate
 from recipes.language.model import add_adapter, answer_log_likelihood, load_base, positions
 from recipes.language.packing import check_packing, fill_rows, packed
 
@@ -81,8 +81,8 @@ def test_packed_conversations_give_the_gradients_of_separate_ones(kind: str, att
     rows = packed(columns, room=16)
     assert len(rows["input_ids"]) == 2
     extra = {"gold": [0] * 5, "prompt_ids": [[]] * 5, "answer": [""] * 5}
-    loss, wanted = gradients(net, Collate(0)({**columns, **extra}))
-    packed_loss, got = gradients(net, Collate(0)(rows))
+    loss, wanted = gradients(net, collate({**columns, **extra}, 0))
+    packed_loss, got = gradients(net, collate(rows, 0))
     tolerance = 1e-6 if attention == "eager" else 1e-12  # transformers' eager softmax is in float32
     torch.testing.assert_close(packed_loss, loss, rtol=1e-6, atol=0)  # the likelihoods are in float32
     for one, other in zip(got, wanted, strict=True):
@@ -90,13 +90,11 @@ def test_packed_conversations_give_the_gradients_of_separate_ones(kind: str, att
 
 
 @pytest.mark.parametrize(
-    ("kind", "more", "message"),
-    [
-        ("OPT", {"ffn_dim": 32, "word_embed_proj_dim": 32}, "an earlier one changes a later one"),
-        ("Mamba", {}, "takes no position_ids"),
-    ],
+    ("kind", "more"),
+    [("OPT", {"ffn_dim": 32, "word_embed_proj_dim": 32}), ("Mamba", {})],
 )
-def test_models_that_mix_conversations_are_refused(kind: str, more: Any, message: str) -> None:
+def test_models_that_mix_conversations_are_refused(kind: str, more: Any) -> None:
+    message = "an earlier one changes a later one"
     with pytest.raises(MisconfigurationException, match=rf"{kind}ForCausalLM .*{message}.*packing to false"):
         check_packing(model(kind, "eager", **more), 2, torch.device("cpu"))
 
@@ -106,7 +104,7 @@ def test_no_row_is_longer_than_its_room() -> None:
     rows = fill_rows(lengths, 64)
     assert sorted(chain.from_iterable(rows)) == list(range(300))
     for row in rows:
-        assert sum(lengths[place] for place in row) <= 64
+        assert sum(lengths[index] for index in row) <= 64
     assert len(rows) * 64 < 1.1 * sum(lengths)
 
 

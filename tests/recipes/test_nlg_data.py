@@ -71,7 +71,7 @@ def test_gems_rows_train_on_the_target_and_are_judged_by_all_references(model: s
 @pytest.mark.parametrize(("meaning", "text"), LAYOUTS)
 def test_usual_columns_are_found(meaning: str, text: str) -> None:
     table = datasets.Dataset.from_list([{meaning: "a", text: "b", "id": 1}])
-    assert read_pairs(table, "a file") == [("a", "b", ())]
+    assert read_pairs(table, "a file") == [{"meaning": "a", "text": "b", "references": []}]
 
 
 def test_a_share_is_judged_by_all_references_too(model: str, jsonl: Any) -> None:
@@ -185,7 +185,7 @@ def test_bad_settings_and_files_are_refused_before_training(model: str, tmp_path
     with pytest.raises(MisconfigurationException, match=r"train.txt' has no split 'validation'"):
         prepared(model, text, validation_split="validation")
     (tmp_path / "bad.txt").write_text("a||b\n\nno text here\n")
-    with pytest.raises(MisconfigurationException, match=r"line 3: a line needs meaning\|\|text"):
+    with pytest.raises(MisconfigurationException, match=r"line 3 is not meaning\|\|text"):
         prepared(model, str(tmp_path / "bad.txt"))
 
 
@@ -193,4 +193,4 @@ def test_a_text_may_hold_the_separator_and_rare_line_ends(tmp_path: Path) -> Non
     path = tmp_path / "data.txt"
     path.write_text("a||b || c\r\nd||e\u2028f\n", encoding="utf-8")
     pairs = read_pairs(read_source(str(path), "train"), "data")
-    assert [pair[:2] for pair in pairs] == [("a", "b || c"), ("d", "e\u2028f")]
+    assert [(pair["meaning"], pair["text"]) for pair in pairs] == [("a", "b || c"), ("d", "e\u2028f")]

@@ -103,14 +103,14 @@ def test_thoughts_are_learnt_if_prompts_leave_room_for_them(template: str, answe
 def test_thoughts_that_the_template_leaves_out_are_noticed() -> None:
     encoder = ChatEncoder(tokenizer(LLAMA3), 1000)
     row = conversation("why?", "so", [], "why?")
-    assert not encode(row, encoder, with_options=True)["leaves_thoughts"]
+    assert not encode(row, encoder, with_options=True)["leaves_out"]
     row["messages"][1]["thoughts"] = "hm"
     encoded = encode(row, encoder, with_options=True)
-    assert encoded["leaves_thoughts"]
+    assert encoded["leaves_out"]
     assert learnt(encoder, thinking(messages("why?", "so"))) == ["so<|eot|>"]
     room = ChatEncoder(tokenizer(QWEN35), 1000, template_arguments=THINK)
     kept = encode(row, room, with_options=True)
-    assert (kept["leaves_thoughts"], kept["answer"], kept["prompt_ids"]) == (False, "", [])  # and is not generated
+    assert (kept["leaves_out"], kept["answer"], kept["prompt_ids"]) == (False, "", [])  # and is not generated
 
 
 # -- a prompt is what was trained
@@ -135,7 +135,7 @@ def test_what_is_learnt_follows_the_prompt(name: str, thinks: bool) -> None:
         assert encoded.labels[len(prompt)] != IGNORED
         assert set(encoded.labels[: len(prompt)]) == {IGNORED}
         assert ("hm" in learnt(encoder, [ask, answer])[-1]) == (answer is not plain)
-        assert not encoded.leaves_thoughts
+        assert not encoded.leaves_out
 
 
 @pytest.mark.usefixtures("command_line", "own_datasets")
@@ -166,15 +166,17 @@ def test_thoughts_of_earlier_answers_that_the_template_leaves_out_are_noticed(na
     encoder = ChatEncoder(tokenizer(shipped(name), end="<|im_end|>"), 1000, template_arguments=THINK)
     of_content = messages("a?", "<think>hm a!</think>a!", "b?", "<think>hm b!</think>b!")
     for turns in (of_content, thinking(TURNS)):
-        assert encoder.encode(turns).leaves_thoughts
+        assert encoder.encode(turns).leaves_out
         assert "hm a!" not in encoder.tokenizer.decode(encoder.encode(turns).input_ids)
-        assert not encoder.encode(turns[2:]).leaves_thoughts
-    assert not encoder.encode(TURNS).leaves_thoughts
+        assert not encoder.encode(turns[2:]).leaves_out
+    assert not encoder.encode(TURNS).leaves_out
 
 
 def test_answers_that_do_not_follow_the_generation_prompt_are_refused() -> None:
     for template in (GEMMA4, R1):
-        with pytest.raises(MisconfigurationException, match=r'Set template_arguments to {"enable_thinking": true} if'):
+        with pytest.raises(
+            MisconfigurationException, match=r"Set template_arguments .* lie in {% generation %} blocks"
+        ):
             ChatEncoder(tokenizer(template), 1000)
     encoder = ChatEncoder(tokenizer(GEMMA4), 1000, template_arguments=THINK)
     assert learnt(encoder, TURNS) == ["a!<turn|>", "b!<turn|>"]
@@ -183,3 +185,30 @@ def test_answers_that_do_not_follow_the_generation_prompt_are_refused() -> None:
 def test_answers_that_are_not_learnt_are_read() -> None:
     first = [TURNS[0], {**TURNS[1], "learnt": False}, *TURNS[2:]]
     assert learnt(ChatEncoder(tokenizer(QWEN3), 1000), first) == ["b!<|im_end|>"]
+
+
+# -- templates that mark answers
+
+
+def test_a_given_template_with_marks_is_taken_at_its_word() -> None:
+    """DeepSeek-R1's answers do not follow its generation prompt, and its training template marks their opening too."""
+    encoder = ChatEncoder(tokenizer(R1), 1000, shipped("deepseek_r1_distill_training"))
+    turns = messages("a?", "<think>hm</think>a!", "b?", "b!")
+    answers = [f"<｜Assistant｜>{answer}<｜end▁of▁sentence｜>" for answer in ("<think>hm</think>a!", "b!")]
+    assert learnt(encoder, turns) == answers
+    assert learnt(encoder, [turns[0], {**turns[1], "learnt": False}, *turns[2:]]) == answers[1:]
+    assert encoder.tokenizer.decode(encoder.encode_prompt(turns[:1])).endswith("<｜Assistant｜><think>\n")
+
+
+@pytest.mark.parametrize(
+    ("marked", "turns"),
+    [
+        ("{% generation %}{% endgeneration %}{{ m.content }}", TURNS),
+        ("{% generation %}{{ m.content }}{% endgeneration %}", [TURNS[0], {**TURNS[1], "learnt": False}, *TURNS[2:]]),
+    ],
+    ids=["no token", "questions too"],
+)
+def test_marks_that_are_not_the_answers_are_refused(marked: str, turns: list[dict[str, Any]]) -> None:
+    template = "{% for m in messages %}" + marked + "<|im_end|>{% endfor %}"
+    with pytest.raises(MisconfigurationException, match="blocks mark no token, or answers with a weight of 0"):
+        ChatEncoder(tokenizer(R1), 1000, template).encode(turns)
