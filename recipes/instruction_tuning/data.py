@@ -1,30 +1,30 @@
 """InstructionData: conversations, split without leaks, tokenized, in batches that a resumed run continues."""
 
+import json
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from recipes.instruction_tuning import sources
-from recipes.instruction_tuning.encoding import encode
+from recipes.instruction_tuning.formats import Row
 from recipes.language.batches import collate, loader_by_length, padding_id
-from recipes.language.chat import ChatEncoder
-from recipes.language.data import encoded_prompts, tokenizer_of
+from recipes.language.chat import IGNORED, ChatEncoder
+from recipes.language.conversation import THOUGHTS
+from recipes.language.data import TextData
 from recipes.language.packing import packed
+from recipes.language.templates import RefusedConversationError
 from recipes.shared.data import mapped
-from recipes.shared.parted_data import PartedData
 from recipes.shared.resumable import LateLoader
 
 _REASONS = 5  # for dropped conversations, that a report names
 
 
 @dataclass(eq=False)
-class InstructionData(PartedData):
+class InstructionData(TextData):
     """Any instruction data set, or a packaged task, for a causal language model.
 
     Shares are of the training split's questions, or of the films of packaged reviews.
@@ -42,7 +42,7 @@ class InstructionData(PartedData):
         template_arguments: variables of the chat template, such as {"enable_thinking": false} for Qwen3, or "tools".
         packing: put several conversations into one row of ``max_length`` tokens, in training; ``batch_size`` counts the
             rows. A model that does not keep them apart is refused before training.
-        processes: that read and tokenize the conversations; None is the training process alone.
+        processes: that read and tokenize the conversations; None is the training process only.
         prompts: a text file with one prompt a line, for `predict`.
     """
 
@@ -60,19 +60,11 @@ class InstructionData(PartedData):
     kinds: ClassVar[str] = "first questions"
     least: ClassVar[dict[str, int]] = {"max_length": 2, "processes": 1}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._longest_text = self._longest_prompt = 0
-
     @override
     def begin(self) -> None:
-        self.encoder = ChatEncoder(
-            tokenizer_of(self, self.tokenizer),
-            self.max_length,
-            self.chat_template,
-            self.system_prompt,
-            self.template_arguments,
-        )
+        settings = {"system_prompt": self.system_prompt, "template_arguments": self.template_arguments}
+        tokenizer = self.own_tokenizer(self.tokenizer)
+        self.encoder = ChatEncoder(tokenizer, self.max_length, self.chat_template, **settings)
 
     @override
     def read(self, split: str) -> Any:
@@ -86,42 +78,26 @@ class InstructionData(PartedData):
 
     @override
     def encoded(self, part: str, rows: Any) -> Any:
-        # Options are ranked in an evaluation; training reads the right one alone.
+        # Options are ranked in an evaluation; training reads only the right one.
         encoder = partial(encode, encoder=self.encoder, with_options=part != "train")
-        table = mapped(
-            rows, encoder, remove_columns=rows.column_names, num_proc=self.processes, desc=f"Tokenizing {part}"
-        )
+        options = {"remove_columns": rows.column_names, "num_proc": self.processes}
+        table = mapped(rows, encoder, desc=f"Tokenizing {part}", **options)
         status = table["status"][:]
         kept = table.select([index for index, what in enumerate(status) if what in ("kept", "cut")])
         self.reports[part] = self._report(part, Counter(status), kept)
-        self._longest_text = max([self._longest_text, *kept["length"]])
-        if part != "train":
-            self._note_prompts(kept["prompt_ids"])
+        self.note_lengths(kept["length"], map(len, kept["prompt_ids"]))
         return self._packed(kept) if part == "train" and self.packing and len(kept) else kept
 
     @override
     def rows_to_predict(self) -> list[dict[str, Any]]:
-        rows = encoded_prompts(self.prompts, "prompt", self._asked)
-        self._note_prompts(row["prompt_ids"] for row in rows)
-        return rows
-
-    @override
-    def predict_dataloader(self) -> DataLoader[Any]:
-        rows = self.parts["predict"]
+        rows = self.prompts_of(self.prompts, "prompt", self._asked)
         # What follows the user's text decides whether a model thinks.
-        tail = self.encoder.tokenizer.decode(rows[0]["prompt_ids"]).rpartition(rows[0]["prompt"])[2]
-        rank_zero_info(f"The first prompt ends with {tail[-100:]!r}")
-        return super().predict_dataloader()
+        end = self.encoder.tokenizer.decode(rows[0]["prompt_ids"])[-100:]
+        rank_zero_info(f"The first prompt ends with {end!r}")
+        return rows
 
     def _asked(self, prompt: str) -> list[int]:
         return self.encoder.encode_prompt([{"role": "user", "content": prompt}])
-
-    def longest(self) -> tuple[int, int]:
-        """Tokens of the longest conversation, and of the longest prompt that an answer is written for; 0 for none."""
-        return self._longest_text, self._longest_prompt
-
-    def _note_prompts(self, prompts: Iterable[list[int]]) -> None:
-        self._longest_prompt = max([self._longest_prompt, *map(len, prompts)])
 
     @override
     def loader(self, part: str) -> LateLoader:
@@ -129,18 +105,10 @@ class InstructionData(PartedData):
         return loader_by_length(self, self.parts[part], padded, part == "train")
 
     def _packed(self, rows: Any) -> Any:
-        """Rows of several conversations, which are the same in every epoch."""
-        made = mapped(
-            rows.shuffle(seed=self.seed),
-            partial(packed, room=self.max_length),
-            batched=True,
-            remove_columns=rows.column_names,
-            num_proc=self.processes,
-            desc="Packing",
-        )
-        filled = sum(made["length"]) / (len(made) * self.max_length)
-        rank_zero_info(f"Packed into {len(made)} rows of {self.max_length} tokens, which are {filled:.0%} full")
-        return made
+        """Return rows of several conversations, which are the same in every epoch."""
+        pack = partial(packed, room=self.max_length)
+        options = {"remove_columns": rows.column_names, "num_proc": self.processes, "desc": "Packing"}
+        return mapped(rows.shuffle(seed=self.seed), pack, batched=True, **options)
 
     def _report(self, part: str, counts: Counter[str], kept: Any) -> str:
         parts = [f"{self.source_of(part)}, {part}: {len(kept)} conversations"]
@@ -154,3 +122,67 @@ class InstructionData(PartedData):
         parts += [f"{count} dropped: {reason}" for reason, count in counts.most_common(_REASONS)]
         others = counts.total() - sum(count for _, count in counts.most_common(_REASONS))
         return "; ".join([*parts, f"{others} dropped for other reasons"] if others else parts)
+
+
+def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
+    """Return token ids of a conversation, once for each option if they are to be ranked, and what became of it.
+
+    Args:
+        row: as ``formats`` gives it.
+        encoder: of the model's chat template.
+        with_options: encode each option, for an evaluation.
+
+    Returns:
+        ``input_ids`` and ``labels`` of each option, the greatest ``length`` in tokens, the index ``gold`` of the right
+        option, ``answer`` and ``prompt_ids`` of a free answer that is to be generated, whether the template leaves
+        thoughts or tools out (``leaves_out``), and the ``status``: "kept", "cut", or why the row can't be used.
+    """
+    # One such row must not stop a run, such as a conversation of ShareGPT that begins with an answer.
+    try:
+        return _unusable(row["problem"]) if row["problem"] else _usable(row, encoder, with_options)
+    except RefusedConversationError as error:
+        return _unusable(str(error))
+
+
+def _usable(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
+    messages = [template_message(message) for message in row["messages"]]
+    context, answer = messages[:-1], messages[-1]
+    tools = json.loads(row["tools"] or "[]")
+    options = (row["options"] if with_options else None) or [answer["content"]]
+    ends = not row["options"]  # options are ranked by their own tokens, and nobody generates them
+    encoded = [encoder.encode([*context, {**answer, "content": option}], ends, tools) for option in options]
+    if any(set(e.labels) <= {IGNORED} for e in encoded):
+        return _unusable(f"no answer within max_length={encoder.max_length} tokens")
+    # Answers with thoughts are not generated: how a template ends thoughts is its own affair, and so is comparing them.
+    has_thoughts = row["messages"][-1]["thoughts"] or "</think>" in answer["content"]
+    is_free = with_options and not row["options"] and not has_thoughts and "tool_calls" not in answer
+    return {
+        "input_ids": [e.input_ids for e in encoded],
+        "labels": [e.labels for e in encoded],
+        "length": max(len(e.input_ids) for e in encoded),
+        "gold": options.index(answer["content"]),
+        "answer": answer["content"] if is_free else "",
+        "prompt_ids": encoder.encode_prompt(context, tools) if is_free else [],
+        "leaves_out": any(e.leaves_out for e in encoded),
+        "status": "cut" if any(e.cut for e in encoded) else "kept",
+    }
+
+
+def _unusable(status: str) -> Row:
+    empty: Row = {"input_ids": [], "labels": [], "prompt_ids": [], "answer": ""}
+    return {**empty, "leaves_out": False, "length": 0, "gold": 0, "status": status}
+
+
+def template_message(message: Row) -> Row:
+    """Return a message as chat templates know it.
+
+    Example:
+        >>> template_message({"role": "user", "content": "Why?", "thoughts": None, "learnt": True, "more": ""})
+        {'role': 'user', 'content': 'Why?'}
+    """
+    given = {"role": message["role"], "content": message["content"], **json.loads(message["more"] or "{}")}
+    if message["thoughts"]:
+        given |= dict.fromkeys(THOUGHTS, message["thoughts"])
+    if not message["learnt"]:
+        given["learnt"] = False
+    return given

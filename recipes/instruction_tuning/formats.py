@@ -32,7 +32,6 @@ _THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what Qwen, GPT-OSS
 _LISTS = ("messages", "conversations")  # columns of whole conversations
 _SYSTEM = ("system", "system_prompt")
 _LEAVE_OUT = "Columns that --data.columns does not name are left out"
-_TOOLS = "tools"
 
 
 class Pair(NamedTuple):
@@ -110,7 +109,7 @@ def read_columns(columns: Sequence[str]) -> list[str]:
     """
     found = _understood(columns)
     wanted = [found.question, found.answers[0], *found.more] if isinstance(found, Pair) else [found]
-    return [column for column in (*wanted, *_SYSTEM, _TOOLS) if column in columns]
+    return [column for column in (*wanted, *_SYSTEM, "tools") if column in columns]
 
 
 def _understood(columns: Sequence[str]) -> str | Pair | None:
@@ -149,7 +148,7 @@ def _read(row: Row, found: str | Pair) -> Row:
                 raise ValueError("no question in the data")
             if _is_learnt(message):
                 raise ValueError("no answer in the data")
-    tools = [tool.get("function") or tool for tool in _objects(row.get(_TOOLS))]
+    tools = [tool.get("function") or tool for tool in _objects(row.get("tools"))]
     listed = [{"type": "function", "function": tool} for tool in tools if tool.get("name")]
     question = next((message["content"] for message in messages if message["role"] == "user"), "")
     return _row(messages, question) | {"tools": json.dumps(listed) if listed else ""}

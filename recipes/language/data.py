@@ -1,28 +1,41 @@
 """What data modules of texts have in common: the tokenizer, and the file of prompts for `predict`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.language.model import load_tokenizer
 from recipes.shared.files import read_lines
-from recipes.shared.resumable import ResumableData
+from recipes.shared.parted_data import PartedData
 
 
-def tokenizer_of(data: ResumableData, name: str | None) -> Any:
-    """Return a data module's tokenizer.
+class TextData(PartedData):
+    """A data module of texts that knows how long its texts are, so that a model which is too short is refused."""
 
-    Args:
-        data: the data module.
-        name: or folder of a tokenizer; None takes that of the module which is trained.
+    longest_text = 0
+    longest_prompt = 0
 
-    Raises:
-        MisconfigurationException: there is no tokenizer of this name.
-    """
-    if name is not None:
-        return load_tokenizer(name, option="tokenizer")
-    return data.trained_module.tokenizer
+    def own_tokenizer(self, name: str | None) -> Any:
+        """Load a tokenizer by its name or folder; None takes that of the module which is trained."""
+        return self.trained_module.tokenizer if name is None else load_tokenizer(name, option="tokenizer")
+
+    def longest(self) -> tuple[int, int]:
+        """Return tokens of the longest text, and of the longest prompt that an answer is written for; 0 for none."""
+        return self.longest_text, self.longest_prompt
+
+    def note_lengths(self, texts: Iterable[int], prompts: Iterable[int]) -> None:
+        """Take up the lengths of further texts and prompts, in tokens."""
+        self.longest_text = max([self.longest_text, *texts])
+        self.longest_prompt = max([self.longest_prompt, *prompts])
+
+    def prompts_of(self, path: str | None, kind: str, encode: Callable[[str], list[int]]) -> list[dict[str, Any]]:
+        """Return the lines of a text file, numbered, with their tokens; see :func:`read_prompts`."""
+        rows: list[dict[str, Any]] = []
+        for number, prompt in enumerate(read_prompts(path, kind)):
+            rows.append({"places": number, "prompt": prompt, "prompt_ids": encode(prompt)})
+        self.note_lengths([], [len(row["prompt_ids"]) for row in rows])
+        return rows
 
 
 def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[str]:
@@ -34,23 +47,11 @@ def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[s
         option: of the data module that names the file.
 
     Raises:
-        MisconfigurationException: there is no such file, it can't be read, or it is empty.
+        MisconfigurationException: no file is given, or it is empty.
     """
     if path is None:
         raise MisconfigurationException(f"predict needs --data.{option} FILE, a text file with one {kind} a line")
-    try:
-        lines = read_lines(path)
-    except OSError as error:
-        raise MisconfigurationException(f"{option}={path!r} can't be read: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in read_lines(path) if line.strip()]
     if not prompts:
         raise MisconfigurationException(f"{option}={path!r} holds no {kind}: write one a line")
     return prompts
-
-
-def encoded_prompts(path: str | None, kind: str, encode: Callable[[str], list[int]]) -> list[dict[str, Any]]:
-    """Return the lines of a text file, numbered, with their tokens; the arguments are those of :func:`read_prompts`."""
-    rows = []
-    for number, prompt in enumerate(read_prompts(path, kind)):
-        rows.append({"places": number, "prompt": prompt, "prompt_ids": encode(prompt)})
-    return rows

@@ -1,13 +1,12 @@
 """A run's adapter in the weights of its base: a plain transformers model, without peft.
 
 The folder is what vLLM serves, llama.cpp converts and any program with transformers loads. It has a model card that
-says how the run was made. Nothing is sent anywhere unless `--push_to_hub` names a repository.
+says how the run was made.
 """
 
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
@@ -22,9 +21,7 @@ from recipes.shared.files import refuse_unless_new
 from recipes.shared.taken import runs_no_code
 
 
-def export(
-    adapter: Path, folder: Path, dtype: DType = "auto", base: str | None = None, push_to_hub: str | None = None
-) -> None:
+def export(adapter: Path, folder: Path, dtype: DType = "auto", base: str | None = None) -> None:
     """Write a run's adapter in the weights of its base: a plain transformers model, with tokenizer and model card.
 
     Args:
@@ -32,7 +29,6 @@ def export(
         folder: to write, which must be empty or not be there.
         dtype: of the weights; auto is the base's.
         base: the model that was trained on, if it is elsewhere now.
-        push_to_hub: send it to this repository, which is private if it is new.
 
     Raises:
         MisconfigurationException: there is no adapter or it can't be merged, the base can't be loaded or is another
@@ -58,10 +54,6 @@ def export(
     tokenizer.save_pretrained(folder)
     model_card(base, model.peft_config["default"], run).save(folder / "README.md")
     print(f"The merged model is in {folder}")
-    if push_to_hub:
-        api = HfApi()
-        print(f"and in {api.create_repo(push_to_hub, private=True, exist_ok=True)}")
-        api.upload_folder(repo_id=push_to_hub, folder_path=str(folder))
 
 
 def _model_config(run: dict[str, Any]) -> dict[str, Any]:
@@ -128,12 +120,9 @@ def config_of(adapter: Path) -> PeftConfig:
     """Return the configuration of an adapter, which names its base.
 
     Raises:
-        MisconfigurationException: the folder holds no adapter, or one that is not read.
+        MisconfigurationException: it is one that is not read.
+        ValueError: the folder holds no adapter.
     """
-    if not (adapter / "adapter_config.json").is_file():
-        raise MisconfigurationException(
-            f"{adapter} holds no adapter_config.json: give the folder next to a checkpoint, such as checkpoints/last"
-        )
     config = PeftConfig.from_pretrained(str(adapter))
     # peft 0.18 imports the module that a megatron_config names; replicated layers share the weights to merge into.
     if getattr(config, "megatron_config", None) or getattr(config, "layer_replication", None):
@@ -152,7 +141,7 @@ def with_adapter(base: nn.Module, adapter: Path) -> PeftModel:
         model = PeftModel.from_pretrained(base, str(adapter))
     except (ValueError, RuntimeError) as error:
         raise MisconfigurationException(str(error)) from error
-    # peft only warns of weights that it has no place for, or lacks, and the merged model would be the base there.
+    # peft only warns of unknown or missing weights, and the merged model would be the base there.
     if get_peft_model_state_dict(model).keys() != saved.keys():
         raise MisconfigurationException("the adapter's weights have other names than this model's")
     return model

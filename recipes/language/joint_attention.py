@@ -1,6 +1,6 @@
 """GPT-2's joint projection of q, k and v as three Linears, so that LoRA can adapt some of them, and the way back.
 
-GPT-2 computes q, k and v in one layer, ``c_attn``, where LoRA on q and v alone has no place. Models such as Llama have
+GPT-2 computes q, k and v in one layer, ``c_attn``, where LoRA can't adapt q and v only. Models such as Llama have
 a layer for each, and stay as they are.
 """
 
@@ -18,7 +18,7 @@ _ALL_LINEAR = "all-linear"  # peft's word for every layer except the head
 
 
 class SplitProjection(nn.Module):
-    """Takes the place of a ``c_attn`` and gives the same q, k and v side by side, (..., 3 d).
+    """Replaces a ``c_attn`` and gives the same q, k and v side by side, (..., 3 d).
 
     Args:
         joint: the layer with weight (d, 3 d), whose columns are those of q, of k and of v.
@@ -38,11 +38,11 @@ class SplitProjection(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) to (..., 3 d)."""
+        """Map (..., d) to (..., 3 d)."""
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
 
     def joined(self) -> Any:
-        """The layer that was split, with the weights as they are now.
+        """Return the layer that was split, with the weights as they are now.
 
         Raises:
             ValueError: there are still LoRA layers in it.
@@ -51,10 +51,9 @@ class SplitProjection(nn.Module):
         if any(isinstance(part, BaseTunerLayer) for part in parts):
             raise ValueError("the model has an adapter still: merge it first, with peft's merge_and_unload()")
         width = parts[0].in_features
-        joint = Conv1D(3 * width, width)
-        requires_grad = parts[0].weight.requires_grad
-        joint.weight = nn.Parameter(torch.cat([part.weight.detach().T for part in parts], dim=1), requires_grad)
-        joint.bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]), requires_grad)
+        joint = Conv1D(3 * width, width).requires_grad_(parts[0].weight.requires_grad)
+        joint.weight.data = torch.cat([part.weight.detach().T for part in parts], dim=1)
+        joint.bias.data = torch.cat([part.bias.detach() for part in parts])
         return joint.train(self.training)
 
 
@@ -105,7 +104,7 @@ def join_attention(model: nn.Module) -> None:
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """A Linear with copies of a weight (outputs, inputs) and a bias."""
+    """Return a Linear with copies of a weight (outputs, inputs) and a bias."""
     # On the meta device, so that no memory is filled with values that are replaced at once.
     linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     linear.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), weight.requires_grad)
@@ -114,7 +113,7 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def _is_target(name: str, targets: str | Sequence[str]) -> bool:
-    """Whether peft would adapt the layer of this name."""
+    """Return whether peft would adapt the layer of this name."""
     if isinstance(targets, str):
         return targets != _ALL_LINEAR and re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)

@@ -56,7 +56,7 @@ def load_base(
         name: a Hub name, a local directory, or "packaged" for SmolLM2-135M-Instruct.
         dtype: of the weights; "auto" takes what the checkpoint has.
         quantization: load the weights in 4 or 8 bits through bitsandbytes.
-        config: fields of the model's configuration that take the place of its own, such as ``{"attn_pdrop": 0.0}``.
+        config: fields of the model's configuration that replace its own, such as ``{"attn_pdrop": 0.0}``.
 
     Raises:
         MisconfigurationException: transformers can't load such a model, with such fields, or it is not causal.
@@ -284,12 +284,7 @@ def ending(net: Any, tokenizer: Any, answer_end: str) -> dict[str, Any]:
 
 
 def generate_answers(
-    net: PeftModel,
-    prompt_ids: list[list[int]],
-    tokenizer: Any,
-    max_new_tokens: int,
-    answer_end: str = "",
-    **decoding: Any,
+    net: PeftModel, prompt_ids: list[list[int]], tokenizer: Any, max_new_tokens: int, **options: Any
 ) -> list[str]:
     """Return the model's answers to prompts of token ids; see :func:`generated`."""
     # A sharded model generates on all ranks or none: every forward gathers weights from the others.
@@ -303,7 +298,7 @@ def generate_answers(
         "input_ids": pad(rows, pad_id, side="left").to(device),
         "attention_mask": pad([torch.ones_like(row) for row in rows], 0, side="left").to(device),
     }
-    return generated(net, inputs, tokenizer, max_new_tokens, answer_end, **decoding)[: len(prompt_ids)]
+    return generated(net, inputs, tokenizer, max_new_tokens, **options)[: len(prompt_ids)]
 
 
 @torch.no_grad()
@@ -323,12 +318,7 @@ def generated(
     """
     generate: Any = net.generate
     options = {"do_sample": False, **ending(net, tokenizer, answer_end), **decoding}
-    tokens = generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=padding_id(tokenizer),
-        synced_gpus=is_sharded(net),
-        **options,
-    )[:, inputs["input_ids"].shape[1] :]
+    options |= {"pad_token_id": padding_id(tokenizer), "synced_gpus": is_sharded(net)}
+    tokens = generate(**inputs, max_new_tokens=max_new_tokens, **options)[:, inputs["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [(text.partition(answer_end)[0] if answer_end else text).strip() for text in texts]

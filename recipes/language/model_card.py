@@ -12,7 +12,7 @@ from recipes.shared.configs import methods_of_run
 
 _PACKAGES = ("lightning-flatlora", "lightning", "torch", "transformers", "peft")
 _LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
-_TRAINER = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
+_SETTINGS = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
 
 
 def model_card(base: str, adapter: PeftConfig, run: dict[str, Any]) -> ModelCard:
@@ -23,28 +23,21 @@ def model_card(base: str, adapter: PeftConfig, run: dict[str, Any]) -> ModelCard
         adapter: its LoRA.
         run: the run's settings, as LightningCLI writes them into ``config.yaml``; empty if they are not known.
     """
-    model, data = ((run.get(part) or {}).get("init_args") or {} for part in ("model", "data"))
-    methods = methods_of_run(run)
-    if "rho" in model:
-        methods["FMLoRA"] = {"rho": model["rho"]}  # of FMLoRAModule
-    trainer = run.get("trainer") or {}
+    methods = list(methods_of_run(run))
+    if "rho" in (run.get("model", {}).get("init_args") or {}):
+        methods.append("FMLoRA")  # of FMLoRAModule
     settings = {
-        "method": methods or "LoRA",
         "lora": {field: getattr(adapter, field, None) for field in _LORA},
-        "data": data,
-        "model": {field: value for field, value in model.items() if field not in ("model", "lora")},
-        "optimizer in place of the model's": run.get("optimizer"),
-        "schedule in place of the model's": run.get("lr_scheduler"),
-        "trainer": {field: trainer.get(field) for field in _TRAINER},
-        "seed": run.get("seed_everything"),
+        **{part: run.get(part) for part in _SETTINGS},
         "versions at the export": {package: version(package) for package in _PACKAGES},
     }
+    dataset = (run.get("data", {}).get("init_args") or {}).get("dataset") or ""
     header = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         # Names that are not the Hub's would be links to nothing, or show folders of this machine.
         base_model=base if _is_on_hub(base) else None,
-        datasets=[data["dataset"]] if _is_on_hub(data.get("dataset") or "") else None,
+        datasets=[dataset] if _is_on_hub(dataset) else None,
         tags=["lora", "flatlora"],
     )
     text = (
@@ -64,8 +57,7 @@ def _shown(value: Any) -> Any:
         return sorted(value)  # peft keeps target_modules as a set, whose order differs between processes
     if isinstance(value, list):
         return [_shown(part) for part in value]
-    is_path = isinstance(value, str) and value.startswith(("/", "~", "."))
-    return Path(value).name if is_path else value
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
 
 
 def _is_on_hub(name: str) -> bool:

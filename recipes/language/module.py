@@ -133,7 +133,7 @@ class LanguageModel(PretrainedModel):
         kwargs: of :class:`PretrainedModel`: the model and the optimizer's settings.
     """
 
-    label_smoothing = 0.0  # of the loss of training alone
+    label_smoothing = 0.0  # of the loss of training only
 
     def __init__(
         self,
@@ -194,10 +194,9 @@ class LanguageModel(PretrainedModel):
     def log_likelihood(self, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Return each row's answer's log-likelihood in nats and number of tokens, each (rows,)."""
         # Packed rows have position_ids, and no attention mask, which would hide them from transformers.
-        inputs: dict[str, Tensor] = {}
-        for name in ("input_ids", "attention_mask", "position_ids"):
-            if name in batch:
-                inputs[name] = batch[name]
+        inputs: dict[str, Tensor] = {
+            name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch
+        }
         return answer_log_likelihood(self.net, inputs, batch["labels"], label_smoothing)
 
     # -- validation and test
@@ -254,7 +253,7 @@ class LanguageModel(PretrainedModel):
 
     def generate(self, prompt_ids: list[list[int]]) -> list[str]:
         """Return answers to encoded prompts, each token the most likely one."""
-        return generate_answers(self.net, prompt_ids, self.tokenizer, self.max_new_tokens, self.answer_end())
+        return generate_answers(self.net, prompt_ids, self.tokenizer, self.max_new_tokens, answer_end=self.answer_end())
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:

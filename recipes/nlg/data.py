@@ -6,21 +6,69 @@ from typing import Any, ClassVar
 
 import datasets
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from recipes.language.batches import Batch, loader_by_length, pad, padded, padding_id
-from recipes.language.chat import IGNORED
-from recipes.language.data import encoded_prompts, tokenizer_of
-from recipes.nlg.encoding import PairEncoder
-from recipes.nlg.sources import grouped, in_full, read_pairs, read_source
+from recipes.language.chat import IGNORED, Encoded
+from recipes.language.data import TextData
+from recipes.nlg.sources import grouped, read_pairs, read_source
 from recipes.shared.data import mapped
-from recipes.shared.parted_data import PartedData
 from recipes.shared.resumable import LateLoader
 from recipes.shared.text_metrics import normalized
 
 
+class PairEncoder:
+    """Encode meanings and texts as LoRA's repository does for GPT-2.
+
+    Args:
+        tokenizer: with an end token.
+        max_length: tokens kept of a meaning with its text.
+
+    Raises:
+        MisconfigurationException: the tokenizer has no end token.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        if tokenizer.eos_token_id is None:
+            raise MisconfigurationException(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no end token, which stands between a meaning and its "
+                "text: set its eos_token, save it, and give the folder as data.tokenizer"
+            )
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        # Models such as Llama have seen every text after a first token; GPT-2 has not.
+        self._start = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
+
+    def prompt(self, meaning: str) -> list[int]:
+        """Return the tokens after which the model writes a text."""
+        return [*self._start, *self._tokens(meaning), self.tokenizer.eos_token_id]
+
+    def encode(self, meaning: str, text: str) -> Encoded:
+        """Return tokens of a meaning and its text, and labels on the text and its end token, cut at ``max_length``."""
+        prompt = self.prompt(meaning)
+        # GPT-2 has tokens of its own for words after a space, and those at a beginning are rare.
+        answer = [*self._tokens(f" {text}"), self.tokenizer.eos_token_id]
+        ids = prompt + answer
+        labels = [IGNORED] * len(prompt) + answer
+        return Encoded(ids[: self.max_length], labels[: self.max_length], len(ids) > self.max_length)
+
+    def row(self, row: dict[str, str]) -> dict[str, Any]:
+        """Return a row of a table with a pair, encoded."""
+        pair = self.encode(row["meaning"], row["text"])
+        return {**pair._asdict(), "length": len(pair.input_ids)}
+
+    def prompt_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return what a row of a table with a meaning gets in addition: the tokens of its prompt."""
+        prompt = self.prompt(row["meaning"])
+        return {"prompt_ids": prompt, "length": len(prompt)}
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 @dataclass(eq=False)
-class MeaningData(PartedData):
+class MeaningData(TextData):
     """Meanings and texts for a causal language model.
 
     Training and the loss of an evaluation take each text of a meaning by itself. In the test, and where it is asked for
@@ -31,7 +79,7 @@ class MeaningData(PartedData):
     Args:
         dataset: a Hub name, a local folder of the same layout, a .json, .jsonl, .parquet or .csv file, or a .txt file
             with ``meaning||text`` in each line, as in LoRA's repository.
-        meaning: column of the meanings; None finds those of E2E, GEM's E2E and LoRA's repository.
+        meaning: column of the meanings; None finds those of E2E and LoRA's repository.
         text: column of the texts, or of lists of them; None finds those of the same sets.
         tokenizer: name or folder of a tokenizer; None takes the module's.
         batch_size: pairs of a meaning and a text in a batch, and meanings in a batch of those to write texts for.
@@ -57,7 +105,7 @@ class MeaningData(PartedData):
 
     @override
     def begin(self) -> None:
-        self.encoder = PairEncoder(tokenizer_of(self, self.tokenizer), self.max_length)
+        self.encoder = PairEncoder(self.own_tokenizer(self.tokenizer), self.max_length)
 
     @override
     def read(self, split: str) -> Any:
@@ -71,10 +119,7 @@ class MeaningData(PartedData):
 
     @override
     def encoded(self, part: str, rows: Any) -> Any:
-        if part != "train":
-            rows = datasets.Dataset.from_list(in_full(rows))
-        encode = partial(_encoded, encoder=self.encoder)
-        table = mapped(rows, encode, remove_columns=rows.column_names, desc=f"Tokenizing {part}")
+        table = mapped(rows, self.encoder.row, remove_columns=rows.column_names, desc=f"Tokenizing {part}")
         # Of the others, the loss would be a mean over no token.
         kept = [index for index, labels in enumerate(table["labels"]) if set(labels) != {IGNORED}]
         too_long, rows, table = len(table) - len(kept), rows.select(kept), table.select(kept)
@@ -83,27 +128,16 @@ class MeaningData(PartedData):
         notes += [f"{cut} of them cut at max_length={self.max_length} tokens"] if cut else []
         notes += [f"{too_long} left out: no token of the text within max_length={self.max_length}"] if too_long else []
         self.reports[part] = "; ".join(notes)
+        self.note_lengths(table["length"], [])
         if part != "train" and meanings:
             prompts = datasets.Dataset.from_list(meanings)
-            self.meanings[part] = mapped(prompts, partial(_prompted, encoder=self.encoder), desc="Tokenizing meanings")
+            self.meanings[part] = mapped(prompts, self.encoder.prompt_row, desc="Tokenizing meanings")
+            self.note_lengths([], self.meanings[part]["length"])
         return table
 
     @override
     def rows_to_predict(self) -> list[dict[str, Any]]:
-        return encoded_prompts(self.prompts, "meaning", self.encoder.prompt)
-
-    def longest(self) -> tuple[int, int]:
-        """Return tokens of the longest pair, and of the longest prompt that a text is written for."""
-        pairs, prompts = [0], [0]
-        for part, rows in self.parts.items():
-            if part == "predict":
-                # Predicted meanings have no text beside them, and so no pair.
-                prompts += [len(row["prompt_ids"]) for row in rows]
-            elif len(rows):
-                pairs += rows["length"]
-        for rows in self.meanings.values():
-            prompts += rows["length"]
-        return max(pairs), max(prompts)
+        return self.prompts_of(self.prompts, "meaning", self.encoder.prompt)
 
     @override
     def loader(self, part: str) -> LateLoader:
@@ -129,16 +163,6 @@ class MeaningData(PartedData):
 
     def _loader(self, rows: Any, is_training: bool) -> LateLoader:
         return loader_by_length(self, rows, partial(collate, pad_id=padding_id(self.encoder.tokenizer)), is_training)
-
-
-def _encoded(row: dict[str, str], encoder: PairEncoder) -> dict[str, Any]:
-    pair = encoder.encode(row["meaning"], row["text"])
-    return {**pair._asdict(), "length": len(pair.input_ids)}
-
-
-def _prompted(row: dict[str, Any], encoder: PairEncoder) -> dict[str, Any]:
-    prompt = encoder.prompt(row["meaning"])
-    return {"prompt_ids": prompt, "length": len(prompt)}
 
 
 def collate(rows: dict[str, list[Any]], pad_id: int) -> Batch:

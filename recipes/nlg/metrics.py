@@ -1,4 +1,4 @@
-"""BLEU, NIST, METEOR, ROUGE-L and CIDEr of texts against all references, defined as in E2E's own evaluation.
+"""The texts that a model wrote, and their BLEU, NIST, METEOR, ROUGE-L and CIDEr, defined as in E2E's own evaluation.
 
 That is github.com/tuetschek/e2e-metrics: BLEU and NIST of mteval-v13a, the other three of the captioning challenge of
 MS COCO. BLEU is sacrebleu's. The three are those of the package pycocoevalcap, whose tokenizer and METEOR run in Java.
@@ -6,18 +6,27 @@ NIST is computed here, because the packages that have it take the best single re
 takes all of them together.
 """
 
+import csv
 import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import pandas as pd
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from sacrebleu.metrics import BLEU
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+from recipes.language.batches import Batch
+from recipes.shared.files import set_aside
+from recipes.shared.ranks import gathered, rank
 
 Metric = Literal["bleu", "nist", "meteor", "rouge_l", "cider"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -52,10 +61,7 @@ def score(
     scores, missing = {}, {}
     for name in names:
         try:
-            if name in _CAPTION_SCORERS:
-                scores[name] = _caption_score(name, texts, references)
-            else:
-                scores[name] = {"bleu": bleu, "nist": nist}[name](texts, references)
+            scores[name] = _SCORERS[name](texts, references)
         # A missing package, a Java that fails: the other scores of a long run must not be lost with it.
         except Exception as error:
             missing[name] = f"{type(error).__name__}: {error}"
@@ -64,11 +70,8 @@ def score(
 
 def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return corpus BLEU in percent, without case, as sacrebleu tokenizes (13a)."""
-    most = max(len(row) for row in references)
-    # sacrebleu takes the first references of all texts, then the second ones; None where a text has no more.
-    columns = []
-    for number in range(most):
-        columns.append([row[number] if number < len(row) else None for row in references])
+    # sacrebleu takes the first references of all texts, then the second ones; None if a text has no more.
+    columns = [list(column) for column in zip_longest(*references)]
     return float(BLEU(lowercase=True, tokenize="13a").corpus_score(list(texts), columns).score)
 
 
@@ -79,29 +82,24 @@ def nist(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     often it comes itself. Matches are counted against the references of a text together, each n-gram at most as often
     as in that reference that has it most often. The length penalty compares with the mean length of the references.
     """
-    matches = [Counter[tuple[str, ...]]() for _ in range(_ORDER + 1)]
-    written = [0] * (_ORDER + 1)
-    counts = [Counter[tuple[str, ...]]() for _ in range(_ORDER + 1)]
+    matches, counts = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
+    written = Counter[int]()  # n-grams of the texts, by n
     reference_length = 0.0
     for text, row in zip(texts, references, strict=True):
-        tokens, row_tokens = _tokens(text), [_tokens(reference) for reference in row]
-        reference_length += sum(map(len, row_tokens)) / len(row)
-        # The n-gram of length 0 comes as often as there are tokens: what a single token's information is relative to.
-        counts[0][()] += sum(map(len, row_tokens))
-        for n in range(1, _ORDER + 1):
-            most = Counter[tuple[str, ...]]()
-            for reference in row_tokens:
-                ngrams = _ngrams(reference, n)
-                counts[n] += ngrams
-                most |= ngrams
-            matches[n] += _ngrams(tokens, n) & most
-            written[n] += max(len(tokens) - n + 1, 0)
+        most = Counter[tuple[str, ...]]()
+        for reference in row:
+            tokens = _tokens(reference)
+            reference_length += len(tokens) / len(row)
+            # The n-gram of length 0 comes as often as there are tokens: a single token's information is relative to it.
+            counts[()] += len(tokens)
+            counts.update(_ngrams(tokens))
+            most |= _ngrams(tokens)
+        ngrams = _ngrams(_tokens(text))
+        matches.update(ngrams & most)
+        written.update(len(ngram) for ngram in ngrams.elements())
     total = 0.0
-    for n in range(1, _ORDER + 1):
-        information = 0.0
-        for ngram, times in matches[n].items():
-            information += times * math.log2(counts[n - 1][ngram[:-1]] / counts[n][ngram])
-        total += information / written[n] if written[n] else 0.0
+    for ngram, times in matches.items():
+        total += times * math.log2(counts[ngram[:-1]] / counts[ngram]) / written[len(ngram)]
     ratio = written[1] / reference_length
     # Longer texts are not punished, and an empty one gets 0, at which the logarithm has no value.
     penalty = math.exp(-_BETA * math.log(ratio) ** 2) if 0 < ratio < 1 else float(ratio > 0)
@@ -112,8 +110,11 @@ def _tokens(text: str) -> list[str]:
     return str(_tokenized(text.lower())).split()
 
 
-def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
-    return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+def _ngrams(tokens: Sequence[str]) -> Counter[tuple[str, ...]]:
+    ngrams = Counter[tuple[str, ...]]()
+    for n in range(1, _ORDER + 1):
+        ngrams.update(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+    return ngrams
 
 
 def _caption_score(name: str, texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -130,6 +131,10 @@ def _caption_score(name: str, texts: Sequence[str], references: Sequence[Sequenc
             scorer.meteor_p.stdout.close()
             scorer.meteor_p.stderr.close()
     return float(value if name == "cider" else 100 * value)
+
+
+_SCORERS: dict[str, Any] = {"bleu": bleu, "nist": nist}
+_SCORERS |= {name: partial(_caption_score, name) for name in _CAPTION_SCORERS}
 
 
 def finds_java() -> bool:
@@ -149,3 +154,59 @@ def _caption_tokens(rows: Sequence[Sequence[str]]) -> Any:
     for number, row in enumerate(rows):
         captions[number] = [{"caption": " ".join(text.split())} for text in row]
     return PTBTokenizer().tokenize(captions)
+
+
+class WrittenTexts:
+    """Takes up batches of texts, and gives their scores at the end of an evaluation.
+
+    Args:
+        stage: "val" or "test"; the files are called by it.
+        metrics: names of the scores.
+    """
+
+    def __init__(self, stage: str, metrics: Sequence[str]) -> None:
+        self.stage = stage
+        self.metrics = metrics
+        self._texts: list[tuple[int, str, str, list[str]]] = []  # number, meaning, text, references
+
+    def add(self, batch: Batch, texts: Sequence[str]) -> None:
+        """Take up the texts of a batch of meanings."""
+        self._texts += zip(batch["number"], batch["meaning"], texts, batch["references"], strict=True)
+
+    def clear(self) -> None:
+        """Forget the texts."""
+        self._texts = []
+
+    def finish(self, folder: Path) -> dict[str, float]:
+        """Write the files and give the scores by name, the same on each rank; every rank calls it.
+
+        Metrics that can't be computed are left out, and named with the reason.
+        """
+        # With fewer meanings than ranks, some ranks have written for the same one.
+        rows = {number: row for number, *row in chain.from_iterable(gathered(self._texts))}
+        self.clear()
+        if not rows:
+            return {}
+        meanings, texts, references = zip(*(rows[number] for number in sorted(rows)), strict=True)
+        # By one process, since some metrics run another one; and the files first, so that nothing of them is lost.
+        scores: dict[str, float] = {}
+        if rank() == 0:
+            self._write(folder, "texts", "output", zip(meanings, texts, strict=True))
+            pairs: list[tuple[str, str]] = []
+            for meaning, of_meaning in zip(meanings, references, strict=True):
+                pairs += [(meaning, reference) for reference in of_meaning]
+            self._write(folder, "references", "reference", pairs)
+            scores, missing = score(texts, references, self.metrics)
+            for name, reason in missing.items():
+                rank_zero_warn(f"{self.stage}_{name} is missing: {reason}")
+        return gathered(scores)[0]  # type: ignore[no-any-return]
+
+    def _write(self, folder: Path, name: str, column: str, rows: Iterable[tuple[str, str]]) -> None:
+        """Write two columns as e2e-metrics reads them: no line and no column ends within a text."""
+        file = folder / f"{self.stage}_{name}.tsv"
+        folder.mkdir(parents=True, exist_ok=True)
+        set_aside(file)
+        table = pd.DataFrame(rows, columns=["mr", column]).map(lambda text: " ".join(text.split()))
+        # All in quotes: e2e-metrics strips its lines, and an empty text at the end would take its column with it.
+        table.to_csv(file, sep="\t", index=False, quoting=csv.QUOTE_ALL, lineterminator="\n")
+        rank_zero_info(f"The {name} are in {file}")

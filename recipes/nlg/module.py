@@ -3,16 +3,65 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import FloatTensor, LongTensor
+from transformers import GenerationConfig, LogitsProcessor, NoRepeatNGramLogitsProcessor
 from typing_extensions import override
 
 from recipes.language.batches import Batch
 from recipes.language.joint_attention import split_attention
 from recipes.language.model import generate_answers, load_base
 from recipes.language.module import LanguageModel
-from recipes.nlg.decoding import DEFAULT, arguments, check_decoding
-from recipes.nlg.metrics import METRICS, Metric
-from recipes.nlg.written import WrittenTexts
+from recipes.nlg.metrics import METRICS, Metric, WrittenTexts
 from recipes.shared.predictions import run_folder
+
+DEFAULT = {"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4, "early_stopping": "never"}
+"""That of LoRA's repository for E2E."""
+
+
+class NoRepeatInText(LogitsProcessor):  # type: ignore[misc]
+    """Forbids an n-gram that the text has already; those of the prompt may come again.
+
+    transformers' own ``no_repeat_ngram_size`` counts the prompt too: a text could not repeat a name of four tokens that
+    its meaning holds.
+
+    Args:
+        size: n.
+        prompt: tokens of the prompt, with its padding.
+    """
+
+    def __init__(self, size: int, prompt: int) -> None:
+        self._no_repeat = NoRepeatNGramLogitsProcessor(size)
+        self._prompt = prompt
+
+    @override
+    def __call__(self, input_ids: LongTensor, scores: FloatTensor) -> FloatTensor:
+        return self._no_repeat(input_ids[:, self._prompt :], scores)  # type: ignore[no-any-return]
+
+
+def check_decoding(decoding: dict[str, Any]) -> None:
+    """Refuse settings that ``generate`` would not know.
+
+    Raises:
+        MisconfigurationException: with their names.
+        ValueError: one is out of its range.
+    """
+    unknown = sorted(set(decoding) - set(GenerationConfig().to_dict()))
+    if unknown:
+        raise MisconfigurationException(
+            f"decoding={decoding!r}: {unknown} can't be set. It takes fields of transformers' GenerationConfig"
+        )
+    GenerationConfig(**decoding).validate()
+
+
+def arguments(decoding: dict[str, Any], prompt: int) -> dict[str, Any]:
+    """Return arguments of ``generate`` for prompts of so many tokens, padding included."""
+    settings = dict(decoding)
+    # generate would count the prompt as well, see NoRepeatInText.
+    size = settings.pop("no_repeat_ngram_size", 0)
+    if size:
+        settings["logits_processor"] = [NoRepeatInText(size, prompt)]
+    return settings
 
 
 class TextGeneration(LanguageModel):
@@ -22,9 +71,9 @@ class TextGeneration(LanguageModel):
     (:func:`recipes.language.joint_attention.split_attention`).
 
     Args:
-        model_config: fields of the model's configuration that take the place of its own, such as
+        model_config: fields of the model's configuration that replace its own, such as
             ``{"attn_pdrop": 0.0}``.
-        label_smoothing: share of each token's target that is spread over the vocabulary, in training alone.
+        label_smoothing: share of each token's target that is spread over the vocabulary, in training only.
         decoding: how texts are written, fields of transformers' GenerationConfig; None is a beam of 10, length penalty
             0.8, and no sequence of 4 tokens twice in a text. ``no_repeat_ngram_size`` leaves the prompt out.
         metrics: of the written texts: some of "bleu", "nist", "meteor", "rouge_l" and "cider".

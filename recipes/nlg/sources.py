@@ -13,7 +13,6 @@ from recipes.shared.left_out import warn_of_left_out
 
 LAYOUTS = (
     ("meaning_representation", "human_reference"),  # tuetschek/e2e_nlg
-    ("meaning_representation", "target"),  # GEM/e2e_nlg
     ("mr", "ref"),  # E2E's own CSV files
     ("context", "completion"),  # LoRA's repository
     ("document", "summary"),  # XSum
@@ -24,12 +23,11 @@ LAYOUTS = (
     ("prompt", "response"),
 )
 """Columns of a meaning and of its text that are found by themselves."""
-_REFERENCES = "references"  # GEM's list of all texts of a meaning, in its splits for evaluation
 _SEPARATOR = "||"
 
 
-def read_pairs(table: Any, source: str, meaning: str | None = None, text: str | None = None) -> list[dict[str, Any]]:
-    """Return the pairs of a table, in its order, each with ``meaning``, ``text`` and all ``references`` of GEM's rows.
+def read_pairs(table: Any, source: str, meaning: str | None = None, text: str | None = None) -> list[dict[str, str]]:
+    """Return the pairs of a table, in its order, each with ``meaning`` and ``text``.
 
     Args:
         table: with a column of meanings, and one of texts or of lists of texts.
@@ -46,12 +44,10 @@ def read_pairs(table: Any, source: str, meaning: str | None = None, text: str | 
         where = f"{source}: row {number}"
         said = _filled([row[meaning_column]], where)
         texts = _filled(row[text_column], where)
-        # In GEM's training splits they are empty texts.
-        references = _filled(row.get(_REFERENCES), where) if text is None else []
         if not (said and texts):
             faults.append(f"row {number} has no text in {text_column if said else meaning_column!r}")
         else:
-            pairs += [{"meaning": said[0], "text": one, "references": references} for one in texts]
+            pairs += [{"meaning": said[0], "text": one} for one in texts]
     warn_of_left_out(source, faults, len(table))
     return pairs
 
@@ -66,19 +62,6 @@ def _filled(value: Any, where: str) -> list[str]:
     return [one for one in texts if one]
 
 
-def in_full(rows: Any) -> list[dict[str, str]]:
-    """Return a row for each text that a meaning is compared with: GEM's references in place of a row's own text."""
-    full, meanings_in_full = [], set()
-    for row in rows:
-        if not row["references"]:
-            full.append({"meaning": row["meaning"], "text": row["text"]})
-        # Each row of a meaning may hold all of them.
-        elif row["meaning"] not in meanings_in_full:
-            meanings_in_full.add(row["meaning"])
-            full += [{"meaning": row["meaning"], "text": text} for text in row["references"]]
-    return full
-
-
 def read_source(name: str, split: str, config_name: str | None = None, revision: str | None = None) -> Any:
     """Return a Hub data set's split or a file as a table.
 
@@ -90,11 +73,20 @@ def read_source(name: str, split: str, config_name: str | None = None, revision:
         revision: of it, such as "refs/convert/parquet" where the main one is a script.
 
     Raises:
-        MisconfigurationException: it can't be read.
+        MisconfigurationException: it can't be read, or a line lacks the separator.
     """
     if Path(name).suffix.lower() != ".txt":
         return read_table(name, split, config_name=config_name, revision=revision)
-    return _text_table(name)
+    rows = []
+    for number, line in enumerate(read_lines(name), start=1):
+        context, separator, completion = line.partition(_SEPARATOR)
+        if separator:
+            rows.append({"context": context, "completion": completion})
+        elif line.strip():
+            raise MisconfigurationException(f"dataset={name!r}, line {number} is not meaning{_SEPARATOR}text: {line!r}")
+    if not rows:
+        raise MisconfigurationException(f"dataset={name!r} has no rows")
+    return datasets.Dataset.from_list(rows)
 
 
 def grouped(pairs: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
@@ -124,17 +116,3 @@ def _columns(names: Sequence[str], source: str, meaning: str | None, text: str |
         f"{source} has the columns {sorted(names)}, and data.meaning={meaning!r}, data.text={text!r}: set both to "
         f"columns that it has. Null stands for {known}"
     )
-
-
-def _text_table(name: str) -> Any:
-    """Return lines of LoRA's format as rows with its names, ``context`` and ``completion``."""
-    rows = []
-    for number, line in enumerate(read_lines(name), start=1):
-        context, separator, completion = line.partition(_SEPARATOR)
-        if separator:
-            rows.append({"context": context, "completion": completion})
-        elif line.strip():
-            raise MisconfigurationException(f"dataset={name!r}, line {number} is not meaning{_SEPARATOR}text: {line!r}")
-    if not rows:
-        raise MisconfigurationException(f"dataset={name!r} has no rows")
-    return datasets.Dataset.from_list(rows)

@@ -161,7 +161,9 @@ def test_answers_learnt_without_a_pad_token_are_generated_as_they_are(template: 
         assert encoder.tokenizer.decode(learnt_ids).endswith(encoder.answer_end or encoder.tokenizer.eos_token)
     net = trained(encoder.tokenizer, batch)
     prompts = [encoder.encode_prompt(messages(question)) for question in examples]
-    assert generate_answers(net, prompts, encoder.tokenizer, 40, encoder.answer_end) == list(examples.values())
+    assert generate_answers(net, prompts, encoder.tokenizer, 40, answer_end=encoder.answer_end) == list(
+        examples.values()
+    )
 
 
 def trained(tokenizer: Any, batch: dict[str, Any]) -> Any:

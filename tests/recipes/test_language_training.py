@@ -94,8 +94,7 @@ def test_packed_conversations_give_the_gradients_of_separate_ones(kind: str, att
     [("OPT", {"ffn_dim": 32, "word_embed_proj_dim": 32}), ("Mamba", {})],
 )
 def test_models_that_mix_conversations_are_refused(kind: str, more: Any) -> None:
-    message = "an earlier one changes a later one"
-    with pytest.raises(MisconfigurationException, match=rf"{kind}ForCausalLM .*{message}.*packing to false"):
+    with pytest.raises(MisconfigurationException, match=rf"{kind}ForCausalLM .*of a row apart.*packing to false"):
         check_packing(model(kind, "eager", **more), 2, torch.device("cpu"))
 
 
@@ -120,7 +119,7 @@ def test_a_packed_run_learns_and_counts_rows(tiny: str, sums: str, tmp_path: Pat
     assert "val_loss" in fit.callback_metrics
 
 
-# -- attention, optimizer, start
+# -- attention and start
 
 
 def fitted(tiny: str, sums: str, folder: Path, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
@@ -129,23 +128,6 @@ def fitted(tiny: str, sums: str, folder: Path, *callbacks: L.Callback, **setting
     fit = trainer(folder, *callbacks, max_steps=2, limit_val_batches=0, enable_checkpointing=bool(callbacks))
     fit.fit(module, InstructionData(sums, batch_size=4))
     return fit
-
-
-def test_lora_plus_trains_b_faster(tiny: str, sums: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fit = fitted(tiny, sums, tmp_path, loraplus_ratio=16, weight_decay=0.1, betas=(0.8, 0.9), schedule="linear")
-    assert "LoRA of rank 4, alpha 8, dropout 0.0 on 4 layers" in caplog.text
-    (optimizer,) = fit.optimizers
-    assert type(optimizer) is torch.optim.AdamW
-    rates = {group["initial_lr"]: len(group["params"]) for group in optimizer.param_groups if group["params"]}
-    assert rates == {1e-2: 4, 16e-2: 4}
-    assert optimizer.defaults["betas"] == (0.8, 0.9)
-    assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.1}
-    module = InstructionTuning(model=tiny, lora=LORA, loraplus_ratio=2)
-    module.chosen_optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1}}
-    with pytest.raises(MisconfigurationException, match="leave out either it or --optimizer"):
-        module.new_optimizer()
-    with pytest.raises(MisconfigurationException, match=r"loraplus_ratio must be >= 1 or null, got 0.5"):
-        InstructionTuning(model=tiny, loraplus_ratio=0.5)
 
 
 def test_a_run_starts_from_another_ones_adapter(tiny: str, sums: str, tmp_path: Path) -> None:
@@ -157,7 +139,7 @@ def test_a_run_starts_from_another_ones_adapter(tiny: str, sums: str, tmp_path: 
     for name, weight in fit.lightning_module.net.state_dict().items():
         if "lora_" in name:
             assert torch.equal(weight, before[name]), name
-    with pytest.raises(MisconfigurationException, match=r"holds no adapter_config.json"):
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
         fitted(tiny, sums, tmp_path / "third", start_from=str(tmp_path))
 
 

@@ -15,8 +15,7 @@ from torch import nn
 
 from recipes.language.export import export
 from recipes.language.joint_attention import join_attention, split_attention
-from recipes.nlg.decoding import DEFAULT, NoRepeatInText, arguments
-from recipes.nlg.module import TextGeneration
+from recipes.nlg.module import DEFAULT, NoRepeatInText, TextGeneration, arguments
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import RECIPES
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from recipes.nlg import metrics
-from recipes.nlg.metrics import METRICS, bleu, nist, score
-from recipes.nlg.written import WrittenTexts
+from recipes.nlg.metrics import METRICS, WrittenTexts, bleu, nist, score
 
 TEXTS = [
     "The Mill is a family-friendly pub near Café Rouge. It's cheap!",

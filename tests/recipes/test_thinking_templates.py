@@ -21,7 +21,7 @@ from chat_templates import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipe_runs import config_arguments, quick
 
-from recipes.instruction_tuning.encoding import encode, template_message
+from recipes.instruction_tuning.data import encode, template_message
 from recipes.instruction_tuning.formats import conversation, turn
 from recipes.language.chat import IGNORED, ChatEncoder
 
@@ -158,7 +158,7 @@ def test_predict_asks_as_was_trained(
     caplog.clear()
     quick("predict", base, *options, f"--ckpt_path={last}", "--data.prompts=prompts.txt")
     ends = f"<|im_end|>\n<|im_start|>assistant\n{tail}"
-    assert f"The first prompt ends with {ends!r}" in caplog.text
+    assert f"{ends!r}"[1:] in caplog.text.partition("The first prompt ends with ")[2]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "glm4moe", "lfm2_2_5"])
@@ -174,9 +174,7 @@ def test_thoughts_of_earlier_answers_that_the_template_leaves_out_are_noticed(na
 
 def test_answers_that_do_not_follow_the_generation_prompt_are_refused() -> None:
     for template in (GEMMA4, R1):
-        with pytest.raises(
-            MisconfigurationException, match=r"Set template_arguments .* lie in {% generation %} blocks"
-        ):
+        with pytest.raises(MisconfigurationException, match=r"Set template_arguments .* {% generation %} blocks"):
             ChatEncoder(tokenizer(template), 1000)
     encoder = ChatEncoder(tokenizer(GEMMA4), 1000, template_arguments=THINK)
     assert learnt(encoder, TURNS) == ["a!<turn|>", "b!<turn|>"]

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipe_runs import instruction_data
 
 from recipes.instruction_tuning import sources
-from recipes.instruction_tuning.encoding import encode, template_message
+from recipes.instruction_tuning.data import encode, template_message
 from recipes.language.chat import IGNORED, ChatEncoder
 
 pytestmark = pytest.mark.usefixtures("own_datasets")
