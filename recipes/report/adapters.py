@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,9 @@ import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
+from lightning_flatlora import find_pairs
+from lightning_flatlora.full_weight import WeightNoise
+from lightning_flatlora.pairs.lora_pair import LoRAPair
 from recipes.language.batches import padding_id
 from recipes.report.options import AdapterFolder, Options
 
@@ -17,6 +19,7 @@ _MODELS = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
 }
+_ONE_CLASS = (None, "single_label_classification")
 _PREFIX = "base_model.model."
 """What peft puts before the base's own names in an adapter's file."""
 Weights = dict[str, torch.Tensor]
@@ -32,6 +35,9 @@ class Adapted:
         task: as peft calls it.
         model: base and adapter.
         tokenizer: the adapter's own, where its folder holds one, else the base's.
+        pairs: of the factors.
+        noise: on the full weights.
+        left_out: what can't be perturbed, and why.
     """
 
     label: str
@@ -39,6 +45,9 @@ class Adapted:
     task: str
     model: PeftModel
     tokenizer: Any
+    pairs: list[LoRAPair]
+    noise: WeightNoise
+    left_out: list[str]
 
 
 def load(folder: AdapterFolder, options: Options) -> Adapted:
@@ -55,7 +64,6 @@ def load(folder: AdapterFolder, options: Options) -> Adapted:
         MisconfigurationException: the task can't be measured, a file is missing, or the adapter is of another base.
     """
     base, task = base_of(folder, options), task_of(folder)
-    where = f"--adapter {folder.path} on --base {base}"
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # which are checked here
@@ -65,19 +73,18 @@ def load(folder: AdapterFolder, options: Options) -> Adapted:
             model = _base_model(base, task, saved, options, tokenizer)
             model = PeftModel.from_pretrained(model, str(folder.path), is_trainable=True)
             model.to(options.torch_device)
-    except MisconfigurationException:
-        raise
+        _check_whole(saved, model)
+        search, noise = find_pairs(model), WeightNoise(model)
     except Exception as error:  # the readers of safetensors and pickles have types of their own, derived from nothing
-        source = "" if Path(base).is_dir() else " (no folder here, so looked for on the Hub)"
-        raise MisconfigurationException(f"{where}{source}: can't be loaded ({first_line(error)})") from error
-    # Not left to peft, which only warns of missing keys and ignores surplus ones.
-    _check_whole(where, saved, model)
+        raise MisconfigurationException(
+            f"--adapter {folder.path} on --base {base} can't be measured: {error!r:.400}"
+        ) from error
     model.eval()
-    return Adapted(folder.label, base, task, model, tokenizer)
+    return Adapted(folder.label, base, task, model, tokenizer, search.pairs, noise, search.left_out + noise.left_out)
 
 
 def base_of(folder: AdapterFolder, options: Options) -> str:
-    """Give the name or folder of an adapter's base."""
+    """Return the name or folder of an adapter's base."""
     base = options.base or folder.config.get("base_model_name_or_path")
     if not base:
         raise MisconfigurationException(f"--adapter {folder.path} names no base model: say --base")
@@ -88,29 +95,15 @@ def task_of(folder: AdapterFolder) -> str:
     """Read an adapter's task, one of those that can be measured."""
     task = folder.config.get("task_type")
     if task not in _MODELS:
-        way_out = "" if task else '; for a language model write "task_type": "CAUSAL_LM" into its adapter_config.json'
         raise MisconfigurationException(
-            f"--adapter {folder.path} has task_type {task!r}: only {' and '.join(_MODELS)} can be measured{way_out}"
+            f"--adapter {folder.path} has task_type {task!r}: only {' and '.join(_MODELS)} can be measured; if it is "
+            "one of them, write that into its adapter_config.json"
         )
     return str(task)
 
 
-def first_line(error: BaseException) -> str:
-    """Take the first line of an error, and where that opens a list, the first entry; libraries write whole pages.
-
-    Example:
-        >>> first_line(ValueError("no such file\\nDid you mean ..."))
-        'ValueError: no such file'
-        >>> first_line(ValueError("3 shapes differ:\\n  that of A\\n  that of B ..."))
-        'ValueError: 3 shapes differ: that of A'
-    """
-    first, *rest = str(error).strip().splitlines() or [""]
-    opened = f" {rest[0].strip()}" if rest and first.endswith(":") else ""
-    return f"{type(error).__name__}: {first}{opened}"
-
-
 def _tokenizer(folder: AdapterFolder, base: str) -> Any:
-    """The adapter's own tokenizer or the base's, which pads on the right as batches need it."""
+    """Load the adapter's own tokenizer or the base's, which pads on the right as batches need it."""
     has_own = (folder.path / "tokenizer_config.json").exists()
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path) if has_own else base, padding_side="right")
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding_id(tokenizer))
@@ -124,9 +117,9 @@ def _base_model(base: str, task: str, saved: Weights, options: Options, tokenize
     in_adapter = {name.removeprefix(_PREFIX) for name in saved}
     missing = sorted(set(info["missing_keys"]) - in_adapter)
     if missing:
-        raise MisconfigurationException(
-            f"--base {base}: neither it nor the adapter holds {', '.join(missing[:3])}, which {task} needs"
-        )
+        raise ValueError(f"neither base nor adapter holds {', '.join(missing[:3])}, which {task} needs")
+    if task == "SEQ_CLS" and (model.config.num_labels < 2 or model.config.problem_type not in _ONE_CLASS):
+        raise ValueError("it predicts numbers or several classes at once, and the report is of one class for a text")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # as peft's AutoPeftModel does
         model.resize_token_embeddings(len(tokenizer))
     # A decoder that classifies looks for the last token that is not padding, and rows are padded by the tokenizer's.
@@ -135,19 +128,16 @@ def _base_model(base: str, task: str, saved: Weights, options: Options, tokenize
 
 
 def _labels(saved: Weights) -> int | None:
-    """Number of classes of the head that an adapter brings, by the names under which peft saves one; else None."""
+    """Return the number of classes of an adapter's head, by the names under which peft saves one; else None."""
     heads = [saved[name] for name in sorted(saved) if {"classifier", "score"} & set(name.split("."))]
     matrices = [weight for weight in heads if weight.ndim == 2]
     return int(matrices[-1].shape[0]) if matrices else None  # the last of its layers gives the classes
 
 
-def _check_whole(where: str, saved: Weights, model: PeftModel) -> None:
-    """Both hold the same factors; peft lets an adapter of a deeper or a shallower model pass."""
+def _check_whole(saved: Weights, model: PeftModel) -> None:
+    """Refuse an adapter of a deeper or shallower model: peft only warns of missing keys and ignores surplus ones."""
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     theirs = {name for name in saved if "lora_" in name}
     ours = {name for name in expected if "lora_" in name}
     if theirs != ours:
-        raise MisconfigurationException(
-            f"{where}: trained on another base, {len(theirs - ours)} of its factors have no place in this one and "
-            f"{len(ours - theirs)} places have no factors"
-        )
+        raise ValueError(f"it was trained on another base, with or without {', '.join(sorted(theirs ^ ours)[:3])}")

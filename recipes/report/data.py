@@ -13,7 +13,7 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 from lightning_flatlora.flatness import MeanLoss
 from recipes.language.chat import IGNORED, ChatEncoder
 from recipes.language.model import answer_log_likelihood
-from recipes.report.adapters import Adapted, first_line
+from recipes.report.adapters import Adapted
 from recipes.report.options import Options
 from recipes.shared.data import read_table
 
@@ -31,10 +31,7 @@ def read_rows(options: Options) -> list[Row]:
     Raises:
         MisconfigurationException: the file can't be read.
     """
-    try:
-        table = read_table(str(options.data), "train")
-    except MisconfigurationException as error:
-        raise MisconfigurationException(f"--data: {error}") from error
+    table = read_table(str(options.data), "train")
     number = min(options.examples, len(table))
     rows: list[Row] = table.shuffle(seed=options.seed).select(range(number)).to_list()
     return rows
@@ -68,7 +65,6 @@ def mean_loss(adapted: Adapted, rows: Sequence[Row], options: Options) -> tuple[
     Raises:
         MisconfigurationException: a row that can't be encoded, or no token that counts.
     """
-    _check_classes(adapted)
     columns = columns_for(adapted.task, rows)
     chat = None
     if "messages" in columns:
@@ -77,10 +73,8 @@ def mean_loss(adapted: Adapted, rows: Sequence[Row], options: Options) -> tuple[
     for number, row in enumerate(rows):
         try:
             examples.append(_encoded(row, adapted, columns, chat, options.max_length))
-        except MisconfigurationException as error:
-            raise MisconfigurationException(f"--data: example {number} of those drawn: {error}") from error
-        except (ValueError, TypeError, KeyError, NotImplementedError) as error:
-            raise MisconfigurationException(f"--data: example {number} of those drawn: {first_line(error)}") from error
+        except (MisconfigurationException, ValueError, TypeError, KeyError, NotImplementedError) as error:
+            raise MisconfigurationException(f"--data: example {number} of those drawn: {error!r:.300}") from error
     # A prompt that fills the whole length leaves nothing to predict.
     examples = [example for example in examples if terms_of(example)]
     if not examples:
@@ -102,7 +96,7 @@ def mean_loss(adapted: Adapted, rows: Sequence[Row], options: Options) -> tuple[
 
 
 def terms_of(example: Row) -> int:
-    """How many terms the loss has: tokens that count and have one before them, or one for the class of a text."""
+    """Count the terms that the loss has: tokens that count and have one before them, or one for the class of a text."""
     labels = example["labels"]
     if isinstance(labels, int):
         return min(1, len(example["input_ids"]))  # some tokenizers make no token of an empty text
@@ -112,7 +106,7 @@ def terms_of(example: Row) -> int:
 def _encoded(
     row: Row, adapted: Adapted, columns: tuple[str, ...], chat: ChatEncoder | None, max_length: int
 ) -> dict[str, Any]:
-    """The tokens of a row, and a label for each (-100 where the loss does not count it), or the row's class."""
+    """Return the tokens of a row, and a label for each (-100 where the loss does not count it), or the row's class."""
     if chat is not None:
         conversation = chat.encode(row["messages"])
         return {"input_ids": conversation.input_ids, "labels": conversation.labels}
@@ -126,7 +120,7 @@ def _encoded(
     ids = tokens["input_ids"]
     if "label" in columns:
         return {"input_ids": ids, "labels": class_of(row["label"], adapted.model.config.label2id)}
-    # The tokenizer gives special tokens that it adds itself the place (0, 0).
+    # The tokenizer gives special tokens that it adds itself the span (0, 0).
     counts = [end > len(prompt) for _, end in tokens["offset_mapping"]]
     return {"input_ids": ids, "labels": [token if is_in else IGNORED for token, is_in in zip(ids, counts, strict=True)]}
 
@@ -138,27 +132,14 @@ def class_of(label: object, names: dict[str, int]) -> int:
         ValueError: there is no such class.
     """
     number = names.get(label, label)  # type: ignore[call-overload]
-    if isinstance(number, str) and number.isdecimal():  # a CSV file may hold texts where they are numbers
-        number = int(number)
     # JSON's true and 1.0, as pandas writes it, are in it too.
     if number not in range(len(names)):
         raise ValueError(f"label must be a number from 0 to {len(names) - 1} or one of {list(names)}, got {label!r}")
     return int(number)
 
 
-def _check_classes(adapted: Adapted) -> None:
-    """Refuse what has no classes of which each text is in one, since its loss is another."""
-    config = adapted.model.config
-    is_regression = config.num_labels == 1 or config.problem_type == "regression"
-    if adapted.task == "SEQ_CLS" and (is_regression or config.problem_type == "multi_label_classification"):
-        what = "predicts numbers" if is_regression else "gives a text several classes at once"
-        raise MisconfigurationException(
-            f"the adapter of {adapted.base} {what}: the report measures the cross-entropy of one class only"
-        )
-
-
 def _weighted_loss(model: PeftModel, batch: dict[str, Tensor], weight: float) -> Tensor:
-    """The sum of a batch's cross-entropy times a weight, in nats, float32 or wider."""
+    """Return the sum of a batch's cross-entropy times a weight, in nats, float32 or wider."""
     labels = batch["labels"]
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     if labels.ndim == 2:

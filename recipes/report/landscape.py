@@ -30,7 +30,7 @@ class Landscape:
             adversarial distances one would see nothing: hardly any part of a random direction matters.
         random: there, shape (directions, points).
         sigmas: sizes of the noise, relative to the rows' norms, from 0 to 2 sigma, shape (sizes,).
-        noise: under noise on the full weights, shape (directions, sizes); None where no layer can have it.
+        noise: under noise on the full weights, shape (directions, sizes).
         surface: rows along a random direction, columns along the adversarial one, shape (points, points); or None.
     """
 
@@ -39,24 +39,25 @@ class Landscape:
     shares: Tensor
     random: Tensor
     sigmas: Tensor
-    noise: Tensor | None
+    noise: Tensor
     surface: Tensor | None
 
 
-def measure_landscape(point: Point, norm: float, options: Options) -> Landscape:
+def measure_landscape(point: Point, noise: WeightNoise, norm: float, options: Options) -> Landscape:
     """Measure the losses along all lines and on the plane.
 
     Args:
-        point: the loss around the adapter; without noise, its lines are left out.
+        point: the loss around the adapter.
+        noise: on the full weights.
         norm: from :func:`lightning_flatlora.flatness.base_norm`.
         options: how far, how many and which draws.
 
     Returns:
-        The :class:`Landscape`, after one forward pass for each of its numbers (see :func:`passes`).
+        The :class:`Landscape`, after one forward pass for each of its numbers.
     """
-    loss, pairs, noise = point.loss, point.pairs, point.noise
+    loss, pairs = point.loss, point.pairs
     adversarial = adversarial_direction(point.perturbation, point.gradient)
-    steps = torch.linspace(-options.reach, options.reach, options.points, dtype=torch.float64)
+    steps = 2 * max(options.rho) * torch.linspace(-1, 1, options.points, dtype=torch.float64)
     shares = torch.linspace(-options.sigma, options.sigma, options.points, dtype=torch.float64)
     # Noise has no sign, so the sizes start at 0, where the middle of the other curves is.
     sigmas = 2 * shares[options.points // 2 :]
@@ -71,21 +72,9 @@ def measure_landscape(point: Point, norm: float, options: Options) -> Landscape:
         shares,
         torch.stack([loss_along_line(loss, pairs, random_direction(pairs, seed), norm * shares) for seed in seeds]),
         sigmas,
-        None if noise is None else torch.stack([_noise_curve(loss, noise, seed, sigmas) for seed in seeds]),
+        torch.stack([_noise_curve(loss, noise, seed, sigmas) for seed in seeds]),
         surface,
     )
-
-
-def passes(options: Options) -> int:
-    """Count the forward passes that a landscape takes.
-
-    Example:
-        >>> from unittest.mock import Mock
-        >>> passes(Mock(points=11, directions=5, surface=False))
-        96
-    """
-    lines = options.points * (1 + options.directions) + (options.points // 2 + 1) * options.directions
-    return lines + (options.points**2 if options.surface else 0)
 
 
 def _noise_curve(loss: Loss, noise: WeightNoise, seed: int, sigmas: Tensor) -> Tensor:

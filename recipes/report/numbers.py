@@ -1,16 +1,18 @@
-"""The measures of one adapter, as the report's numbers."""
+"""The measures of one adapter, as the report's numbers, and all that is kept of it after its model was deleted."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from lightning_flatlora.flatness import MEASURES, Point
 from lightning_flatlora.flatness.measures import Values
+from recipes.report.landscape import Landscape
 from recipes.report.options import Options
 
-EIGENVALUE_PRODUCTS = 20
-"""Hessian-vector products that the largest eigenvalue takes at least; each is three passes."""
+UNITS = {"CAUSAL_LM": "nats per token", "SEQ_CLS": "nats per example"}
+"""Of the loss, by the adapter's task."""
 
 LOSS = "loss"
 NORM = "norm of the adapted weights ‖W0‖"
@@ -40,7 +42,7 @@ class Quantity(NamedTuple):
     span: tuple[float, float] | None = None
 
     def __str__(self) -> str:
-        """Four digits, with the error or the range.
+        """Show four digits, with the error or the range.
 
         Example:
             >>> str(Quantity("loss", "nats", 1.23456)), str(Quantity("trace", "", 2.0, error=0.5))
@@ -52,56 +54,66 @@ class Quantity(NamedTuple):
         return text if self.span is None else f"{text} ({self.span[0]:.4g} to {self.span[1]:.4g})"
 
 
-def measure_numbers(point: Point, unit: str, options: Options) -> list[Quantity]:
-    """Measure every number of the report, in its order.
+@dataclass(frozen=True)
+class Measured:
+    """One adapter's column of the table and line in the pictures.
+
+    Attributes:
+        label: its name.
+        unit: of the loss.
+        about: what it is, by the heads of a table's columns.
+        quantities: the instruments' numbers.
+        landscape: losses around it.
+        left_out: what could not be perturbed, and why.
+    """
+
+    label: str
+    unit: str
+    about: dict[str, str]
+    quantities: list[Quantity]
+    landscape: Landscape
+    left_out: list[str]
+
+    def value(self, name: str) -> float:
+        """Return a quantity by its name."""
+        return next(quantity.value for quantity in self.quantities if quantity.name == name)
+
+
+def measure_numbers(point: Point, unit: str, options: Options) -> Iterator[Quantity]:
+    """Measure every number of the report, in its order, one after the other.
 
     Args:
-        point: the loss around the adapter; without noise, expected sharpness is left out.
+        point: the loss around the adapter, with noise.
         unit: of the loss.
         options: which numbers, and their radii in place of the point's.
 
-    Returns:
-        The quantities; see :func:`passes` for the cost.
+    Yields:
+        The quantities.
     """
 
     def take(measure: str, rho: float = 1.0) -> Values:
         return MEASURES[measure](replace(point, rho=rho))
 
-    quantities = [Quantity(LOSS, unit, float(point.gradient.loss))]
+    yield Quantity(LOSS, unit, float(point.gradient.loss))
     for name, measure in (("SAM", "sharpness"), ("LoRA-space", "lora_sharpness")):
         for rho in options.rho:
-            quantities.append(_quantity(f"{name} sharpness, rho {rho:g}", unit, take(measure, rho), measure))
-    if point.noise is not None:
-        name = f"expected sharpness, sigma {options.sigma:g}"
-        quantities.append(_quantity(name, unit, take("expected_sharpness"), "expected_sharpness"))
+            yield _quantity(f"{name} sharpness, rho {rho:g}", unit, take(measure, rho), measure)
+    name = f"expected sharpness, sigma {options.sigma:g}"
+    yield _quantity(name, unit, take("expected_sharpness"), "expected_sharpness")
     if options.curvature:
         curvature = f"{unit} / factor²"
         for name, measure in (("largest Hessian eigenvalue", "top_eigenvalue"), ("Hessian trace", "hessian_trace")):
-            quantities.append(_quantity(name, curvature, take(measure), measure))
-    quantities.append(_quantity("balancedness", "weight²", take("balancedness"), "balancedness"))
+            yield _quantity(name, curvature, take(measure), measure)
+    yield _quantity("balancedness", "weight²", take("balancedness"), "balancedness")
     condition = take("condition")
-    quantities.append(_quantity("condition number of A", "", condition, "condition_A"))
-    quantities.append(_quantity("condition number of B", "", condition, "condition_B"))
+    yield _quantity("condition number of A", "", condition, "condition_A")
+    yield _quantity("condition number of B", "", condition, "condition_B")
     # At rho = 1, which is as good as any: E is proportional to rho.
-    quantities.append(Quantity(RADIUS, "", float(torch.linalg.vector_norm(take("radius")["radius"]))))
-    return quantities
-
-
-def passes(options: Options) -> int:
-    """Estimate how many forward passes' work the numbers are, with two for a backward pass.
-
-    Example:
-        >>> from unittest.mock import Mock
-        >>> passes(Mock(rho=[0.1], samples=8, curvature=False))
-        14
-    """
-    # Forward and backward; a forward for each sharpness of either kind; the clean loss and a forward for each draw.
-    plain = 3 + 2 * len(options.rho) + 1 + options.samples
-    return plain + (3 * (EIGENVALUE_PRODUCTS + options.samples) if options.curvature else 0)
+    yield Quantity(RADIUS, "", float(torch.linalg.vector_norm(take("radius")["radius"])))
 
 
 def _quantity(name: str, unit: str, values: Values, key: str) -> Quantity:
-    """One of a measure's values, a number or one for each layer."""
+    """Take one of a measure's values, a number or one for each layer."""
     value, error = values[key].cpu(), values.get(f"{key}_error")
     if value.ndim:
         return Quantity(name, unit, float(value.median()), span=(float(value.min()), float(value.max())))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.shared.options import parse_options
 
-REPORT, CURVES, SURFACE = "report.md", "curves.png", "surface.png"
-HEADING = "# Flatness of "
-"""How a report begins."""
-_CONFIG = "adapter_config.json"
+FILES = ("report.md", "curves.png", "surface.png")
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class AdapterFolder:
 
     @classmethod
     def parse(cls, text: str) -> "AdapterFolder":
-        """``folder`` or ``label=folder``; a checkpoint's folder may have an equals sign in its own name.
+        """Read ``folder`` or ``label=folder``; a checkpoint's folder may have an equals sign in its own name.
 
         Example:
             >>> AdapterFolder.parse("runs/lora"), AdapterFolder.parse("mine=runs/epoch=2").path.name
@@ -46,22 +42,19 @@ class AdapterFolder:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What ``adapter_config.json`` says."""
-        read: dict[str, Any] = json.loads((self.path / _CONFIG).read_text(encoding="utf-8"))
-        return read
+        """What ``adapter_config.json`` says.
 
-    def check(self) -> None:
-        """Refuse what can't be measured, as far as can be told before a model is loaded."""
-        name = f"--adapter {self.path}"
-        if not self.path.is_dir():
-            raise MisconfigurationException(f"{name} is not a folder")
-        if not (self.path / _CONFIG).exists():
-            inside = sorted(str(config.parent) for config in self.path.glob(f"*/{_CONFIG}"))
-            hint = f"take {' or '.join(inside)}" if inside else "not peft's folder"
-            raise MisconfigurationException(f"{name} holds no {_CONFIG}: {hint}")
-        kind = self.config.get("peft_type")
-        if kind != "LORA":
-            raise MisconfigurationException(f"{name} is of type {kind}: only LoRA adapters can be measured")
+        Raises:
+            MisconfigurationException: it is missing, or not of LoRA.
+        """
+        path = self.path / "adapter_config.json"
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if config.get("peft_type") != "LORA":
+            raise MisconfigurationException(
+                f"--adapter {self.path} holds no {path.name} of a LoRA adapter: give a folder that peft's "
+                "save_pretrained or AdapterCheckpoint has written"
+            )
+        return config
 
 
 @dataclass(frozen=True)
@@ -71,10 +64,11 @@ class Options:
     Attributes:
         adapter: [LABEL=]FOLDER, one or more, as peft's save_pretrained or AdapterCheckpoint write them; of causal
             language models and of sequence classifiers.
-        data: a file ending in .jsonl, .json, .csv or .parquet. Columns: text; prompt and completion; or messages
-            (through the chat template; loss on the assistant's tokens). Classifiers: text and label.
+        data: a .jsonl, .json, .csv or .parquet file, or whatever else `datasets` reads. Columns: text; prompt and
+            completion; or messages (through the chat template; loss on the assistant's tokens). Classifiers: text and
+            label.
         base: name on the Hub or folder of the base model; by default the one that each adapter names.
-        output: folder of the report.
+        output: folder of the report, for nothing else; an earlier report in it is replaced.
         rho: radii of SAM's ball, ||s E A|| in the weights' units; pictures go to twice the largest. Take those that
             you train with: what is small depends on the model and on how many layers are adapted.
         sigma: noise on the weights, relative to their rows' norms; pictures go to twice that, and to once that, of the
@@ -113,17 +107,21 @@ class Options:
     surface: bool = True
 
     def __post_init__(self) -> None:
-        for adapter in self.adapters:
-            adapter.check()
-            if self.output.resolve().is_relative_to(adapter.path.resolve()):
-                raise MisconfigurationException(f"--output {self.output} is in the adapter's folder: take another")
         labels = [adapter.label for adapter in self.adapters]
         if len(set(labels)) < len(labels):
             raise MisconfigurationException(f"--adapter: labels must differ, got {labels}: write LABEL=FOLDER")
-        if not self.data.is_file():
-            raise MisconfigurationException(f"--data {self.data} is not a file")
-        self._check_output()
-        self._check_numbers()
+        are_finite = all(0 < size < math.inf for size in (*self.rho, self.sigma))
+        are_many = min(self.directions, self.samples, self.max_length, self.examples + 1, self.batch_size + 1) >= 2
+        if not (are_finite and are_many and self.points >= 3 and self.points % 2):
+            raise MisconfigurationException(
+                "--rho and --sigma must be finite and > 0, --directions, --samples and --max_length 2 or more, "
+                f"--examples and --batch_size 1 or more, and --points 3 or more and odd: got {self}"
+            )
+        others = sorted({path.name for path in self.output.glob("*")} - set(FILES))
+        if others:
+            raise MisconfigurationException(
+                f"--output {self.output} holds {', '.join(others[:3])}: give another folder"
+            )
 
     @property
     def adapters(self) -> list[AdapterFolder]:
@@ -131,43 +129,11 @@ class Options:
         return [AdapterFolder.parse(text) for text in self.adapter]
 
     @property
-    def reach(self) -> float:
-        """How far pictures go along the adversarial direction, in the weights' units."""
-        return 2 * max(self.rho)
-
-    @property
     def torch_device(self) -> torch.device:
         """Where to measure."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
-
-    def _check_output(self) -> None:
-        """Refuse a folder that can't be written, or in which a report would replace what no report has written."""
-        output = self.output.resolve()
-        there = next(folder for folder in (output, *output.parents) if os.path.exists(folder))
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise MisconfigurationException(f"--output {self.output} can't be written: {there} is no folder for that")
-        report = self.output / REPORT
-        if report.is_file() and report.read_text(encoding="utf-8", errors="replace").startswith(HEADING):
-            return
-        for name in (REPORT, CURVES, SURFACE):
-            if (self.output / name).exists():
-                raise MisconfigurationException(
-                    f"--output {self.output} holds {name}, which no report has written: take another folder"
-                )
-
-    def _check_numbers(self) -> None:
-        if not all(0 < size < math.inf for size in (*self.rho, self.sigma)):
-            raise MisconfigurationException(
-                f"--rho and --sigma must be finite and > 0, got {self.rho} and {self.sigma}"
-            )
-        least = {"directions": 2, "samples": 2, "examples": 1, "batch_size": 1, "max_length": 2, "points": 3}
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise MisconfigurationException(f"--{name} must be {smallest} or more, got {getattr(self, name)}")
-        if self.points % 2 == 0:
-            raise MisconfigurationException(f"--points must be odd, so that one is the adapter, got {self.points}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:

@@ -9,26 +9,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from recipes.report.numbers import LOSS, RADIUS, sam_name
+from recipes.report.numbers import LOSS, RADIUS, Measured, sam_name
 from recipes.report.options import Options
-from recipes.report.result import Measured
 
 _LEVELS = 16
-_COLUMNS = 3  # surfaces in a row
 
 
 def draw_curves(results: Sequence[Measured], options: Options, path: Path) -> None:
     """Draw the loss's rise along the adversarial direction, random ones and under noise, a line per adapter."""
-    noisy = any(result.landscape.noise is not None for result in results)
-    figure = Figure(figsize=(15 if noisy else 10, 5.2), layout="constrained")
-    panels = figure.subplots(1, 3 if noisy else 2)
-    for place, result in enumerate(results):
-        colour = f"C{place % 10}"  # matplotlib's own
+    figure = Figure(figsize=(15, 5.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for index, result in enumerate(results):
+        colour = f"C{index % 10}"  # matplotlib's own
         around, loss = result.landscape, result.value(LOSS)
         _adversarial(panels[0], result, options.rho, colour)
         _band(panels[1], around.shares, around.random - loss, colour)
-        if around.noise is not None:
-            _band(panels[2], around.sigmas, around.noise - loss, colour)
+        _band(panels[2], around.sigmas, around.noise - loss, colour)
     panels[0].plot([], [], "o", color="#444444", label=f"SAM, rho {', '.join(f'{rho:g}' for rho in options.rho)}")
     panels[0].legend()
     many = f"{options.directions} of them: mean and range"
@@ -37,7 +33,7 @@ def draw_curves(results: Sequence[Measured], options: Options, path: Path) -> No
         (f"along random directions of B\n{many}", "distance, relative to the weights' norm ‖W0‖"),
         (f"under draws of noise on the full weights\n{many}", "sigma, relative to the rows' norms"),
     )
-    for axes, (title, below) in zip(panels, titles, strict=False):
+    for axes, (title, below) in zip(panels, titles, strict=True):
         axes.set(title=title, xlabel=below, ylabel=f"rise of the loss ({_unit(results)})")
         axes.axhline(0, color="#888888", linewidth=0.8)
         axes.locator_params(axis="x", nbins=5)  # so that long numbers don't meet
@@ -48,19 +44,16 @@ def draw_curves(results: Sequence[Measured], options: Options, path: Path) -> No
 def draw_surfaces(results: Sequence[Measured], path: Path) -> None:
     """Draw the loss's rise on a plane through each adapter, with the same levels for all, as a PNG."""
     rises = [r.landscape.surface - r.value(LOSS) for r in results if r.landscape.surface is not None]
-    rows, columns = -(-len(rises) // _COLUMNS), min(len(rises), _COLUMNS)
     # The same levels for all, or the surfaces could not be compared.
     levels = MaxNLocator(_LEVELS).tick_values(*(float(edge) for edge in torch.stack(rises).aminmax()))
-    figure = Figure(figsize=(5 * columns + 1.2, 4.8 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for axes, result, rise in zip(grid.flat, results, rises, strict=False):
+    figure = Figure(figsize=(5 * len(rises) + 1.2, 4.8), layout="constrained")
+    grid = figure.subplots(1, len(rises), squeeze=False, sharex=True, sharey=True)
+    for axes, result, rise in zip(grid.flat, results, rises, strict=True):
         plane = result.landscape.steps, result.landscape.shares, rise
         drawn = axes.contourf(*plane, levels=levels, cmap="viridis")
         axes.contour(*plane, levels=levels, colors="white", linestyles="solid", linewidths=0.5, alpha=0.6)
         axes.plot(0, 0, "x", color="#cc3311", markersize=10, markeredgewidth=2.5, label="the adapter")
         axes.set(title=_name(result), box_aspect=1)
-    for axes in list(grid.flat)[len(rises) :]:
-        axes.set_axis_off()
     grid[0, 0].legend(loc="upper left")
     figure.supxlabel("along the adversarial direction (units of the weights)", fontsize="medium")
     figure.supylabel("along a random direction (relative to ‖W0‖)", fontsize="medium")
@@ -69,7 +62,7 @@ def draw_surfaces(results: Sequence[Measured], path: Path) -> None:
 
 
 def _adversarial(axes: Any, result: Measured, rhos: Sequence[float], colour: str) -> None:
-    """The line, with a dot where SAM's perturbation of each rho ends."""
+    """Draw the line, with a dot where SAM's perturbation of each rho ends."""
     rise = result.landscape.adversarial - result.value(LOSS)
     axes.plot(result.landscape.steps, rise, label=_name(result), color=colour)
     for rho in rhos:
@@ -77,7 +70,7 @@ def _adversarial(axes: Any, result: Measured, rhos: Sequence[float], colour: str
 
 
 def _band(axes: Any, x: Tensor, rises: Tensor, colour: str) -> None:
-    """Mean and range over the first dimension."""
+    """Draw mean and range over the first dimension."""
     axes.plot(x, rises.mean(0), color=colour)
     axes.fill_between(x, rises.amin(0), rises.amax(0), color=colour, alpha=0.18, linewidth=0)
 

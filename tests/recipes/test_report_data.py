@@ -36,7 +36,7 @@ def by_hand(adapted: Adapted, words: str, counted: list[str]) -> float:
     return losses[-len(counted) :].mean().item()
 
 
-@pytest.mark.parametrize(("label", "number"), [("1", 1), ("one", 1), ("0", 2), (True, 1), (2.0, 2)])
+@pytest.mark.parametrize(("label", "number"), [("one", 1), ("0", 2), (True, 1), (2.0, 2)])
 def test_a_class_by_its_number_or_its_name(label: Any, number: int) -> None:
     found = class_of(label, {"zero": 0, "one": 1, "0": 2})
     assert (found, type(found)) == (number, int)
@@ -70,22 +70,6 @@ def test_an_empty_text_has_no_class(base: Path, texts: Path, tmp_path: Path) -> 
     without, _ = mean_loss(adapted, [rows[0], rows[2]], settings)
     assert terms == 2
     assert torch.equal(loss(), without())
-
-
-@pytest.mark.parametrize(
-    ("classes", "problem", "message"),
-    [
-        (1, None, "predicts numbers: the report measures the cross-entropy"),
-        (3, "multi_label_classification", "gives a text several classes at once"),
-    ],
-)
-def test_other_losses_than_the_cross_entropy_of_a_class_are_refused(
-    classes: int, problem: str | None, message: str, base: Path, texts: Path, tmp_path: Path
-) -> None:
-    adapted = loaded(save_adapter(tmp_path / "adapter", base, task="SEQ_CLS", classes=classes), texts)
-    adapted.model.config.problem_type = problem
-    with pytest.raises(MisconfigurationException, match=message):
-        mean_loss(adapted, [{"text": "a b", "label": 0}], options(tmp_path / "adapter", texts))
 
 
 def test_examples_are_drawn_with_the_seed(adapters: tuple[Path, Path], tmp_path: Path) -> None:
@@ -149,8 +133,8 @@ def test_what_is_too_long_is_cut_and_what_counts_no_token_left_out(
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"text": 3}, "example 0 of those drawn: ValueError: text input must be of type `str`"),
-        ({"messages": [{"content": "a"}]}, "example 0 of those drawn: KeyError: 'role'"),
+        ({"text": 3}, "example 0 of those drawn: ValueError('text input must be of type `str`"),
+        ({"messages": [{"content": "a"}]}, "example 0 of those drawn: KeyError('role')"),
     ],
 )
 def test_rows_that_can_not_be_used(

@@ -7,7 +7,8 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from report_models import write_rows
 
-from recipes.report.options import AdapterFolder, parse
+from recipes.report.options import AdapterFolder
+from recipes.report.run import main
 
 
 @pytest.fixture(autouse=True)
@@ -37,31 +38,19 @@ def test_labels_are_given_or_the_folders_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["--rho", "0.1", "0"], r"--rho and --sigma must be finite and > 0, got \[0.1, 0.0\]"),
-        (["--points", "4"], "--points must be odd, so that one is the adapter, got 4"),
-        (["--samples", "1"], "--samples must be 2 or more, got 1"),
-        (["--adapter", "ia3"], "is of type IA3: only LoRA adapters can be measured"),
-        (["--adapter", "several"], "holds no adapter_config.json: take several/mine"),
-        (["--adapter", "mine"], "holds no adapter_config.json: not peft's folder"),
-        (["--output", "adapter"], "is in the adapter's folder"),
-        (["--output", "adapter/report"], "is in the adapter's folder"),
-        (["--output", "data.jsonl/report"], "data.jsonl/report can't be written: .*data.jsonl is"),
-        (["--output", "mine"], "holds curves.png, which no report has written"),
-        (["--adapter", "none"], "--adapter none is not a folder"),
+        (["--rho", "0.1", "0"], r"--rho and --sigma must be finite and > 0.* rho=\[0.1, 0.0\]"),
+        (["--points", "4"], "--points 3 or more and odd: got .* points=4"),
+        (["--samples", "1"], "--samples and --max_length 2 or more.* samples=1"),
+        (["--batch_size", "0"], "--batch_size 1 or more.* batch_size=0"),
+        (["--adapter", "adapter", "x/adapter"], "labels must differ"),
+        (["--adapter", "ia3"], "ia3 holds no adapter_config.json of a LoRA adapter"),
+        (["--adapter", "mine"], "mine holds no adapter_config.json of a LoRA adapter"),
+        (["--output", "adapter"], "--output adapter holds adapter_config.json: give another folder"),
     ],
 )
 def test_mistakes(given: list[str], says: str, adapter: Path, data: Path) -> None:
     folder_with(Path("ia3"), {"peft_type": "IA3"})
-    folder_with(Path("several") / "mine", {"peft_type": "LORA"})
     Path("mine").mkdir()
-    Path("mine/curves.png").write_text("mine")
     with pytest.raises(MisconfigurationException, match=says):
-        parse(["--adapter", str(adapter), "--data", str(data), *given])
-
-
-def test_an_earlier_report_is_replaced(adapter: Path, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "curves.png").write_text("an earlier one")
-    (tmp_path / "report.md").write_text("# Flatness of an earlier adapter\n")
-    given = ["--adapter", str(adapter), "--data", str(data)]
-    assert parse([*given, "--output", str(tmp_path)]).output == tmp_path
-    assert parse([*given, "--output", str(tmp_path / "new" / "report")])
+        main(["--adapter", str(adapter), "--data", str(data), *given])
+    assert not list(Path().glob("**/report.md"))

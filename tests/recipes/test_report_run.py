@@ -21,9 +21,8 @@ from lightning_flatlora.full_weight import WeightNoise
 from recipes.report import numbers
 from recipes.report.adapters import load
 from recipes.report.data import mean_loss, read_rows
-from recipes.report.numbers import LOSS, NORM, RADIUS, sam_name
+from recipes.report.numbers import LOSS, NORM, RADIUS, Measured, sam_name
 from recipes.report.options import Options, parse
-from recipes.report.result import Measured
 from recipes.report.run import main, measure
 
 PNG = b"\x89PNG\r\n"
@@ -63,11 +62,11 @@ def test_the_command_writes_the_report_and_nothing_else(
         assert said in text
     assert f"python -m recipes.report --adapter {adapters[0]}" in text
 
-    (output / "notes.txt").write_text("mine")
     main(arguments(adapters[:1], texts, "--output", str(output), "--surface=false", "--curvature=false"))
-    assert sorted(path.name for path in output.iterdir()) == ["curves.png", "notes.txt", "report.md"]
+    assert sorted(path.name for path in output.iterdir()) == ["curves.png", "report.md"]
     text = (output / "report.md").read_text()
     assert "Hessian trace" not in text
+    assert "surface" not in text.split("```sh")[0]
     assert "large" not in text.split("## How")[0]
 
 
@@ -120,7 +119,6 @@ def test_every_curve_and_the_surface_go_through_the_adapter(results: list[Measur
         assert around.random[:, 2].tolist() == [loss, loss]
         assert around.shares.tolist() == pytest.approx([-0.05, -0.025, 0, 0.025, 0.05])
         assert around.sigmas.tolist() == pytest.approx([0, 0.05, 0.1])
-        assert around.noise is not None
         assert around.noise[:, 0].tolist() == [loss, loss]
         assert around.surface is not None
         assert around.surface.shape == (5, 5)
@@ -140,12 +138,12 @@ def test_the_adversarial_curve_meets_the_sharpness(options: Options, results: li
     assert rise == pytest.approx(result.value(sam_name(0.2)), rel=1e-10)
 
 
-def test_layers_without_noise_are_named(base: Path, root: Path, texts: Path, tmp_path: Path) -> None:
+def test_an_adapter_without_a_layer_that_can_have_noise_is_refused(
+    base: Path, root: Path, texts: Path, tmp_path: Path
+) -> None:
     dora = save_adapter(root / "dora", base, use_dora=True)
-    main(arguments((dora,), texts, "--output", str(tmp_path), "--curvature=false", "--surface=false"))
-    text = (tmp_path / "report.md").read_text()
-    assert "Left out of dora" in text
-    assert "expected sharpness, sigma" not in text
+    with pytest.raises(MisconfigurationException, match=r"dora on --base .* can't be measured: NoPairsError"):
+        main(arguments((dora,), texts, "--output", str(tmp_path)))
 
 
 def test_columns_are_checked_before_a_model_is_loaded(adapters: tuple[Path, Path], texts: Path, tmp_path: Path) -> None:
