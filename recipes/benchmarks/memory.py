@@ -17,14 +17,12 @@ from typing import Any
 import lightning as L
 import torch
 from pandas import DataFrame
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from recipes.benchmarks.methods import METHODS
+from recipes.benchmarks.methods import METHODS, train
 from recipes.benchmarks.workloads import WORKLOADS
 from recipes.shared.methods import OURS
 from recipes.shared.options import known_names, parse_options
-from recipes.shared.training import BARE
 
 
 @dataclass(frozen=True)
@@ -45,19 +43,14 @@ class Options:
 
 
 class Watch(L.Callback):
-    """Resident memory of this process after the first step, and its peak in those that follow, in bytes."""
-
-    def __init__(self) -> None:
-        self.held = 0
-        self.peak = 0
+    """The peak of this process's resident memory after the first step, in bytes."""
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx == 1:  # AdamW has its state, and the perturbation is there
-            self.held = resident("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # from here on the kernel looks for the peak anew
+            Path("/proc/self/clear_refs").write_text("5")  # from here on the kernel looks for a new peak
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -65,12 +58,12 @@ class Watch(L.Callback):
 
 
 def resident(field: str) -> int:
-    """What the kernel reports about the memory of this process, "VmRSS" now or "VmHWM" at its peak, in bytes."""
+    """Return what the kernel says of the memory of this process, "VmRSS" now or "VmHWM" at its peak, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def measure(model: str, method: str, steps: int) -> dict[str, float]:
+def measure(model: str, method: str, steps: int) -> float:
     """Train in this process.
 
     Args:
@@ -79,29 +72,19 @@ def measure(model: str, method: str, steps: int) -> dict[str, float]:
         steps: steps that are watched, after one of warm-up.
 
     Returns:
-        MiB above what the process held before it built the model: between steps, and at the peak.
+        MiB at the peak, above what the process held before it built the model.
     """
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    before = resident("VmRSS")
-    how, watch = METHODS[method], Watch()
-    sizes = replace(WORKLOADS[model], full=how.full)
-    trainer = L.Trainer(
-        max_epochs=1,  # not max_steps, which does not count the steps of a peer's own optimizer
-        accelerator="cpu",
-        devices=1,
-        callbacks=[watch, *how.callbacks()],
-        enable_progress_bar=False,
-        **BARE,
-    )
-    batches = [sizes.example() for _ in range(steps + 1)]
-    module = how.learner(sizes.network(), sizes.causal)
-    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
-    return {"held_mib": (watch.held - before) / 2**20, "peak_mib": (watch.peak - before) / 2**20}
+    before, watch, how = resident("VmRSS"), Watch(), METHODS[method]
+    work = replace(WORKLOADS[model], full=how.full)
+    batches = [work.example() for _ in range(steps + 1)]
+    train(how, work.network(), work.causal, batches, watch, accelerator="cpu")
+    return (watch.peak - before) / 2**20
 
 
-def measured(model: str, method: str, steps: int) -> dict[str, float]:
-    """The same in a fresh process, so that nothing of an earlier measurement is counted."""
+def measured(model: str, method: str, steps: int) -> float:
+    """Measure in a fresh process, so that nothing of an earlier measurement is counted."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
         return fresh.submit(measure, model, method, steps).result()
 
@@ -120,7 +103,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     result = {"torch": torch.__version__, "model": options.model, "steps": options.steps, "rows": rows}
     for method in methods:
         print(f"{options.model}, {method}", flush=True)
-        rows.append({"method": method, **measured(options.model, method, options.steps)})
+        rows.append({"method": method, "peak_mib": measured(options.model, method, options.steps)})
         options.output.write_text(json.dumps(result, indent=2) + "\n")
     print(DataFrame(rows).to_string(index=False, float_format="{:.0f}".format))
     print(f"written to {options.output}")

@@ -1,25 +1,27 @@
-"""What the benchmarks compare: our methods, the baselines, and peers of other packages."""
+"""What the benchmarks compare: our methods, the baselines, and a peer of another package."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_flatlora import CosineRho
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 from recipes.benchmarks.workloads import Learner
 from recipes.shared.methods import OURS, callbacks_of
+from recipes.shared.training import BARE
 
 RHO = 0.5  # a step costs the same whatever it is
 
 
-class Peer(Learner):
-    """Takes its steps with an optimizer of pytorch_optimizer that wraps AdamW, in manual optimization."""
+class PeerSAM(Learner):
+    """Takes its steps with pytorch_optimizer's SAM around AdamW, in manual optimization: two passes."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -31,48 +33,20 @@ class Peer(Learner):
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = super(Peer, self).training_step(batch, batch_idx)
+            loss = super(PeerSAM, self).training_step(batch, batch_idx)
             self.manual_backward(loss)
             return loss
 
-        # The first pass: these optimizers' step takes the second one alone.
+        # The first pass: the optimizer's step takes only the second one.
         loss = closure()
-        self.take_step(optimizer, closure)
-        return loss
-
-    def take_step(self, optimizer: Any, closure: Callable[[], Tensor]) -> None:
-        """The step, from the gradient that is there."""
         optimizer.step(closure)
-
-
-class PeerSAM(Peer):
-    """pytorch_optimizer's SAM: two passes."""
+        return loss
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         from pytorch_optimizer import SAM
 
         return cast("torch.optim.Optimizer", SAM(self.trained(), torch.optim.AdamW, rho=RHO, lr=1e-4))
-
-
-class PeerLookSAM(Peer):
-    """pytorch_optimizer's LookSAM: two passes in every tenth step.
-
-    Its own ``step(closure)`` takes the second pass in each step, also where it makes no use of it; here it is left out.
-    """
-
-    @override
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        from pytorch_optimizer import LookSAM
-
-        return cast("torch.optim.Optimizer", LookSAM(self.trained(), torch.optim.AdamW, rho=RHO, k=10, lr=1e-4))
-
-    @override
-    def take_step(self, optimizer: Any, closure: Callable[[], Tensor]) -> None:
-        if optimizer.get_step() % optimizer.k == 0:
-            optimizer.step(closure)
-        else:
-            optimizer.second_step()
 
 
 @dataclass(frozen=True)
@@ -101,6 +75,29 @@ METHODS = {
     "full": Method(full=True),
     "SAM, full": Method(lambda: [SAM(RHO)], full=True),
     "SAM of pytorch_optimizer": Method(learner=PeerSAM),
-    "LookSAM of pytorch_optimizer": Method(learner=PeerLookSAM),
 }
-"""By title: the package's methods, the baselines and the peers."""
+"""By title: the package's methods, the baselines and the peer."""
+
+
+def train(
+    method: Method, network: nn.Module, causal: bool, batches: Sequence[Any], watch: L.Callback, **settings: Any
+) -> None:
+    """Train for a step on each batch, without anything that costs time and is no part of a step.
+
+    Args:
+        method: how a step is taken.
+        network: that is trained.
+        causal: whether it is a language model.
+        batches: one for each step.
+        watch: what is measured.
+        settings: of the Trainer.
+    """
+    trainer = L.Trainer(
+        max_epochs=1,  # not max_steps, which does not count the steps of a peer's own optimizer
+        devices=1,
+        callbacks=[watch, *method.callbacks()],
+        enable_progress_bar=False,
+        **settings,
+        **BARE,
+    )
+    trainer.fit(method.learner(network, causal), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]

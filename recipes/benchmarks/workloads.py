@@ -51,7 +51,7 @@ class Workload:
         return self.config.model_type in _CAUSAL
 
     def network(self) -> nn.Module:
-        """The model with its adapters."""
+        """Make the model with its adapters."""
         torch.manual_seed(0)
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = self.layers
@@ -64,7 +64,7 @@ class Workload:
         return cast("nn.Module", network)
 
     def example(self) -> Tensor:
-        """One batch: token ids (batch, length), or images (batch, channels, height, width)."""
+        """Draw one batch: token ids (batch, length), or images (batch, channels, height, width)."""
         if self.config.model_type == "vit":
             side = self.config.image_size
             return torch.randn(self.batch, self.config.num_channels, side, side)
@@ -91,7 +91,7 @@ class Stack:
     causal: bool = False
 
     def network(self) -> nn.Module:
-        """The model with its adapters."""
+        """Make the model with its adapters."""
         torch.manual_seed(0)
         network: Any = nn.Sequential(*(nn.Linear(self.width, self.width) for _ in range(self.layers)))
         for layer in network:
@@ -104,7 +104,7 @@ class Stack:
         return cast("nn.Module", network)
 
     def example(self) -> Tensor:
-        """One batch, shape (batch, width)."""
+        """Draw one batch, shape (batch, width)."""
         return torch.randn(self.batch, self.width)
 
 
@@ -117,7 +117,7 @@ class Learner(L.LightningModule):
         self.causal = causal
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The language model's loss, or the mean square of an encoder's states or a stack's outputs."""
+        """Return the language model's loss, or the mean square of an encoder's states or a stack's outputs."""
         if self.causal:
             loss: Tensor = self.network(input_ids=batch, labels=batch).loss
         else:
@@ -130,7 +130,7 @@ class Learner(L.LightningModule):
         return torch.optim.AdamW(self.trained(), lr=1e-4)
 
     def trained(self) -> list[nn.Parameter]:
-        """What is not frozen."""
+        """Return what is not frozen."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
 

@@ -21,8 +21,9 @@ MILLIONS = {"minilm": 23, "smollm2": 135, "roberta-large": 355, "gpt2-medium": 3
 
 def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "step.json"
-    main(["--models", "tiny", "--rounds", "2", "--steps", "2", "--output", str(output)])
+    main(["--models", "tiny", "--ranks", "2", "3", "--rounds", "2", "--steps", "2", "--output", str(output)])
     result = json.loads(output.read_text())
+    assert [row["rank"] for row in result["steps"]] == [2] * 3 + [3] * 3
     methods = {row["method"]: row for row in result["steps"]}
     assert methods["LoRA"]["ratio_to_lora"] == 1.0
     assert set(methods) == {"LoRA", "EFMLoRA", "FMLoRA"}
@@ -30,7 +31,6 @@ def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert all(row["ratio_to_lora"] == median(row["ratios"]) for row in methods.values())
     assert [len(row["ratios"]) for row in methods.values()] == [2, 2, 2]
     assert "EFMLoRA" in capsys.readouterr().out
-    assert output.with_suffix(".png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("name", MILLIONS)
@@ -59,5 +59,5 @@ def test_memory_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     memory.main(["--model", "tiny", "--methods", "EFMLoRA", "--steps", "1", "--output", str(output)])
     (row,) = json.loads(output.read_text())["rows"]
     assert row["method"] == "EFMLoRA"
-    assert 0 < row["held_mib"] <= row["peak_mib"]
-    assert "held_mib" in capsys.readouterr().out
+    assert row["peak_mib"] > 0
+    assert "peak_mib" in capsys.readouterr().out
