@@ -14,10 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from pandas import DataFrame
-from typing_extensions import override
 
 from recipes.benchmarks.methods import METHODS, train
 from recipes.benchmarks.workloads import WORKLOADS
@@ -32,7 +30,7 @@ class Options:
     Attributes:
         model: name of a workload.
         methods: to compare, or all.
-        steps: watched steps, after one of warm-up.
+        steps: of training.
         output: file of the results.
     """
 
@@ -42,25 +40,10 @@ class Options:
     output: Path = Path("runs/benchmarks/memory.json")
 
 
-class Watch(L.Callback):
-    """The peak of this process's resident memory after the first step, in bytes."""
-
-    @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx == 1:  # AdamW has its state, and the perturbation is there
-            Path("/proc/self/clear_refs").write_text("5")  # from here on the kernel looks for a new peak
-
-    @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.peak = resident("VmHWM")
-
-
-def resident(field: str) -> int:
-    """Return what the kernel says of the memory of this process, "VmRSS" now or "VmHWM" at its peak, in bytes."""
+def peak() -> float:
+    """Return the highest resident memory of this process so far, as the kernel reports it, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def measure(model: str, method: str, steps: int) -> float:
@@ -69,18 +52,18 @@ def measure(model: str, method: str, steps: int) -> float:
     Args:
         model: a name of WORKLOADS.
         method: a name of METHODS.
-        steps: steps that are watched, after one of warm-up.
+        steps: of training.
 
     Returns:
-        MiB at the peak, above what the process held before it built the model.
+        MiB at the peak, above that of the process before it built the model.
     """
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    before, watch, how = resident("VmRSS"), Watch(), METHODS[method]
+    before, how = peak(), METHODS[method]
     work = replace(WORKLOADS[model], full=how.full)
-    batches = [work.example() for _ in range(steps + 1)]
-    train(how, work.network(), work.causal, batches, watch, accelerator="cpu")
-    return (watch.peak - before) / 2**20
+    batches = [work.example() for _ in range(steps)]
+    train(how, work.network(), work.causal, batches, accelerator="cpu")
+    return peak() - before
 
 
 def measured(model: str, method: str, steps: int) -> float:

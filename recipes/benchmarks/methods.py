@@ -80,7 +80,7 @@ METHODS = {
 
 
 def train(
-    method: Method, network: nn.Module, causal: bool, batches: Sequence[Any], watch: L.Callback, **settings: Any
+    method: Method, network: nn.Module, causal: bool, batches: Sequence[Any], *watch: L.Callback, **settings: Any
 ) -> None:
     """Train for a step on each batch, without anything that costs time and is no part of a step.
 
@@ -95,7 +95,7 @@ def train(
     trainer = L.Trainer(
         max_epochs=1,  # not max_steps, which does not count the steps of a peer's own optimizer
         devices=1,
-        callbacks=[watch, *method.callbacks()],
+        callbacks=[*watch, *method.callbacks()],
         enable_progress_bar=False,
         **settings,
         **BARE,

@@ -1,5 +1,6 @@
 """A base model with a finished adapter, loaded whole or not at all."""
 
+import json
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ def load(folder: AdapterFolder, options: Options) -> Adapted:
     Raises:
         MisconfigurationException: the task can't be measured, a file is missing, or the adapter is of another base.
     """
-    base, task = base_of(folder, options), task_of(folder)
+    base, task = base_and_task(folder, options)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # which are checked here
@@ -83,23 +84,22 @@ def load(folder: AdapterFolder, options: Options) -> Adapted:
     return Adapted(folder.label, base, task, model, tokenizer, search.pairs, noise, search.left_out + noise.left_out)
 
 
-def base_of(folder: AdapterFolder, options: Options) -> str:
-    """Return the name or folder of an adapter's base."""
-    base = options.base or folder.config.get("base_model_name_or_path")
-    if not base:
-        raise MisconfigurationException(f"--adapter {folder.path} names no base model: say --base")
-    return str(base)
+def base_and_task(folder: AdapterFolder, options: Options) -> tuple[str, str]:
+    """Read the name or folder of an adapter's base, and its task.
 
-
-def task_of(folder: AdapterFolder) -> str:
-    """Read an adapter's task, one of those that can be measured."""
-    task = folder.config.get("task_type")
-    if task not in _MODELS:
+    Raises:
+        MisconfigurationException: there is no adapter that can be measured.
+    """
+    path = folder.path / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kind, task = config.get("peft_type"), config.get("task_type")
+    base = options.base or config.get("base_model_name_or_path")
+    if kind != "LORA" or task not in _MODELS or not base:
         raise MisconfigurationException(
-            f"--adapter {folder.path} has task_type {task!r}: only {' and '.join(_MODELS)} can be measured; if it is "
-            "one of them, write that into its adapter_config.json"
+            f"--adapter {folder.path} can't be measured: its {path.name} must say peft_type LORA, task_type "
+            f"{' or '.join(_MODELS)}, and the base model unless --base does; got {kind}, {task} and {base}"
         )
-    return str(task)
+    return str(base), str(task)
 
 
 def _tokenizer(folder: AdapterFolder, base: str) -> Any:

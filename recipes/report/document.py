@@ -56,11 +56,8 @@ def _adapters(results: Sequence[Measured]) -> str:
 
 
 def _numbers(results: Sequence[Measured]) -> str:
-    """Return one row for each quantity, in the order of the adapter that has most."""
-    longest = max(results, key=lambda result: len(result.quantities))
-    rows = [[quantity.name, quantity.unit] for quantity in longest.quantities]
-    for result in results:
-        texts = {quantity.name: str(quantity) for quantity in result.quantities}
-        for row in rows:
-            row.append(texts.get(row[0], "-"))
-    return markdown([["", "unit", *(result.label for result in results)], *rows])
+    """Return a row for each quantity and a column for each adapter."""
+    rows = [["", "unit", *(result.label for result in results)]]
+    for quantities in zip(*(result.quantities for result in results), strict=True):
+        rows.append([quantities[0].name, quantities[0].unit, *map(str, quantities)])
+    return markdown(rows)

@@ -1,11 +1,10 @@
 """The options of the report's command line, and what is wrong with them."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -40,22 +39,6 @@ class AdapterFolder:
             label, rest = Path(text).resolve().name, text
         return cls(label, Path(rest).expanduser())
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """What ``adapter_config.json`` says.
-
-        Raises:
-            MisconfigurationException: it is missing, or not of LoRA.
-        """
-        path = self.path / "adapter_config.json"
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if config.get("peft_type") != "LORA":
-            raise MisconfigurationException(
-                f"--adapter {self.path} holds no {path.name} of a LoRA adapter: give a folder that peft's "
-                "save_pretrained or AdapterCheckpoint has written"
-            )
-        return config
-
 
 @dataclass(frozen=True)
 class Options:
@@ -81,7 +64,6 @@ class Options:
         max_length: tokens kept of an example.
         chat_template: file of a Jinja template for messages; by default the tokenizer's own.
         seed: of examples, directions and draws.
-        device: as torch calls it; auto is a GPU where there is one.
         dtype: of the base; bfloat16 rounds away small rises.
         curvature: measure the Hessian, in about the time of 100 points.
         surface: draw the loss over a plane, by points x points evaluations.
@@ -101,7 +83,6 @@ class Options:
     max_length: int = 512
     chat_template: str | None = None
     seed: int = 0
-    device: str = "auto"
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     curvature: bool = True
     surface: bool = True
@@ -130,10 +111,8 @@ class Options:
 
     @property
     def torch_device(self) -> torch.device:
-        """Where to measure."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        """A GPU if there is one."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:

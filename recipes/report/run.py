@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_flatlora.flatness import MeanLoss, Point, base_norm, loss_gradient, trained_factors
 from lightning_flatlora.perturbation import Perturbation
 from recipes.report import numbers
-from recipes.report.adapters import Adapted, base_of, load, task_of
+from recipes.report.adapters import Adapted, base_and_task, load
 from recipes.report.data import Row, columns_for, mean_loss, read_rows
 from recipes.report.document import write
 from recipes.report.landscape import measure_landscape
@@ -43,8 +43,8 @@ def measure(options: Options) -> list[Measured]:
     """
     rows = read_rows(options)
     for folder in options.adapters:
-        base_of(folder, options)
-        columns_for(task_of(folder), rows)
+        _, task = base_and_task(folder, options)
+        columns_for(task, rows)
     # Loaded to see that they fit, before hours of measuring; the first one is loaded for that anyway.
     for folder in options.adapters[1:]:
         mean_loss(load(folder, options), rows, options)

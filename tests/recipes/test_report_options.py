@@ -43,8 +43,8 @@ def test_labels_are_given_or_the_folders_names(tmp_path: Path) -> None:
         (["--samples", "1"], "--samples and --max_length 2 or more.* samples=1"),
         (["--batch_size", "0"], "--batch_size 1 or more.* batch_size=0"),
         (["--adapter", "adapter", "x/adapter"], "labels must differ"),
-        (["--adapter", "ia3"], "ia3 holds no adapter_config.json of a LoRA adapter"),
-        (["--adapter", "mine"], "mine holds no adapter_config.json of a LoRA adapter"),
+        (["--adapter", "ia3"], "ia3 can't be measured: its adapter_config.json must say .* got IA3, None and None"),
+        (["--adapter", "mine"], "mine can't be measured: .* got None, None and None"),
         (["--output", "adapter"], "--output adapter holds adapter_config.json: give another folder"),
     ],
 )
