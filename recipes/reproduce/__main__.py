@@ -16,7 +16,7 @@ from recipes.reproduce.report import plan_text, table_text, time_left
 from recipes.reproduce.run import KEY, Place, Run, perform
 from recipes.reproduce.table import TABLES, Protocol
 from recipes.shared.command_line import option
-from recipes.shared.ledger import Ledger, StoppedError, each_once, keep_options
+from recipes.shared.ledger import Ledger, StoppedError, keep_options
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.options import known_names, parse_known_options
 from recipes.shared.precision import precision_of_runs
@@ -86,7 +86,7 @@ def _plan(options: Options) -> Plan:
     table = TABLES[known_names("TABLE", [options.table], TABLES)[0]]
     methods = known_names("--methods", options.methods, METHODS) or table.methods
     tasks = known_names("--tasks", options.tasks, table.tasks) or list(table.tasks)
-    seeds = each_once(options.seeds or table.seeds)
+    seeds = list(dict.fromkeys(options.seeds or table.seeds))
     # A seed that has chosen the settings would favour them in the test.
     used = sorted(set(seeds) & set(table.tuning_seeds))
     if used:

@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,19 +24,18 @@ class Run(Protocol):
     """One piece of work; ``str(run)`` describes it to the user."""
 
     def key(self) -> Row:
-        """The entries of its row that make it this run and no other."""
+        """Return the entries of its row that make it this run and no other."""
 
 
 AnyRun = TypeVar("AnyRun", bound=Run)
-Value = TypeVar("Value")
 _WAIT = 1.0  # seconds
 
 
 class Ledger:
     """The rows of finished runs, each found again by its key.
 
-    A row holds the run's key and what the run has found. A line that was cut off by a stop counts for nothing, and of
-    several rows with one key the last one counts. Several processes may append to one file.
+    A row holds the run's key and what the run has found. Of several rows with one key the last one counts. Several
+    processes may append to one file, which is whole at any time.
 
     Args:
         path: of the file, which need not exist yet.
@@ -61,26 +60,17 @@ class Ledger:
 
     def reload(self) -> None:
         """Read the file again, to which other processes may have appended."""
-        self._rows = {}
-        for row in read(self.path):
-            # Rows of another program, or of other versions of this one, have other entries.
-            with suppress(KeyError):
-                self._rows[self._name(row)] = row
+        self._rows = {self._name(row): row for row in read(self.path)}
 
     def find(self, run: Run) -> Row | None:
-        """The row of a run, or None while the run is not done."""
+        """Return the row of a run, or None while the run is not done."""
         return self._rows.get(self._name(run.key()))
 
     def append(self, row: Row) -> None:
         """Add the row of a finished run."""
-        line = json.dumps(row, ensure_ascii=False) + "\n"
-        # One process at a time: half of another one's row, on its way to the file, would pass for a line cut off.
         with self._lock("append"):
-            # Behind a line that was cut off, the new row would be lost with it.
-            if _ends_within_a_line(self.path):
-                line = "\n" + line
-            with self.path.open("ab") as file:
-                file.write(line.encode())
+            lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in (*read(self.path), row)]
+            write_whole(self.path, "".join(lines))
         self._rows[self._name(row)] = row
 
     def perform_all(
@@ -96,16 +86,15 @@ class Ledger:
             perform: does a run and returns its row, key included, or None if there is none.
             report: is called with the run before it starts.
         """
-        waits = False
+        has_waited = False
         runs = open_runs()
         while runs:
-            if self.perform_first(runs, perform, report):
-                waits = False
-            else:
-                if not waits:
-                    print("\nThis process waits for runs of others; Ctrl-C loses nothing", flush=True)
-                waits = True
+            is_waiting = not self.perform_first(runs, perform, report)
+            if is_waiting and not has_waited:
+                print("\nThis process waits for runs of others; Ctrl-C loses nothing", flush=True)
+            if is_waiting:
                 time.sleep(_WAIT)
+            has_waited = is_waiting
             self.reload()
             runs = open_runs()
 
@@ -125,7 +114,7 @@ class Ledger:
 
     @contextmanager
     def claimed(self, run: Run) -> Iterator[bool]:
-        """Whether this process is the one to do a run, among several processes that share the file.
+        """Say whether this process is the one to do a run, among several processes that share the file.
 
         The claim ends with the block. If this process is killed, it ends with the command of :func:`run_process` that
         does the run and outlives it.
@@ -148,45 +137,21 @@ class Ledger:
             lock.release()
 
     def _lock(self, name: str) -> FileLock:
-        """A lock that the processes share; its file stays in the folder ``claims``."""
+        """Return a lock that the processes share; its file stays in the folder ``claims``."""
         claims = self.path.parent / "claims"
         claims.mkdir(parents=True, exist_ok=True)
         return FileLock(claims / name)
 
     def _name(self, row: Row) -> str:
-        return json.dumps({name: row[name] for name in self._key}, sort_keys=True)
+        return json.dumps({name: row.get(name) for name in self._key}, sort_keys=True)
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file of JSON lines, without lines that were cut off; none where there is no file."""
-    rows: list[Row] = []
+    """Return the rows of a file of JSON lines; none where there is no file."""
     if not path.exists():
-        return rows
+        return []
     # Not splitlines(), which also splits at characters that may stand in a row, such as U+2028.
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def _ends_within_a_line(path: Path) -> bool:
-    if not path.exists() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
-
-
-def each_once(values: Iterable[Value]) -> list[Value]:
-    """The values without repetitions, in their order: a seed that is named twice is still one seed.
-
-    Example:
-        >>> each_once([1, 0, 1])
-        [1, 0]
-    """
-    return list(dict.fromkeys(values))
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def keep_options(folder: Path, options: Sequence[str], written: Sequence[str]) -> None:
@@ -216,11 +181,8 @@ def keep_options(folder: Path, options: Sequence[str], written: Sequence[str]) -
         )
 
 
-# Requests to end: SIGUSR1 is SLURM's, when the job's time is over.
 _STOPS = (signal.SIGTERM, signal.SIGUSR1)
-# Of a signal that ends a process, Python reports the negative number, and a shell 128 more than the number.
-_STATUSES_OF_STOPS = {-number for number in (signal.SIGINT, *_STOPS)}
-_STATUSES_OF_STOPS |= {128 + number for number in (signal.SIGINT, *_STOPS)}
+"""Requests to end: SIGUSR1 is SLURM's, when the job's time is over."""
 
 
 class StoppedError(Exception):
@@ -237,7 +199,9 @@ class StoppedError(Exception):
     @property
     def is_by_user(self) -> bool:
         """Whether Ctrl-C, a request to terminate or SLURM has ended it, and not an error."""
-        return self.status in _STATUSES_OF_STOPS
+        # Of a signal that ends a process, Python reports the negative number, and a shell 128 more than the number.
+        number = -self.status if self.status < 0 else self.status - 128
+        return number in (signal.SIGINT, *_STOPS)
 
 
 def run_process(command: Sequence[str]) -> None:
@@ -273,7 +237,7 @@ def run_process(command: Sequence[str]) -> None:
 
 @cache  # the code that runs stays the same, whatever is checked out meanwhile
 def commit() -> str | None:
-    """The commit of this code, with a plus sign if files differ from it; None outside of a clone."""
+    """Return the commit of this code, with a plus sign if files differ from it; None outside of a clone."""
     # Without tags, which would stand in place of the commit's hash.
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
