@@ -15,12 +15,11 @@ from jsonargparse import auto_cli
 from recipes.demo.report import plot, sentences, table
 from recipes.demo.run import ARMS, RATES, SEEDS, Run, assist, share
 from recipes.demo.training import Settings
-from recipes.shared.files import begin_folder
+from recipes.shared.files import begin_folder, write_whole
 from recipes.shared.ledger import StoppedError
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.precision import SETTING, precision_of_runs
 from recipes.shared.progress import quiet
-from recipes.shared.tables import print_and_write
 
 _WRITTEN = ("table.txt", "demo.png")
 
@@ -53,9 +52,10 @@ def _work(folder: Path, processes: int, settings: Settings) -> None:
         # It ends by itself, and with this one.
         multiprocessing.get_context("spawn").Process(target=assist, args=(folder, runs), daemon=True).start()
     rows = share(folder, runs)
-    print_and_write(table(rows), folder / "table.txt")
+    shown = table(rows)
+    write_whole(folder / "table.txt", shown)
     plot(rows, folder / "demo.png")
-    print(sentences(rows))
+    print(f"\n{shown}\n{sentences(rows)}")
 
 
 if __name__ == "__main__":

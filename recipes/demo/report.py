@@ -10,38 +10,31 @@ from recipes.demo.run import ARMS, DISTANCES, RATES, WITH_DROPOUT
 from recipes.demo.training import EFMLORA, LORA
 from recipes.shared.ledger import Row
 from recipes.shared.statistics import Estimate, estimate, with_error, with_interval
-from recipes.shared.tables import Table
+from recipes.shared.tables import aligned
 
 _SHOWN_RATE = RATES[-1]  # the highest, at which plain LoRA overfits most
 _COLOURS = {LORA: "#4477aa", WITH_DROPOUT: "#aa3377", EFMLORA: "#ee7733"}
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Validation loss of each method at each rate, and how much it rises around the weights."""
+def table(rows: Sequence[Row]) -> str:
+    """Show validation loss of each method at each rate, and how much it rises around the weights."""
     settings = rows[0]["settings"]
-    lines = []
+    lines = [["method", *(f"loss, rate {rate:g}" for rate in RATES), "rise"]]
     for arm in ARMS:
         cells = [with_error(estimate(_losses(rows, arm, rate)), ".3f") for rate in RATES]
         rise = [around[-1] for around in _rises(rows, arm)]
         lines.append([arm, *cells, with_error(estimate(rise), ".2f")])
-    accuracies = []
-    for arm in ARMS:
-        best = min(RATES, key=lambda rate: estimate(_losses(rows, arm, rate)).mean)
-        found = estimate([100 * row["validation_accuracy"] for row in _of(rows, arm, best)])
-        accuracies.append(f"{arm} {with_error(found)} (rate {best:g})")
     notes = [
         f"mean ± standard error over {len(_of(rows, LORA, RATES[0]))} seeds; validation part; {settings['shots']} "
         f"examples of each subject of exam questions to train on, {settings['steps']} steps",
         f"rise: of the loss at distance {DISTANCES[-1]:g} along the steepest direction that B can express, rate "
         f"{_SHOWN_RATE:g}",
-        f"accuracy in % at the rate with the lowest loss: {', '.join(accuracies)}",
     ]
-    columns = ("method", *(f"loss, rate {rate:g}" for rate in RATES), "rise")
-    return Table("Validation loss in nats", columns, lines, notes)
+    return "\n".join(["Validation loss in nats", aligned(lines), "", *notes, ""])
 
 
 def sentences(rows: Sequence[Row]) -> str:
-    """EFMLoRA's differences to both others at the highest rate, and what they do not show."""
+    """Tell EFMLoRA's differences to both others at the highest rate, and what they do not show."""
     lines = [f"EFMLoRA's differences at the rate {_SHOWN_RATE:g}, in nats (95 % intervals, paired by seed):"]
     own_rises = [around[-1] for around in _rises(rows, EFMLORA)]
     for arm in (LORA, WITH_DROPOUT):
@@ -53,7 +46,7 @@ def sentences(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Both sides of what changes, as a PNG."""
+    """Draw both sides of what changes, as a PNG."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     around, rates = figure.subplots(1, 2)
     for arm in ARMS:
@@ -74,13 +67,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _curve(axes: Any, places: Sequence[float], found: Sequence[Estimate], style: dict[str, Any]) -> None:
+def _curve(axes: Any, x: Sequence[float], found: Sequence[Estimate], style: dict[str, Any]) -> None:
     errors = [each.error if each.values > 1 else 0.0 for each in found]
-    axes.errorbar(places, [each.mean for each in found], yerr=errors, **style)
+    axes.errorbar(x, [each.mean for each in found], yerr=errors, **style)
 
 
 def _of(rows: Sequence[Row], arm: str, rate: float) -> list[Row]:
-    """By seed."""
+    """Return those rows by seed."""
     found = [row for row in rows if row["arm"] == arm and row["rate"] == rate]
     return sorted(found, key=lambda row: int(row["seed"]))
 
@@ -90,7 +83,7 @@ def _losses(rows: Sequence[Row], arm: str, rate: float) -> list[float]:
 
 
 def _rises(rows: Sequence[Row], arm: str) -> list[list[float]]:
-    """Above the loss at the weights, by seed and distance."""
+    """Return the rises above the loss at the weights, by seed and distance."""
     rises = []
     for row in _of(rows, arm, _SHOWN_RATE):
         here = row["losses_around"][0]

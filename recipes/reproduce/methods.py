@@ -27,7 +27,7 @@ class Method:
     arguments: Sequence[str]
 
     def configurations(self, rates: Sequence[float], grids: Mapping[str, Sequence[float]]) -> list[Config]:
-        """All pairs of a learning rate and a value of the method's own setting.
+        """Return all pairs of a learning rate and a value of the method's own setting.
 
         Example:
             >>> METHODS["efmlora"].configurations([1e-3], {"rho": [0.0, 0.1]})
@@ -39,7 +39,7 @@ class Method:
         return configurations
 
     def options(self, config: Config) -> list[str]:
-        """Arguments that train with the method and a configuration of its own."""
+        """Return arguments that train with the method and a configuration of its own."""
         # Not str.format, because the JSON of a schedule has braces of its own.
         own = [argument.replace("{}", repr(config[self.parameter])) for argument in self.arguments]
         return [f"--model.learning_rate={config[LEARNING_RATE]!r}", *own]
@@ -78,7 +78,7 @@ DEFAULT = ("lora", "efmlora", "fmlora", "lora_sam")
 
 
 def same_run(method: str, config: Config, grids: Mapping[str, Sequence[float]]) -> tuple[str, Config]:
-    """The method and configuration that are run: LoRA's where the method's own setting is 0.
+    """Return the method and configuration that are run: LoRA's where the method's own setting is 0.
 
     Each method of size 0 equals LoRA bit for bit, so that such a run need not be done once more for every method.
 

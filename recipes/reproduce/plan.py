@@ -8,8 +8,6 @@ from recipes.reproduce.table import Protocol, Table
 from recipes.shared.ledger import Ledger, Row, StoppedError
 from recipes.studies.choice import Judgement, best
 
-MOST_FAILURES_IN_A_ROW = 3
-
 
 class Plan:
     """All runs of a table for some methods, tasks and seeds.
@@ -48,7 +46,7 @@ class Plan:
         self._choices: dict[tuple[str, str], Config] = {}
 
     def configurations(self, task: str, method: str) -> list[Config]:
-        """What is tried for a method on a task; a single one needs no trial."""
+        """Return what is tried for a method on a task; a single one needs no trial."""
         if self.protocol == "tuned":
             return METHODS[method].configurations(self.table.learning_rates, self.table.grids)
         grids = dict(self.table.grids)
@@ -60,7 +58,7 @@ class Plan:
         return METHODS[method].configurations([self.table.tasks[task].learning_rate], grids)
 
     def run(self, task: str, method: str, config: Config, seed: int, part: Part) -> Run:
-        """A run of a task that may start."""
+        """Return a run of a task that may start."""
         start_task, start = self.table.tasks[task].start, None
         if start_task is not None:
             start_config = self.chosen(start_task, method)
@@ -70,7 +68,7 @@ class Plan:
         return Run(task, name, own, seed, part, self.table, start)
 
     def trials(self, task: str, method: str) -> list[list[Run]] | None:
-        """The runs of each configuration, empty where there is but one; None while they wait for another choice."""
+        """Return the runs of each configuration, none for a single one; None while they wait for another choice."""
         configs = self.configurations(task, method)
         if len(configs) == 1:
             return [[]]
@@ -82,7 +80,7 @@ class Plan:
         return tried
 
     def chosen(self, task: str, method: str) -> Config | None:
-        """The configuration that the validation part has chosen; None while unknown."""
+        """Return the configuration that the validation part has chosen; None while unknown."""
         if (task, method) not in self._choices:
             # Kept once it is known: each look at the plan asks for every choice, and finished rows do not change.
             choice = self._choose(task, method)
@@ -92,7 +90,7 @@ class Plan:
         return self._choices[task, method]
 
     def finals(self, task: str, method: str) -> list[Run] | None:
-        """The runs that are tested; None while they wait for choices."""
+        """Return the runs that are tested; None while they wait for choices."""
         if not self._may_start(task) or any(self.chosen(task, each) is None for each in self.methods):
             return None
         config = self.chosen(task, method)
@@ -100,7 +98,7 @@ class Plan:
         return [self.run(task, method, config, seed, "test") for seed in self.seeds]
 
     def runs(self) -> list[Run]:
-        """The runs that do not wait for a choice, done or not, in a fixed order.
+        """Return the runs that do not wait for a choice, done or not, in a fixed order.
 
         Some are needed by several methods, those of size 0, and are there several times.
         """
@@ -114,7 +112,7 @@ class Plan:
         return runs
 
     def open_runs(self) -> list[Run]:
-        """The runs that are not done and may start now, each once."""
+        """Return the runs that are not done and may start now, each once."""
         runs: dict[str, Run] = {}
         for run in self.runs():
             if self.results.find(run) is None:
@@ -123,7 +121,7 @@ class Plan:
         return list(runs.values())
 
     def first_to_do(self, run: Run) -> Run:
-        """The run itself, or the one that it starts from if that is not done."""
+        """Return the run itself, or the one that it starts from if that is not done."""
         while run.start is not None and self.results.find(run.start) is None:
             run = run.start
         return run
@@ -138,23 +136,18 @@ class Plan:
             report: is called with each run before it starts.
 
         Raises:
-            StoppedError: the user has stopped a run, or several in a row have failed.
+            StoppedError: the user has stopped a run, or the table's first run has failed.
         """
-        in_a_row = 0
 
         def attempt(run: Run) -> Row | None:
-            nonlocal in_a_row
             try:
-                row = perform(run)
+                return perform(run)
             except StoppedError as stop:
-                in_a_row += 1
-                # When every run fails, something is wrong that all of them share, such as an option.
-                if stop.is_by_user or in_a_row == MOST_FAILURES_IN_A_ROW:
+                # If the first one fails, something is wrong that all of them share, such as an option.
+                if stop.is_by_user or not self.results.rows:
                     raise
                 self.failed.append(run)
                 return None
-            in_a_row = 0
-            return row
 
         def open_runs() -> list[Run]:
             failed = {run.name for run in self.failed}
@@ -163,7 +156,7 @@ class Plan:
         self.results.perform_all(open_runs, attempt, report)
 
     def _may_start(self, task: str) -> bool:
-        """Whether the choices of the task that this one starts from are known, if there is one."""
+        """Say whether the choices of the task that this one starts from are known, if there is one."""
         start = self.table.tasks[task].start
         return start is None or all(self.chosen(start, method) is not None for method in self.methods)
 

@@ -14,7 +14,7 @@ from recipes.shared.tables import markdown
 
 
 def plan_text(plan: Plan) -> str:
-    """Runs, steps and downloads, and how settings are chosen."""
+    """Tell runs, steps and downloads, and how settings are chosen."""
     table = plan.table
     lines = [["task", "trials of each method", "runs that choose", "final runs", "optimizer steps"]]
     for task in plan.tasks:
@@ -40,7 +40,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def time_left(plan: Plan) -> str:
-    """How long one process trains for all that is left, by what the runs so far took for their steps."""
+    """Tell how long one process trains for all that is left, by what the runs so far took for their steps."""
     rows = _done(plan).values()
     steps_done = sum(row["steps"] for row in rows)
     if not steps_done:
@@ -51,7 +51,7 @@ def time_left(plan: Plan) -> str:
 
 
 def _done(plan: Plan) -> dict[str, Row]:
-    """The rows of the plan's runs that are done, by the runs' names."""
+    """Return the rows of the plan's runs that are done, by the runs' names."""
     rows = {}
     for run in plan.runs():
         row = plan.results.find(run)
@@ -106,7 +106,7 @@ class Counts(NamedTuple):
 
 
 def count(plan: Plan, tasks: Sequence[str]) -> Counts:
-    """The runs of some of a plan's tasks."""
+    """Count the runs of some of a plan's tasks."""
     choosing, steps = 0, 0
     of_task = len(plan.methods) * len(plan.seeds)
     for task in tasks:
@@ -117,7 +117,7 @@ def count(plan: Plan, tasks: Sequence[str]) -> Counts:
 
 
 def _choosing_runs(plan: Plan, task: str) -> int:
-    """How many runs choose for all methods, with those that several of them need counted once."""
+    """Count the runs that choose for all methods, with those that several of them need counted once."""
     runs = []
     for method in plan.methods:
         if _trials(plan, task, method):
@@ -134,7 +134,7 @@ def _steps(plan: Plan, task: str, part: Part) -> int:
 
 
 def table_text(plan: Plan) -> str:
-    """Means and standard errors of what has been tested, published figures, and what was chosen."""
+    """Show means and standard errors of what has been tested, published figures, and what was chosen."""
     table = plan.table
     columns = _columns(plan)
     lines = [["", *(f"{table.tasks[task].title} {metric.title}".strip() for task, metric in columns), "average"]]
@@ -175,7 +175,7 @@ def _columns(plan: Plan) -> list[tuple[str, Metric]]:
 
 
 def _cells(plan: Plan, method: str) -> list[str]:
-    """A method's cells, and its average over the tasks where each of several tasks has one metric."""
+    """Return a method's cells, and its average over the tasks where each of several tasks has one metric."""
     cells = []
     means = []
     for task, metric in _columns(plan):
@@ -209,7 +209,7 @@ def _found(plan: Plan, task: str, method: str, metric: Metric) -> list[float]:
 
 
 def _chosen(plan: Plan, task: str, method: str) -> str:
-    """A configuration, with a mark behind values at an end of their grid, beyond which a better one may lie."""
+    """Describe a configuration, with a mark behind values at an end of their grid: a better one may lie beyond."""
     chosen = plan.chosen(task, method)
     if chosen is None:
         return "-"
@@ -223,13 +223,13 @@ def _chosen(plan: Plan, task: str, method: str) -> str:
 
 
 def _given_options(plan: Plan) -> list[str]:
-    """The options that were given to the runs, such as another model or other data, which the title does not name."""
+    """Return what was given to the runs, such as another model, which the title does not name."""
     given = {" ".join(row.get("options", ())) for row in _done(plan).values()}
     return [f"**Run with other settings than these: `{options}`.**" for options in sorted(given) if options]
 
 
 def _provenance(plan: Plan) -> str:
-    """How many runs are done, on which devices, in which precision and at which commits."""
+    """Tell how many runs are done, on which devices, in which precision and at which commits."""
     rows = _done(plan)
     if not rows:
         return "No run is done yet."

@@ -11,8 +11,8 @@ from typing import Literal
 from recipes.reproduce.methods import METHODS, Config
 from recipes.reproduce.table import Table
 from recipes.shared.configs import RECIPES
-from recipes.shared.ledger import Row, commit, run_process
-from recipes.studies.process import command, fit, written
+from recipes.shared.ledger import Row, commit
+from recipes.studies.process import fit, tested, written
 from recipes.studies.result import OF_THE_CHOICE
 
 Part = Literal["validation", "test"]
@@ -68,7 +68,7 @@ class Run:
         return f"{self.task}/{part}/{self.method}-{settings}{start}/seed-{self.seed}"
 
     def key(self) -> Row:
-        """The first entries of its row, which make it this run."""
+        """Return the first entries of its row, which make it this run."""
         start = None if self.start is None else self.start.name
         own = {name: getattr(self, name) for name in _OWN}
         return {"table": self.table.name, **own, "max_steps": self.max_steps, "start": start}
@@ -109,10 +109,7 @@ def perform(run: Run, place: Place) -> Row:
     if run.table.keeps != "nothing":
         kept = checkpoint(run, place.folder)
         if run.part == "test":
-            # The sweep may have been stopped between the test and the row.
-            if not (folder / "test.json").exists():
-                run_process(command(recipe, "test", folder, _arguments(run, place, [f"--ckpt_path={kept}"])))
-            found = {"metrics": written(folder / "test.json")}
+            found = {"metrics": tested(recipe, folder, _arguments(run, place), kept)}
         else:
             metrics = validated(fitted["validations"], run.table)
             found = {"score": score(metrics, run.table), "loss": metrics.get("val_loss"), "metrics": metrics}
@@ -120,17 +117,11 @@ def perform(run: Run, place: Place) -> Row:
         # The checkpoints of all the runs of a table, with their optimizers, would fill a disk.
         clear(kept, keep_adapter=run.part == "test" or _is_start(run))
     entries = {name: value for name, value in fitted.items() if name not in OF_THE_CHOICE}
-    return {
-        **run.key(),
-        **found,
-        "options": list(place.options),
-        "commit": commit(),
-        **entries,
-    }
+    return {**run.key(), **found, "options": list(place.options), "commit": commit(), **entries}
 
 
 def validated(validations: Sequence[Row], table: Table) -> Row:
-    """The validation of the checkpoint that a run keeps: the first of the best ones, or the last one."""
+    """Return the validation of the checkpoint that a run keeps: the first of the best ones, or the last one."""
     if not validations:
         raise SystemExit("a run that chooses has ended without a validation: let it validate more often")
     if table.keeps == "last":
@@ -140,7 +131,7 @@ def validated(validations: Sequence[Row], table: Table) -> Row:
 
 
 def score(metrics: Row, table: Table) -> float:
-    """What a validation is judged by; more is better, and a value that is no number is the worst."""
+    """Return what a validation is judged by; more is better, and a value that is no number is the worst."""
     value = float(metrics[f"val_{table.choice}"])
     if math.isnan(value):
         return -math.inf
@@ -148,7 +139,7 @@ def score(metrics: Row, table: Table) -> float:
 
 
 def fit_arguments(run: Run, place: Place) -> list[str]:
-    """Of the recipe's ``fit``."""
+    """Return the arguments of the recipe's ``fit``."""
     more = []
     if run.start is not None:
         more.append(f"--model.start_from={checkpoint(run.start, place.folder).with_suffix('')}")
@@ -160,7 +151,7 @@ def fit_arguments(run: Run, place: Place) -> list[str]:
     return _arguments(run, place, more)
 
 
-def _arguments(run: Run, place: Place, more: Sequence[str]) -> list[str]:
+def _arguments(run: Run, place: Place, more: Sequence[str] = ()) -> list[str]:
     table, task, method = run.table, run.table.tasks[run.task], METHODS[run.method]
     configs = RECIPES / table.recipe / "configs"
     return [
@@ -178,7 +169,7 @@ def _arguments(run: Run, place: Place, more: Sequence[str]) -> list[str]:
 
 
 def checkpoint(run: Run, folder: Path) -> Path:
-    """The checkpoint that a finished training keeps, of which the adapter's folder may be left alone.
+    """Return the checkpoint that a finished training keeps, of which the adapter's folder may be all that is left.
 
     Args:
         run: that is trained.

@@ -38,7 +38,7 @@ class Metric:
     is_relative: bool = False
 
     def key(self, task: str) -> str:
-        """The name of the task's column with this metric, under which published figures stand."""
+        """Return the name of the task's column with this metric, under which published figures stand."""
         return f"{task} {self.title}".strip()
 
 
@@ -129,18 +129,14 @@ class Table:
     notes: Sequence[str] = ()
 
     def with_starts(self, tasks: Sequence[str]) -> list[str]:
-        """These tasks and those that they start from, each after the one that it starts from, in the table's order."""
-        wanted = set(tasks)
-        for name in tasks:
-            start = self.tasks[name].start
-            if start is not None:
-                wanted.add(start)
+        """Return these tasks and those that they start from, each after its start, in the table's order."""
+        wanted = {*tasks, *(self.tasks[name].start for name in tasks)}
         ordered = [name for name in self.tasks if name in wanted]
         return sorted(ordered, key=lambda name: self.tasks[name].start is not None)
 
 
 def _read(path: Path) -> Table:
-    """A table from its file, where ``task`` has what all tasks share; their lists are added to those there."""
+    """Read a table from its file, where ``task`` has what all tasks share; their lists are added to those there."""
     found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     common = found.pop("task")
     return Table(

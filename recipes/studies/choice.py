@@ -9,7 +9,7 @@ Judgement = tuple[float, ...]
 
 
 def best(trials: Sequence[Sequence[Judgement]]) -> int:
-    """The place of the trial with the best means; of equal ones the first.
+    """Return the index of the trial with the best means; of equal ones the first.
 
     A value that is no number is the worst there is: one run that diverged is enough to avoid its setting.
 

@@ -9,14 +9,13 @@ from recipes.shared.configs import RECIPES
 from recipes.shared.ledger import Row, run_process
 
 
-def fit(recipe: str, folder: Path, arguments: Sequence[str], needs_monitor: bool = False) -> Row:
+def fit(recipe: str, folder: Path, arguments: Sequence[str]) -> Row:
     """Train, unless that has been done; a training that was stopped resumes from its last checkpoint.
 
     Args:
         recipe: name of its folder, or a module that is a LightningCLI.
         folder: of the run.
         arguments: of the recipe's ``fit``.
-        needs_monitor: refuse a training that keeps no checkpoint by a metric, before it begins.
 
     Returns:
         What :class:`recipes.studies.result.RunResult` has written.
@@ -28,18 +27,28 @@ def fit(recipe: str, folder: Path, arguments: Sequence[str], needs_monitor: bool
     if not (folder / "fit.json").exists():
         if module_of(recipe) == recipe:  # Lightning's command line refuses to write it again
             (folder / "fit" / "config.yaml").unlink(missing_ok=True)
-        of_result = ["--trainer.callbacks.needs_monitor=true"] if needs_monitor else []
-        run_process([*command(recipe, "fit", folder, [*arguments, *resuming(folder / "fit")]), *of_result])
+        run_process(command(recipe, "fit", folder, [*arguments, *resuming(folder / "fit")]))
     return written(folder / "fit.json")
 
 
+def tested(recipe: str, folder: Path, arguments: Sequence[str], kept: str | Path) -> Row:
+    """Test a checkpoint, unless that has been done; the arguments are those of :func:`fit`.
+
+    Returns:
+        What the test has logged.
+    """
+    if not (folder / "test.json").exists():
+        run_process(command(recipe, "test", folder, [*arguments, f"--ckpt_path={kept}"]))
+    return written(folder / "test.json")
+
+
 def module_of(recipe: str) -> str:
-    """The module that a recipe's name stands for; any other name is that of a LightningCLI."""
+    """Return the module that a recipe's name stands for; any other name is that of a LightningCLI."""
     return f"recipes.{recipe}" if (RECIPES / recipe / "__main__.py").exists() else recipe
 
 
 def command(recipe: str, name: str, folder: Path, arguments: Sequence[str]) -> list[str]:
-    """A recipe's command that leaves what it has found in a folder.
+    """Return a recipe's command that leaves what it has found in a folder.
 
     Args:
         recipe: name of its folder.
@@ -56,7 +65,7 @@ def command(recipe: str, name: str, folder: Path, arguments: Sequence[str]) -> l
 
 
 def logging_in(folder: Path) -> list[str]:
-    """Arguments by which a recipe leaves its log in a folder, and its checkpoints in ``checkpoints`` there.
+    """Return arguments by which a recipe leaves its log in a folder, and its checkpoints in ``checkpoints`` there.
 
     The folder is fixed, so that a resumed run finds its own checkpoints.
     """
@@ -70,14 +79,14 @@ def logging_in(folder: Path) -> list[str]:
 
 
 def resuming(folder: Path) -> list[str]:
-    """Arguments by which a training goes on from the last checkpoint in its log's folder; none where there is none."""
+    """Return arguments by which a training goes on from its log's last checkpoint; none where there is none."""
     # Of an epoch's end, or by time within a long one.
     lasts = sorted(folder.glob("checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
     return [f"--ckpt_path={lasts[-1]}"] if lasts else []
 
 
 def written(path: Path) -> Row:
-    """What a command has left in a file.
+    """Read what a command has left in a file.
 
     Raises:
         SystemExit: it has left nothing.

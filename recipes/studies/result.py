@@ -9,7 +9,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from recipes.shared.files import write_whole
@@ -29,28 +28,18 @@ class RunResult(StepTimes):
 
     Args:
         folder: where the files land.
-        needs_monitor: refuse a training that keeps no checkpoint by a metric, before it begins.
     """
 
-    def __init__(self, folder: str, needs_monitor: bool = False) -> None:
+    def __init__(self, folder: str) -> None:
         super().__init__()
         self.folder = Path(folder)
-        self.needs_monitor = needs_monitor
         self.validations: list[Row] = []
-
-    @override
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.needs_monitor and _saver(trainer) is None:
-            raise MisconfigurationException(
-                "these options keep no checkpoint by a metric: name one that is logged on validation, such as "
-                "--metric val_loss"
-            )
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
-            self.validations.append({**place, **_logged(trainer)})
+            now = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+            self.validations.append({**now, **_logged(trainer)})
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -95,7 +84,7 @@ class RunResult(StepTimes):
 
 
 def _saver(trainer: L.Trainer) -> ModelCheckpoint | None:
-    """The callback that keeps the best checkpoint by a metric, which tells what a run is judged by."""
+    """Return the callback that keeps the best checkpoint by a metric, which tells what a run is judged by."""
     for saver in trainer.checkpoint_callbacks:
         if isinstance(saver, ModelCheckpoint) and saver.monitor is not None:
             return saver

@@ -8,7 +8,6 @@ Ctrl-C. The end is a table, a picture, the settings of the winner, and the answe
 classification --budget 20 --data.dataset my.csv --model.model NAME --trainer.max_epochs 3
 """
 
-import importlib.util
 import math
 import os
 import subprocess
@@ -27,11 +26,10 @@ from recipes.shared.ledger import Ledger, Row, StoppedError, keep_options
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.options import parse_known_options
 from recipes.shared.precision import SETTING, precision_of_runs
-from recipes.shared.tables import print_and_write
 from recipes.studies.process import module_of
 from recipes.tune.report import Answer, answer, draw, table
-from recipes.tune.search import CONTROL, KEY, WITH, Run, Search, judged
-from recipes.tune.space import RHO, SPACES, Space, pairs, seeds_of
+from recipes.tune.search import CONTROL, KEY, WITH, Run, Search
+from recipes.tune.space import RHO, SPACES, Space, parts, seeds_of
 
 
 @dataclass
@@ -40,7 +38,7 @@ class Options:
 
     Attributes:
         recipe: a recipe's name, or the module of a LightningCLI.
-        budget: trials of both sides together, or hours of all processes together, as in 2h.
+        budget: trials of both sides together.
         search: an option of fit and its values, in place of what the recipe searches; may be given several times, and
             the picture is drawn against the first. Options that change together: model.lora.r/model.lora.lora_alpha
             2/4 8/16.
@@ -48,14 +46,14 @@ class Options:
         fresh: seeds on which the winners are compared.
         test: compare them on the test data, not on validation data.
         metric: that validation logs; by default the one by which checkpoints are kept.
-        mode: of the metric; by default as the configuration has it, or by the metric's name.
+        mode: of the metric.
         folder: output folder; by default runs/tune/RECIPE.
     """
 
     recipe: str
-    budget: str = "20"
+    budget: int = 20
     search: list[list[str]] = field(default_factory=list)
-    rho: list[str] = field(default_factory=lambda: ["0.05", "0.5", "2", "8"])
+    rho: list[float] = field(default_factory=lambda: [0.05, 0.5, 2.0, 8.0])
     fresh: int = 5
     test: bool = False
     metric: str | None = None
@@ -63,8 +61,6 @@ class Options:
     folder: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.mode is None and self.metric is not None:
-            self.mode = _mode_of(self.metric)
         self.tried = {name: values for name, *values in self.search}
 
 
@@ -91,8 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return getattr(stop, "status", 130)
     found = answer(search)
     assert found is not None  # of a finished search
-    print_and_write(table(search, found), folder / "table.txt")
-    print(found.verdict())
+    shown = table(search, found)
+    write_whole(folder / "table.txt", shown)
+    print(f"\n{shown}\n{found.verdict()}")
     draw(search).savefig(folder / "trials.png", dpi=130)
     _write_winner(search, found, folder / "best.yaml")
     method = "EFMLoRA's" if found.winner == WITH else "LoRA's"
@@ -101,13 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _perform(search: Search, run: Run) -> Row:
-    """The row of a run; one that has failed twice counts as diverged, so that it does not end the search for good.
+    """Return the row of a run; one that has failed twice counts as diverged, so that the search can end.
 
     Not so for a winner on fresh seeds, whose settings have worked in the search.
     """
     try:
         row = search.perform(run)
-        print(_result(search, run, row), flush=True)
+        print(f"{run}: {row['metric']} {row['value']:.4g}", flush=True)
         return row
     except StoppedError as stop:
         mark = search.results.folder / run.name / "failed"
@@ -123,15 +120,6 @@ def _perform(search: Search, run: Run) -> Row:
         return search.failed(run)
 
 
-def _result(search: Search, run: Run, row: Row) -> str:
-    """A line for people: what a run has come to, and the best trial of its side so far."""
-    found = f"{run}: {row['metric']} {row['value']:.4g}"
-    if run.stage == "final":
-        return found
-    best = max([*search.tried(run.side).values(), row], key=judged)
-    return f"Trial {run.trial} {found} (best so far {best['value']:.4g}, trial {best['trial']})"
-
-
 def _announce(search: Search, run: Run) -> None:
     rows: list[Row] = search.results.rows
     left = search.left()
@@ -143,7 +131,7 @@ def _announce(search: Search, run: Run) -> None:
 
 
 def _write_winner(search: Search, found: Answer, path: Path) -> None:
-    """All settings of the winner as one configuration."""
+    """Write all settings of the winner as one configuration."""
     given = search.arguments(found.configs[found.winner], seed=0)
     command = [sys.executable, "-m", module_of(search.command), "fit", *given, "--print_config"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -153,13 +141,7 @@ def _write_winner(search: Search, found: Answer, path: Path) -> None:
 
 def _search(options: Options, more: list[str]) -> Search:
     is_recipe = options.recipe in SPACES
-    if not is_recipe and not _is_module(options.recipe):
-        raise MisconfigurationException(
-            f"{options.recipe} is not a recipe: there are {', '.join(SPACES)}, or give the module of a LightningCLI, "
-            "such as my_project.train, or train for a train.py in this folder"
-        )
     space = _space(options, more)
-    trials, hours = _budget(options.budget)
     if is_recipe and not names_method(options.recipe, more):
         more = ["--method=efmlora", *more]
     folder = options.folder or Path("runs/tune") / options.recipe
@@ -167,22 +149,14 @@ def _search(options: Options, more: list[str]) -> Search:
         options.recipe,
         more,
         space,
-        options.rho,
+        [f"{rho:g}" for rho in options.rho],
         Ledger(folder / "results.jsonl", KEY),
-        trials,
-        hours,
+        options.budget,
         options.fresh,
         options.metric,
         options.mode,
         options.test,
     )
-
-
-def _is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # not even the package that it would be in
-        return False
 
 
 def _space(options: Options, more: Sequence[str]) -> Space:
@@ -195,24 +169,27 @@ def _space(options: Options, more: Sequence[str]) -> Space:
         problems.append("--optimizer has a rate of its own: search it by --search optimizer.lr 1e-4 1e-3, say")
     for name in list(space):
         fixed = next(filter(None, (_fixing(more, each) for each in name.split("/"))), None)
-        if fixed and given:
-            problems.append(f"--{fixed} is given, and --search searches {name}: leave out one of them")
-        elif fixed:
+        if fixed:
             print(f"--{fixed} is given, so {name} is not searched")
             del space[name]
     of_data = seeds_of(options.recipe) if is_recipe else []
     for name in ("seed_everything", "trainer.logger", *of_data):
         if option(more, f"--{name}") is not None:
             problems.append(f"--{name} is set by the search: leave it out")
+    if options.metric is None and not is_recipe:
+        problems.append("say what is judged, as in --metric val_loss --mode min")
     if not space and not is_recipe:
-        problems.append("say what is searched, such as --search model.lr 1e-4 1e-3")
+        problems.append(
+            f"{options.recipe} is not a recipe: there are {', '.join(SPACES)}. If it is the module of a LightningCLI, "
+            "say what is searched, as in --search model.lr 1e-4 1e-3"
+        )
     if problems:
         raise MisconfigurationException("; ".join(problems))
     return space
 
 
 def _fixing(arguments: Sequence[str], name: str) -> str | None:
-    """The option that sets a setting, or a dict that it is in; None if none is given.
+    """Return the option that sets a setting, or a dict that it is in; None if none is given.
 
     Example:
         >>> _fixing(["--model.lora={r: 2}"], "model.lora.r")
@@ -226,59 +203,25 @@ def _fixing(arguments: Sequence[str], name: str) -> str | None:
 
 
 def _mistakes(options: Options) -> list[str]:
-    """What is wrong with the search's own options."""
+    """Return what is wrong with the search's own options."""
     problems = []
     names: list[str] = []
     for name, *values in options.search:
         names += name.split("/")
-        try:
-            for value in values:
-                pairs(name, value)
-        except ValueError:
+        numbers = {len(parts(name, value)) for value in values}
+        if len(set(values)) < len(values) or numbers != {name.count("/") + 1}:
             problems.append(
-                f"--search {name}: each value must have {name.count('/') + 1} parts, got {' '.join(values)}"
+                f"--search {name} must have different values, each with {name.count('/') + 1} parts, got {values}"
             )
-        if len(set(values)) < len(values) or not values:
-            problems.append(f"--search {name} must have values, each of them once, got {values}")
     if len(set(names)) < len(names) or RHO in names:
         problems.append("--search names an option once, and never rho, whose values are given by --rho")
-    try:
-        radii = {float(rho) for rho in options.rho}
-    except ValueError:
-        radii = set()
-    if len(radii) < len(options.rho) or not all(0 < rho < math.inf for rho in radii):
-        problems.append(f"--rho must be different numbers above 0, got {' '.join(options.rho)}")
-    if options.fresh < 2:
-        problems.append(f"--fresh must be at least 2, got {options.fresh}")
-    if options.metric and options.mode is None:
-        problems.append(f"--metric {options.metric}: add --mode min or --mode max")
+    if len(set(options.rho)) < len(options.rho) or not all(0 < rho < math.inf for rho in options.rho):
+        problems.append(f"--rho must be different numbers above 0, got {options.rho}")
+    if options.budget < 4 or options.fresh < 2:
+        problems.append(f"--budget must be at least 4 and --fresh 2, got {options.budget} and {options.fresh}")
+    if (options.metric is None) != (options.mode is None):
+        problems.append("--metric and --mode go together, as in --metric val_loss --mode min")
     return problems
-
-
-def _mode_of(metric: str) -> Literal["min", "max"] | None:
-    """The mode that a metric's name tells; None if it does not."""
-    if "loss" in metric:
-        return "min"
-    return "max" if "acc" in metric else None
-
-
-def _budget(text: str) -> tuple[int, float | None]:
-    """Trials and hours.
-
-    Example:
-        >>> _budget("20"), _budget("1.5h")
-        ((20, None), (0, 1.5))
-    """
-    try:
-        if text.endswith("h") and float(text[:-1]) > 0:
-            return 0, float(text[:-1])
-        if int(text) >= 4:
-            return int(text), None
-    except ValueError:
-        pass
-    raise MisconfigurationException(
-        f"--budget must be trials of both sides, at least 4, or hours, as in 2h: got {text}"
-    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from recipes.shared.statistics import Estimate, estimate, with_error
-from recipes.shared.tables import Table
+from recipes.shared.tables import aligned
 from recipes.tune.search import CONTROL, SEARCH_SEEDS, SIDES, WITH, WITHOUT, Search
 from recipes.tune.space import RHO, Config, short, size
 
@@ -37,17 +37,17 @@ class Answer:
     tried: tuple[int, int] = (1, 1)
 
     def difference(self, side: str) -> Estimate:
-        """With the perturbation minus another side, paired by seed."""
+        """Return with the perturbation minus another side, paired by seed."""
         return estimate([self.values[WITH][seed] - value for seed, value in self.values[side].items()])
 
     def gain(self, side: str) -> tuple[float, float]:
-        """The 95 % interval of the difference to another side, in which more is better."""
+        """Return the 95 % interval of the difference to another side, in which more is better."""
         found = self.difference(side)
         mean = -found.mean if self.less_is_better else found.mean
         return mean - found.interval, mean + found.interval
 
     def diverged(self, side: str) -> int:
-        """How many of a side's runs have."""
+        """Count the runs of a side that have."""
         return sum(not math.isfinite(value) for value in self.values[side].values())
 
     @property
@@ -86,7 +86,7 @@ class Answer:
         return min(self.others, key=lambda side: sign * sum(self.values[side].values()))
 
     def verdict(self) -> str:
-        """One sentence: use it, don't, not known yet, or why there is no answer."""
+        """Return one sentence: use it, don't, not known yet, or why there is no answer."""
         if self.no_answer:
             return self.no_answer
         low, high = self.gain(self.rival)
@@ -108,7 +108,7 @@ class Answer:
 
 
 def answer(search: Search) -> Answer | None:
-    """What a finished search has found; None while it is not finished."""
+    """Return what a finished search has found; None while it is not finished."""
     if not search.is_finished:
         return None
     configs = search.finalists()
@@ -121,9 +121,9 @@ def answer(search: Search) -> Answer | None:
     return Answer(configs, values, rows[0]["mode"] == "min", trials, tried)
 
 
-def table(search: Search, found: Answer) -> Table:
-    """A line for each side, and one for each difference to the one with the perturbation."""
-    lines = []
+def table(search: Search, found: Answer) -> str:
+    """Make a line for each side, and one for each difference to the one with the perturbation."""
+    lines = [["best", "trials", "in the search", "fresh seeds"]]
     for side, config in found.configs.items():
         trials = searched = ""
         if side != CONTROL:
@@ -151,30 +151,22 @@ def table(search: Search, found: Answer) -> Table:
             "rho 0: the difference to it is the perturbation's own part. The answer is against the LoRA that is harder "
             "to beat"
         )
-    return Table("Is it worth it?", ("best", "trials", "in the search", "fresh seeds"), lines, notes)
+    return "\n".join([aligned(lines), "", *notes, ""])
 
 
 def draw(search: Search) -> Figure:
-    """The metric of all trials against the first setting, and for each rho a line through the best ones."""
+    """Draw the metric of all trials against the first setting, in a colour for each rho."""
     name = next(iter(search.space), RHO)
     values = search.space.get(name, ["0", *search.radii])
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     rows = [*search.tried(WITHOUT).values(), *search.tried(WITH).values()]
-    sign = 1 if rows[0]["mode"] == "min" else -1
     for rho in ["0", *search.radii]:
         of_rho = [row for row in rows if row["config"][RHO] == rho and math.isfinite(row["value"])]
-        best: dict[int, float] = {}
-        for row in of_rho:
-            place = values.index(row["config"][name])
-            best[place] = sign * min(sign * row["value"], sign * best.get(place, sign * math.inf))
-        points = sorted(best.items())
-        if points:
-            (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=f"rho {rho}")
-            places = [values.index(row["config"][name]) for row in of_rho]
-            axes.scatter(places, [row["value"] for row in of_rho], s=12, color=line.get_color(), alpha=0.4)
+        indices = [values.index(row["config"][name]) for row in of_rho]
+        axes.plot(indices, [row["value"] for row in of_rho], "o", label=f"rho {rho}", alpha=0.6)
     axes.set_xticks(range(len(values)), values)
     axes.set_xlabel(name.rpartition(".")[2])
-    axes.set_ylabel(f"{rows[0]['metric']} ({'lower' if sign == 1 else 'higher'} is better)")
+    axes.set_ylabel(f"{rows[0]['metric']} ({rows[0]['mode']} is best)")
     axes.legend()
     return figure

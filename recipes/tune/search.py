@@ -8,14 +8,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-from recipes.shared.ledger import Ledger, Row, commit, run_process
+from recipes.shared.ledger import Ledger, Row, commit
 from recipes.studies.choice import best
-from recipes.studies.process import command, fit, module_of, written
+from recipes.studies.process import fit, module_of, tested
 from recipes.tune.space import RHO, Config, Space, arguments, seeds_of, short, size, suggestion
 
 WITHOUT, WITH, CONTROL = "without", "with", "control"
@@ -57,7 +54,7 @@ class Run(NamedTuple):
         return f"{self.stage}/{settings}-{own}/seed-{self.seed}"
 
     def key(self) -> Row:
-        """The entries of its row that make it this run."""
+        """Return the entries of its row that make it this run."""
         return {name: getattr(self, name) for name in KEY}
 
 
@@ -72,7 +69,6 @@ class Search:
         radii: what the side with the perturbation may take as rho.
         results: what is done.
         trials: of both sides together.
-        hours: of all processes together, from which the number of trials follows instead.
         fresh: seeds of the winners.
         metric: on validation; None is the one by which the configuration keeps its best checkpoint.
         mode: "min" or "max" of the metric; None is the configuration's, for its own metric.
@@ -85,7 +81,6 @@ class Search:
     radii: Sequence[str]
     results: Ledger
     trials: int = 20
-    hours: float | None = None
     fresh: int = 5
     metric: str | None = None
     mode: str | None = None
@@ -94,7 +89,7 @@ class Search:
     # -- what there is to do
 
     def open_runs(self) -> list[Run]:
-        """The runs that may start now; none if all are done.
+        """Return the runs that may start now; none if all are done.
 
         They are the next trial of each side, then all repeats, then all final runs.
         """
@@ -117,53 +112,20 @@ class Search:
         return not self.open_runs()
 
     def left(self) -> int:
-        """How many runs are to be done; with those of a control, while it is not known whether there is one."""
-        searched = sum(min(self.trials_of(side), len(self.tried(side))) for side in SIDES)
-        repeats, finals = self._repeats(), self._finals()
-        left = self._runs(self._trials(), len(self.finalists())) - searched
-        return left - sum(self.results.find(run) is not None for run in (*repeats, *finals))
-
-    def _runs(self, trials: int, finalists: int = 0) -> int:
-        """All runs of a search; with those of a control if its finalists are not known yet, which is 0."""
-        most = len(SIDES) + 1 if self.space else len(SIDES)
-        runs = (finalists or most) * self.fresh
+        """Count the runs that are to be done; with those of a control, while it is not known whether there is one."""
+        most = len(SIDES) + bool(self.space)
+        runs = (len(self.finalists()) or most) * self.fresh
         for side in SIDES:
-            of_side = min(trials, size(self.space_of(side)))
-            runs += of_side + _repeated(of_side) * (len(SEARCH_SEEDS) - 1)
-        return runs
+            trials = self.trials_of(side)
+            runs += trials + _repeated(trials) * (len(SEARCH_SEEDS) - 1)
+        return max(0, runs - len(self.results.rows))
 
     def trials_of(self, side: str) -> int:
-        """The trials of a side: as many as the other has, or all settings that there are."""
-        return min(self._trials(), size(self.space_of(side)))
-
-    def _trials(self) -> int:
-        """The trials of a side; for a budget of hours one, until the first of both sides have shown their time.
-
-        Raises:
-            MisconfigurationException: the hours are too few for the least search.
-        """
-        if self.hours is None:
-            return self.trials // 2
-        first = [self.tried(side)[0]["seconds"] for side in SIDES if 0 in self.tried(side)]
-        shown = [seconds for seconds in first if seconds > 0]  # of a run that has failed they are not known
-        if len(first) < len(SIDES) or not shown:
-            return 1
-        seconds = sum(shown) / len(shown)
-        affordable = 3600 * self.hours / seconds
-        # More seeds later take no finished trial away.
-        trials = max(_LEAST_REPEATED, len(self.tried(WITH)))
-        if len(self.tried(WITH)) == 1 and self._runs(trials) > affordable:
-            least = self._runs(trials) * seconds / 3600
-            raise MisconfigurationException(
-                f"--budget {self.hours:g}h is too little: a run takes {seconds / 60:.1f} minutes, and the smallest "
-                f"search {least:.2g} hours. What is done is kept for a larger budget, or for fewer --fresh seeds"
-            )
-        while trials < size(self.space_of(WITH)) and self._runs(trials + 1) <= affordable:
-            trials += 1
-        return trials
+        """Return the number of trials of a side: as many as the other has, or all settings that there are."""
+        return min(self.trials // 2, size(self.space_of(side)))
 
     def tried(self, side: str) -> dict[int, Row]:
-        """The finished trials of a side with the first seed, by their numbers."""
+        """Return the finished trials of a side with the first seed, by their numbers."""
         found = {}
         for row in self.results.rows:
             if row["side"] == side and row["stage"] == "search" and row["seed"] == SEARCH_SEEDS[0]:
@@ -171,11 +133,11 @@ class Search:
         return dict(sorted(found.items()))
 
     def space_of(self, side: str) -> Space:
-        """The settings of a side and its rho, which is 0 without the perturbation."""
+        """Return the settings of a side and its rho, which is 0 without the perturbation."""
         return {**self.space, RHO: ["0"] if side == WITHOUT else self.radii}
 
     def _repeats(self) -> list[Run]:
-        """The best third of each side's trials with the other seeds; none while trials are missing."""
+        """Return the best third of each side's trials with the other seeds; none while trials are missing."""
         runs = []
         for side in SIDES:
             for row, seed in product(self.repeated(side), SEARCH_SEEDS[1:]):
@@ -183,14 +145,14 @@ class Search:
         return runs
 
     def repeated(self, side: str) -> list[Row]:
-        """The best third of a side's trials, which are run with all seeds; none while any side's trials are missing."""
+        """Return the best third of a side's trials, which are run with all seeds; none while trials are missing."""
         if any(len(self.tried(each)) < self.trials_of(each) for each in SIDES):
             return []
         rows = list(self.tried(side).values())[: self.trials_of(side)]
         return sorted(rows, key=judged, reverse=True)[: _repeated(len(rows))]
 
     def chosen(self, side: str) -> Config | None:
-        """The settings with the best mean over the seeds; None while a run is missing."""
+        """Return the settings with the best mean over the seeds; None while a run is missing."""
         trials, configs = [], []
         for row in self.repeated(side):
             rows = self.rows(side, row["config"], "search")
@@ -201,7 +163,7 @@ class Search:
         return configs[best(trials)] if trials else None
 
     def rows(self, side: str, config: Config, stage: str) -> list[Row]:
-        """The finished runs with these settings."""
+        """Return the finished runs with these settings."""
         seeds = SEARCH_SEEDS if stage == "search" else self._fresh_seeds()
         rows = [self.results.find(Run(side, config, seed, stage, 0)) for seed in seeds]
         return [row for row in rows if row is not None]
@@ -210,7 +172,7 @@ class Search:
         return range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + self.fresh)
 
     def finalists(self) -> dict[str, Config]:
-        """The settings of the final runs; none while a side's winner is not known.
+        """Return the settings of the final runs; none while a side's winner is not known.
 
         They are those of both winners and, if these differ in more than rho, of the control. Without it the difference
         would not be the perturbation's alone.
@@ -227,7 +189,7 @@ class Search:
         return found
 
     def _finals(self) -> list[Run]:
-        """The final runs, seed by seed."""
+        """Return the final runs, seed by seed."""
         runs = []
         for seed, (side, config) in product(self._fresh_seeds(), self.finalists().items()):
             runs.append(Run(side, config, seed, "final", -1))
@@ -236,7 +198,7 @@ class Search:
     # -- a run
 
     def arguments(self, config: Config, seed: int) -> list[str]:
-        """Of the command's ``fit``."""
+        """Return the arguments of the command's ``fit``."""
         given = [*self.options, *arguments(config), f"--seed_everything={seed}"]
         if module_of(self.command) == self.command:  # a LightningCLI, which has no --rho
             return [*given, "--trainer.callbacks+=lightning_flatlora.EFMLoRA", f"--trainer.callbacks.rho={config[RHO]}"]
@@ -252,10 +214,12 @@ class Search:
         began = time.perf_counter()
         folder = self.results.folder / run.name
         given = self.arguments(run.config, run.seed)
-        fitted = fit(self.command, folder, given, needs_monitor=self.metric is None)
+        fitted = fit(self.command, folder, given)
         metric = self.metric or fitted["monitor"]
         mode = self.mode or fitted["mode"]
         logged = set().union(*fitted["validations"])
+        if metric is None:
+            raise SystemExit(f"{run} keeps no checkpoint by a metric: name one, as in --metric val_loss --mode min")
         for name in filter(None, (metric, fitted["monitor"])):
             if name not in logged:
                 known = ", ".join(sorted(logged - {"step", "epoch"})) or "nothing"
@@ -264,39 +228,31 @@ class Search:
                     "first one, make the epoch shorter with --trainer.limit_train_batches in place of "
                     "--trainer.max_steps"
                 )
-        value, tested = value_of_kept(fitted, metric, mode), {}
+        value, on_test = value_of_kept(fitted, metric, mode), {}
         is_first = (run.side, run.stage, run.trial, run.seed) == (WITHOUT, "search", 0, SEARCH_SEEDS[0])
         # If there is nothing to test on, the search ends at its start, and not after its last trial.
         if self.tests and (run.stage == "final" or is_first):
-            on_test = self._tested(folder, given, fitted)
+            on_test = tested(self.command, folder, given, fitted["best"] or fitted["last"])
             value_on_test = finite_or_worst(_metric_of_test(on_test, metric), mode)
-            if run.stage == "final":
-                value, tested = value_on_test, on_test
+            value = value_on_test if run.stage == "final" else value
         if run.stage == "search":
             # With their optimizers, the checkpoints of all trials would fill a disk.
             for file in folder.glob("fit/checkpoints/*.ckpt"):
                 file.unlink()
         # A run that was stopped and has gone on took longer than this process.
         seconds = max(time.perf_counter() - began, fitted["training_seconds"])
-        judgement = {"metric": metric, "mode": mode, "value": value, "tested": tested}
+        judgement = {"metric": metric, "mode": mode, "value": value, "tested": on_test}
         return {**run.key(), "trial": run.trial, **judgement, "seconds": seconds, "commit": commit()}
 
     def failed(self, run: Run) -> Row:
-        """The row of a run that has failed, which counts as one that diverged; another one has shown the metric."""
+        """Return the row of a failed run, which counts as one that diverged; another one has shown the metric."""
         shown = {name: self.results.rows[0][name] for name in ("metric", "mode")}
         judgement = {**shown, "value": finite_or_worst(math.nan, shown["mode"]), "tested": {}, "seconds": 0.0}
         return {**run.key(), "trial": run.trial, **judgement, "commit": commit()}
 
-    def _tested(self, folder: Path, given: Sequence[str], fitted: Row) -> Row:
-        """What a test of the kept checkpoint logs."""
-        if not (folder / "test.json").exists():
-            kept = fitted["best"] or fitted["last"]
-            run_process(command(self.command, "test", folder, [*given, f"--ckpt_path={kept}"]))
-        return written(folder / "test.json")
-
 
 def _metric_of_test(tested: Row, metric: str) -> float:
-    """What a test has logged in place of a validation's metric.
+    """Return what a test has logged in place of a validation's metric.
 
     Example:
         >>> _metric_of_test({"loss/test": 0.5}, "loss/val"), _metric_of_test({"test_loss": 0.5}, "eval_loss")
@@ -309,18 +265,18 @@ def _metric_of_test(tested: Row, metric: str) -> float:
 
 
 def _repeated(trials: int) -> int:
-    """How many of a side's trials are run with all seeds."""
+    """Count the trials of a side that are run with all seeds."""
     return min(trials, max(_LEAST_REPEATED, math.ceil(trials / 3)))
 
 
 def judged(row: Row) -> float:
-    """What a run is judged by, of which more is better."""
+    """Return what a run is judged by, of which more is better."""
     value = float(row["value"])
     return -value if row["mode"] == "min" else value
 
 
 def value_of_kept(fitted: Row, metric: str, mode: str) -> float:
-    """The metric of the weights that a run keeps, the best ones by its monitor; the worst number if it diverged.
+    """Return the metric of the weights that a run keeps, the best ones by its monitor; the worst number if it diverged.
 
     Without a monitor they are the last ones.
 
@@ -340,6 +296,6 @@ def value_of_kept(fitted: Row, metric: str, mode: str) -> float:
 
 
 def finite_or_worst(value: float, mode: str) -> float:
-    """The value, or the worst number where the run has diverged."""
+    """Return the value, or the worst number if the run has diverged."""
     worst = math.inf if mode == "min" else -math.inf
     return value if math.isfinite(value) else worst

@@ -36,14 +36,14 @@ SPACES: Mapping[str, Space] = {
 
 
 def seeds_of(recipe: str) -> list[str]:
-    """The options of a recipe that seed its data: the order of the batches, and which few examples are taken."""
+    """Return the options of a recipe that seed its data: the order of the batches, and which few examples are taken."""
     if recipe == "clip_contrastive":
         return []  # its seed also draws the parts, which all runs share
     return ["data.seed", "data.shots_seed"] if recipe == "classification" else ["data.seed"]
 
 
 def arguments(config: Config) -> list[str]:
-    """The settings as options of `fit`, without rho.
+    """Return the settings as options of `fit`, without rho.
 
     Example:
         >>> arguments({"model.lora.r/model.lora.lora_alpha": "2/4", "rho": "0.5"})
@@ -57,18 +57,17 @@ def arguments(config: Config) -> list[str]:
 
 
 def pairs(name: str, value: str) -> list[tuple[str, str]]:
-    """Each option of a setting, with its value.
+    """Return each option of a setting, with its value."""
+    return list(zip(name.split("/"), parts(name, value), strict=True))
 
-    Raises:
-        ValueError: there is not a value for each option.
-    """
-    options = name.split("/")
-    values = value.split("/") if len(options) > 1 else [value]
-    return list(zip(options, values, strict=True))
+
+def parts(name: str, value: str) -> list[str]:
+    """Return the values of options that change together; of a single option its value, whatever is in it."""
+    return value.split("/") if "/" in name else [value]
 
 
 def short(config: Config) -> str:
-    """For people.
+    """Return the settings for people.
 
     Example:
         >>> short({"model.learning_rate": "1e-3", "model.lora.r/model.lora.lora_alpha": "2/4", "rho": "0.5"})
@@ -80,7 +79,7 @@ def short(config: Config) -> str:
 
 
 def suggestion(space: Space, tried: Sequence[tuple[Config, float]], number: int) -> Config:
-    """A configuration that has not been tried, by Optuna's tree-structured Parzen estimator.
+    """Return a configuration that has not been tried, by Optuna's tree-structured Parzen estimator.
 
     Equal arguments give equal suggestions, so that a run that was stopped is found again.
 
@@ -107,5 +106,5 @@ def suggestion(space: Space, tried: Sequence[tuple[Config, float]], number: int)
 
 
 def size(space: Space) -> int:
-    """How many configurations there are."""
+    """Count the configurations that there are."""
     return math.prod(len(values) for values in space.values())

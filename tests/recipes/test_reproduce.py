@@ -10,7 +10,6 @@ import pytest
 from hub_sets import save_glue, save_roberta
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.reproduce import run as running
 from recipes.reproduce.__main__ import main
 from recipes.reproduce.table import TABLES
 from recipes.shared.cli import RecipeCLI
@@ -56,7 +55,6 @@ def here(monkeypatch: pytest.MonkeyPatch, command_line: None, own_datasets: None
 
     monkeypatch.setenv("FLATLORA_PRECISION", "32-true")
     monkeypatch.setattr(process, "run_process", run_here)
-    monkeypatch.setattr(running, "run_process", run_here)
     for name in ("table1", "table2"):
         small = replace(TABLES[name], learning_rates=(1e-2,), grids=GRIDS, trial_steps=None)
         monkeypatch.setitem(TABLES, name, small)

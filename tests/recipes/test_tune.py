@@ -65,8 +65,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))  # for the process that writes best.yaml
     monkeypatch.setattr(precision, "_has_fast_bfloat16", lambda: True)
     monkeypatch.setenv(SETTING, "")  # so that it is put back
-    for module in ("recipes.studies.process", "recipes.tune.search"):
-        monkeypatch.setattr(f"{module}.run_process", run_here)
+    monkeypatch.setattr("recipes.studies.process.run_process", run_here)
     return commands
 
 
@@ -127,16 +126,15 @@ def test_both_sides_have_as_many_trials_and_the_best_are_chosen(tmp_path: Path) 
     assert len({json.dumps(row["config"]) for row in tried[WITHOUT]}) == 6  # all that there are
     assert search.chosen(WITHOUT) == {"model.lr": "1e-2", "model.r/model.alpha": "2/4", "rho": "0"}
     assert len(runs) == 12 + 2 * 2 * 2 + 2 * 5  # both winners have rank 2, so there is no control
-    assert draw(search).axes[0].get_legend_handles_labels()[1][0] == "rho 0"
+    assert draw(search).axes[0].get_legend_handles_labels()[1] == ["rho 0", "rho 0.5", "rho 5"]
     assert arguments(search.chosen(WITHOUT) or {}) == ["--model.lr=1e-2", "--model.r=2", "--model.alpha=4"]
 
 
 def test_rho_alone_can_be_searched(tmp_path: Path) -> None:
-    search, runs = finished(tmp_path, space={}, hours=0.2)  # 20 runs of 36 seconds
+    search, runs = finished(tmp_path, space={}, trials=4)
     assert [search.trials_of(side) for side in SIDES] == [1, 2]
     assert len(runs) == 3 * 3 + 2 * 5
     assert draw(search).axes[0].get_xlabel() == "rho"
-    assert finished(tmp_path, space={}, hours=0.2, fresh=9)[0].is_finished
     contrastive = Search("clip_contrastive", [], {}, [], search.results)  # whose data's seed draws the parts
     assert contrastive.arguments({"rho": "0"}, 7) == ["--seed_everything=7", "--rho=0"]
 
@@ -154,7 +152,7 @@ def test_winners_that_differ_in_more_than_rho_have_a_control(tmp_path: Path) -> 
         against = Answer(found.configs, values, sign == 1)
         assert against.rival == against.winner == CONTROL
         assert against.verdict().startswith("Don't: it is worse than LoRA with the same other settings, by ")
-    assert "with - control, 95 % interval" in str(table(search, found).rows)
+    assert "with - control, 95 % interval" in table(search, found)
 
 
 def test_processes_share_the_sides_of_a_trial_and_all_later_runs(tmp_path: Path) -> None:
@@ -196,7 +194,7 @@ def test_runs_that_diverged_are_no_traceback(tmp_path: Path) -> None:
         path.write_text("\n".join(map(json.dumps, now)))
         search.results.reload()
         found = answer(search)
-        assert "nan" in str(table(search, found).rows)
+        assert "nan" in table(search, found)
         assert found.verdict().startswith(verdict)
         assert "in 1 of its 5 final runs." in found.verdict()
         assert found.winner == winner
@@ -243,15 +241,6 @@ def test_settings_that_are_given_are_not_searched(capsys: pytest.CaptureFixture[
     for given in (["--model.lora.lora_alpha", "8"], ["--model.init_args.lora.r=8"], ["--model.lora={r: 8}"]):
         assert "model.lora.r/model.lora.lora_alpha" not in _space(options, given)
     assert "--model.lora.lora_alpha is given, so model.lora.r/model.lora.lora_alpha is" in capsys.readouterr().out
-
-
-def test_a_budget_of_hours_becomes_trials_when_the_first_ones_are_done(tmp_path: Path) -> None:
-    search, runs = finished(tmp_path, hours=0.31)  # 31 runs of 36 seconds
-    assert search.trials_of(WITH) == 4
-    assert len(runs) == 2 * (4 + 4) + 3 * 5
-    assert finished(tmp_path, hours=0.31, fresh=6)[0].trials_of(WITH) == 4
-    with pytest.raises(MisconfigurationException, match=r"0.2h is too little: .* 0.6 minutes, .* search 0.27 hours"):
-        finished(tmp_path / "short", hours=0.2)
 
 
 def test_a_suggestion_is_new_and_the_same_again() -> None:
@@ -324,27 +313,27 @@ def test_a_failure_is_no_divergence(
     out = capsys.readouterr().out
     assert ("counts as diverged" in out) == is_proven
     assert ("The first run has failed, with the error above: fix its cause" in out) == (not is_proven)
-    assert ("seed 0: val_score 0.25 (best so far 0.25, trial 0)" in out) == is_proven
+    assert ("seed 0: val_score 0.25" in out) == is_proven
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["vqa", "--rho", "-1"], "different numbers above 0, got -1"),
+        (["vqa", "--rho", "-1"], r"different numbers above 0, got \[-1.0\]"),
         (["vqa", "--rho", "1", "1"], "different numbers"),
-        (["vqa", "--budget", "2"], "at least 4, or hours, as in 2h: got 2"),
-        (["vqa", "--fresh", "1"], "--fresh must be at least 2"),
-        (["vqa", "--search", "a/b", "1/2", "3"], "each value must have 2 parts"),
-        (["vqa", "--rho", "0.1,0.5"], "different numbers above 0, got 0.1,0.5"),
+        (["vqa", "--budget", "2"], "--budget must be at least 4 and --fresh 2, got 2 and 5"),
+        (["vqa", "--fresh", "1"], "--fresh 2, got 20 and 1"),
+        (["vqa", "--search", "a/b", "1/2", "3"], "different values, each with 2 parts, got"),
+        (["vqa", "--search", "a", "1", "1"], "--search a must have different values"),
+        (["vqa", "--search", "a"], "--search a must have different values"),
         (["vqa", "--search", "a", "1", "--search", "b/a", "1/2"], "--search names an option once"),
         (["vqa", "--search", "rho", "1", "2"], "never rho"),
-        (["vqa", "--search", "a", "1", "2", "--a=1"], "--a is given, and --search searches a: leave out one"),
+        (["json.tool", "--search", "a", "1", "2", "--a=1"], "json.tool is not a recipe.* say what is searched"),
         (["vqa", "--optimizer", "SGD"], "--optimizer has a rate of its own"),
         (["vqa", "--data.seed", "1"], "--data.seed is set by the search"),
-        (["vqa", "--metric", "val_perplexity"], "add --mode min or --mode max"),
-        (["no_recipe"], "no_recipe is not a recipe: there are classification"),
-        (["no.module"], "no.module is not a recipe"),
-        (["json.tool"], "say what is searched"),
+        (["vqa", "--metric", "val_perplexity"], "--metric and --mode go together"),
+        (["my_project.train", "--search", "a", "1"], "say what is judged, as in --metric val_loss"),
+        (["no_recipe"], "no_recipe is not a recipe: there are classification.*say what is searched"),
     ],
 )
 def test_wrong_options_are_refused_before_the_first_run(wrong: list[str], message: str, tmp_path: Path) -> None:
