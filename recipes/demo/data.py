@@ -20,7 +20,7 @@ _EVAL_BATCH = 64
 def training_batches(
     examples: Sequence[Example], states: States, batch_size: int, steps: int, seed: int
 ) -> DataLoader[Batch]:
-    """A batch for each step, from passes over the examples in ever new random orders."""
+    """Make a batch for each step, from passes over the examples in ever new random orders."""
     # A generator for the order alone, so that all methods see the same batches, however many random numbers they draw.
     generator = torch.Generator().manual_seed(seed)
     order = RandomSampler(range(len(examples)), num_samples=steps * batch_size, generator=generator)
@@ -29,7 +29,7 @@ def training_batches(
 
 
 def evaluation_batches(examples: Sequence[Example], states: States) -> list[Batch]:
-    """All examples once, those of similar length together."""
+    """Return all examples once, those of similar length together."""
     # Texts of one length fill their rows without padding.
     by_length = sorted(examples, key=lambda example: len(states(example.text)))
     starts = range(0, len(by_length), _EVAL_BATCH)
@@ -37,21 +37,21 @@ def evaluation_batches(examples: Sequence[Example], states: States) -> list[Batc
 
 
 def packed(examples: Sequence[Example], states: States) -> Batch:
-    """A batch in which short texts stand in one row, as long as the longest text, so that little is padding.
+    """Make a batch in which short texts stand in one row, as long as the longest text, so that little is padding.
 
     Args:
         examples: n texts and their classes.
         states: of the texts.
 
     Returns:
-        ``hidden`` (R, T, d), ``owners`` (R, T), the place of each token's text among the examples, -1 for padding, and
+        ``hidden`` (R, T, d), ``owners`` (R, T), the index of each token's text among the examples, -1 for padding, and
         ``labels`` (n,).
     """
     of_texts = [states(example.text) for example in examples]
     lengths = [len(one) for one in of_texts]
     longest = max(lengths)
     rows = fill_rows(lengths, room=longest)
-    # The values of the padding do not matter: no text attends to places whose owner is -1, and no mean counts them.
+    # The values of the padding do not matter: no text attends to positions whose owner is -1, and no mean counts them.
     hidden = of_texts[0].new_zeros(len(rows), longest, of_texts[0].shape[1])
     owners = torch.full((len(rows), longest), -1)
     for row, members in enumerate(rows):

@@ -25,11 +25,11 @@ class UpperLayers(nn.Module):
 
     @override
     def forward(self, hidden: Tensor, owners: Tensor) -> Tensor:
-        """Hidden states after the last layer.
+        """Return hidden states after the last layer.
 
         Args:
             hidden: states before these layers (R, T, d).
-            owners: which text a token belongs to (R, T); -1 for padding. Tokens attend to their own text alone.
+            owners: which text a token belongs to (R, T); -1 for padding. Tokens attend only to their own text.
 
         Returns:
             (R, T, d).
@@ -67,13 +67,13 @@ class CutEncoder:
         self._states: dict[str, Tensor] = {}
 
     def upper(self) -> UpperLayers:
-        """A copy of the pretrained upper layers, in training mode."""
+        """Return a copy of the pretrained upper layers, in training mode."""
         # A run trains its copy in place; the next one has to begin with the pretrained weights.
         return copy.deepcopy(self._upper).train()
 
     @torch.no_grad()
     def states(self, text: str) -> Tensor:
-        """Hidden states of a text after the frozen layers, (tokens, d)."""
+        """Return hidden states of a text after the frozen layers, (tokens, d)."""
         if text not in self._states:
             inputs = self._tokenizer(text, truncation=True, max_length=self.length, return_tensors="pt")
             self._states[text] = self._lower(**inputs).last_hidden_state[0]
@@ -81,7 +81,7 @@ class CutEncoder:
 
 
 def load(frozen_layers: int, length: int) -> CutEncoder:
-    """all-MiniLM-L6-v2, in float32; the arguments are those of :class:`CutEncoder`."""
+    """Load all-MiniLM-L6-v2, in float32; the arguments are those of :class:`CutEncoder`."""
     folder = packaged.minilm()
     # Without the pooler, in whose place the mean over the tokens is taken. Eager attention is the fastest on such short
     # texts: on a CPU the fused backward pass takes longer than all the rest of a layer.
@@ -96,7 +96,7 @@ def load(frozen_layers: int, length: int) -> CutEncoder:
 
 
 def pooled(hidden: Tensor, owners: Tensor, texts: int) -> Tensor:
-    """The mean over the tokens of each text: (R, T, d) and (R, T) give (texts, d), in float32 or wider."""
+    """Return the mean over the tokens of each text: (R, T, d) and (R, T) give (texts, d), in float32 or wider."""
     belongs = owners.flatten()[None] == torch.arange(texts, device=owners.device)[:, None]
     hidden = hidden.flatten(0, 1)
     # A mean in bfloat16 would lose digits.

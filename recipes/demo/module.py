@@ -1,7 +1,5 @@
 """What is trained: the upper layers of an encoder with LoRA, and a new head."""
 
-from collections.abc import Sequence
-
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -32,7 +30,7 @@ class TaskClassifier(RecipeModule):
         self.head = nn.Linear(encoder.width, classes)
 
     def logits(self, batch: Batch) -> Tensor:
-        """Of the classes, float32, (n, classes)."""
+        """Return the logits of the classes, float32, (n, classes)."""
         hidden = self.net(batch["hidden"], batch["owners"])
         # In bfloat16 the logits of different classes would often be equal.
         with torch.autocast(hidden.device.type, enabled=False):
@@ -47,12 +45,3 @@ class TaskClassifier(RecipeModule):
     def new_optimizer(self) -> Optimizer:
         # Fused, because on layers this small starting an operation takes longer than its arithmetic.
         return torch.optim.AdamW(self.parameter_groups(), lr=self.learning_rate, weight_decay=0.0, fused=True)
-
-    @torch.no_grad()
-    def accuracy(self, batches: Sequence[Batch]) -> float:
-        """Share of the texts whose class is the most probable one, in the precision of the weights."""
-        self.eval()
-        logits = torch.cat([self.logits(batch) for batch in batches])
-        self.train()
-        labels = torch.cat([batch["labels"] for batch in batches])
-        return float((logits.argmax(dim=1) == labels).double().mean())

@@ -60,12 +60,12 @@ class Run(NamedTuple):
         return f"{self.arm}, learning rate {self.rate:g}, seed {self.seed}"
 
     def key(self) -> Row:
-        """The first entries of its row."""
+        """Return the first entries of its row."""
         return {"arm": self.arm, "rate": self.rate, "seed": self.seed, "settings": asdict(self.settings)}
 
 
 def ledger(folder: Path) -> Ledger:
-    """The ``results.jsonl`` of the runs in a folder."""
+    """Return the ``results.jsonl`` of the runs in a folder."""
     return Ledger(folder / "results.jsonl", ("arm", "rate", "seed", "settings"))
 
 
@@ -92,9 +92,8 @@ def perform(run: Run) -> Row:
     """Train, and measure on the validation part in float32.
 
     Returns:
-        A JSON line: the run's key; ``validation_loss`` in nats and ``validation_accuracy``; ``losses_around``, the
-        validation loss at each of :data:`DISTANCES`; ``train_loss``; and what the run took, where, and with which
-        versions.
+        A JSON line: the run's key; ``validation_loss`` in nats; ``losses_around``, the validation loss at each of
+        :data:`DISTANCES`; and what the run took, where, and with which versions.
     """
     gc.collect()  # the last run's models: their parts point at each other
     began = time.perf_counter()
@@ -103,17 +102,11 @@ def perform(run: Run) -> Row:
     config = {**ARMS[run.arm], "learning_rate": run.rate}
     module = trained(settings, encoder, run.seed, run.arm, config)
     seconds = time.perf_counter() - began
-    module.eval()
-    held_out = _held_out(encoder, settings.task)
-    losses = _losses_around(module, held_out)
-    examples = texts.shots(settings.task, settings.shots, run.seed)
-    train = _loss(module, evaluation_batches(examples, encoder.states))
+    losses = _losses_around(module.eval(), _held_out(encoder, settings.task))
     return {
         **run.key(),
         "validation_loss": losses[0],
-        "validation_accuracy": module.accuracy(held_out),
         "losses_around": losses,
-        "train_loss": train().item(),
         "seconds": seconds,
         "device": f"{platform.machine()} CPU",
         "torch": torch.__version__,
@@ -127,7 +120,7 @@ def _held_out(encoder: CutEncoder, task: str) -> list[Batch]:
 
 
 def _losses_around(module: TaskClassifier, batches: list[Batch]) -> list[float]:
-    """The mean loss of batches at :data:`DISTANCES` along their own steepest direction."""
+    """Return the mean loss of batches at :data:`DISTANCES` along their own steepest direction."""
     loss, pairs = _loss(module, batches), find_pairs(module).pairs
     direction = adversarial_direction(Perturbation(pairs), loss_gradient(loss, trained_factors(pairs)))
     found: list[float] = loss_along_line(loss, pairs, direction, torch.tensor(DISTANCES)).tolist()
@@ -135,7 +128,7 @@ def _losses_around(module: TaskClassifier, batches: list[Batch]) -> list[float]:
 
 
 def _loss(module: TaskClassifier, batches: list[Batch]) -> MeanLoss:
-    """The mean over the batches, each weighted by its number of texts."""
+    """Return the mean over the batches, each weighted by its number of texts."""
     texts_in_all = sum(len(batch["labels"]) for batch in batches)
     share = len(batches) / texts_in_all
     losses = []

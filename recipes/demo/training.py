@@ -54,7 +54,7 @@ def on_one_thread() -> None:
 
 
 def trained(settings: Settings, encoder: CutEncoder, seed: int, arm: str, config: Mapping[str, Any]) -> TaskClassifier:
-    """A new adapter and head, trained.
+    """Train a new adapter and head.
 
     Args:
         settings: of the run.
@@ -74,6 +74,7 @@ def trained(settings: Settings, encoder: CutEncoder, seed: int, arm: str, config
         accelerator="cpu",
         precision=settings.precision,
         max_epochs=1,
+        limit_val_batches=0,
         callbacks=callbacks,
         enable_progress_bar=False,
         **BARE,

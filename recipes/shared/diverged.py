@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 def wrong_where_nan(scores_nc: Tensor, label_n: Tensor) -> Tensor:
-    """Scores in which a row that holds a NaN is sure of a wrong class, since argmax would take the first one.
+    """Return scores in which a row that holds a NaN is sure of a wrong class, since argmax would take the first one.
 
     Infinite scores stay as they are: they still have an order.
 

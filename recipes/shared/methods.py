@@ -9,7 +9,7 @@ OURS = ("LoRA", "EFMLoRA", "FMLoRA")
 
 
 def callbacks_of(title: str, rho: float) -> list[L.Callback]:
-    """What a method adds to plain LoRA, new for each Trainer; nothing if it is no callback.
+    """Return what a method adds to plain LoRA, new for each Trainer; nothing if it is no callback.
 
     Example:
         >>> [type(callback).__name__ for callback in callbacks_of("EFMLoRA", 0.5)], callbacks_of("LoRA", 0.5)

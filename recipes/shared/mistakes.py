@@ -26,9 +26,9 @@ def without_traceback() -> Iterator[None]:
 
 
 def mistake_behind(error: BaseException | None) -> MisconfigurationException | None:
-    """The message for the user that an exception is, or was raised from; None where it is a defect of the code.
+    """Return the message for the user that an exception is, or was raised from; None where it is a defect of the code.
 
-    jsonargparse raises a ValueError of many lines in the place of what a class has raised.
+    jsonargparse raises a ValueError of many lines in place of what a class has raised.
 
     Example:
         >>> mistake_behind(ValueError("a defect")) is None

@@ -22,7 +22,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error.
+    """Return mean and standard error.
 
     Example:
         >>> estimate([1.0, 3.0])
@@ -35,7 +35,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def with_error(found: Estimate, form: str = ".1f") -> str:
-    """A mean and its standard error in a cell; without the error where there is one value.
+    """Show a mean and its standard error in a cell; without the error where there is one value.
 
     Example:
         >>> with_error(estimate([50.0, 52.0])), with_error(estimate([2.0]), "+.2f")
@@ -46,7 +46,7 @@ def with_error(found: Estimate, form: str = ".1f") -> str:
 
 
 def with_interval(found: Estimate, digits: int = 2) -> str:
-    """A difference and its 95 % interval; without the interval where there is one value.
+    """Show a difference and its 95 % interval; without the interval where there is one value.
 
     Example:
         >>> with_interval(estimate([1.0, 2.0, 3.0])), with_interval(estimate([0.5]), digits=1)
@@ -59,7 +59,7 @@ def with_interval(found: Estimate, digits: int = 2) -> str:
 
 
 def mean_cell(values: Sequence[float], digits: int = 1) -> str:
-    """A table's cell: mean, standard error and number; the error is missing where there is one value.
+    """Fill a table's cell: mean, standard error and number; the error is missing where there is one value.
 
     Example:
         >>> mean_cell([50.0, 52.0]), mean_cell([50.0]), mean_cell([])

@@ -50,7 +50,7 @@ class StepTimes(L.Callback):
 
 
 def idle_time(device: torch.device) -> float:
-    """The time in seconds when a device has done all that was asked of it."""
+    """Return the time in seconds when a device has done all that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
