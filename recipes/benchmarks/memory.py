@@ -1,4 +1,4 @@
-"""Memory that a process takes to train, by method, each in a process of its own. Linux, CPU.
+"""Memory that a process takes to train, by method, each in its own process. Linux, CPU.
 
 python -m recipes.benchmarks.memory --model roberta-large --methods all
 """

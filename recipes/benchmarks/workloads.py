@@ -1,4 +1,4 @@
-"""What the benchmarks train: models of known sizes, random weights and data, since cost depends on sizes alone."""
+"""What the benchmarks train: models of known sizes, random weights and data, since cost depends only on sizes."""
 
 import copy
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Workload:
 
     @property
     def causal(self) -> bool:
-        """Whether it is a causal language model, which has a loss of its own."""
+        """Whether it is a causal language model, which has its own loss."""
         return self.config.model_type in _CAUSAL
 
     def network(self) -> nn.Module:
@@ -73,7 +73,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Stack:
-    """Square Linear layers one after the other, each with an adapter: what a layer costs beside its arithmetic.
+    """Square Linear layers one after the other, each with an adapter: what a layer costs apart from its arithmetic.
 
     Attributes:
         layers: how many.

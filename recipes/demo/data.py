@@ -21,7 +21,7 @@ def training_batches(
     examples: Sequence[Example], states: States, batch_size: int, steps: int, seed: int
 ) -> DataLoader[Batch]:
     """Make a batch for each step, from passes over the examples in ever new random orders."""
-    # A generator for the order alone, so that all methods see the same batches, however many random numbers they draw.
+    # A generator only for the order, so that all methods see the same batches, however many random numbers they draw.
     generator = torch.Generator().manual_seed(seed)
     order = RandomSampler(range(len(examples)), num_samples=steps * batch_size, generator=generator)
     collate = partial(packed, states=states)

@@ -46,7 +46,7 @@ class UpperLayers(nn.Module):
 class CutEncoder:
     """An encoder whose lower layers are computed once for each text and kept.
 
-    They are frozen and have no dropout. Each text is computed alone, so that what is kept depends on nothing else.
+    They are frozen and have no dropout. Each text is computed by itself, so that what is kept depends on nothing else.
 
     Args:
         model: a BERT with eager attention and without dropout, see :func:`load`.

@@ -83,7 +83,7 @@ def share(folder: Path, runs: list[Run]) -> list[Row]:
 
 
 def assist(folder: Path, runs: list[Run]) -> None:
-    """Do :func:`share` in a process of its own, which leaves it to the first one to say how it ended."""
+    """Do :func:`share` in its own process, which leaves it to the first one to say how it ended."""
     with without_traceback(), suppress(KeyboardInterrupt):
         share(folder, runs)
 

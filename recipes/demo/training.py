@@ -25,7 +25,7 @@ kept = cache(load)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that decides a run beside its method, rate and seed.
+    """Everything that decides a run besides its method, rate and seed.
 
     Attributes:
         task: of the packaged texts.
@@ -65,7 +65,7 @@ def trained(settings: Settings, encoder: CutEncoder, seed: int, arm: str, config
     """
     own = dict(config)
     callbacks = callbacks_of(arm, own.pop("rho", 0.0))
-    # Anew for each training, so that all adapters of a seed begin with one A, and all heads alike.
+    # Again for each training, so that all adapters of a seed begin with one A, and all heads alike.
     L.seed_everything(seed, verbose=False)
     module = TaskClassifier(encoder, len(texts.TASKS[settings.task].classes), **own)
     examples = texts.shots(settings.task, settings.shots, seed)

@@ -60,7 +60,7 @@ def mean_loss(adapted: Adapted, rows: Sequence[Row], options: Options) -> tuple[
         options: batch size and length.
 
     Returns:
-        The loss, which the split into batches changes by rounding alone, and the number of terms of its mean.
+        The loss, which the split into batches changes only by rounding, and the number of terms of its mean.
 
     Raises:
         MisconfigurationException: a row that can't be encoded, or no token that counts.

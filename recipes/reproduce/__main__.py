@@ -1,6 +1,6 @@
-"""`python -m recipes.reproduce TABLE`: one of the paper's tables, with what is published beside it.
+"""`python -m recipes.reproduce TABLE`: one of the paper's tables, with what is published.
 
-Each run is a process of its own, and what is finished is kept: the same command resumes after a stop. Options that are
+Each run is its own process, and what is finished is kept: the same command resumes after a stop. Options that are
 not listed here go to every run, as they would to the recipe's `fit`, for example `--model.model /models/roberta`.
 """
 

@@ -1,4 +1,4 @@
-"""What is chosen for each method beside its learning rate, and how a recipe's command line is given it."""
+"""What is chosen for each method besides its learning rate, and how a recipe's command line is given it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +39,8 @@ class Method:
         return configurations
 
     def options(self, config: Config) -> list[str]:
-        """Return arguments that train with the method and a configuration of its own."""
-        # Not str.format, because the JSON of a schedule has braces of its own.
+        """Return arguments that train with the method and one of its configurations."""
+        # Not str.format, because the JSON of a schedule has its own braces.
         own = [argument.replace("{}", repr(config[self.parameter])) for argument in self.arguments]
         return [f"--model.learning_rate={config[LEARNING_RATE]!r}", *own]
 

@@ -1,7 +1,8 @@
-"""A table's text: the plan before it starts, and the figures of what has been run beside the published ones."""
+"""A table's text: the plan before it starts, and the figures of what has been run next to the published ones."""
 
 import statistics
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from recipes.reproduce.methods import BASELINE, METHODS, same_run
@@ -23,9 +24,7 @@ def plan_text(plan: Plan) -> str:
         lines.append([table.tasks[task].title, numbers, *map(str, counts[:2]), f"{counts.steps:,}"])
     counts = count(plan, plan.tasks)
     lines.append(["all", "", *map(str, counts[:2]), f"{counts.steps:,}"])
-    downloads: list[str] = []
-    for task in plan.tasks:
-        downloads += [name for name in table.tasks[task].downloads if name not in downloads]
+    downloads = dict.fromkeys(chain.from_iterable(table.tasks[task].downloads for task in plan.tasks))
     paragraphs = [
         f"{table.title}, by recipes.{table.recipe}.",
         f"Methods: {', '.join(plan.methods)}. Seeds: {', '.join(map(str, plan.seeds))}; "
@@ -183,7 +182,7 @@ def _cells(plan: Plan, method: str) -> list[str]:
         cells.append(mean_cell(values, metric.digits))
         if values and not metric.title:
             means.append(statistics.mean(values))
-    # A mean over several metrics of a task, or over some tasks alone, could be compared with nothing.
+    # A mean over several metrics of a task, or over only some tasks, could be compared with nothing.
     has_average = len(means) == len(cells) > 1
     return [*cells, f"{statistics.mean(means):.1f}" if has_average else ""]
 

@@ -1,4 +1,4 @@
-"""One run of a table: a recipe's commands, each in a process of its own, and the row that comes of them."""
+"""One run of a table: a recipe's commands, each in its own process, and the row that comes of them."""
 
 import hashlib
 import math

@@ -48,7 +48,7 @@ class Task:
 
     Attributes:
         title: what the table calls it.
-        configs: YAML files that are laid over the recipe's base, in the recipe's folder ``configs``.
+        configs: YAML files that overlay the recipe's base, in the recipe's folder ``configs``.
         steps: optimizer steps of a whole run; an estimate where the recipe counts epochs.
         downloads: what must be downloaded, Hub names for example.
         learning_rate: that of the protocol, which ``--protocol paper`` takes.

@@ -186,7 +186,7 @@ _STOPS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StoppedError(Exception):
-    """A run in a process of its own has failed, or the user has stopped it.
+    """A run in its own process has failed, or the user has stopped it.
 
     Attributes:
         status: its exit status.

@@ -1,4 +1,4 @@
-"""A recipe's command in a process of its own, and what it leaves."""
+"""A recipe's command in its own process, and what it leaves."""
 
 import json
 import sys
@@ -79,7 +79,7 @@ def logging_in(folder: Path) -> list[str]:
 
 
 def resuming(folder: Path) -> list[str]:
-    """Return arguments by which a training goes on from its log's last checkpoint; none where there is none."""
+    """Return arguments by which a training resumes from its log's last checkpoint; none where there is none."""
     # Of an epoch's end, or by time within a long one.
     lasts = sorted(folder.glob("checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
     return [f"--ckpt_path={lasts[-1]}"] if lasts else []

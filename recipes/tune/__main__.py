@@ -3,7 +3,7 @@
 Give the recipe's name and the options of its `fit`. Both searches have as many trials of learning rate, dropout, rank
 and, in classification, the head's rate; one of them may also choose rho. The best third of the trials is run with two
 more seeds, and the winner of each side with fresh ones; if the winners differ in more than rho, so is LoRA with the
-other winner's settings. Each run is a process of its own, what is finished is kept, and the same command resumes after
+other winner's settings. Each run is its own process, what is finished is kept, and the same command resumes after
 Ctrl-C. The end is a table, a picture, the settings of the winner, and the answer. Example: python -m recipes.tune
 classification --budget 20 --data.dataset my.csv --model.model NAME --trainer.max_epochs 3
 """
@@ -166,7 +166,7 @@ def _space(options: Options, more: Sequence[str]) -> Space:
     space = dict(given or SPACES.get(options.recipe, {}))
     more = [argument.replace(".init_args.", ".") for argument in more]
     if is_recipe and not given and option(more, "--optimizer") is not None:
-        problems.append("--optimizer has a rate of its own: search it by --search optimizer.lr 1e-4 1e-3, say")
+        problems.append("--optimizer has its own rate: search it by --search optimizer.lr 1e-4 1e-3, say")
     for name in list(space):
         fixed = next(filter(None, (_fixing(more, each) for each in name.split("/"))), None)
         if fixed:

@@ -1,4 +1,4 @@
-"""The runs of a search, which of them come next, and one of them, in a process of its own."""
+"""The runs of a search, which of them come next, and one of them, in its own process."""
 
 import hashlib
 import json
@@ -60,7 +60,7 @@ class Run(NamedTuple):
 
 @dataclass
 class Search:
-    """A search on each side, with as many trials, and the winners of both on fresh seeds, beside a control.
+    """A search on each side, with as many trials, and the winners of both on fresh seeds, with a control.
 
     Attributes:
         command: the name of a recipe's folder, or a module that is a LightningCLI.
@@ -175,7 +175,7 @@ class Search:
         """Return the settings of the final runs; none while a side's winner is not known.
 
         They are those of both winners and, if these differ in more than rho, of the control. Without it the difference
-        would not be the perturbation's alone.
+        would not be only the perturbation's.
         """
         found = {}
         for side in SIDES:

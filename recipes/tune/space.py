@@ -32,7 +32,7 @@ SPACES: Mapping[str, Space] = {
     "clip_fewshot": {**_SPACE, _RANK: ["2/1", "8/2"]},  # its scaling is alpha / sqrt(r)
     "clip_contrastive": _SPACE,
 }
-"""What is searched in a recipe, beside rho, if the user does not say it."""
+"""What is searched in a recipe, besides rho, if the user does not say it."""
 
 
 def seeds_of(recipe: str) -> list[str]:

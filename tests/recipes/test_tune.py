@@ -329,7 +329,7 @@ def test_a_failure_is_no_divergence(
         (["vqa", "--search", "a", "1", "--search", "b/a", "1/2"], "--search names an option once"),
         (["vqa", "--search", "rho", "1", "2"], "never rho"),
         (["json.tool", "--search", "a", "1", "2", "--a=1"], "json.tool is not a recipe.* say what is searched"),
-        (["vqa", "--optimizer", "SGD"], "--optimizer has a rate of its own"),
+        (["vqa", "--optimizer", "SGD"], "--optimizer has its own rate"),
         (["vqa", "--data.seed", "1"], "--data.seed is set by the search"),
         (["vqa", "--metric", "val_perplexity"], "--metric and --mode go together"),
         (["my_project.train", "--search", "a", "1"], "say what is judged, as in --metric val_loss"),
