@@ -26,7 +26,7 @@ def class_names(table: Any, column: str, source: str) -> list[str]:
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    values = [value for value in map(_value, table[column]) if value is not None]
+    values = [value for value in _values(table, column) if value is not None]
     found = set(values) if all(isinstance(value, int | str) for value in values) else set()
     if len(found) < 2:
         raise MisconfigurationException(
@@ -46,21 +46,42 @@ def class_labels(table: Any, column: str, classes: Sequence[str], source: str) -
         MisconfigurationException: a class is not among them.
     """
     indices = {name: index for index, name in enumerate(classes)}
-    feature = table.features[column]
     labels: list[int | None] = []
-    for value in map(_value, table[column]):
-        name = None if value is None else str(value)
-        if isinstance(feature, datasets.ClassLabel) and value is not None:
-            name = feature.int2str(value) if value >= 0 else None
-        if value == -1 and name not in indices:
-            name = None
-        if name is not None and name not in indices:
+    for value in _values(table, column):
+        is_missing = value is None or (value == -1 and "-1" not in indices)
+        if not is_missing and str(value) not in indices:
             raise MisconfigurationException(
-                f"{source}: the column {column!r} holds {name!r}, which is none of the classes {list(classes)} of the "
+                f"{source}: the column {column!r} holds {value!r}, which is none of the classes {list(classes)} of the "
                 "training data"
             )
-        labels.append(None if name is None else indices[name])
+        labels.append(None if is_missing else indices[str(value)])
     return labels
+
+
+def numbers(table: Any, column: str, source: str) -> list[float | None]:
+    """Return each row's number; None for one without, and for all rows if all are -1, as in the test set of STS-B.
+
+    Raises:
+        MisconfigurationException: the column holds something else.
+    """
+    found: list[float | None] = []
+    for value in _values(table, column):
+        try:
+            number = math.nan if value is None else float(value)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(
+                f"{source}: the column {column!r} must hold numbers for a regression, got {value!r}"
+            ) from error
+        found.append(number if math.isfinite(number) else None)
+    return [None] * len(found) if set(found) == {-1} else found
+
+
+def _values(table: Any, column: str) -> list[Any]:
+    """Return each row's label; None for one without. A class that the Hub declares is a name, and its -1 None."""
+    feature = table.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return [feature.int2str(value) if value is not None and value >= 0 else None for value in table[column]]
+    return [_value(given) for given in table[column]]
 
 
 def _value(given: Any) -> Any:
@@ -72,55 +93,8 @@ def _value(given: Any) -> Any:
     return given.strip() or None if isinstance(given, str) else given
 
 
-def numbers(table: Any, column: str, source: str) -> list[float | None]:
-    """Each row's number; None for one without, and for all rows if all are -1, as in the test set of STS-B.
-
-    Raises:
-        MisconfigurationException: the column holds something else.
-    """
-    values: list[float | None] = []
-    for given in table[column]:
-        try:
-            value = math.nan if given is None else float(given)
-        except (TypeError, ValueError):
-            value = math.inf
-        if math.isinf(value):
-            raise MisconfigurationException(
-                f"{source}: the column {column!r} must hold numbers for a regression, got {given!r}"
-            )
-        values.append(None if math.isnan(value) else value)
-    if set(values) == {-1}:
-        return [None] * len(values)
-    return values
-
-
-def labelled(labels: Sequence[Any], column: str, source: str, skip: bool) -> list[int]:
-    """The rows that have a label.
-
-    Args:
-        labels: of all rows; None for one without.
-        column: that they come from.
-        source: what to call the table in messages.
-        skip: leave out rows without a label, instead of an error.
-
-    Raises:
-        MisconfigurationException: rows without a label are not to be left out, or no others are there.
-    """
-    rows = [row for row, label in enumerate(labels) if label is not None]
-    missing = len(labels) - len(rows)
-    if missing and not (skip and rows):
-        remedy = "choose another split"
-        if rows:
-            remedy = "set skip_unlabelled to true to leave them out, or if -1 is a class, write a name for it"
-        raise MisconfigurationException(
-            f"{source}: the column {column!r} must hold numbers or names, and {missing} of {len(labels)} rows have no "
-            f"label (nothing, or the Hub's -1, with which GLUE hides the labels of its test sets): {remedy}"
-        )
-    return rows
-
-
 def draw_shots(keys: Sequence[str], labels: Sequence[int], number: int, seed: int) -> tuple[list[int], list[int]]:
-    """Rows for training and others for validation, drawn at random: ``number`` of each class, or what there is.
+    """Draw rows for training and others for validation, at random: ``number`` of each class, or what there is.
 
     No text is drawn twice. A class with too few rows for both fills the training rows first.
 

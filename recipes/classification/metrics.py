@@ -1,6 +1,7 @@
 """The metrics of torchmetrics that a configuration names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchmetrics import Metric, PearsonCorrCoef, SpearmanCorrCoef
@@ -11,12 +12,11 @@ from torchmetrics.classification import (
     MulticlassMatthewsCorrCoef,
 )
 
-OF_CLASSES = ("accuracy", "f1", "matthews")
-OF_NUMBERS = ("pearson", "spearman")
 
+def new_metrics(names: Sequence[str] | None, classes: int) -> dict[str, Metric]:
+    """Return metrics of predicted against true labels, the first of which decides on the best checkpoint.
 
-def chosen_metrics(names: Sequence[str] | None, classes: int) -> list[str]:
-    """The names of the metrics, the first of which decides on the best checkpoint.
+    "f1" is of class 1 of two, and the mean over more classes.
 
     Args:
         names: as configured; None is accuracy for classes, Pearson's and Spearman's correlation for numbers.
@@ -24,29 +24,25 @@ def chosen_metrics(names: Sequence[str] | None, classes: int) -> list[str]:
 
     Raises:
         MisconfigurationException: a name is unknown or of the other kind, or there is none.
+
+    Example:
+        >>> from torch import tensor
+        >>> round(new_metrics(["f1"], 2)["f1"](tensor([1, 1, 0]), tensor([1, 0, 0])).item(), 2)
+        0.67
     """
-    known = OF_CLASSES if classes else OF_NUMBERS
+    known: dict[str, Callable[[], Metric]]
+    if classes:
+        known = {
+            "accuracy": partial(MulticlassAccuracy, classes, average="micro"),
+            "f1": BinaryF1Score if classes == 2 else partial(MulticlassF1Score, classes),
+            "matthews": partial(MulticlassMatthewsCorrCoef, classes),
+        }
+    else:
+        known = {"pearson": PearsonCorrCoef, "spearman": SpearmanCorrCoef}
     if names is None:
-        return ["accuracy"] if classes else list(OF_NUMBERS)
+        names = ["accuracy"] if classes else list(known)
     if not names or not set(names) <= set(known):
         raise MisconfigurationException(
             f"metrics={list(names)} must be some of {list(known)} for {'classes' if classes else 'a regression'}"
         )
-    return list(names)
-
-
-def new_metric(name: str, classes: int) -> Metric:
-    """A metric of predicted against true labels; "f1" is of class 1 of two, and the mean over more classes.
-
-    Example:
-        >>> from torch import tensor
-        >>> round(new_metric("f1", 2)(tensor([1, 1, 0]), tensor([1, 0, 0])).item(), 2)
-        0.67
-    """
-    if name == "accuracy":
-        return MulticlassAccuracy(classes, average="micro")
-    if name == "matthews":
-        return MulticlassMatthewsCorrCoef(classes)
-    if name == "f1":
-        return BinaryF1Score() if classes == 2 else MulticlassF1Score(classes)
-    return PearsonCorrCoef() if name == "pearson" else SpearmanCorrCoef()
+    return {name: known[name]() for name in names}

@@ -9,8 +9,10 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from recipes.classification.data import TextData
-from recipes.classification.metrics import chosen_metrics, new_metric
-from recipes.classification.readouts import Batch, LabelWords, NewHead
+from recipes.classification.metrics import new_metrics
+from recipes.classification.prompts import is_masked, word_tokens
+from recipes.classification.readouts import Batch, head_logits, load_for_words, load_with_head, word_logits
+from recipes.language.batches import padding_id
 from recipes.language.model import PACKAGED_ENCODER
 from recipes.language.module import PretrainedModel
 from recipes.shared.diverged import wrong_where_nan
@@ -20,7 +22,7 @@ from recipes.shared.predictions import PredictionWriter
 class TextClassification(PretrainedModel):
     """A pretrained model with LoRA that tells the class of a text or a number, by a new head or by label words.
 
-    A head is trained plainly beside the adapter: the methods perturb the weights that LoRA adapts, and no others. The
+    A head is trained plainly next to the adapter: the methods perturb the weights that LoRA adapts, and no others. The
     loss is the cross-entropy over the classes, or the squared error of the number.
 
     Args:
@@ -30,7 +32,7 @@ class TextClassification(PretrainedModel):
             first is logged as the score, too. None is accuracy, or both correlations.
         label_words: a word of one token for each class, which the model predicts where the data's template says; None
             gives the model a new head.
-        head_learning_rate: of what is trained beside the adapter, at its highest; None is ``learning_rate``.
+        head_learning_rate: of what is trained next to the adapter, at its highest; None is ``learning_rate``.
         start_from: folder of another run's adapter, whose LoRA weights this one starts from; the head is new. Only
             `fit` reads it; a run that resumes from a checkpoint may leave it out.
         predictions: name of the file that `predict` writes, .jsonl or .csv.
@@ -51,7 +53,8 @@ class TextClassification(PretrainedModel):
         super().__init__(**kwargs)
         self.wanted_metrics = [metrics] if isinstance(metrics, str) else metrics
         self.metric_names: list[str] = []
-        self.readout = NewHead() if label_words is None else LabelWords(label_words)
+        self.label_words = label_words
+        self.word_ids: list[int] = []
         self.head_learning_rate = head_learning_rate
         self.start_from = start_from
         self.writer = PredictionWriter(predictions, "texts")
@@ -59,31 +62,36 @@ class TextClassification(PretrainedModel):
 
     @property
     def data(self) -> TextData:
-        """The data that the trainer was given."""
+        """Return the data that the trainer was given."""
         return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
 
     @override
     def load_adapted(self) -> Any:
+        data, words, dtype = self.data, self.label_words, self.weights_dtype()
+        if (words is None) != (data.template is None) or (words is not None and data.regression):
+            raise MisconfigurationException(
+                f"label_words={words} and template={data.template!r}: prompts need both, and classes; set "
+                "model.label_words and data.template to null for a new head"
+            )
         self._add_metrics()
-        return self.readout.load(self.model_name, self.lora, self.weights_dtype(), self.data, self.tokenizer)
+        if words is None:
+            names = data.classes or ["number"]
+            return load_with_head(self.model_name, self.lora, dtype, names, padding_id(self.tokenizer))
+        self.word_ids = word_tokens(words, data.classes, self.tokenizer)
+        return load_for_words(self.model_name, self.lora, dtype, is_masked(str(data.template)))
 
     @override
     def must_fit(self) -> dict[str, Any]:
-        # A label is a place in the list of classes, so another list would give each of them another meaning.
+        # A label is an index of the list of classes, so another list would give each of them another meaning.
         return {"classes": list(self.data.classes)}
 
     def _add_metrics(self) -> None:
-        """Metrics of every part; they depend on the number of classes, which only the data know."""
-        classes = len(self.data.classes)
-        self.metric_names = chosen_metrics(self.wanted_metrics, classes)
-        for stage in (*self._validations(), "test"):
-            self.metrics[f"{stage}_loss"] = MeanMetric()
-            for name in self.metric_names:
-                self.metrics[f"{stage}_{name}"] = new_metric(name, classes)
-
-    def _validations(self) -> list[str]:
-        """Return what the metrics of each validation part begin with."""
-        return ["val", *self.data.validation_parts[1:]]
+        """Add the metrics, which depend on the number of classes that only the data know."""
+        for stage in ("val", "test"):
+            found = new_metrics(self.wanted_metrics, len(self.data.classes))
+            self.metric_names = list(found)
+            for name, metric in {"loss": MeanMetric(), **found}.items():
+                self.metrics[f"{stage}_{name}"] = metric
 
     @override
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -95,17 +103,19 @@ class TextClassification(PretrainedModel):
             return [{"params": adapter}, {"params": head, "lr": rate}]
         if self.head_learning_rate is not None:
             raise MisconfigurationException(
-                f"head_learning_rate={self.head_learning_rate}, and nothing is trained beside the adapter: set it to "
+                f"head_learning_rate={self.head_learning_rate}, and nothing is trained next to the adapter: set it to "
                 "null, or name modules in lora.modules_to_save"
             )
         return [{"params": adapter}]
 
     def logits(self, batch: Batch) -> Tensor:
-        """Of the classes, or the number, float32, (rows, classes or 1)."""
-        return self.readout.logits(self.net, batch)
+        """Return the logits of the classes, or the number, float32, (rows, classes or 1)."""
+        if self.label_words is None:
+            return head_logits(self.net, batch)
+        return word_logits(self.net, batch, self.word_ids, is_masked(str(self.data.template)))
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Each row's loss: its cross-entropy in nats, or the squared error of its number."""
+        """Return each row's loss: its cross-entropy in nats, or the squared error of its number."""
         if self.data.regression:
             return (logits.squeeze(1) - labels).square()
         return nn.functional.cross_entropy(logits, labels, reduction="none")
@@ -115,15 +125,6 @@ class TextClassification(PretrainedModel):
         loss = self.losses(self.logits(batch), batch["labels"]).mean()
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
         return loss
-
-    @override
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.evaluate(self._validations()[dataloader_idx], batch)
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        for stage in self._validations():
-            self.log_evaluation(stage)
 
     @override
     def evaluate(self, stage: str, batch: Batch) -> None:
@@ -141,16 +142,15 @@ class TextClassification(PretrainedModel):
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """The texts of each row by their columns, with ``class`` and its ``probability``, or with ``number``."""
+        """Return the texts of each row by their columns, with ``class`` and its ``probability``, or with ``number``."""
         logits = self.logits(batch)
-        if self.data.regression:
-            found = [{"number": number} for number in logits.squeeze(1).tolist()]
-        else:
-            probabilities, labels = logits.softmax(dim=1).max(dim=1)
-            found = []
-            for label, probability in zip(labels.tolist(), probabilities.tolist(), strict=True):
-                found.append({"class": self.data.classes[label], "probability": probability})
+        probabilities, labels = logits.softmax(dim=1).max(dim=1)
         rows = []
-        for texts, of_row in zip(batch["texts"], found, strict=True):
-            rows.append({**dict(zip(self.data.text_columns, texts, strict=True)), **of_row})
+        for index, texts in enumerate(batch["texts"]):
+            row = dict(zip(self.data.text_columns, texts, strict=True))
+            if self.data.regression:
+                row["number"] = logits[index].item()
+            else:
+                row |= {"class": self.data.classes[labels[index]], "probability": probabilities[index].item()}
+            rows.append(row)
         return rows

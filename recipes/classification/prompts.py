@@ -3,18 +3,19 @@
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 _MASK = "mask"
-_BEFORE = "It was"  # any text that a word may follow
 _CHANGES = ("", "no_end", "lower")
+_BEFORE = "It was"  # any text that a word may follow
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Turns a row's texts into a prompt's tokens.
+    """Turn a row's texts into a prompt's tokens.
 
     Attributes:
         template: with ``{column}`` for a text, ``{column:no_end}`` without its last character, ``{column:lower}``
@@ -24,6 +25,10 @@ class Prompt:
         tokenizer: the model's.
         max_length: tokens of a prompt; the longest text is cut at its end until the prompt fits.
         text_tokens: tokens kept of each text; None keeps all.
+
+    Raises:
+        MisconfigurationException: the template can't be read, names other columns or none, asks for an unknown change
+            or for a mask that the model lacks, or ends in a space.
     """
 
     template: str
@@ -32,56 +37,47 @@ class Prompt:
     max_length: int
     text_tokens: int | None = None
 
-    def check(self) -> None:
-        """Refuse a template that no row can fill.
-
-        Raises:
-            MisconfigurationException: it can't be read, names other columns or none, asks for an unknown change, or
-                ends in a space; or the tokenizer is a slow one.
-        """
+    def __post_init__(self) -> None:
         try:
-            fields = list(string.Formatter().parse(self.template))
+            fields = _fields(self.template)
         except ValueError as error:
             raise MisconfigurationException(
                 f"template={self.template!r} can't be read: {error}; write {{{{ or }}}} for a brace in the text"
             ) from error
-        if not getattr(self.tokenizer, "is_fast", False):
+        texts = [field for field in fields if field != (_MASK, "")]
+        masks = 0 if self.tokenizer.mask_token is None else 1
+        is_known = bool(texts) and set(texts) <= set(product(self.columns, _CHANGES))
+        ends_in_space = self.template != self.template.rstrip()  # the label word brings its own
+        if not is_known or ends_in_space or len(fields) - len(texts) > masks:
             raise MisconfigurationException(
-                f"template={self.template!r} needs a fast tokenizer, which knows the place of each token in the text, "
-                f"and {type(self.tokenizer).__name__} is a slow one"
+                f"template={self.template!r} must hold texts, out of {[f'{{{name}}}' for name in self.columns]}, each "
+                "perhaps with :no_end or :lower, and {mask} once at most, for a model with a mask token; and it must "
+                "not end in a space"
             )
-        names = template_fields(self.template)
-        texts = [name for name in names if name != _MASK]
-        problem = None
-        if not texts or not set(texts) <= set(self.columns):
-            problem = f"must have fields for texts, out of {list(self.columns)}, and has {texts}"
-        elif names.count(_MASK) > 1 or (_MASK in names and self.tokenizer.mask_token is None):
-            problem = "may have {mask} once, for a model with a mask token"
-        elif not all(_is_known_change(*field[1:]) for field in fields):
-            problem = f"may change a text by :{' or :'.join(_CHANGES[1:])}, and in no other manner"
-        elif self.template != self.template.rstrip():
-            problem = "must not end in a space: the label word brings its own"
-        if problem:
-            raise MisconfigurationException(f"template={self.template!r} {problem}")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The tokens, their number, and the place whose prediction is the label word.
+        """Return the tokens, their number, and the index of the one whose prediction is the label word.
 
         Raises:
-            MisconfigurationException: the template alone is too long, or a text holds the mask token.
+            MisconfigurationException: the template is too long without any text, or a text holds the mask token.
         """
-        texts = self._texts(row)
+        columns = dict(zip(self.columns, row["texts"], strict=True))
+        texts = []
+        for name, change in _fields(self.template):
+            if name != _MASK:
+                texts.append(_changed(columns[name].strip(), change))
         if self.text_tokens is not None:
             texts = [self._cut(text, self.text_tokens) for text in texts]
         ids = self._ids(texts)
         while len(ids) > self.max_length:
             lengths = [len(self._offsets(text)) for text in texts]
             longest = lengths.index(max(lengths))
-            if not lengths[longest]:
-                raise MisconfigurationException(f"template={self.template!r} is longer than max_length by itself")
             shorter = self._cut(texts[longest], max(0, lengths[longest] - (len(ids) - self.max_length)))
             if len(shorter) >= len(texts[longest]):  # the loop would never end
-                raise MisconfigurationException(f"this tokenizer can't cut the text {texts[longest]!r}")
+                raise MisconfigurationException(
+                    f"template={self.template!r} is longer than max_length={self.max_length}, and {texts[longest]!r} "
+                    "can't be cut further"
+                )
             texts[longest] = shorter
             ids = self._ids(texts)
         position = len(ids) - 1
@@ -90,15 +86,6 @@ class Prompt:
                 raise MisconfigurationException(f"a text holds the mask token itself: {row['texts']}")
             position = ids.index(self.tokenizer.mask_token_id)
         return {"input_ids": ids, "length": len(ids), "position": position}
-
-    def _texts(self, row: dict[str, Any]) -> list[str]:
-        """The texts of the template's fields in its order, changed as it says."""
-        columns = dict(zip(self.columns, row["texts"], strict=True))
-        texts = []
-        for _, name, change, _ in string.Formatter().parse(self.template):
-            if name is not None and name != _MASK:
-                texts.append(_changed(columns[name].strip(), change))
-        return texts
 
     def _ids(self, texts: Sequence[str]) -> list[int]:
         prompt = ""
@@ -118,22 +105,29 @@ class Prompt:
         return encoded["offset_mapping"]  # type: ignore[no-any-return]
 
     def _cut(self, text: str, tokens: int) -> str:
-        """The first tokens of a text, as it is written, without a character that the cut would split."""
+        """Return the first tokens of a text, as it is written, without a character that the cut would split."""
         offsets = self._offsets(text)
         if len(offsets) <= tokens:
             return text
         if not tokens:
             return ""
-        # All tokens of a character, such as the bytes of an emoji, have the place of the whole character.
+        # All tokens of a character, such as the bytes of an emoji, have the offsets of the whole character.
         end = min(offsets[tokens - 1][1], offsets[tokens][0])
         return text[:end].rstrip()
 
 
-def _is_known_change(name: str | None, change: str | None, conversion: str | None) -> bool:
-    if name is None:
-        return True
-    known = ("",) if name == _MASK else _CHANGES
-    return conversion is None and change in known
+def _fields(template: str) -> list[tuple[str, str | None]]:
+    """Return the names in braces, each with the change that is asked for.
+
+    Example:
+        >>> _fields("{premise:no_end}? {mask}, {hypothesis:lower}")
+        [('premise', 'no_end'), ('mask', ''), ('hypothesis', 'lower')]
+    """
+    fields = []
+    for _, name, change, conversion in string.Formatter().parse(template):
+        if name is not None:
+            fields.append((name, change if conversion is None else f"!{conversion}"))
+    return fields
 
 
 def _changed(text: str, change: str | None) -> str:
@@ -142,23 +136,13 @@ def _changed(text: str, change: str | None) -> str:
     return text[:1].lower() + text[1:] if change == "lower" else text
 
 
-def template_fields(template: str) -> list[str]:
-    """The names in braces.
-
-    Example:
-        >>> template_fields("{premise:no_end}? {mask}, {hypothesis:lower}")
-        ['premise', 'mask', 'hypothesis']
-    """
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-
-
 def is_masked(template: str) -> bool:
-    """Whether a template is for a masked model; for a causal one the label word follows the prompt."""
-    return _MASK in template_fields(template)
+    """Return whether a template is for a masked model; for a causal one the label word follows the prompt."""
+    return (_MASK, "") in _fields(template)
 
 
 def word_tokens(words: Mapping[str, str], classes: Sequence[str], tokenizer: Any) -> list[int]:
-    """The token of each class's label word, as it stands after a space.
+    """Return the token of each class's label word, as it stands after a space.
 
     Raises:
         MisconfigurationException: words for other classes, a word of several tokens, or one for two classes.
@@ -169,12 +153,12 @@ def word_tokens(words: Mapping[str, str], classes: Sequence[str], tokenizer: Any
     tokens: list[int] = []
     for name in classes:
         ids = tokenizer(f"{_BEFORE} {words[name]}", add_special_tokens=False)["input_ids"]
-        if ids[: len(before)] != before or len(ids) != len(before) + 1:
+        is_one_token = ids[: len(before)] == before and len(ids) == len(before) + 1
+        if not is_one_token or ids[-1] in tokens:
             pieces = tokenizer.convert_ids_to_tokens(ids[len(before) :])
             raise MisconfigurationException(
-                f"label_words: {words[name]!r} must be one token, and is {pieces} to this tokenizer: choose another"
+                f"label_words: {words[name]!r} must be one token, and another one for each class, and is {pieces} to "
+                "this tokenizer: choose another"
             )
         tokens.append(ids[-1])
-    if len(set(tokens)) < len(tokens):
-        raise MisconfigurationException(f"label_words={dict(words)} must be another word for each class")
     return tokens

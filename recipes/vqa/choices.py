@@ -17,21 +17,8 @@ _NAMED = re.compile(
 _ANNOUNCED = re.compile(r"^(?:the\s+)?(?:correct\s+|right\s+)?answer(?:\s+is\s*:?|\s*:)\s*", re.IGNORECASE)
 
 
-MOST_CHOICES = len(string.ascii_uppercase)
-
-
-def letter(number: int) -> str:
-    """The letter of an option, counted from 0.
-
-    Example:
-        >>> letter(1)
-        'B'
-    """
-    return string.ascii_uppercase[number]
-
-
 def letter_by_lmms_eval(answer: str) -> str | None:
-    """The letter that lmms-eval's task scienceqa reads in an answer; None where it reads none.
+    """Return the letter that lmms-eval's task scienceqa reads in an answer; None where it reads none.
 
     It takes a letter alone, and a capital at the beginning that a full stop follows, whatever comes then. Its releases
     differ: some take a small letter alone, as here, and then miss the second form; others take capitals alone.
@@ -50,10 +37,10 @@ def letter_by_lmms_eval(answer: str) -> str | None:
 
 
 def chosen_letter(answer: str, choices: Sequence[str]) -> str | None:
-    """The letter of the option that an answer names; None where it names none, or several.
+    """Return the letter of the option that an answer names; None where it names none, or several.
 
-    Beside what lmms-eval takes, see :func:`letter_by_lmms_eval`, the other usual spellings count: a letter in brackets,
-    one that the answer announces, and an option's own text.
+    Besides what :func:`letter_by_lmms_eval` takes, the other usual spellings count: a letter in brackets, one that the
+    answer announces, and an option's own text.
 
     Args:
         answer: as generated.
@@ -76,9 +63,9 @@ def chosen_letter(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def _letters_of_text(text: str, choices: Sequence[str]) -> set[str]:
-    """The letters of the options whose text this is."""
+    """Return the letters of the options whose text this is."""
     said = _plain(_ANNOUNCED.sub("", text))
-    return {letter(number) for number, choice in enumerate(choices) if said and _plain(choice) == said}
+    return {string.ascii_uppercase[number] for number, choice in enumerate(choices) if said and _plain(choice) == said}
 
 
 def _plain(text: str) -> str:

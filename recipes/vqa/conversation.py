@@ -14,8 +14,6 @@ from recipes.language.chat import IGNORED
 from recipes.language.conversation import Message
 from recipes.language.templates import TemplateEncoder
 
-_BLIND = "\x00"  # before a first question without an image
-
 
 class Rendered(NamedTuple):
     """A question and its answer as a chat template writes them.
@@ -34,7 +32,7 @@ class Rendered(NamedTuple):
 
 
 class QuestionEncoder(TemplateEncoder):
-    """Encode questions about one image each, which stands before the first of them, or about none.
+    """Encode questions about one image each, which stands before the first of them.
 
     Args:
         processor: of a vision-language model, with a fast tokenizer, whose end token also pads if no other does.
@@ -43,10 +41,9 @@ class QuestionEncoder(TemplateEncoder):
         template_arguments: see there.
         max_pixels: largest number of pixels of an image, and so of its tokens; larger ones are scaled down. None leaves
             that to the processor.
-        min_pixels: smallest number of pixels; smaller ones are scaled up.
 
     Raises:
-        MisconfigurationException: as there, and if the tokenizer has no end token.
+        MisconfigurationException: as there.
     """
 
     def __init__(
@@ -56,64 +53,46 @@ class QuestionEncoder(TemplateEncoder):
         system_prompt: str | None = None,
         template_arguments: dict[str, Any] | None = None,
         max_pixels: int | None = None,
-        min_pixels: int | None = None,
     ) -> None:
         super().__init__(processor, chat_template, system_prompt, template_arguments)
         self.processor = processor
-        self.max_pixels, self.min_pixels = max_pixels, min_pixels
-        if not self.tokenizer.eos_token:
-            raise MisconfigurationException(
-                f"the tokenizer of {self.tokenizer.name_or_path!r} has no end token, so the end of an answer can't be "
-                "learnt: choose another model"
-            )
-        # Labels and masks go by places, so that end tokens are learnt although they pad as well.
+        self.max_pixels = max_pixels
+        # Labels and masks go by positions, so that end tokens are learnt although they pad as well.
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
-    def render(self, question: str, answer: str, history: Sequence[Message] = (), has_image: bool = True) -> Rendered:
-        """A question and its answer as text, and which of its tokens are answers.
+    def render(self, question: str, answer: str, history: Sequence[Message] = ()) -> Rendered:
+        """Return a question and its answer as text, and which of its tokens are answers.
 
         Args:
             question: the last one.
             answer: to it.
             history: messages before the question, whose answers are learnt too.
-            has_image: whether they are about an image.
 
         Raises:
             MisconfigurationException: an answer can't be found in the template's text, or a text holds the mark of an
                 image.
         """
-        messages = [*self._asked(question, history, has_image), {"role": "assistant", "content": answer}]
-        self._refuse_mark("answer", answer)
-        prompt = self.prompt(question, history, has_image)
+        messages = [*self._asked(question, history), {"role": "assistant", "content": answer}]
+        prompt = self.prompt(question, history)
         text, spans = self._answers(messages)
         _, learnt = self._tokens(text, list(spans.values()))
         return Rendered(text, prompt, learnt, len(learnt))
 
-    def prompt(self, question: str, history: Sequence[Message] = (), has_image: bool = True) -> str:
-        """A question as text that an answer is to follow.
+    def prompt(self, question: str, history: Sequence[Message] = ()) -> str:
+        """Return a question as text that an answer is to follow.
 
         Raises:
             MisconfigurationException: a text holds the mark of an image.
         """
-        self._refuse_mark("question", question)
-        for message in history:
-            self._refuse_mark("message", message["content"])
-        return self._prompt(self._asked(question, history, has_image))
+        return self._prompt(self._asked(question, history))
 
-    def _refuse_mark(self, what: str, text: str) -> None:
-        mark = getattr(self.processor, "image_token", None)
-        if mark and mark in text:
-            raise MisconfigurationException(f"the {what} {text!r} holds {mark!r}, the mark of an image")
-
-    def __call__(self, texts: Sequence[str], images: Sequence[Image | None], padding_side: str) -> dict[str, Tensor]:
-        """The model's inputs for texts with an image each, or without: tokens padded on a side, and pixels."""
+    def __call__(self, texts: Sequence[str], images: Sequence[Image], padding_side: str) -> dict[str, Tensor]:
+        """Return the model's inputs for texts with an image each: tokens padded on a side, and pixels."""
         bos = self.tokenizer.bos_token
-        # A list for each text, because processors allow several images in one.
-        of_texts = [[] if image is None else [sized(image, self.max_pixels, self.min_pixels)] for image in images]
         inputs = self.processor(
             text=list(texts),
-            images=of_texts if any(of_texts) else None,
+            images=[[sized(image, self.max_pixels)] for image in images],  # processors allow several in a text
             padding=True,
             padding_side=padding_side,
             return_tensors="pt",
@@ -122,51 +101,43 @@ class QuestionEncoder(TemplateEncoder):
         )
         return dict(inputs)
 
-    def _asked(self, question: str, history: Sequence[Message], has_image: bool) -> list[Message]:
-        messages = [*history, {"role": "user", "content": question}]
-        if not has_image:
-            first = [message["role"] for message in messages].index("user")
-            messages[first] = {**messages[first], "content": _BLIND + messages[first]["content"]}
-        return self._for_template(messages)
+    def _asked(self, question: str, history: Sequence[Message]) -> list[Message]:
+        return self._for_template([*history, {"role": "user", "content": question}])
 
     @override
     def _in_form(self, messages: Sequence[Message]) -> list[Message]:
-        """Lists of parts, as image-text-to-text templates take them, with the image before the first question."""
+        """Return lists of parts, as templates with images take them, with the image before the first question."""
+        mark = getattr(self.renderer, "image_token", None)
         formed = []
         is_asked = False
         for message in messages:
-            parts = [{"type": "text", "text": message["content"].replace(_BLIND, "")}]
+            if mark and mark in message["content"]:
+                raise MisconfigurationException(f"the text {message['content']!r} holds {mark!r}, the mark of an image")
+            parts = [{"type": "text", "text": message["content"]}]
             if message["role"] == "user" and not is_asked:
                 is_asked = True
-                if _BLIND not in message["content"]:
-                    parts.insert(0, {"type": "image"})
+                parts.insert(0, {"type": "image"})
             formed.append({**message, "content": parts})
         return formed
 
 
-def sized(image: Image, max_pixels: int | None, min_pixels: int | None) -> Image:
-    """An image in its own proportions within two numbers of pixels: the same one if it is within them already.
+def sized(image: Image, max_pixels: int | None) -> Image:
+    """Return an image in its own proportions with a number of pixels at most: the same one if it has no more.
 
     Args:
         image: of any size.
         max_pixels: largest width times height; None for any.
-        min_pixels: smallest; None for any.
 
     Example:
         >>> import PIL.Image
-        >>> sized(PIL.Image.new("RGB", (2448, 3264)), 1280 * 28 * 28, None).size
+        >>> sized(PIL.Image.new("RGB", (2448, 3264)), 1280 * 28 * 28).size
         (867, 1156)
     """
     width, height = image.size
-    pixels = width * height
-    if max_pixels is not None and pixels > max_pixels:
-        scale = math.sqrt(max_pixels / pixels)
-        size = max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
-    elif min_pixels is not None and pixels < min_pixels:
-        scale = math.sqrt(min_pixels / pixels)
-        size = math.ceil(width * scale), math.ceil(height * scale)
-    else:
+    if max_pixels is None or width * height <= max_pixels:
         return image
+    scale = math.sqrt(max_pixels / (width * height))
+    size = max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
     return image.resize(size, Resampling.BICUBIC)
 
 

@@ -1,8 +1,7 @@
 """The packaged questions: easy-vqa's coloured shapes, whole and in two parts."""
 
 import json
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from recipes.shared import packaged
 from recipes.shared.data import packaged_task
@@ -11,7 +10,7 @@ _PACKAGE = "easy-vqa"
 
 
 def is_negated(question: str) -> bool:
-    """Whether a question of easy-vqa asks for what is absent.
+    """Return whether a question of easy-vqa asks for what is absent.
 
     Example:
         >>> [is_negated(q) for q in ("is there a circle?", "is there not a circle?", "is no circle present?")]
@@ -26,44 +25,30 @@ def _type_of(question: str) -> str:
     return "colour" if "color" in question else "shape"
 
 
-class Task(NamedTuple):
-    """A choice of easy-vqa's questions.
-
-    Attributes:
-        chooses: by their text.
-        thinned: the answer of which only every fifth is taken, so that as many are answered yes as no.
-    """
-
-    chooses: Callable[[str], bool]
-    thinned: str | None = None
-
-
-TASKS = {
-    "easy_vqa": Task(lambda question: True),
-    "easy_vqa_plain": Task(lambda question: not is_negated(question), thinned="no"),
-    "easy_vqa_negated": Task(is_negated, thinned="yes"),
-}
+# Of each task whether its questions are negated (None for both), and the answer of which only every fifth is taken, so
+# that as many are answered yes as no.
+TASKS = {"easy_vqa": (None, ""), "easy_vqa_plain": (False, "no"), "easy_vqa_negated": (True, "yes")}
 _EVERY = 5
 
 
 def load(name: str, split: str) -> list[dict[str, Any]]:
-    """Rows about coloured shapes of 64×64 pixels: what colour, what shape, and whether there is one.
+    """Load rows about coloured shapes of 64×64 pixels: what colour, what shape, and whether there is one.
 
     Raises:
         MisconfigurationException: there is no such task.
     """
-    task = packaged_task(name, TASKS)
+    negated, thinned = packaged_task(name, TASKS)
     folder = packaged.packaged_file(_PACKAGE, f"easy_vqa/data/{split}")
     rows, frequent = [], 0
     for question, answer, image in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
-        if not task.chooses(question):
+        if negated is not None and is_negated(question) != negated:
             continue
-        if answer == task.thinned:
+        if answer == thinned:
             frequent += 1
             # By count and not by chance: every machine takes the same questions.
             if frequent % _EVERY:
                 continue
         file = {"bytes": None, "path": str(folder / "images" / f"{image}.png")}
         asked = {"question": question, "answers": [answer], "choices": [], "type": _type_of(question)}
-        rows.append({"image": file, "has_image": True, "history": [], **asked})
+        rows.append({"image": file, "history": [], **asked})
     return rows

@@ -12,7 +12,7 @@ _LONGEST = 200  # times as long as wide; Qwen's image processors refuse more
 
 
 def open_image(image: dict[str, Any], name: str) -> Image:
-    """An image in RGB.
+    """Return an image in RGB.
 
     Args:
         image: in the form of ``datasets``, with ``bytes`` or a ``path``.
@@ -25,16 +25,13 @@ def open_image(image: dict[str, Any], name: str) -> Image:
     return read_image(image["path"] if data is None else Embedded(name, lambda: data))
 
 
-def open_images(images: Sequence[dict[str, Any] | None], questions: Sequence[str]) -> list[Image | None]:
-    """The images of questions, None where there is none."""
-    opened = []
-    for image, question in zip(images, questions, strict=True):
-        opened.append(None if image is None else open_image(image, f"the image of {question!r}"))
-    return opened
+def open_images(images: Sequence[dict[str, Any]], questions: Sequence[str]) -> list[Image]:
+    """Return the images of questions."""
+    return [open_image(image, f"the image of {asked!r}") for image, asked in zip(images, questions, strict=True)]
 
 
 def too_long(size: Size) -> str | None:
-    """Why an image of this width and height can't be used, or None.
+    """Return why an image of this width and height can't be used, or None.
 
     Example:
         >>> too_long((640, 480)), too_long((1, 300))
@@ -46,7 +43,7 @@ def too_long(size: Size) -> str | None:
 
 
 def usable(table: Any, name: str, skip_unreadable: bool) -> list[int]:
-    """Return the indices of the rows without an image, and of those whose image can be read: each is decoded once.
+    """Return the indices of the rows whose image can be read: each image is decoded once.
 
     Args:
         table: with a column ``image`` in the form of ``datasets``, not decoded.
@@ -57,18 +54,13 @@ def usable(table: Any, name: str, skip_unreadable: bool) -> list[int]:
         MisconfigurationException: an image can't be read, and is not to be skipped, or none is left.
     """
     files: dict[Any, list[int]] = {}
-    indices: list[int] = []
     column = table.select_columns("image")
     for index, row in enumerate(column):
         image = row["image"]
-        if image is None:
-            indices.append(index)
-        elif image["bytes"]:
-            files[Embedded(f"{name}, row {index}", partial(_embedded, column, index))] = [index]
-        else:
-            # Many data sets ask several questions about one image.
-            files.setdefault(image["path"], []).append(index)
+        file = Embedded(f"{name}, row {index}", partial(_embedded, column, index)) if image["bytes"] else image["path"]
+        files.setdefault(file, []).append(index)  # many data sets ask several questions about one image
     distinct = list(files)
+    indices = []
     for number in readable(distinct, skip_unreadable, too_long):
         indices += files[distinct[number]]
     return sorted(indices)

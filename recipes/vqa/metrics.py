@@ -26,7 +26,7 @@ _PEOPLE = 4  # with at least so many answers, three are left when one is set asi
 
 
 def _contractions() -> dict[str, str]:
-    """From a contraction that lacks some of its apostrophes to the whole."""
+    """Return the whole of each contraction, by how it is written without some of its apostrophes."""
     words = list(_WHOLE)
     for ending, stems in _CONTRACTED.items():
         words += [stem + ending for stem in stems.split()]
@@ -45,10 +45,10 @@ _APOSTROPHES = _contractions()
 
 
 def normalized_answer(answer: str) -> str:
-    """An answer as the VQA challenges' script compares it.
+    """Return an answer as the VQA challenges' script compares it.
 
     Lower case; without punctuation and articles; numbers up to ten in digits; contractions with their apostrophes. A
-    mark of punctuation between letters separates words, unless there are others beside a space. Unlike in that script,
+    mark of punctuation between letters separates words, unless there are others next to a space. Unlike in that script,
     an answer of articles alone stays as it is: else "A" would be equal to no answer at all. And a contraction of three
     words gets its apostrophes even where all of them are missing ("wouldntve").
 
@@ -77,7 +77,7 @@ def _without_punctuation(text: str) -> str:
 
 
 def expected_answer(answers: list[str]) -> str:
-    """The answer that most annotators gave, the first of them if several did.
+    """Return the answer that most annotators gave, the first of them if several did.
 
     Example:
         >>> expected_answer(["red", "dark red", "Red", "dark red", "red."])
@@ -88,7 +88,7 @@ def expected_answer(answers: list[str]) -> str:
 
 
 def vqa_accuracy(answer: str, answers: list[str]) -> float:
-    """The VQA challenges' accuracy: each person is set aside in turn, and the mean taken of min(n / 3, 1).
+    """Return the VQA challenges' accuracy: each person is set aside in turn, and the mean taken of min(n / 3, 1).
 
     n is how many of the other people gave the answer. With ten people 1, 2, 3 and 4 equal answers count .3, .6, .9
     and 1.
@@ -109,7 +109,7 @@ def vqa_accuracy(answer: str, answers: list[str]) -> float:
 
 
 def is_right(answer: str, expected: list[str], choices: list[str]) -> bool:
-    """Whether an answer is the expected one, or names the expected option where there are choices; none is wrong.
+    """Return whether an answer is the expected one, or names the expected option if there are choices; none is wrong.
 
     Example:
         >>> is_right("B. Louisiana", ["B"], ["Texas", "Louisiana"]), is_right("", ["A"], ["Texas", "Louisiana"])

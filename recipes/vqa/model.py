@@ -24,12 +24,12 @@ DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": LANGUAGE_MODEL}
 
 
 def packaged_model() -> Path:
-    """Where ``python -m recipes.vqa.offline`` leaves its model."""
+    """Return where ``python -m recipes.vqa.offline`` leaves its model."""
     return packaged.cache_dir() / "easy-vqa-idefics3"
 
 
 def model_source(name: str) -> str:
-    """What ``from_pretrained`` takes for a name.
+    """Return what ``from_pretrained`` takes for a name.
 
     Raises:
         MisconfigurationException: the name is "packaged", and that model has not been trained yet.
@@ -42,7 +42,7 @@ def model_source(name: str) -> str:
 
 
 def load_processor(name: str) -> Any:
-    """The processor of a model: its tokenizer and its image processor."""
+    """Load the processor of a model: its tokenizer and its image processor."""
     processor = load_pretrained(AutoProcessor, name, model_source, hint=_HINT)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise MisconfigurationException(
@@ -53,7 +53,7 @@ def load_processor(name: str) -> Any:
 
 
 def load_base(name: str, dtype: DType, quantization: Quantization | None = None) -> nn.Module:
-    """The pretrained model in training mode.
+    """Load the pretrained model in training mode.
 
     Args:
         name: a Hub name, a local directory, or "packaged" for the model of ``python -m recipes.vqa.offline``.

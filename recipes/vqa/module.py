@@ -59,7 +59,7 @@ class VQA(LanguageModel):
 
     @cached_property
     def processor(self) -> Any:
-        """The model's processor; the data module takes it from here."""
+        """Return the model's processor; the data module takes it from here."""
         return load_processor(self.model_name)
 
     @override

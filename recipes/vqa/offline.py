@@ -5,7 +5,6 @@ the colours and shapes of easy-vqa and whether there is one. Questions with a ne
 the recipe, which fine-tunes it on them. It knows nothing else.
 """
 
-import shutil
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from jsonargparse import auto_cli
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities import disable_possible_user_warnings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -26,14 +25,13 @@ from transformers import (
 )
 
 from recipes.shared.packaged import one_at_a_time, write_folder
-from recipes.shared.random_state import RandomState
 from recipes.vqa import sources
 from recipes.vqa.data import VQAData
 from recipes.vqa.model import packaged_model
 from recipes.vqa.module import VQA
 
 DATASET = "packaged:easy_vqa_plain"
-STEPS, BATCH, SAVE_EVERY = 3000, 32, 100
+STEPS, BATCH = 3000, 32
 _SIDE, _PATCH, _MERGED = 64, 8, 2  # pixels of an image and of a patch; patches side by side in a token
 _END = "<end_of_utterance>"
 _SPECIAL = ("<pad>", "<|im_start|>", _END, "<image>", "<fake_token_around_image>", "<global-img>")
@@ -47,7 +45,7 @@ _TEMPLATE = (
 
 
 def build_processor(texts: Iterable[str]) -> Idefics3Processor:
-    """A processor for 64×64 pixels, with a byte-level BPE tokenizer learnt from texts."""
+    """Build a processor for 64×64 pixels, with a byte-level BPE tokenizer learnt from texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -75,7 +73,7 @@ def build_processor(texts: Iterable[str]) -> Idefics3Processor:
 def build_model(
     tokenizer: Any, width: int = 128, depth: int = 3, spread: float = 0.06
 ) -> Idefics3ForConditionalGeneration:
-    """An Idefics3 with random weights for such a processor.
+    """Build an Idefics3 with random weights for such a processor.
 
     Args:
         tokenizer: of the processor.
@@ -102,68 +100,48 @@ def build_model(
     return Idefics3ForConditionalGeneration(config)
 
 
-def save_untrained(folder: Path, dataset: str) -> None:
-    """The model and its processor as they are before training."""
-    table = sources.load_questions(dataset, "train")
-    pairs = zip(table["question"], table["answers"], strict=True)
-    processor = build_processor(f"User: {question} Assistant: {answers[0]}" for question, answers in pairs)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        save(build_model(processor.tokenizer), processor, folder)
-
-
-def save(net: Any, processor: Any, folder: Path) -> None:
-    """A model and its processor, as ``from_pretrained`` loads them."""
-    net.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-def train(work: Path, steps: int, dataset: str) -> VQA:
-    """Train all weights of the model in a folder, and test it; a run that was stopped is resumed.
+def write(folder: Path, steps: int, dataset: str) -> None:
+    """Write the model and its processor into a folder: untrained, and then with all weights trained and tested.
 
     Args:
-        work: holds "untrained" and the checkpoints.
+        folder: an empty one.
         steps: optimizer steps.
         dataset: of the questions.
     """
+    table = sources.load_questions(dataset, "train")
+    pairs = zip(table["question"], table["answers"], strict=True)
+    processor = build_processor(f"User: {question} Assistant: {answers[0]}" for question, answers in pairs)
+    processor.save_pretrained(folder)
+    torch.manual_seed(0)
+    build_model(processor.tokenizer).save_pretrained(folder)
     L.seed_everything(0, verbose=False)
     module = VQA(
-        str(work / "untrained"), None, "float32", learning_rate=1.5e-3, weight_decay=0.01, schedule="cosine",
-        warmup_steps=100, max_new_tokens=4, validation_answers=500,
+        str(folder), None, "float32", learning_rate=1.5e-3, weight_decay=0.01, schedule="cosine", warmup_steps=100,
+        max_new_tokens=4, validation_answers=500,
     )  # fmt: skip
-    # One file that each save replaces; a version counter would leave last-v1.ckpt beside it.
-    saver = ModelCheckpoint(work, filename="last", every_n_train_steps=SAVE_EVERY, enable_version_counter=False)
     trainer = L.Trainer(
         max_steps=steps,
         devices=1,
         gradient_clip_val=1.0,
-        callbacks=[saver, RandomState(), TQDMProgressBar(refresh_rate=10)],
+        callbacks=[TQDMProgressBar(refresh_rate=10)],
         logger=False,
+        enable_checkpointing=False,
         enable_model_summary=False,
-        # None lets the interval count over all epochs, and not within each.
-        check_val_every_n_epoch=None,
-        val_check_interval=500,
     )
-    last = work / "last.ckpt"
     data = VQAData(dataset, test_split="test" if dataset == DATASET else None, test_share=0.1, batch_size=BATCH)
-    trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
+    trainer.fit(module, data)
     trainer.test(module, data)
-    return module
+    module.net.save_pretrained(folder)
 
 
 def build(steps: int = STEPS, dataset: str = DATASET) -> Path:
-    """The folder of the trained model, trained first if it must be; one that is there is kept, whatever its steps."""
+    """Return the folder of the trained model, trained first if it must be; one that is there is kept."""
     folder = packaged_model()
     with one_at_a_time(folder.name):
         if folder.exists():
             print(f"The model has been trained before; delete {folder} to have it trained again")
-            return folder
-        work = folder.with_name(f"{folder.name}.training")
-        if not (work / "untrained").exists():
-            write_folder(work / "untrained", partial(save_untrained, dataset=dataset))
-        module = train(work, steps, dataset)
-        write_folder(folder, partial(save, module.net, module.processor))
-        shutil.rmtree(work)
+        else:
+            write_folder(folder, partial(write, steps=steps, dataset=dataset))
     return folder
 
 

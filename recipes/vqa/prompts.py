@@ -1,18 +1,16 @@
 """What the model is asked: a question in a text of one's own, with its options where it has some."""
 
 from collections.abc import Sequence
-from string import Formatter
+from string import Formatter, ascii_uppercase
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-from recipes.vqa.choices import letter
 
 _PARTS = ("question", "choices", "hint")
 _WITH_CHOICES = "{hint}\n{question}\n{choices}\nAnswer with the letter of the right choice."
 
 
 class Prompt:
-    """A text around a question.
+    """Put a text around a question.
 
     A line of it whose parts are all empty, such as that of a hint where a row has none, is left out.
 
@@ -33,21 +31,23 @@ class Prompt:
 
     def __init__(self, template: str | None = None, separator: str = "\n") -> None:
         self.template, self.separator = template, separator
-        if template is not None:
-            named = _named(template)
-            if "question" not in named or not named <= set(_PARTS):
-                raise MisconfigurationException(
-                    f"prompt={template!r} must hold {{question}}, may hold {{choices}} and {{hint}}, and no other name "
-                    f"in braces; got {sorted(named)}. Braces that are meant as such are doubled"
-                )
+        try:
+            is_fit = template is None or {"question"} <= _named(template) <= set(_PARTS)
+        except ValueError:  # a brace without another
+            is_fit = False
+        if not is_fit:
+            raise MisconfigurationException(
+                f"prompt={template!r} must hold {{question}}, may hold {{choices}} and {{hint}}, and no other name in "
+                "braces. Braces that are meant as such are doubled"
+            )
 
-    def __call__(self, question: str, choices: Sequence[str] = (), hint: str | None = None) -> str:
-        """The text for a question with these options, each with its letter."""
+    def __call__(self, question: str, choices: Sequence[str] = (), hint: str = "") -> str:
+        """Return the text for a question with these options, each with its letter."""
         template = self.template
         if template is None:
             template = _WITH_CHOICES if choices else "{question}"
-        options = [f"{letter(number)}. {choice}" for number, choice in enumerate(choices)]
-        parts = {"question": question, "choices": self.separator.join(options), "hint": (hint or "").strip()}
+        options = [f"{ascii_uppercase[number]}. {choice}" for number, choice in enumerate(choices)]
+        parts = {"question": question, "choices": self.separator.join(options), "hint": hint.strip()}
         lines = []
         for line in template.split("\n"):
             named = _named(line)
@@ -58,14 +58,5 @@ class Prompt:
 
 
 def _named(template: str) -> set[str]:
-    """The names in braces.
-
-    Raises:
-        MisconfigurationException: a brace has no other.
-    """
-    try:
-        return {name for _, name, _, _ in Formatter().parse(template) if name is not None}
-    except ValueError as error:
-        raise MisconfigurationException(
-            f"prompt={template!r}: {error}. Braces that are meant as such are doubled"
-        ) from error
+    """Return the names in braces."""
+    return {name for _, name, _, _ in Formatter().parse(template) if name is not None}

@@ -16,15 +16,13 @@ MARK = "<image>"
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-def last_question(conversation: Any, has_image: bool, where: str) -> dict[str, Any]:
-    """A conversation as a question with its answer and what was said before.
+def last_question(conversation: Any) -> dict[str, Any]:
+    """Return a conversation as a question with its answer and what was said before.
 
     The mark of the image is taken off: the chat template places the image before the first question.
 
     Args:
         conversation: turns in one of the forms.
-        has_image: whether an image belongs to it.
-        where: it stands in the data, for messages.
 
     Returns:
         ``history`` (messages before the last question), ``question``, ``answers`` (one) and ``choices`` (none).
@@ -36,70 +34,51 @@ def last_question(conversation: Any, has_image: bool, where: str) -> dict[str, A
 
     Example:
         >>> turns = [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
-        >>> last_question(turns, True, "row 0")
+        >>> last_question(turns)
         {'history': [], 'question': 'What is it?', 'answers': ['A cat.'], 'choices': []}
     """
     messages = []
-    for number, turn in enumerate(conversation or []):
+    for turn in conversation or []:
         if turn is not None:
-            messages += _messages(turn, f"{where}, turn {number}")
+            messages += _messages(turn)
     spoken = messages[1:] if messages and messages[0]["role"] == "system" else messages
     roles = [message["role"] for message in spoken]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+    texts = [message["content"].replace(MARK, "").strip() for message in messages]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2) or not all(texts):
         raise UnusableRowError(
-            f"{where}: a conversation is human and gpt (or user and assistant) by turns and ends with the latter, "
-            f"perhaps after a system message; got {[message['role'] for message in messages]}"
+            "has no conversation of human and gpt (or user and assistant) by turns, each with a text, that ends with "
+            f"the latter, perhaps after a system message; got {[message['role'] for message in messages]}"
         )
-    _check_marks(messages, has_image, where)
-    for message in messages:
-        message["content"] = message["content"].replace(MARK, "").strip()
-        if not message["content"]:
-            raise UnusableRowError(f"{where} has a turn without a text")
+    marks = sum(message["content"].count(MARK) for message in messages)
+    if marks > 1 or marks != spoken[0]["content"].count(MARK):
+        raise UnusableRowError(f"may have {MARK} once, in the first turn of the user")
+    for message, text in zip(messages, texts, strict=True):
+        message["content"] = text
     *history, question, answer = messages
     return {"history": history, "question": question["content"], "answers": [answer["content"]], "choices": []}
 
 
-def _messages(turn: Any, where: str) -> list[dict[str, str]]:
-    """The messages of a turn: two in the_cauldron's form, else one."""
+def _messages(turn: Any) -> list[dict[str, str]]:
+    """Return the messages of a turn: two in the_cauldron's form, else one."""
     fields = turn if isinstance(turn, dict) else {}
     speaker = str(fields.get("from") or fields.get("role"))
-    said = [(_ROLES.get(speaker), fields.get("value", fields.get("content")))]
+    said = {_ROLES.get(speaker): fields.get("value", fields.get("content"))}
     if {"user", "assistant"} <= fields.keys():
-        said = [("user", fields["user"]), ("assistant", fields["assistant"])]
+        said = {role: fields[role] for role in ("user", "assistant")}
     messages = []
-    for role, content in said:
-        text = _text(content)
-        if role is None or text is None:
+    for role, content in said.items():
+        parts = [_text(part) for part in (content if isinstance(content, list) else [content])]
+        if role is None or None in parts:
             raise MisconfigurationException(
-                f"{where} must have 'from' or 'role', one of {', '.join(_ROLES)}, and 'value' or 'content', a text or "
-                f"a list of parts that are texts and images; got {turn!r}"
+                f"must have turns with 'from' or 'role', one of {', '.join(_ROLES)}, and 'value' or 'content', a text "
+                f"or a list of parts that are texts and images; got {turn!r}"
             )
-        messages.append({"role": role, "content": text})
+        messages.append({"role": role, "content": "".join(map(str, parts))})
     return messages
 
 
-def _text(content: Any) -> str | None:
-    """A message's text, with the mark where a part is an image; None if it is anything else."""
-    if isinstance(content, str):
-        return content
-    text = ""
-    for part in content if isinstance(content, list) else [None]:
-        fields = part if isinstance(part, dict) else {}
-        if fields.get("type") == "image":
-            text += MARK
-        elif fields.get("type") == "text" and isinstance(fields.get("text"), str):
-            text += fields["text"]
-        else:
-            return None
-    return text
-
-
-def _check_marks(messages: list[dict[str, str]], has_image: bool, where: str) -> None:
-    marks = [message["content"].count(MARK) for message in messages]
-    first = [message["role"] for message in messages].index("user")
-    if sum(marks) > 1:
-        raise UnusableRowError(f"{where} has {sum(marks)} {MARK} marks, and one image is possible")
-    if sum(marks) != marks[first]:
-        raise UnusableRowError(f"{where}: {MARK} must stand in the first turn of the user")
-    if sum(marks) and not has_image:
-        raise UnusableRowError(f"{where} has the mark {MARK}, and no image")
+def _text(part: Any) -> str | None:
+    """Return the text of a part of a message, or the mark of an image; None if it is anything else."""
+    if isinstance(part, dict):
+        part = MARK if part.get("type") == "image" else part.get("text")
+    return part if isinstance(part, str) else None

@@ -251,13 +251,8 @@ def test_a_question_bears_what_the_template_refuses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "largest", "smallest", "expected"),
-    [
-        ((100, 50), None, None, (100, 50)),
-        ((100, 50), 1250, None, (50, 25)),
-        ((100, 50), None, 20000, (200, 100)),
-        ((10000, 1), 100, None, (1000, 1)),
-    ],
+    ("size", "largest", "expected"),
+    [((100, 50), None, (100, 50)), ((100, 50), 1250, (50, 25)), ((10000, 1), 100, (1000, 1))],
 )
-def test_sizes(size: tuple[int, int], largest: int | None, smallest: int | None, expected: tuple[int, int]) -> None:
-    assert sized(Image.new("RGB", size), largest, smallest).size == expected
+def test_sizes(size: tuple[int, int], largest: int | None, expected: tuple[int, int]) -> None:
+    assert sized(Image.new("RGB", size), largest).size == expected

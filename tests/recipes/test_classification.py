@@ -2,10 +2,8 @@
 
 import copy
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -18,8 +16,8 @@ from peft import PeftModel
 from recipe_runs import packaged_arguments, quick, trained
 from tokenizers.processors import TemplateProcessing
 
-from recipes.classification.labels import class_labels, class_names, labelled, numbers
-from recipes.classification.readouts import NewHead
+from recipes.classification.labels import class_labels, class_names, numbers
+from recipes.classification.readouts import load_with_head
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.data import read_table
 
@@ -144,10 +142,17 @@ def test_numbers_of_a_csv_file(tmp_path: Path) -> None:
         class_names(read_table(str(file), "train"), "label", "data")
 
 
-def test_labels_are_read_without_spaces_and_empty_ones_are_missing() -> None:
-    table = datasets.Dataset.from_dict({"label": ["neg", "pos ", "", " ", None, "pos"]})
-    assert class_names(table, "label", "data") == ["neg", "pos"]
-    assert class_labels(table, "label", ["neg", "pos"], "data") == [0, 1, None, None, None, 1]
+@pytest.mark.parametrize(
+    ("given", "classes", "labels"),
+    [
+        (["neg", "pos ", "", " ", None, "pos"], ["neg", "pos"], [0, 1, None, None, None, 1]),
+        ([0.0, 1.0, float("nan")], ["0", "1"], [0, 1, None]),
+    ],
+)
+def test_labels_are_read_without_spaces_and_empty_ones_are_missing(given: Any, classes: Any, labels: Any) -> None:
+    table = datasets.Dataset.from_dict({"label": given})
+    assert class_names(table, "label", "data") == classes
+    assert class_labels(table, "label", classes, "data") == labels
 
 
 def test_texts_are_classified(tiny: str, animals: str, tmp_path: Path) -> None:
@@ -202,10 +207,7 @@ def test_all_that_the_checkpoint_lacks_is_trained_and_saved(kind: str, tmp_path:
     config = transformers.AutoConfig.for_model(kind, vocab_size=100, **sizes[kind])
     model = transformers.AutoModel.from_config(config)
     model.save_pretrained(tmp_path / "base")
-    data: Any = SimpleNamespace(template=None, classes=["a", "b"])
-    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=0)
-    lora = {"r": 2, "target_modules": "all-linear"}
-    net = NewHead().load(str(tmp_path / "base"), lora, "float32", data, tokenizer)
+    net = load_with_head(str(tmp_path / "base"), {"r": 2, "target_modules": "all-linear"}, "float32", ["a", "b"], 0)
     pretrained = set(model.state_dict())
     for name, parameter in net.get_base_model().named_parameters():
         plain = name.replace(".modules_to_save.default", "").replace(".base_layer", "")
@@ -223,25 +225,8 @@ def test_a_head_for_other_classes_is_replaced(tmp_path: Path) -> None:
     sizes = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = transformers.RobertaConfig(**sizes, intermediate_size=8, num_labels=3)
     transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path)
-    data: Any = SimpleNamespace(template=None, classes=["a", "b"])
-    lora = {"r": 2, "target_modules": ["query"]}
-    net = NewHead().load(str(tmp_path), lora, "float32", data, SimpleNamespace(pad_token_id=1, eos_token_id=2))
+    net = load_with_head(str(tmp_path), {"r": 2, "target_modules": ["query"]}, "float32", ["a", "b"], 1)
     assert net(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2)
-
-
-def test_a_missing_number_and_a_class_of_minus_one_are_told_apart() -> None:
-    table = datasets.Dataset.from_dict({"label": [0.0, 1.0, float("nan")]})
-    assert class_labels(table, "label", class_names(table, "label", "d"), "d") == [0, 1, None]
-    with pytest.raises(MisconfigurationException, match="if -1 is a class, write a name for it"):
-        labelled([0, 1, None], "label", "d", skip=False)
-
-
-def test_numbers_and_cut_texts_are_said(tiny: str, jsonl: Any, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [{"text": f"word {i} " + "runs " * (i % 5), "label": 40.0 + i} for i in range(40)]
-    options = ["--data.regression=true", "--model.metrics=[pearson]", "--trainer.max_steps=1"]
-    fit(tiny, jsonl(rows), *options, "--data.max_length=6")
-    assert "with mean 59.5 and standard deviation 11.54" in caplog.text
-    assert "texts are cut at max_length=6 tokens" in caplog.text
 
 
 def test_a_run_does_not_go_on_at_rate_zero(tiny: str, animals: str, tmp_path: Path) -> None:
@@ -255,7 +240,7 @@ def test_a_run_does_not_go_on_at_rate_zero(tiny: str, animals: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("bos", ["", "both", "first"])
-def test_a_decoder_reads_a_pair_as_two_texts(bos: str, tokenizer: Any, tmp_path: Path, jsonl: Any, caplog: Any) -> None:
+def test_a_decoder_reads_a_pair_as_two_texts(bos: str, tokenizer: Any, tmp_path: Path, jsonl: Any) -> None:
     """Unless its tokenizer has a mark between them, as that of Llama has."""
     decoder = copy.deepcopy(tokenizer)
     if bos:
@@ -264,14 +249,11 @@ def test_a_decoder_reads_a_pair_as_two_texts(bos: str, tokenizer: Any, tmp_path:
         decoder.backend_tokenizer.post_processor = forms
     decoder.save_pretrained(tmp_path / "decoder")
     rows = [{"one": "It rains.", "other": f"Is it wet, {i}?", "label": i % 2} for i in range(4)]
-    with caplog.at_level(logging.INFO):
-        data = prepared(
-            tmp_path / "decoder", dataset=jsonl(rows), text=["one", "other"], validation_share=0, test_share=0
-        )
+    options = {"text": ["one", "other"], "validation_share": 0, "test_share": 0}
+    data = prepared(tmp_path / "decoder", dataset=jsonl(rows), **options)
     mark = decoder.bos_token
     between = {"": "\n", "both": mark, "first": "\n"}[bos]
     assert decoder.decode(data.parts["train"]["input_ids"][3]) == f"{mark * bool(bos)}It rains.{between}Is it wet, 3?"
-    assert caplog.text.count("puts nothing between two texts") == (bos != "both")
 
 
 def test_an_encoder_reads_a_pair_as_its_tokenizer_gives_it(roberta: str, jsonl: Any) -> None:
@@ -281,17 +263,6 @@ def test_an_encoder_reads_a_pair_as_its_tokenizer_gives_it(roberta: str, jsonl: 
     assert data.parts["train"]["input_ids"][3] == known("It rains.", "Is it wet, 3?")["input_ids"]
     with pytest.raises(MisconfigurationException, match="more than two columns, which needs a template"):
         prepared(roberta, text=["one", "other", "third"])
-
-
-def test_the_texts_of_each_class_are_counted(tiny: str, jsonl: Any, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [{"text": f"The {i}", "label": ("b", "c", "a, b")[0 if i < 40 else i % 3]} for i in range(60)]
-    with caplog.at_level(logging.INFO):
-        prepared(tiny, dataset=jsonl(rows), validation_share=0.3)
-    assert "3 classes, 'a, b' (6), 'b' (46), 'c' (8)" in caplog.text or "3 classes, 'a, b' (7)" in caplog.text
-    other = jsonl([{"text": f"A {i}", "label": "bc"[i % 2]} for i in range(4)], "other.jsonl")
-    rows = [{"text": f"The {i}", "label": "bca"[i % 3]} for i in range(6)]
-    with pytest.warns(UserWarning, match="validation has no text of the classes 'a': a score over it says nothing of"):
-        prepared(tiny, dataset=jsonl(rows), validation_split=other, test_share=0)
 
 
 def test_a_table_with_each_class_replaces_the_training_data_in_predict(tiny: str, jsonl: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from recipes.shared.random_state import RandomState
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
 METRICS = {
-    "classification": {"val_accuracy", "val_score", "validation_matched_accuracy"},
+    "classification": {"val_accuracy", "val_score"},
     "classification by prompts": {"val_accuracy", "val_score"},
     "clip_contrastive": {"val_image_to_text_recall@1", "val_text_to_image_recall@10"},
     "clip_fewshot": {"val_class_accuracy", "zero_shot_accuracy", "test_accuracy"},
