@@ -234,7 +234,7 @@ def test_a_run_does_not_go_on_at_rate_zero(tiny: str, animals: str, tmp_path: Pa
     cli = fit(tiny, animals, "--data.batch_size=4", "--trainer.max_epochs=2")
     last = f"--ckpt_path={cli.trainer.checkpoint_callbacks[0].last_model_path}"
     fit(tiny, animals, "--data.batch_size=4", "--trainer.max_epochs=3", last)
-    differs = pytest.warns(UserWarning, match="data.batch_size 4 there, 32 here")
+    differs = pytest.warns(UserWarning, match="data.init_args.batch_size 4 there, 32 here")
     with differs, pytest.raises(MisconfigurationException, match="resume with those of its start"):
         fit(tiny, animals, "--data.batch_size=32", "--trainer.max_epochs=4", last)
 
