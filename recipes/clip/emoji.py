@@ -14,9 +14,8 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -26,25 +25,23 @@ from recipes.shared.packaged import cache_dir, npm_folder, write_folder
 
 
 class Style(NamedTuple):
-    """A drawing style: where its images are, and the words for it.
+    """A drawing style, whose package is "emoji-" and its name in :data:`recipes.shared.packaged.NPM`.
 
     Attributes:
-        package: key of :data:`recipes.shared.packaged.NPM`.
         files: pattern of the images' paths with {} for an emoji's code points.
         licence: of the images.
     """
 
-    package: str
     files: str
     licence: str
 
 
 STYLES = {
-    "google": Style("emoji-google", "img/google/64/{}.png", "Noto Emoji, Apache-2.0"),
-    "twitter": Style("emoji-twitter", "img/twitter/64/{}.png", "Twemoji, CC BY 4.0"),
-    "blob": Style("emoji-blob", "img/google/64/{}.png", "Noto Emoji of 2017, Apache-2.0"),
-    "emojione": Style("emoji-emojione", "img/emojione/64/{}.png", "EmojiOne 2.2.7, CC BY-SA 4.0"),
-    "fluent": Style("emoji-fluent", "assets/{}.webp", "Fluent Emoji 3D, MIT"),
+    "google": Style("img/google/64/{}.png", "Noto Emoji, Apache-2.0"),
+    "twitter": Style("img/twitter/64/{}.png", "Twemoji, CC BY 4.0"),
+    "blob": Style("img/google/64/{}.png", "Noto Emoji of 2017, Apache-2.0"),
+    "emojione": Style("img/emojione/64/{}.png", "EmojiOne 2.2.7, CC BY-SA 4.0"),
+    "fluent": Style("assets/{}.webp", "Fluent Emoji 3D, MIT"),
 }
 TARGET = "fluent"  # in no pair: the style to adapt to
 CLASSES = {
@@ -83,7 +80,7 @@ CLASSES = {
     "flag": ("country-flag", "flag", "subdivision-flag"),
 }  # fmt: skip
 _LEAST_TRAIN = 16  # emoji of a class that stay in its training part, so that 16 shots can be drawn
-_MOST_HELD_OUT = {"validation": 12, "test": 24}  # emoji of a class
+_MOST_VALIDATION, _MOST_TEST = 12, 24  # emoji of a class
 _WITHOUT = {"200d", "fe0f", "2640", "2642", "27a1", "1f9b0", "1f9b1", "1f9b2", "1f9b3"}  # gender, direction, hair
 _PEOPLE = {"1f466", "1f467", "1f468", "1f469", "1f474", "1f475", "1f9d1", "1f9d2", "1f9d3"}  # man, woman, child, ...
 _SIZE = 64
@@ -106,7 +103,7 @@ class Emoji:
     part: str
 
     def captions(self) -> list[str]:
-        """Texts for an image of it."""
+        """Return texts for an image of it."""
         return [self.category, *self.names, *(f"{name}, {self.category}" for name in self.names)]
 
 
@@ -132,14 +129,14 @@ def prepare() -> Folders:
     """
     folder = cache_dir() / "emoji"
     if not folder.exists():
-        packages = {name: npm_folder(style.package) for name, style in STYLES.items()}
+        packages = {name: npm_folder(f"emoji-{name}") for name in STYLES}
         all_emoji = emoji(json.loads((packages["google"] / "emoji.json").read_text(encoding="utf-8")))
         write_folder(folder, lambda target: _write(all_emoji, packages, target))
     return Folders(folder / "pairs.csv", folder / "held_out_pairs.csv", folder / TARGET)
 
 
-def emoji(entries: Iterable[dict[str, object]]) -> list[Emoji]:
-    """Emoji with their parts, one of each group of variants.
+def emoji(entries: Iterable[dict[str, Any]]) -> list[Emoji]:
+    """Return emoji with their parts, one of each group of variants.
 
     Args:
         entries: emoji-datasource's emoji.json.
@@ -147,24 +144,24 @@ def emoji(entries: Iterable[dict[str, object]]) -> list[Emoji]:
     category_of: dict[str, str] = {}
     for name, groups in CLASSES.items():
         category_of |= dict.fromkeys(groups, name)
-    by_category: dict[str, dict[str, dict[str, object]]] = defaultdict(dict)
+    by_category = defaultdict(list)
     seen = set()
     for entry in entries:
-        code, group = str(entry["unified"]).lower(), str(entry["subcategory"])
-        # The five modifiers, which are colours and no pictures of anything.
-        if group == "skin-tone" or variants(code) in seen:
-            continue
-        seen.add(variants(code))
-        by_category[category_of.get(group, group.replace("-", " "))][code] = entry
+        same, group = variants(entry["unified"].lower()), entry["subcategory"]
+        # The five modifiers are colours and not pictures of anything.
+        if group != "skin-tone" and same not in seen:
+            seen.add(same)
+            by_category[category_of.get(group, group.replace("-", " "))].append(entry)
     found = []
-    for category, by_code in by_category.items():
-        for code, part in _parts(list(by_code), category in CLASSES).items():
-            found.append(Emoji(_spellings(by_code[code]), _names(by_code[code]), category, part))
+    for category, members in by_category.items():
+        parts = _parts(len(members), category in CLASSES)
+        for entry, part in zip(sorted(members, key=_digest), parts, strict=True):
+            found.append(Emoji(_spellings(entry), _names(entry), category, part))
     return found
 
 
 def variants(code: str) -> tuple[str, ...]:
-    """What all variants of an emoji in gender, age, hair, direction and skin tone have in common.
+    """Return what all variants of an emoji in gender, age, hair, direction and skin tone have in common.
 
     Example:
         >>> variants("1f469-200d-1f680") == variants("1f9d1-200d-1f680")  # woman astronaut, astronaut
@@ -174,32 +171,32 @@ def variants(code: str) -> tuple[str, ...]:
     return tuple("person" if point in _PEOPLE else point for point in points)
 
 
-def _parts(codes: Sequence[str], is_class: bool) -> dict[str, str]:
-    """The part of each emoji of one category, decided by a hash of the code."""
-    order = sorted(codes, key=lambda code: hashlib.sha256(code.encode()).hexdigest())
-    free = len(order) - max(_LEAST_TRAIN, len(order) // 2) if is_class else 0
-    test = min(_MOST_HELD_OUT["test"], free * 2 // 3)
-    validation = min(_MOST_HELD_OUT["validation"], free // 3)
-    parts = ["test"] * test + ["validation"] * validation
-    return dict(zip_longest(order, parts, fillvalue="train"))
+def _digest(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(entry["unified"].lower().encode()).hexdigest()
 
 
-def _spellings(entry: dict[str, object]) -> tuple[str, ...]:
-    """Styles write code points with and without the variation selector fe0f."""
-    full, image = str(entry["unified"]).lower(), Path(str(entry["image"])).stem
-    bare = str(entry["non_qualified"] or full).lower()
+def _parts(number: int, is_class: bool) -> list[str]:
+    """Return the parts of the emoji of one category, which are in the order of their hashes."""
+    free = number - max(_LEAST_TRAIN, number // 2) if is_class else 0
+    test, validation = max(min(_MOST_TEST, free * 2 // 3), 0), max(min(_MOST_VALIDATION, free // 3), 0)
+    return ["test"] * test + ["validation"] * validation + ["train"] * (number - test - validation)
+
+
+def _spellings(entry: dict[str, Any]) -> tuple[str, ...]:
+    """Return an emoji's code points with and without the variation selector fe0f, since styles differ in that."""
+    full, image = entry["unified"].lower(), Path(entry["image"]).stem
+    bare = (entry["non_qualified"] or full).lower()
     return tuple(dict.fromkeys((full, image, bare, full.replace("-fe0f", ""), f"{image}-fe0f")))
 
 
-def _names(entry: dict[str, object]) -> tuple[str, ...]:
+def _names(entry: dict[str, Any]) -> tuple[str, ...]:
     short = entry["short_names"]
-    assert isinstance(short, list)
-    standard = str(entry["name"] or short[0]).lower()
-    return tuple(dict.fromkeys([standard, *(str(name).replace("_", " ").replace("-", " ") for name in short)]))
+    standard = (entry["name"] or short[0]).lower()
+    return tuple(dict.fromkeys([standard, *(name.replace("_", " ").replace("-", " ") for name in short)]))
 
 
 def _write(all_emoji: Sequence[Emoji], packages: dict[str, Path], folder: Path) -> None:
-    """All images and the two tables, into a folder."""
+    """Write all images and the two tables into a folder."""
     rows: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
     for name, style in STYLES.items():
         for one in tqdm(all_emoji, f"Preparing emoji, {name}", unit="image"):

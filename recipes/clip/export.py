@@ -46,25 +46,13 @@ def main(checkpoint: Path, folder: Path, config: Path | None = None) -> None:
 
 
 def export(checkpoint: Path, folder: Path, config: Path | None = None) -> float:
-    """Write a run's model as a folder that open_clip loads.
-
-    Args:
-        checkpoint: of the run.
-        folder: to write.
-        config: the run's config.yaml; None takes the one in the folder above the checkpoint's.
-
-    Returns:
-        The largest difference between features of the run's model and of the written one, as open_clip loads it.
+    """Write a run's model as :func:`main` does, and return the largest difference of its features to the run's.
 
     Raises:
-        MisconfigurationException: there is no such file, the two don't belong together, or the folder holds something.
+        MisconfigurationException: a file is missing, the two don't belong together, or the folder holds something.
     """
-    config = config or checkpoint.parent.parent / "config.yaml"
-    for file, argument in ((checkpoint, "checkpoint"), (config, "--config")):
-        if not file.is_file():
-            raise MisconfigurationException(f"{argument}: there is no file {file}")
     refuse_unless_new(folder)
-    module = trained(checkpoint, config)
+    module = trained(checkpoint, config or checkpoint.parent.parent / "config.yaml")
     clip = module.clip
     expected = features(module.net, clip.preprocess_val, clip.tokenizer)
     write(module, folder)
@@ -80,29 +68,27 @@ def export(checkpoint: Path, folder: Path, config: Path | None = None) -> float:
 
 
 def trained(checkpoint: Path, config: Path) -> Any:
-    """The LightningModule of a run with the weights of a checkpoint, in evaluation mode."""
+    """Load the LightningModule of a run with the weights of a checkpoint, in evaluation mode."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningModule, "model")
-    # The run may be somebody else's.
-    settings, others = taken(yaml.safe_load(config.read_text(encoding="utf-8")))
-    if "model" not in settings:
-        raise MisconfigurationException(
-            f"{config} has no model of the recipes, and other classes are not imported: {', '.join(others)}"
-        )
     try:
+        # The run may be somebody else's.
+        settings, others = taken(yaml.safe_load(config.read_text(encoding="utf-8")))
+        if "model" not in settings:
+            raise ValueError(f"of other classes than the recipes', which are not imported: {', '.join(others)}")
         module = parser.instantiate_classes(parser.parse_object({"model": settings["model"]})).model
         module.configure_model()
         load_adapter_checkpoint(module, checkpoint)
-    except (ArgumentError, MisconfigurationException, RuntimeError, TypeError) as error:
+    except (ArgumentError, MisconfigurationException, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())  # PyTorch writes one over many lines
         raise MisconfigurationException(
-            f"{checkpoint} is not of the model in {config}; give the run's own --config. {reason}"
+            f"{checkpoint} does not fit the model in {config}; give the run's own --config. {reason}"
         ) from error
     return module.eval()
 
 
 def write(module: Any, folder: Path) -> None:
-    """The model's configuration, weights, and tokenizer where it has files of its own."""
+    """Write the model's configuration and weights, and its tokenizer if that has its own files."""
     folder.mkdir(parents=True, exist_ok=True)
     state = module.open_clip_state() if hasattr(module, "open_clip_state") else export_open_clip(module.net)
     # safetensors refuses tensors that share memory or are not contiguous.
@@ -119,7 +105,7 @@ def write(module: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def features(net: nn.Module, preprocess: Callable[[Image.Image], Tensor], tokenizer: Callable[[str], Tensor]) -> Tensor:
-    """Normalized features of an image of noise and of a text, (2, D)."""
+    """Return normalized features of an image of noise and of a text, (2, D)."""
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     image = preprocess(Image.fromarray(noise))[None]
     return torch.cat([image_features(net, image), text_features(net, tokenizer("a photo of a cat"))])

@@ -1,10 +1,8 @@
 """An open_clip model with a LoRA adapter in its attention, its features, and the export to plain open_clip."""
 
 import copy
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,17 +13,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import tqdm
 
 from lightning_flatlora.clip import check_reached, joined_state_dict, lora_targets, split_attention
 from recipes.shared.command_line import CLIP_FIELDS
-from recipes.shared.ranks import rank
 from recipes.shared.taken import runs_no_code
 
 DEFAULT_LORA = {"r": 2, "lora_alpha": 1, "use_rslora": True, "lora_dropout": 0.25}
 """CLIP-LoRA's adapter, on q, k and v in all blocks of both towers; its scaling is alpha / sqrt(r), 0.71."""
-
-_CHUNK = 4096  # texts that are tokenized at once to learn their length
 
 
 @dataclass
@@ -53,7 +47,7 @@ def load_clip(
     quick_gelu: bool | None = None,
     augmentation: dict[str, Any] | None = None,
 ) -> Clip:
-    """A model that open_clip knows, or can read.
+    """Load a model that open_clip knows, or can read.
 
     Weights that were trained with QuickGELU, such as OpenAI's, are run with it, whatever the name's configuration says:
     open_clip's own list says which tags these are; open_clip itself only warns, and runs them with GELU.
@@ -69,14 +63,20 @@ def load_clip(
     Raises:
         MisconfigurationException: there is no such model, tag, file or field, or the weights can't be had.
     """
-    name = _known_name(model, pretrained)
-    # Of a file or a repository, whose tokenizer open_clip would load with any arguments.
-    if not runs_no_code(open_clip.get_model_config(name) or {}):
-        raise MisconfigurationException(f"model={model!r}: its configuration may run code: give one that does not")
-    quick = wants_quick_gelu(name, pretrained) if quick_gelu is None else quick_gelu
+    if model.startswith(("hf-hub:", "local-dir:")) and pretrained is not None:
+        raise MisconfigurationException(
+            f"model={model!r} brings its own weights: set pretrained to null, got {pretrained!r}"
+        )
     # force_quick_gelu can only switch it on; to switch it off, the configuration is overridden.
     other = {"quick_gelu": False} if quick_gelu is False else {}
+    name = Path(model).stem if model.endswith(".json") else model
     try:
+        if name != model:
+            open_clip.add_model_config(Path(model).resolve(strict=True))
+        # Of a file or a repository, whose tokenizer open_clip would load with any arguments.
+        if not runs_no_code(open_clip.get_model_config(name) or {}):
+            raise ValueError("its configuration may run code")
+        quick = wants_quick_gelu(name, pretrained) if quick_gelu is None else quick_gelu
         net, train, val = open_clip.create_model_and_transforms(
             name, pretrained, force_quick_gelu=quick, aug_cfg=augmentation, **other
         )
@@ -88,20 +88,16 @@ def load_clip(
     # open_clip keeps q, k and v in one parameter, and peft adapts layers.
     split_attention(net)
     # Counted now: an adapter will be added, and sharding may leave a part of each weight.
-    image, all_weights = number_of_weights(net.visual), number_of_weights(net)
-    sizes = {"weights of the image tower": image, "weights of the rest": all_weights - image}
+    image = sum(parameter.numel() for parameter in net.visual.parameters())
+    every = sum(parameter.numel() for parameter in net.parameters())
+    sizes = {"weights of the image tower": image, "weights of the rest": every - image}
     return Clip(net.requires_grad_(False).train(), tokenizer, train, val, sizes)
 
 
-def number_of_weights(module: nn.Module) -> int:
-    """Of all parameters together."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def wants_quick_gelu(model: str, pretrained: str | None) -> bool:
-    """Whether a tag's weights were trained with QuickGELU, and the model's configuration may lack it.
+    """Return whether a tag's weights were trained with QuickGELU, and the model's configuration may lack it.
 
-    A file of weights does not say so; it is run as the configuration says, which is then printed.
+    A file of weights does not say so; it is run as the configuration says, with a message.
 
     Example:
         >>> wants_quick_gelu("ViT-B-16", "openai"), wants_quick_gelu("ViT-B-16", "laion2b_s34b_b88k")
@@ -110,18 +106,16 @@ def wants_quick_gelu(model: str, pretrained: str | None) -> bool:
     if pretrained is None:
         return False
     if not open_clip.is_pretrained_cfg(model, pretrained):
-        config = open_clip.get_model_config(model) or {}
-        used = "QuickGELU" if config.get("quick_gelu", False) else "GELU"
         rank_zero_info(
-            f"The weights in {pretrained} are run with {used}, as the configuration of {model} says. Were they trained "
-            "otherwise (OpenAI's with QuickGELU), set quick_gelu"
+            f"The weights in {pretrained} are run with the activation in the configuration of {model}. If they were "
+            "trained with another, such as OpenAI's with QuickGELU, set quick_gelu"
         )
         return False
     return bool(open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False))
 
 
 def add_lora(net: nn.Module, lora: dict[str, Any]) -> PeftModel:
-    """The model with a LoRA adapter in float32, all else frozen.
+    """Add a LoRA adapter in float32 to the model, all else frozen.
 
     Args:
         net: of :func:`load_clip`.
@@ -132,15 +126,15 @@ def add_lora(net: nn.Module, lora: dict[str, Any]) -> PeftModel:
         MisconfigurationException: a setting is wrong, or the model has no layer there that LoRA could reach.
     """
     settings = dict(lora)
-    places = {name: settings.pop(name) for name in CLIP_FIELDS if name in settings}
-    if places and "target_modules" in settings:
+    where = {name: settings.pop(name) for name in CLIP_FIELDS if name in settings}
+    if where and "target_modules" in settings:
         raise MisconfigurationException(
-            f"lora={lora!r} says twice where the adapter goes: give either target_modules or {', '.join(places)}"
+            f"lora={lora!r} says twice where the adapter goes: give either target_modules or {', '.join(where)}"
         )
     try:
         config = LoraConfig(**settings)
         if "target_modules" not in settings:
-            config.target_modules = lora_targets(net, **places)
+            config.target_modules = lora_targets(net, **where)
             # Some forwards read a layer's weight without calling it, so that LoRA there would do nothing.
             check_reached(net, config.target_modules, *_example(net))
         return cast("PeftModel", get_peft_model(net, config))
@@ -160,35 +154,17 @@ def hold_statistics(net: nn.Module) -> None:
 
 
 def image_features(net: Any, images: Tensor) -> Tensor:
-    """Normalized features (n, d) of preprocessed images (n, 3, height, width)."""
+    """Return normalized features (n, d) of preprocessed images (n, 3, height, width)."""
     return cast("Tensor", net.encode_image(images, normalize=True))
 
 
 def text_features(net: Any, tokens: Tensor) -> Tensor:
-    """Normalized features (n, d) of token ids (n, context length)."""
+    """Return normalized features (n, d) of token ids (n, context length)."""
     return cast("Tensor", net.encode_text(tokens, normalize=True))
 
 
-def too_long(texts: Sequence[str], tokenizer: Any, context_length: int) -> list[str]:
-    """The texts that a tokenizer cuts silently, since they have more tokens."""
-    padding = tokenizer([""], context_length=context_length + 1)[0, -1]
-    distinct = list(dict.fromkeys(texts))
-    overlong: set[str] = set()
-    starts = range(0, len(distinct), _CHUNK)
-    for start in tqdm(starts, "Tokenizing", disable=len(starts) < 10 or rank() != 0):
-        chunk = distinct[start : start + _CHUNK]
-        # With room for one token more a text that was cut is longer: by a word in place of its end, or by one token.
-        cut, longer = (
-            tokenizer(chunk, context_length=context_length),
-            tokenizer(chunk, context_length=context_length + 1),
-        )
-        differs = (cut != longer[:, :context_length]).any(dim=1) | (longer[:, context_length] != padding)
-        overlong |= set(compress(chunk, differs.tolist()))
-    return [text for text in texts if text in overlong]
-
-
 def export_open_clip(net: nn.Module) -> dict[str, Tensor]:
-    """The weights under open_clip's names, with the adapter merged in; ``net`` itself stays as it is.
+    """Return the weights under open_clip's names, with the adapter merged in; ``net`` itself stays as it is.
 
     Args:
         net: what :func:`load_clip` or :func:`add_lora` gave, not sharded.
@@ -201,35 +177,8 @@ def export_open_clip(net: nn.Module) -> dict[str, Tensor]:
     return joined_state_dict(copied.merge_and_unload() if isinstance(copied, PeftModel) else copied)
 
 
-def _known_name(model: str, pretrained: str | None) -> str:
-    """The name that open_clip takes, after a check of both names."""
-    if model.startswith(("hf-hub:", "local-dir:")):
-        if pretrained is not None:
-            raise MisconfigurationException(
-                f"model={model!r} brings its own weights: set pretrained to null, got {pretrained!r}"
-            )
-        return model
-    if model.endswith(".json"):
-        if not Path(model).is_file():
-            raise MisconfigurationException(f"model: there is no file {model}")
-        open_clip.add_model_config(Path(model))
-        model = Path(model).stem
-    if model not in open_clip.list_models():
-        alike = difflib.get_close_matches(model, open_clip.list_models()) or ["ViT-B-16"]
-        raise MisconfigurationException(
-            f"model={model!r} is not one of open_clip's, such as {', '.join(alike)}; hf-hub:OWNER/NAME and "
-            "local-dir:FOLDER are possible too"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if pretrained is not None and pretrained not in tags and not Path(pretrained).is_file():
-        raise MisconfigurationException(
-            f"pretrained={pretrained!r} is neither a file nor a tag of {model}, whose tags are {tags}"
-        )
-    return model
-
-
 def _example(net: Any) -> tuple[Tensor, Tensor]:
-    """An image of zeros and a text of ones and zeros, of the shapes that the model takes."""
+    """Return an image of zeros and a text of ones and zeros, of the shapes that the model takes."""
     size = net.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size
     text = torch.zeros(1, net.context_length, dtype=torch.long)

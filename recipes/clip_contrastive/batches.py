@@ -74,10 +74,6 @@ class PictureBatchSampler(DistributedSampler[Draw]):
             start = number % self.batches * self.share
             yield Draw(self.epoch, order[start : start + self.share].tolist(), repeats=number >= self.batches)
 
-    def __len__(self) -> int:
-        turns = self.batches / self.num_replicas
-        return int(np.floor(turns) if self.shuffle else np.ceil(turns))
-
 
 @dataclass(eq=False)
 class PictureBatches(Dataset[Batch]):
@@ -101,13 +97,8 @@ class PictureBatches(Dataset[Batch]):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._text_ids: dict[str, int] = {}
-        if not self.training:
-            for caption in _captions(self.pictures):
-                self._text_ids.setdefault(caption, len(self._text_ids))  # equal texts have one number
-
-    def __len__(self) -> int:
-        return len(self.pictures)
+        captions = [] if self.training else _captions(self.pictures)
+        self._text_ids = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
 
     def __getitem__(self, draw: Draw) -> Batch:
         return self._drawn(draw) if self.training else self._whole(draw)
@@ -122,7 +113,7 @@ class PictureBatches(Dataset[Batch]):
         return {"images": torch.stack(images), "tokens": self.tokenizer(captions)}
 
     def _whole(self, draw: Draw) -> Batch:
-        """Images with all their captions, and where a picture's first one is among these."""
+        """Return images with all their captions, and the index at which a picture's first one is among these."""
         pictures = [self.pictures[index] for index in draw.indices]
         captions = _captions(pictures)
         text_ids = torch.tensor([self._text_ids[caption] for caption in captions])

@@ -3,19 +3,17 @@
 import hashlib
 import os
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from recipes.clip.images import Embedded, blind_skips, readable
-from recipes.clip.model import too_long
+from recipes.clip.images import Embedded, readable
 from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.batches import PictureBatches, PictureBatchSampler
 from recipes.clip_contrastive.sources import Picture
-from recipes.shared.data import given_dataset
+from recipes.shared.data import given_dataset, is_packaged
 from recipes.shared.parts import Division, indices_in, refuse_bad_settings, warn_of_training_data
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 
@@ -28,9 +26,9 @@ class ContrastiveData(ResumableData):
     hash of the image's path, or of its content if it is in a table: with all its captions an image is in one part.
 
     Args:
-        dataset: for training: a .csv, .tsv, .json, .jsonl or .parquet file; a folder of images with a .txt file beside
-            each, a captions.csv or ImageFolder's metadata.jsonl; a Hub name; webdataset shards as
-            ``shards/{000..009}.tar``; or "packaged:emoji" (more in the docs).
+        dataset: for training: a .csv, .tsv, .json, .jsonl or .parquet file; a folder of images with a .txt file next to
+            each, or with ImageFolder's metadata.jsonl; a Hub name; webdataset shards as ``shards/*.tar``; or
+            "packaged:emoji" (more in the docs).
         config_name: which of a Hub data set's configurations; None where it has one.
         revision: of a Hub data set.
         split: for training, of a Hub data set or a folder with several.
@@ -47,8 +45,8 @@ class ContrastiveData(ResumableData):
         batch_size: images of a batch on one device. The loss compares all pairs of all devices' batches.
         eval_batch_size: images of a batch in evaluation, each with all its captions. The evaluation's loss is the mean
             over such batches, on any number of devices.
-        check_images: decode every image once before training, to find broken ones.
-        skip_unreadable: leave out, and count, images that ``check_images`` finds broken, instead of an error.
+        skip_unreadable: leave out, and count, broken images, instead of an error. Every image is decoded once before
+            training to find them.
         seed: of the parts, of the order, and of the drawing of captions and crops.
         num_workers: processes that load batches; 0 loads in the training process.
 
@@ -71,7 +69,6 @@ class ContrastiveData(ResumableData):
     caption_column: str | None = None
     batch_size: int = 64
     eval_batch_size: int = 64
-    check_images: bool = True
     skip_unreadable: bool = False
     seed: int = 0
     num_workers: int = 0
@@ -85,7 +82,7 @@ class ContrastiveData(ResumableData):
         shares = {"validation": self.validation_share, "test": self.test_share}
         self.division = Division(self.dataset, self.split, own_splits, shares, own_datasets, packaged=sources.PACKAGED)
         self.shares = self.division.shares
-        problems = blind_skips(self.skip_unreadable, self.check_images)
+        problems = []
         for part, own in own_datasets.items():
             if own is not None and own_splits[part] is not None:
                 problems.append(f"{part}_dataset and {part}_split both say what {part} reads: give one of them")
@@ -98,13 +95,15 @@ class ContrastiveData(ResumableData):
     def prepare_data(self) -> None:
         given_dataset(self.dataset, sources.PACKAGED)
         for part in ("train", "validation", "test"):
-            sources.fetch(self.division.where(part)[0])
+            dataset = self.division.where(part)[0]
+            if is_packaged(dataset):
+                sources.load_pictures(dataset)  # makes it on one process, before the others look for it
 
     @override
     def setup(self, stage: str) -> None:
         if self.clip is None:
             self.clip = self.trained_module.clip
-        if sources.has_splits(given_dataset(self.dataset, sources.PACKAGED)):
+        if not sources.has_texts(given_dataset(self.dataset, sources.PACKAGED)):
             self.division.take_own_splits(self.config_name, self.revision)
         self.division.refuse_wrong_splits(stage, option="dataset")
         for part in PARTS_OF_STAGE[stage]:
@@ -150,19 +149,14 @@ class ContrastiveData(ResumableData):
         return [pictures[index] for index in indices_in(part, keys, self.shares, dataset, "images")]
 
     def _checked(self, part: str, pictures: list[Picture]) -> list[Picture]:
-        if self.check_images and pictures:
+        if pictures:
             files = [picture.file for picture in pictures]
             pictures = [pictures[index] for index in readable(files, self.skip_unreadable)]
-        captions = list(chain.from_iterable(picture.captions for picture in pictures))
-        report = f"{self.division.where(part)[0]}, {part}: {len(pictures)} images, {len(captions)} captions"
-        length = self.clip.tokenizer.context_length
-        long = too_long(captions, self.clip.tokenizer, length)
-        if long:
-            report += f", {len(long)} of them cut at the context_length of {length} tokens, such as {long[0]!r}"
-        rank_zero_info(report)
+        captions = sum(len(picture.captions) for picture in pictures)
+        rank_zero_info(f"{self.division.where(part)[0]}, {part}: {len(pictures)} images, {captions} captions")
         return pictures
 
 
 def _identity(picture: Picture) -> str:
-    """Where an image lies, however its path is written; of an image in a table its content."""
+    """Return where an image lies, however its path is written; of an image in a table its content."""
     return picture.key if isinstance(picture.file, Embedded) else os.path.realpath(str(picture.file))

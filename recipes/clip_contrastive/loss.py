@@ -52,7 +52,7 @@ class ContrastiveLoss(nn.Module):
             self.logit_bias = nn.Parameter(logit_bias.detach().float().reshape(1).clone(), requires_grad=learnt)
 
     def forward(self, image_features_bd: Tensor, text_features_bd: Tensor, joint: bool = True) -> Tensor:
-        """This rank's share of the loss.
+        """Compute this rank's share of the loss.
 
         Args:
             image_features_bd: normalized, (b, D).
@@ -69,7 +69,7 @@ class ContrastiveLoss(nn.Module):
             features = image_features_bd.float(), text_features_bd.float()
             scale = self.logit_scale.float().exp()
             if self.logit_bias is None:
-                # Each rank computes its own rows of the logits alone, not all rows on every rank.
+                # Each rank computes only its own rows of the logits.
                 loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=ranks)(*features, scale)
             else:
                 loss = SigLipLoss(rank=rank, world_size=ranks)(*features, scale, self.logit_bias.float())
@@ -77,7 +77,7 @@ class ContrastiveLoss(nn.Module):
         return loss
 
     def open_clip_state(self) -> dict[str, Tensor]:
-        """Scale and bias by their names in an open_clip model, in its shapes."""
+        """Return scale and bias by their names in an open_clip model, in its shapes."""
         return {name: value.reshape(self._shape) for name, value in self.state_dict().items()}
 
     @torch.no_grad()

@@ -88,8 +88,8 @@ class ContrastiveModel(ClipModule):
         """Refuse strategies and settings that can't work with this loss."""
         if isinstance(trainer.strategy, FSDPStrategy) and self.lora is None:
             raise MisconfigurationException("lora=None trains all weights, which FSDP1 can't here: use FSDP2 or ddp")
-        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-        if trainer.world_size > 1 and any(getattr(each, "sync_ascent", True) is False for each in callbacks):
+        methods = [getattr(each, "method", None) for each in trainer.callbacks]  # type: ignore[attr-defined]
+        if trainer.world_size > 1 and any(getattr(method, "sync_ascent", True) is False for method in methods):
             raise MisconfigurationException(
                 "sync_ascent=False has no meaning here: the loss is that of all devices' joint batch; set it to true"
             )
@@ -107,7 +107,7 @@ class ContrastiveModel(ClipModule):
 
     @override
     def loss(self, batch: Batch) -> Tensor:
-        """This rank's share of the joint batch's loss, in nats; logged as ``train_loss``.
+        """Compute this rank's share of the joint batch's loss, in nats; logged as ``train_loss``.
 
         Args:
             batch: ``images`` (b, 3, H, W) and ``tokens`` (b, context length), one caption for each image.
@@ -118,7 +118,7 @@ class ContrastiveModel(ClipModule):
         return cast("Tensor", loss)
 
     def open_clip_state(self) -> dict[str, Tensor]:
-        """All weights by their names in a plain open_clip model, with the adapter merged in and the scale as learnt."""
+        """Return all weights by their names in a plain open_clip model, with the adapter merged in."""
         return cast("dict[str, Tensor]", export_open_clip(self.net) | self.contrastive.open_clip_state())
 
     @override
@@ -130,7 +130,7 @@ class ContrastiveModel(ClipModule):
     def evaluate(self, stage: str, batch: Batch) -> None:
         """Take up images with all their captions; the loss is over each image's first one."""
         images, texts = image_features(self.net, batch["images"]), text_features(self.net, batch["tokens"])
-        # Of this rank's batch alone: a joint batch, and with it the loss, would grow with the number of devices.
+        # Only of this rank's batch: a joint batch, and with it the loss, would grow with the number of devices.
         loss = self.contrastive(images, texts[batch["first_captions"]], joint=False)
         self.losses[stage].update(loss, batch["weight"])
         self.retrievals[stage].update(images, batch["image_ids"], texts, batch["text_ids"], batch["pairs"])
@@ -146,7 +146,7 @@ class ContrastiveModel(ClipModule):
 
 
 def unfrozen(base: nn.Module) -> nn.Module:
-    """The model with all weights trained that the contrastive loss reaches, in training mode.
+    """Let all weights be trained that the contrastive loss reaches, in training mode.
 
     CoCa's text decoder stays behind.
     """

@@ -22,7 +22,7 @@ _HERE = Path(__file__).parent
 
 
 def main(options: Sequence[str]) -> Path:
-    """The folder of the model, in the cache; it is trained now, if there is none.
+    """Return the folder of the model, in the cache; train it, if there is none.
 
     Raises:
         MisconfigurationException: there is one, for whose training the options come too late.
@@ -30,19 +30,18 @@ def main(options: Sequence[str]) -> Path:
     folder = cache_dir() / "emoji-clip"
     run = cache_dir() / "emoji-clip-training"
     with one_at_a_time(folder.name):
-        is_there = folder.exists()
-        if not is_there:
+        if folder.exists() and options:
+            raise MisconfigurationException(
+                f"the model is there already, in {folder}, so that the options {' '.join(options)} would change "
+                "nothing: delete this folder to train it again, or leave the options out"
+            )
+        if not folder.exists():
             model = f"--model.model={_HERE / 'emoji-ViT-8-64.json'}"
             arguments = [f"--config={_HERE / 'configs' / 'pretrain.yaml'}", model, *options]
             RecipeCLI(["fit", *arguments, *logging_in(run), *resuming(run)], recipe="clip_contrastive")
             write_folder(folder, partial(_export, run))
         # A model that is trained again, after its folder was deleted, would go on from the old one's last checkpoint.
         shutil.rmtree(run, ignore_errors=True)
-    if is_there and options:
-        raise MisconfigurationException(
-            f"the model is there already, in {folder}, so that the options {' '.join(options)} would change nothing: "
-            "delete this folder to train it again, or leave the options out"
-        )
     print(f"The model: local-dir:{folder}")
     return folder
 

@@ -79,7 +79,7 @@ class Retrieval(Metric):
 
 
 def better_answers(queries_nd: Tensor, answers_md: Tensor, right_nm: Tensor) -> Tensor:
-    """How many wrong answers each query finds no less similar than its best right one, (N,).
+    """Count the wrong answers that are at least as similar to each query as its best right one, (N,).
 
     Args:
         queries_nd: normalized features, (N, D).
@@ -101,7 +101,7 @@ def better_answers(queries_nd: Tensor, answers_md: Tensor, right_nm: Tensor) -> 
 
 
 def _once(ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Each number once, in ascending order, and the features of its first occurrence."""
+    """Return each number once, in ascending order, and the features of its first occurrence."""
     unique, inverse = torch.unique(ids, return_inverse=True)
     first = torch.full_like(unique, len(ids)).scatter_reduce(
         0, inverse, torch.arange(len(ids), device=ids.device), "amin"

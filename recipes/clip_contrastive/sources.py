@@ -1,5 +1,6 @@
 """Images and their captions from whatever `datasets` reads, a folder with texts, or a package."""
 
+import glob
 import hashlib
 import os
 from collections.abc import Sequence
@@ -9,23 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from braceexpand import braceexpand
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip import emoji
-from recipes.clip.images import Embedded, ImageFile, image_files, shortened
-from recipes.shared.data import is_packaged, packaged_names, read_errors, read_table, say_what_is_left_out
+from recipes.clip.images import Embedded, ImageFile, image_files
+from recipes.shared.data import (
+    is_packaged,
+    packaged_names,
+    packaged_task,
+    read_errors,
+    read_table,
+    say_what_is_left_out,
+)
 from recipes.shared.files import read_lines
 from recipes.shared.left_out import few, warn_of_left_out
 
 Row = tuple[ImageFile | None, str, Any]
 """An image, its key, and what is said of it."""
-_STYLES = ("emoji", "emoji-held-out", "emoji-fluent", "emoji-fluent-held-out")
-PACKAGED = packaged_names(_STYLES)
-_CAPTION_FILES = ("captions.csv", "captions.tsv")
-# The names that ImageFolder, open_clip and common data sets of the Hub have for them.
+_PARTS = {
+    "emoji": "train",
+    "emoji-held-out": "validation",
+    "emoji-fluent": "train",
+    "emoji-fluent-held-out": "validation",
+}
+"""Which part of the emoji a packaged data set holds."""
+PACKAGED = packaged_names(_PARTS)
+# The names that ImageFolder, open_clip, webdataset and common data sets of the Hub have for them.
 IMAGE_COLUMNS = ("image", "filepath", "file_name", "image_path")
-CAPTION_COLUMNS = ("caption", "title", "text", "captions")
+CAPTION_COLUMNS = ("caption", "title", "text", "captions", "txt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +66,12 @@ def load_pictures(
     """Load the pictures of a data set, each with all its captions.
 
     Args:
-        dataset: a folder of images with a .txt file of the same name next to each, one caption a line, or with a
-            captions.csv or .tsv; webdataset shards, such as ``shards/*.tar`` or ``{train,more}/{000..009}.tar``; one of
-            :data:`PACKAGED`; or what `datasets` reads: a table, a folder, also with ImageFolder's metadata.jsonl, or a
-            Hub name.
+        dataset: a folder of images with a .txt file of the same name next to each, one caption a line; webdataset
+            shards, such as ``shards/*.tar``; one of :data:`PACKAGED`; or what `datasets` reads: a table, a folder, also
+            with ImageFolder's metadata.jsonl, or a Hub name.
         split: of a folder or a Hub data set.
         image_column: images, or their paths, relative to the table's folder, or absolute; None takes the first of
-            :data:`IMAGE_COLUMNS` that is there.
+            :data:`IMAGE_COLUMNS` that is there, or else the first column of images.
         caption_column: a text, or a list of them; None takes the first of :data:`CAPTION_COLUMNS`.
         config_name: which of a Hub data set's configurations.
         revision: of a Hub data set.
@@ -71,27 +82,22 @@ def load_pictures(
     """
     if is_packaged(dataset):
         return _packaged(dataset)
-    if dataset.lower().endswith(".tar"):
-        return _of_shards(dataset)
-    if _has_texts(dataset):
+    if has_texts(dataset):
         return _of_folder(Path(dataset).expanduser())
-    return _of_table(dataset, split, (image_column, caption_column), config_name, revision)
+    if dataset.lower().endswith(".tar"):
+        with read_errors(dataset, "train", PACKAGED):
+            shards = sorted(glob.glob(str(Path(dataset).expanduser())))
+            if not shards:
+                raise FileNotFoundError("there is no such file")
+            table = datasets.load_dataset("webdataset", data_files=shards, split="train")
+    else:
+        table = read_table(dataset, split, PACKAGED, config_name, revision)
+    return _of_table(dataset, table, image_column, caption_column)
 
 
-def has_splits(dataset: str) -> bool:
-    """Return whether a data set may come in splits, as folders that `datasets` reads and Hub data sets do."""
-    return _caption_file(dataset) is None and not _has_texts(dataset)
-
-
-def _caption_file(dataset: str) -> str | None:
-    """Return the table of captions in a folder, if there is one."""
-    files = [Path(dataset).expanduser() / name for name in _CAPTION_FILES]
-    return next((str(file) for file in files if file.is_file()), None)
-
-
-def _has_texts(dataset: str) -> bool:
+def has_texts(dataset: str) -> bool:
     """Return whether a data set is a folder of images with .txt files next to them."""
-    images = [] if _caption_file(dataset) else image_files(Path(dataset).expanduser())
+    images = image_files(Path(dataset).expanduser())
     return any(image.with_suffix(".txt").is_file() for image in images)
 
 
@@ -99,57 +105,34 @@ def _has_texts(dataset: str) -> bool:
 
 
 def _of_table(
-    name: str,
-    split: str = "train",
-    given: Sequence[str | None] = (None, None),
-    config_name: str | None = None,
-    revision: str | None = None,
+    name: str, table: Any, image_column: str | None = None, caption_column: str | None = None
 ) -> list[Picture]:
     """Load the pictures of a table with images in it, or with paths."""
-    name = _caption_file(name) or name
-    table = read_table(name, split, PACKAGED, config_name, revision)
-    image, caption = _columns(name, table.column_names, given)
+    image, caption = _columns(name, table, image_column, caption_column)
     say_what_is_left_out(f"dataset={name!r}", table.column_names, (image, caption))
     path = Path(name).expanduser()
     folder = path if path.is_dir() else path.parent
-    images = _undecoded(table, image)
+    images = table.select_columns(image)
+    if isinstance(table.features[image], datasets.Image):  # opened only when their batch is made
+        images = images.cast_column(image, datasets.Image(decode=False))
     rows: list[Row] = []
     for number, captions in enumerate(table[caption]):
         value = images[number][image]
+        file: ImageFile | None = None
+        key = ""
         if isinstance(value, dict) and value["bytes"]:
             file = Embedded(f"{name}, row {number}", partial(_bytes, images, number, image))
             # By its content: a data set may hold an image in several rows, one for each caption.
-            rows.append((file, hashlib.sha256(value["bytes"]).hexdigest(), captions))
+            key = hashlib.sha256(value["bytes"]).hexdigest()
         else:
-            rows.append((*_in_folder(value["path"] if isinstance(value, dict) else value, folder), captions))
+            written = value["path"] if isinstance(value, dict) else value
+            if isinstance(written, str) and written.strip():
+                file = folder / Path(written.strip()).expanduser()
+                # However it is written, since an image under two names would be two.
+                key = os.path.relpath(file, folder)
+        # Of shards, whose texts are files with a caption on each line.
+        rows.append((file, key, captions.split("\n") if caption == "txt" and captions else captions))
     return _gathered(name, rows)
-
-
-def _of_shards(pattern: str) -> list[Picture]:
-    # A backslash stands in paths of Windows, and escapes nothing.
-    shards = list(braceexpand(str(Path(pattern).expanduser()), escape=False))
-    with read_errors(pattern, "train", PACKAGED):
-        table = datasets.load_dataset("webdataset", data_files=shards, split="train")
-    columns = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    if not columns or "txt" not in table.column_names:
-        raise MisconfigurationException(
-            f"dataset={pattern!r} has the columns {table.column_names}: it needs images, and a .txt next to each"
-        )
-    images = _undecoded(table, columns[0])
-    rows: list[Row] = []
-    for number, row in enumerate(table.select_columns(["__key__", "__url__", "txt"])):
-        key = f"{Path(row['__url__']).name}/{row['__key__']}"
-        has_image = images[number][columns[0]] is not None
-        file = Embedded(f"{key}.{columns[0]}", partial(_bytes, images, number, columns[0])) if has_image else None
-        rows.append((file, key, (row["txt"] or "").split("\n")))
-    return _gathered(pattern, rows)
-
-
-def _undecoded(table: Any, column: str) -> Any:
-    """Return a table's column of images, which are opened only when their batch is made."""
-    if isinstance(table.features[column], datasets.Image):
-        table = table.cast_column(column, datasets.Image(decode=False))
-    return table.select_columns(column)
 
 
 def _bytes(images: Any, number: int, column: str) -> bytes:
@@ -164,31 +147,24 @@ def _of_folder(folder: Path) -> list[Picture]:
     return _gathered(str(folder), rows)
 
 
-def _columns(source: str, columns: Sequence[str], given: Sequence[str | None]) -> tuple[str, str]:
+def _columns(name: str, table: Any, image: str | None, caption: str | None) -> tuple[str, str]:
     """Return the names of the columns of images and captions."""
-    found, missing = [], []
-    wanted = zip(("image_column", "caption_column"), given, (IMAGE_COLUMNS, CAPTION_COLUMNS), strict=True)
-    for argument, name, usual in wanted:
-        there = [one for one in ([name] if name else usual) if one in columns]
-        found += there[:1]
+    of_images = [column for column, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    candidates = {
+        "image_column": [image] if image else [*IMAGE_COLUMNS, *of_images],
+        "caption_column": [caption] if caption else CAPTION_COLUMNS,
+    }
+    found = []
+    for argument, names in candidates.items():
+        there = [column for column in names if column in table.column_names]
         if not there:
-            missing.append(f"{argument}={name!r}" if name else f"{argument}, one of {', '.join(usual)}")
-    if missing:
-        raise MisconfigurationException(
-            f"{source} has the columns {list(columns)}, but not {' nor '.join(missing)}: name those of the images and "
-            "their captions (a table needs a first line with the columns' names; a folder of images needs a "
-            ".txt next to each, a captions.csv, or a metadata.jsonl)"
-        )
+            raise MisconfigurationException(
+                f"{name} has the columns {table.column_names}, but not {argument}, one of {', '.join(names)}: name the "
+                "columns of the images and their captions (a table needs a first line with the columns' names; a "
+                "folder of images needs a .txt next to each, or a metadata.jsonl)"
+            )
+        found.append(there[0])
     return found[0], found[1]
-
-
-def _in_folder(name: Any, folder: Path) -> tuple[Path | None, str]:
-    """Return an image's file, and its path relative to the folder of its table."""
-    if not isinstance(name, str) or not name.strip():
-        return None, ""
-    path = folder / Path(name.strip()).expanduser()
-    # However it is written, since an image under two names would be two.
-    return path, os.path.relpath(path, folder)
 
 
 def _gathered(source: str, rows: Sequence[Row]) -> list[Picture]:
@@ -200,7 +176,7 @@ def _gathered(source: str, rows: Sequence[Row]) -> list[Picture]:
         texts = [str(text).strip() for text in (said if isinstance(said, list) else [said]) if text is not None]
         texts = [text for text in texts if text]
         if file is None or not texts:
-            faults.append(f"{shortened(str(file))} has no caption" if file else f"row {number} has no image")
+            faults.append(f"{file} has no caption" if file else f"row {number} has no image")
             continue
         files.setdefault(key, file)
         captions.setdefault(key, []).extend(texts)
@@ -214,23 +190,16 @@ def _gathered(source: str, rows: Sequence[Row]) -> list[Picture]:
 # -- packages
 
 
-def fetch(dataset: str) -> None:
-    """Install what a packaged data set needs, on one process, before the others look for it."""
-    if is_packaged(dataset):
-        load_pictures(dataset)
-
-
 def _packaged(dataset: str) -> list[Picture]:
-    """Emoji with the captions that the small CLIP is trained on; an emoji is in the same part in every style."""
-    if dataset not in PACKAGED.split(", "):
-        raise MisconfigurationException(f"dataset: unknown package {dataset!r}, give one of {PACKAGED}")
-    folders, held_out = emoji.prepare(), dataset.endswith("held-out")
-    table = folders.held_out_pairs if held_out else folders.pairs
+    """Load emoji with the captions that the small CLIP is trained on; an emoji is in the same part in every style."""
+    part = packaged_task(dataset, _PARTS)
+    folders = emoji.prepare()
+    table = str(folders.pairs if part == "train" else folders.held_out_pairs)
     # A file's name is the emoji's code points, in every style.
-    pairs = [replace(one, key=Path(one.key).stem) for one in _of_table(str(table))]
+    pairs = [replace(pair, key=Path(pair.key).stem) for pair in _of_table(table, read_table(table, "train"))]
     if "fluent" not in dataset:
         return pairs
     captions = {pair.key: pair.captions for pair in pairs}
-    images = sorted((folders.target / ("validation" if held_out else "train")).rglob("*.png"))
-    # Captions come from the other styles' tables, and some emoji are drawn in this style alone.
+    images = sorted((folders.target / part).rglob("*.png"))
+    # Captions come from the other styles' tables, and some emoji are drawn only in this style.
     return [Picture(image, captions[image.stem], image.stem) for image in images if image.stem in captions]

@@ -29,7 +29,7 @@ class Stream(DistributedSampler[list[Draw]]):
 
     Args:
         examples: their number.
-        batch_size: examples of a batch; fewer where the ranks would share too few examples for that.
+        batch_size: examples of a batch; fewer if the ranks would share too few examples for that.
         batches: of each rank in an epoch.
         seed: of the order.
         num_replicas: ranks that share the batches.
@@ -39,7 +39,7 @@ class Stream(DistributedSampler[list[Draw]]):
     def __init__(
         self, examples: int, batch_size: int, batches: int, seed: int = 0, num_replicas: int = 1, rank: int = 0
     ) -> None:
-        # Of its data DistributedSampler reads the length alone: here the number of all ranks' batches.
+        # Of its data DistributedSampler reads only the length: here the number of all ranks' batches.
         steps = range(batches * num_replicas)
         super().__init__(steps, num_replicas=num_replicas, rank=rank, shuffle=False, seed=seed)  # type: ignore[arg-type]
         self.examples = examples
@@ -47,19 +47,13 @@ class Stream(DistributedSampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         # A generator, so that the epoch is read with the first batch: a resuming trainer asks for the iterator earlier.
-        before = self.epoch * self.total_size * self.batch_size
-        draws: list[Draw] = []
-        for number, example in enumerate(self._shuffled(), before):
-            draws.append((example, number))
-            if len(draws) == self.batch_size * self.num_replicas:
-                yield draws[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-                draws = []
-
-    def _shuffled(self) -> Iterator[int]:
-        left = self.total_size * self.batch_size
-        for number in range(-(-left // self.examples)):
-            order = np.random.default_rng([self.seed, self.epoch, number]).permutation(self.examples)
-            yield from order[: left - number * self.examples].tolist()
+        number = self.total_size * self.batch_size
+        passes = []
+        for i in range(-(-number // self.examples)):
+            passes.append(np.random.default_rng([self.seed, self.epoch, i]).permutation(self.examples))
+        order = np.concatenate(passes).tolist()
+        for first in range(self.rank * self.batch_size, number, self.num_replicas * self.batch_size):
+            yield [(order[i], self.epoch * number + i) for i in range(first, first + self.batch_size)]
 
 
 class InTurn(DistributedSampler[list[Draw]]):
@@ -115,7 +109,7 @@ class Images(Dataset[Batch]):
 
 
 def train_transform(cfg: PreprocessCfg, crop_scale: tuple[float, float], flip: float) -> Callable[[Any], Tensor]:
-    """open_clip's own augmentation for training, a random crop, with the protocol's scale and flips.
+    """Compose open_clip's own augmentation for training, a random crop, with the protocol's scale and flips.
 
     Args:
         cfg: the model's size, mean and standard deviation.

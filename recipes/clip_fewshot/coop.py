@@ -5,7 +5,6 @@ name]``, whose paths begin in the set's folder of images. FGVCAircraft has text 
 """
 
 import json
-from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from typing import NamedTuple
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip_fewshot import folders
-from recipes.clip_fewshot.folders import PARTS, Example, Parts
+from recipes.clip_fewshot.folders import PARTS, Parts
 from recipes.shared.files import read_lines
 
 GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
@@ -51,138 +50,82 @@ SETS = {
 }
 
 
-class Labelled(NamedTuple):
-    """What a set holds.
-
-    Attributes:
-        classes: as the data call them; a label is an index of this list.
-        names: the words that CoOp has for each class.
-        parts: (path, label) by part.
-    """
-
-    classes: Sequence[str]
-    names: Sequence[str]
-    parts: Parts
+Labelled = tuple[list[str], list[str], Parts]
+"""Classes as the data call them, of which a label is an index; CoOp's words for them; and (path, label) by part."""
 
 
 def read(dataset: str, root: str) -> Labelled:
-    """The images of CoOp's parts; none is opened.
+    """Return the images of CoOp's parts; none is opened.
 
     Args:
         dataset: a key of :data:`SETS`.
         root: the folder that DATASETS.md calls $DATA. Images are also found where torchvision puts them in it.
 
     Raises:
-        MisconfigurationException: the set is unknown, files are missing, or the split file is broken or another set's.
+        MisconfigurationException: files are missing or broken, or the split file is another set's.
     """
-    if dataset not in SETS:
-        raise MisconfigurationException(
-            f"split='coop' is for the data sets {', '.join(SETS)}, got dataset={dataset!r}: set split to official or "
-            "seeded"
-        )
-    folder, images = Path(root).expanduser() / SETS[dataset].folder, _images(dataset, root)
-    if dataset == "imagenet":
-        labelled = _imagenet(folder, images)
-    elif dataset == "fgvc_aircraft":
-        labelled = _aircraft(images)
-    else:
-        labelled = _split_file(folder / f"split_zhou_{SETS[dataset].title}.json", images)
-    return labelled
-
-
-def _images(dataset: str, root: str) -> Path:
-    """The folder of a set's images: CoOp's, or else torchvision's."""
     layout, data = SETS[dataset], Path(root).expanduser()
-    candidates = [data / layout.folder / layout.images]
-    if layout.torchvision:
-        candidates.append(data / layout.torchvision)
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
-    raise MisconfigurationException(
-        f"dataset={dataset!r}, split='coop': there is no folder {' nor '.join(map(str, candidates))}. Set root to the "
-        f"folder that holds the data sets as {GUIDE} lays them out"
-    )
-
-
-# -- split files
+    folder = data / layout.folder
+    images = folder / layout.images
+    if not images.is_dir() and layout.torchvision:
+        images = data / layout.torchvision
+    try:
+        if dataset == "imagenet":
+            return _imagenet(folder / "classnames.txt", images)
+        if dataset == "fgvc_aircraft":
+            classes, names, parts = _aircraft(images)
+        else:
+            classes, names, parts = _split_file(folder / f"split_zhou_{layout.title}.json", images)
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise MisconfigurationException(
+            f"dataset={dataset!r}: the files in {folder} are not as {GUIDE} lays them out, which links to them: "
+            f"{type(error).__name__}: {error}. Set root to the folder that holds the data sets"
+        ) from error
+    paths = [path for path, _ in chain.from_iterable(parts.values())]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:  # so that training does not fail hours later
+        raise MisconfigurationException(
+            f"dataset={dataset!r}: {len(missing)} of its {len(paths)} images are not in {images}, the first: "
+            f"{missing[0]}. Complete them, or are the lists of images another set's?"
+        )
+    return classes, names, parts
 
 
 def _split_file(file: Path, images: Path) -> Labelled:
-    if not file.is_file():
-        raise MisconfigurationException(
-            f"split='coop': there is no {file}. {GUIDE} links to it; with split official or seeded the parts are "
-            "others than CoOp's"
-        )
     names: dict[int, str] = {}
     parts: Parts = {part: [] for part in PARTS}
-    try:
-        split = json.loads(file.read_text(encoding="utf-8-sig"))
-        for part, key in _KEYS.items():
-            for path, label, name in split[key]:
-                if names.setdefault(label, name) != name:
-                    raise ValueError(f"label {label} is both {names[label]!r} and {name!r}")
-                parts[part].append((images / path, label))
-        classes = [names[label] for label in range(len(names))]
-    except (KeyError, TypeError, ValueError) as error:
-        raise MisconfigurationException(
-            f"{file} is no split file of CoOp's, a JSON object of the lists {', '.join(_KEYS.values())} of "
-            f"[path, label, class name], with labels from 0 on: {type(error).__name__}: {error}"
-        ) from error
-    _check_there(file, images, parts)
-    return Labelled(classes, [name.replace("_", " ") for name in classes], parts)
-
-
-def _check_there(file: Path, images: Path, parts: Parts) -> None:
-    """Refuse a list of images that are not all there, so that training does not fail hours later at a missing one."""
-    paths = [path for path, _ in chain.from_iterable(parts.values())]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise MisconfigurationException(
-            f"{len(missing)} of the {len(paths)} images that {file} names are not in {images}, the first: "
-            f"{missing[0]}. Complete them, or is it another set's file?"
-        )
-
-
-# -- the two sets without one
+    split = json.loads(file.read_text(encoding="utf-8-sig"))
+    for part, key in _KEYS.items():
+        for path, label, name in split[key]:
+            if names.setdefault(label, name) != name:
+                raise ValueError(f"{file.name}: label {label} is both {names[label]!r} and {name!r}")
+            parts[part].append((images / path, label))
+    classes = [names[label] for label in range(len(names))]
+    return classes, [name.replace("_", " ") for name in classes], parts
 
 
 def _aircraft(images: Path) -> Labelled:
-    """FGVCAircraft, whose official parts CoOp takes."""
+    """Read FGVCAircraft, whose official parts CoOp takes."""
     classes = _lines(images.parent / "variants.txt")
     parts: Parts = {}
     for part, key in _KEYS.items():
-        file = images.parent / f"images_variant_{key}.txt"
         parts[part] = []
-        for line in _lines(file):
+        for line in _lines(images.parent / f"images_variant_{key}.txt"):
             number, _, name = line.partition(" ")
-            if name not in classes:
-                raise MisconfigurationException(f"{file}: {name!r} is not one of the classes in variants.txt")
             parts[part].append((images / f"{number}.jpg", classes.index(name)))
-        _check_there(file, images, {part: parts[part]})
-    return Labelled(classes, classes, parts)
+    return classes, classes, parts
 
 
-def _imagenet(folder: Path, images: Path) -> Labelled:
-    """ImageNet, tested on its validation images; what validates is drawn from train."""
-    classes = folders.class_folders(images / "train")
-    folders.check_same(images / "val", classes, folders.class_folders(images / "val"))
-    file = folder / "classnames.txt"
+def _imagenet(file: Path, images: Path) -> Labelled:
+    """Read ImageNet, tested on its validation images; what validates is drawn from train."""
     words = {}
     for line in _lines(file):
         name, _, word = line.partition(" ")
         words[name] = word
-    unnamed = [name for name in classes if not words.get(name)]
-    if unnamed:
-        raise MisconfigurationException(f"{file} has no name for {len(unnamed)} classes, the first: {unnamed[0]}")
-    parts: dict[str, list[Example]] = {}
-    for part, name in (("train", "train"), ("test", "val")):
-        parts[part] = folders.images_of(images / name, classes)
-    return Labelled(classes, [words[name] for name in classes], parts)
+    classes, parts = folders.read(images)
+    return classes, [words[name] for name in classes], parts
 
 
 def _lines(file: Path) -> list[str]:
-    """The lines of a text file that are not blank."""
-    if not file.is_file():
-        raise MisconfigurationException(f"split='coop': there is no {file}. {GUIDE} says where to get it")
+    """Return the lines of a text file that are not blank."""
     return [line.strip() for line in read_lines(file) if line.strip()]

@@ -1,8 +1,6 @@
 """FewShotData: K images of each class to train on, a few to validate, and all of the test part."""
 
 import hashlib
-import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +9,15 @@ from typing import Any, ClassVar, cast
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from recipes.clip import emoji
 from recipes.clip.images import image_files, readable
 from recipes.clip_fewshot import sources
 from recipes.clip_fewshot.batches import Images, InTurn, Stream, train_transform
 from recipes.clip_fewshot.folders import Example
-from recipes.clip_fewshot.prompts import Templates, class_names, prompts, templates_of
+from recipes.clip_fewshot.prompts import class_names, prompts
 from recipes.clip_fewshot.sources import Source, Split
 from recipes.shared.left_out import few
 from recipes.shared.parts import refuse_bad_settings, source_of, warn_of_training_data
@@ -31,7 +30,7 @@ ByClass = dict[int, list[Example]]
 class FewShotData(ResumableData):
     """Few-shot classification of any images in folders, of CoOp's eleven data sets, or of the packaged emoji.
 
-    Which images are drawn depends on the seed and on their names alone, and the first K of a class are among its first
+    Which images are drawn depends only on the seed and on their names, and the first K of a class are among its first
     K + 1. One epoch is ``iterations_per_shot * shots`` optimizer steps, whatever the number of devices and however many
     batches a step accumulates.
 
@@ -39,13 +38,10 @@ class FewShotData(ResumableData):
         dataset: a folder with one folder for each class, or with folders train, test and perhaps validation that hold
             these; or caltech101, dtd, eurosat, fgvc_aircraft, flowers102, food101, imagenet, oxford_pets,
             stanford_cars, sun397, ucf101, packaged:emoji.
-        root: folder of CoOp's or torchvision's data sets.
-        download: fetch the images by torchvision if its copy is not there; it has all sets except imagenet,
-            stanford_cars and ucf101.
-        split: "official", the parts that torchvision's copy or your folders come in; "seeded" divides all images into
-            50 % train, 20 % validation and 30 % test of each class, as is always done where they come in no parts
-            (caltech101, eurosat, sun397, and folders of classes); "coop", the parts of CoOp's split files, which are
-            those of published few-shot results.
+        root: folder of CoOp's data sets.
+        split: "official", the parts that your folders come in, and for CoOp's data sets those of its split files, which
+            published few-shot results use; "seeded" divides all images into 50 % train, 20 % validation and 30 % test
+            of each class, as is always done with a folder of classes.
         split_seed: of that division; not of the shots.
         shots: images of each class to train on.
         validation_shots: images of each class for validation, from the validation part, or, where there is none, from
@@ -54,11 +50,10 @@ class FewShotData(ResumableData):
         batch_size: images of a batch on each device.
         iterations_per_shot: optimizer steps for each shot.
         eval_batch_size: images of a batch in evaluation and prediction.
-        templates: a text with {} for the class's name, or several; "coop" for CoOp's own of this data set; None for "a
-            photo of a {}.". The first is the one to train with where the text tower
-            is adapted.
-        class_names: words for each class, as a mapping from the data's own names, or a JSON file with one; None takes
-            the data set's, or makes the folders' names readable.
+        templates: a text with {} for the class's name, or several. If the text tower is adapted, training reads the
+            first. The default is CLIP-LoRA's, for every data set.
+        class_names: words for classes, by the data's own names; for the others CoOp's names, or the folders' names made
+            readable.
         crop_scale: smallest and largest share of an image's area that a random crop keeps in training.
         flip: probability of a horizontal flip in training.
         skip_unreadable: leave unreadable images out, and say how many and which, instead of an error.
@@ -72,7 +67,6 @@ class FewShotData(ResumableData):
 
     dataset: str | None = None
     root: str = "data"
-    download: bool = False
     split: Split = "official"
     split_seed: int = 0
     shots: int = 4
@@ -81,8 +75,8 @@ class FewShotData(ResumableData):
     batch_size: int = 32
     iterations_per_shot: int = 500
     eval_batch_size: int = 100
-    templates: Templates = None
-    class_names: dict[str, str] | str | None = None
+    templates: str | list[str] = "a photo of a {}."
+    class_names: dict[str, str] | None = None
     crop_scale: tuple[float, float] = (0.08, 1.0)
     flip: float = 0.5
     skip_unreadable: bool = False
@@ -93,21 +87,24 @@ class FewShotData(ResumableData):
 
     def __post_init__(self) -> None:
         super().__init__()
-        positive = dict.fromkeys(("shots", "batch_size", "iterations_per_shot", "eval_batch_size"), 1)
-        refuse_bad_settings(self, {**positive, "num_workers": 0, "seed": 0}, more=_problems(self))
+        least = dict.fromkeys(("shots", "batch_size", "iterations_per_shot", "eval_batch_size"), 1)
+        least |= dict.fromkeys(("validation_shots", "num_workers", "seed"), 0)
+        missing = ["dataset: give a folder with one folder for each class, or the name of a data set"]
+        refuse_bad_settings(self, least, more=missing if self.dataset is None else [])
         self.parts: dict[str, list[Example]] = {}
         self.classes: list[str] = []
         self.prompts: list[list[str]] = []
 
     @override
     def prepare_data(self) -> None:
-        sources.fetch(str(self.dataset), self.root, self.download)
+        if self.dataset == sources.EMOJI:
+            emoji.prepare()
 
     @override
     def setup(self, stage: str) -> None:
         source = sources.load_source(str(self.dataset), self.root, self.split, self.split_seed)
-        self.classes = class_names(source.classes, _mapping(self.class_names), str(self.dataset), source.names)
-        self.prompts = prompts(self.classes, templates_of(str(self.dataset), self.templates))
+        self.classes = class_names(source, self.class_names)
+        self.prompts = prompts(self.classes, self.templates)
         if stage == "predict":
             self.parts["predict"] = self._images_to_predict()
             return
@@ -168,36 +165,30 @@ class FewShotData(ResumableData):
 
 
 def warn_of_equal_images(parts: Mapping[str, Sequence[Example]]) -> None:
-    """Warn of files with the same bytes in training and in another part, or in two classes.
+    """Warn of files with the same bytes in training and in another part.
 
     Args:
         parts: "train" and others.
     """
-    digests, labels = defaultdict(list), defaultdict(set)
+    digests = {}
     for part, examples in parts.items():
-        for path, label in examples:
-            digest = hashlib.sha256(path.read_bytes()).digest()
-            digests[part].append(digest)
-            labels[digest].add(label)
+        digests[part] = [hashlib.sha256(path.read_bytes()).digest() for path, _ in examples]
     for part in parts.keys() - {"train"}:
         warn_of_training_data(part, digests[part], digests["train"], "images")
-    ambiguous = sum(len(found) > 1 for found in labels.values())
-    if ambiguous:
-        rank_zero_warn(f"{ambiguous} images are in several classes, with the same bytes: leave each in one of them")
 
 
 def few_shots(
     source: Source, shots: int, validation_shots: int | None, seed: int, skip_unreadable: bool = False
 ) -> tuple[list[Example], list[Example]]:
-    """The images to train on and to validate with, in the order of their classes.
+    """Draw the images to train on and to validate with, in the order of their classes.
 
     Args:
         source: the data.
         shots: images of each class to train on.
         validation_shots: images of each class to validate with: from the validation part, or else from what train has
-            beside the shots; None is min(shots, 4), or as many as every class has.
+            left besides the shots; None is min(shots, 4), or as many as every class has.
         seed: of the draw.
-        skip_unreadable: draw another image instead of an unreadable one, where an error would be raised otherwise.
+        skip_unreadable: draw another image instead of an unreadable one, for which an error would be raised otherwise.
 
     Raises:
         MisconfigurationException: a class has too few images, or an image can't be read.
@@ -225,7 +216,7 @@ def few_shots(
 
 
 def _pools(source: Source, shots: int, seed: int, broken: set[Path]) -> tuple[ByClass, ByClass, str]:
-    """Of each class in the order of the draw: what to train on, what to validate with, and where the latter is from."""
+    """Return what each class has to train on and to validate with, in the order of the draw, and the latter's part."""
 
     def drawn(part: str) -> ByClass:
         examples = sources.in_order(source.parts[part], seed)
@@ -248,24 +239,3 @@ def _check_counts(source: Source, by_label: ByClass, part: str, argument: str, n
             f"{argument}={needed}, and so have {len(few) - 1} other classes. Lower {argument}, add images, or divide "
             "them again with split=seeded"
         )
-
-
-def _mapping(names: Mapping[str, str] | str | None) -> Mapping[str, str] | None:
-    """class_names as a mapping; a text is the name of a JSON file with one."""
-    if not isinstance(names, str):
-        return names
-    try:
-        return dict(json.loads(Path(names).expanduser().read_text(encoding="utf-8-sig")))
-    except (OSError, TypeError, ValueError) as error:
-        raise MisconfigurationException(
-            f"class_names={names!r} can't be read as a JSON file of {{CLASS: NAME, ...}}: {error}"
-        ) from error
-
-
-def _problems(data: FewShotData) -> list[str]:
-    problems = []
-    if data.dataset is None:
-        problems.append("dataset: give a folder with one folder for each class, or the name of a data set")
-    if data.validation_shots is not None and data.validation_shots < 0:
-        problems.append(f"validation_shots must be null or an integer >= 0, got {data.validation_shots!r}")
-    return problems

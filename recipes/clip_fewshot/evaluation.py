@@ -1,9 +1,8 @@
 """What validation and test measure, and the confusion matrix as a picture."""
 
 import json
-from collections import Counter
+import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import lightning as L
 from matplotlib.figure import Figure
@@ -15,7 +14,7 @@ from torchmetrics.classification import (
     MulticlassConfusionMatrix,
 )
 
-from recipes.shared.files import set_aside
+from recipes.shared.files import set_aside, write_whole
 from recipes.shared.predictions import run_folder
 
 _ANNOTATED = 30  # classes up to which the picture has numbers in its cells
@@ -42,56 +41,11 @@ class Evaluation(MetricCollection):
         super().__init__(metrics)  # type: ignore[arg-type]
 
     def take(self) -> tuple[dict[str, Tensor], Tensor]:
-        """The scalars by name, and the confusion matrix; forgets what it has seen. Every rank has to call it."""
+        """Return the scalars by name, and the confusion matrix; forget what was seen. Every rank has to call it."""
         values = self.compute()
         self.reset()
         confusion = values.pop("confusion")
         return values, confusion
-
-
-def class_accuracies(confusion: Tensor, classes: Sequence[str]) -> dict[str, float]:
-    """Each class's accuracy, by name; classes without an example are left out. One name of several gets its number.
-
-    Example:
-        >>> import torch
-        >>> class_accuracies(torch.tensor([[3, 1], [0, 0]]), ["cat", "dog"])
-        {'cat': 0.75}
-    """
-    totals = confusion.sum(dim=1)
-    times = Counter(classes)  # two classes of ImageNet are called "missile"
-    accuracies = {}
-    for i, name in enumerate(classes):
-        if totals[i].item() > 0:
-            key = name if times[name] == 1 else f"{name} (class {i})"
-            accuracies[key] = round((confusion[i, i] / totals[i]).item(), 6)
-    return accuracies
-
-
-def plot_confusion(confusion: Tensor, classes: Sequence[str], path: Path, title: str) -> None:
-    """Write a confusion matrix as a PNG: each row is a class's images, as shares of them.
-
-    Args:
-        confusion: (classes, classes), counts.
-        classes: names.
-        path: of the picture.
-        title: above it.
-    """
-    shares = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    number = len(classes)
-    size = min(4 + 0.25 * number, 22)
-    figure = Figure(figsize=(size, size), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(shares.cpu().numpy(), vmin=0, vmax=1, cmap="Blues", alpha=0.6)  # so pale that numbers can be read
-    axes.set(xlabel="predicted", ylabel="true class", title=title)
-    if number <= _NAMED:
-        names = [name.replace("$", r"\$") for name in classes]  # between two of them Matplotlib reads a formula
-        axes.set_xticks(range(number), names, rotation=90)
-        axes.set_yticks(range(number), names)
-    if number <= _ANNOTATED:
-        for row, column in confusion.nonzero().tolist():
-            axes.text(column, row, str(int(confusion[row, column])), ha="center", va="center", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
 
 
 def write_evaluation(
@@ -105,9 +59,52 @@ def write_evaluation(
     folder = run_folder(trainer)
     if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
         return
-    for file in (folder / f"{name}_confusion.png", folder / f"{name}.json"):
+    folder.mkdir(parents=True, exist_ok=True)
+    scores, picture = folder / f"{name}.json", folder / f"{name}_confusion.png"
+    for file in (scores, picture):
         set_aside(file)
-    plot_confusion(confusion, classes, folder / f"{name}_confusion.png", f"{name}: accuracy {values['accuracy']:.3f}")
-    scalars = {key: value.item() for key, value in values.items()}
-    each = class_accuracies(confusion, classes)
-    (folder / f"{name}.json").write_text(json.dumps({**scalars, "accuracy_of_class": each}, indent=2) + "\n")
+    result: dict[str, object] = {key: value.item() for key, value in values.items()}
+    shares = confusion / confusion.sum(dim=1, keepdim=True)  # nan of a class without an example
+    result["accuracy_of_class"] = class_accuracies(shares.diagonal().tolist(), classes)
+    write_whole(scores, json.dumps(result, indent=2) + "\n")
+    figure = confusion_figure(confusion, shares.nan_to_num(), classes)
+    figure.suptitle(f"{name}: accuracy {values['accuracy']:.3f}")
+    figure.savefig(picture, dpi=110)
+
+
+def confusion_figure(confusion: Tensor, shares: Tensor, classes: Sequence[str]) -> Figure:
+    """Draw a confusion matrix, each row of which is a class's images.
+
+    Args:
+        confusion: (classes, classes), counts.
+        shares: (classes, classes), of each row.
+        classes: names.
+    """
+    number = len(classes)
+    size = min(4 + 0.25 * number, 22)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares.cpu().numpy(), vmin=0, vmax=1, cmap="Blues", alpha=0.6)  # so pale that numbers can be read
+    axes.set(xlabel="predicted", ylabel="true class")
+    if number <= _NAMED:
+        names = [name.replace("$", r"\$") for name in classes]  # between two of them Matplotlib reads a formula
+        axes.set_xticks(range(number), names, rotation=90)
+        axes.set_yticks(range(number), names)
+    if number <= _ANNOTATED:
+        for row, column in confusion.nonzero().tolist():
+            axes.text(column, row, str(int(confusion[row, column])), ha="center", va="center", fontsize=8)
+    return figure
+
+
+def class_accuracies(accuracies: Sequence[float], classes: Sequence[str]) -> dict[str, float]:
+    """Return each class's accuracy by its name; classes without an example, whose accuracy is nan, are left out.
+
+    Example:
+        >>> class_accuracies([0.75, float("nan"), 1.0, 0.5], ["cat", "dog", "missile", "missile"])
+        {'cat': 0.75, 'missile': 1.0, 'missile (class 3)': 0.5}
+    """
+    by_name = {}
+    for i, (name, accuracy) in enumerate(zip(classes, accuracies, strict=True)):
+        if not math.isnan(accuracy):
+            by_name[f"{name} (class {i})" if name in by_name else name] = round(accuracy, 6)
+    return by_name

@@ -27,8 +27,8 @@ class FewShot(ClipModule):
     """CLIP with LoRA as a classifier of images by texts.
 
     A class's features are, in evaluation, the mean of its texts' normalized features, normalized again. Training uses
-    the same, computed once, where the text tower is frozen; where it is adapted, every step encodes the first text of
-    each class anew. The logits are the cosine similarities times the model's own scale, which stays frozen.
+    the same, computed once, if the text tower is frozen; if it is adapted, every step encodes the first text of each
+    class again. The logits are the cosine similarities times the model's own scale, which stays frozen.
 
     Args:
         model: see :class:`recipes.clip.module.ClipModule`.
@@ -100,13 +100,13 @@ class FewShot(ClipModule):
         return {**super().must_fit(), "classes": self.classes}
 
     def _tokens(self) -> Tensor:
-        """The prompts' token ids (classes, templates, context)."""
+        """Return the prompts' token ids (classes, templates, context)."""
         texts = list(chain.from_iterable(self.prompts))
         tokens = tokenize(texts, self.clip.tokenizer, self._base().context_length)
         return tokens.view(len(self.prompts), -1, tokens.shape[1])
 
     def _base(self) -> Any:
-        """The open_clip model inside."""
+        """Return the open_clip model inside."""
         return self.net.get_base_model()
 
     @override
@@ -115,7 +115,7 @@ class FewShot(ClipModule):
 
     @override
     def loss(self, batch: Batch) -> Tensor:
-        """Cross entropy of the classes, in nats; logged as ``train_loss``, beside ``train_accuracy``."""
+        """Return the cross entropy of the classes, in nats; logged as ``train_loss``, with ``train_accuracy``."""
         if self._trains_text:
             self._class_features = None  # which this step will change
             features = self._encode_texts(self.tokens[:, 0])
@@ -129,11 +129,11 @@ class FewShot(ClipModule):
         return loss
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Of each class for each image, (n, classes), from all texts of the classes."""
+        """Return the probability of each class for each image, (n, classes), from all texts of the classes."""
         return self._logits(images, self.class_features()).softmax(dim=1)
 
     def class_features(self) -> Tensor:
-        """Every class's mean over its texts, normalized, (classes, d); kept until a step of training changes it."""
+        """Return every class's mean over its texts, normalized, (classes, d); it is kept until a training step."""
         if self._class_features is None:
             # Not in inference mode, whose tensors training could not use: with a frozen text tower it takes them over.
             with torch.inference_mode(False), torch.no_grad():

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from recipes.clip_fewshot.evaluation import write_evaluation
-from recipes.clip_fewshot.module import FewShot
 from recipes.shared.files import set_aside, write_whole
 from recipes.shared.ledger import commit
 from recipes.shared.predictions import run_folder
@@ -20,7 +19,7 @@ from recipes.shared.step_times import StepTimes
 
 
 class Protocol(StepTimes):
-    """Test before the first step and after the last, inside of `fit`, where every strategy has its model in place.
+    """Test before the first step and after the last, inside of `fit`, in which every strategy has its model set up.
 
     Logs ``zero_shot_accuracy`` and the others, and ``test_...`` with the last step's weights; leaves in the run's
     folder ``zero_shot.json``, ``test.json`` and their confusion matrices, and ``result.json``, which sums the run up. A
@@ -83,7 +82,7 @@ class Protocol(StepTimes):
 
 
 def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
-    """Metrics of the test part with the weights of the moment; every rank has to call it, in training.
+    """Return the metrics of the test part with the weights of the moment; every rank has to call it, in training.
 
     A fast_dev_run takes as few batches as it takes of all else.
 
@@ -91,8 +90,8 @@ def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
         trainer: in whose `fit` this happens.
         name: before the logged metrics' names, and of the files.
     """
-    module, data, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy  # type: ignore[attr-defined]
-    assert isinstance(module, FewShot)
+    module: Any = trainer.lightning_module
+    data, strategy = trainer.datamodule, trainer.strategy  # type: ignore[attr-defined]
     # Of each part, since frozen batch norms are in evaluation mode while the rest trains.
     training = {part: part.training for part in module.modules()}
     module.eval()
@@ -102,7 +101,7 @@ def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
     with torch.no_grad():
         for number, batch in enumerate(shown):
             # Through the strategy, whose wrapped model gathers what is sharded; trainer.test would set all up
-            # anew in the middle of fit.
+            # again in the middle of fit.
             strategy.test_step(strategy.batch_to_device(batch), number)
     values, confusion = module.metrics["test"].take()
     for part, mode in training.items():

@@ -1,6 +1,7 @@
-"""Where images come from: CoOp's data sets, torchvision's, folders, and the packaged emoji; in three parts."""
+"""Where images come from: CoOp's data sets, folders, and the packaged emoji; in three parts."""
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from typing import Literal
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip import emoji
-from recipes.clip_fewshot import coop, folders, torchvision_sets
-from recipes.clip_fewshot.folders import PARTS, Example, Found, Parts
+from recipes.clip_fewshot import coop, folders
+from recipes.clip_fewshot.folders import PARTS, Example, Parts
+from recipes.shared.left_out import few
 
 EMOJI = "packaged:emoji"
-Split = Literal["official", "seeded", "coop"]
+Split = Literal["official", "seeded"]
 _SHARES = (0.5, 0.2, 0.3)  # of train, validation and test in a seeded split: CoOp's
 
 
@@ -26,16 +28,16 @@ class Source:
     Attributes:
         name: of the data set.
         classes: as the data call them; a label is an index of this list.
-        parts: (path, label) of "train", "test" and, where there is one, "validation".
+        names: words for the classes.
+        parts: (path, label) of "train", "test" and, if there is one, "validation".
         note: how the parts came about.
-        names: words for the classes, where they come with the data.
     """
 
     name: str
     classes: Sequence[str]
+    names: Sequence[str]
     parts: Parts
     note: str
-    names: Sequence[str] | None = None
 
 
 def load_source(dataset: str, root: str = "data", split: Split = "official", split_seed: int = 0) -> Source:
@@ -44,58 +46,46 @@ def load_source(dataset: str, root: str = "data", split: Split = "official", spl
     Args:
         dataset: a data set of CoOp's, "packaged:emoji", or a folder with one folder for each class, or with folders
             train, test and perhaps validation that hold these.
-        root: folder of CoOp's or torchvision's data sets.
-        split: the parts that the data come in, where they come in any; "seeded" divides all images again; "coop" takes
-            the parts of CoOp's split files.
+        root: folder of CoOp's data sets.
+        split: the parts that the data come in, if they come in any; "seeded" divides all images again.
         split_seed: of that division.
 
     Raises:
-        MisconfigurationException: missing files, class without images, or parts that differ in their classes.
+        MisconfigurationException: files are missing, or a class has no images in a part.
     """
-    names = None
-    if split == "coop":
+    if dataset in coop.SETS:
         classes, names, parts = coop.read(dataset, root)
-        note = "CoOp's parts"
     else:
-        classes, parts = _found(dataset, root)
-        note = "the parts that the data come in"
+        folder = emoji.prepare().target if dataset == EMOJI else Path(dataset).expanduser()
+        if not folder.is_dir():
+            raise MisconfigurationException(
+                f"dataset={dataset!r} is not a folder, and not one of {', '.join([*coop.SETS, EMOJI])}: name one of "
+                "these, or a folder with one folder for each class"
+            )
+        classes, parts = folders.read(folder)
+        names = [readable_name(name) for name in classes]
+    note, needed = "the parts that the data come in", list(parts)
     if split == "seeded" or "test" not in parts:
         parts = split_within_classes(list(chain.from_iterable(parts.get(part, []) for part in PARTS)), split_seed)
-        note = f"50/20/30 % of each class, divided by split_seed={split_seed}"
-    source = Source(dataset, classes, parts, note, names)
-    _check_classes(source)
+        note, needed = f"50/20/30 % of each class, divided by split_seed={split_seed}", ["train", "test"]
+    source = Source(dataset, classes, names, parts, note)
+    _check_classes(source, needed)
     return source
 
 
-def _found(dataset: str, root: str) -> Found:
-    if dataset == EMOJI:
-        return folders.read(str(emoji.prepare().target))
-    if dataset in torchvision_sets.SETS:
-        return torchvision_sets.read(dataset, root)
-    if dataset in coop.SETS:
-        raise MisconfigurationException(f"dataset={dataset!r} is read only in CoOp's parts: set split to coop")
-    if not Path(dataset).expanduser().is_dir():
-        raise MisconfigurationException(
-            f"dataset={dataset!r} is no folder, and not one of {', '.join([*coop.SETS, EMOJI])}: name one of these, or "
-            "a folder with one folder for each class"
-        )
-    return folders.read(dataset)
+def readable_name(folder: str) -> str:
+    """Return a class's name as words, from the name of its folder.
 
-
-def fetch(dataset: str, root: str, download: bool) -> None:
-    """Download a torchvision data set, or make the packaged one, unless it is there; on one process.
-
-    Raises:
-        MisconfigurationException: the download failed.
+    Example:
+        >>> readable_name("AnnualCrop"), readable_name("great_masterwort")
+        ('Annual Crop', 'great masterwort')
     """
-    if dataset == EMOJI:
-        emoji.prepare()
-    elif download and dataset in torchvision_sets.SETS:
-        torchvision_sets.download(dataset, root)
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder)
+    return re.sub(r"[_\s]+", " ", words).strip(" ?")
 
 
 def in_order(examples: Iterable[Example], seed: int) -> list[Example]:
-    """Shuffled by a hash of the seed and the last two parts of the path: the same on every machine.
+    """Return examples shuffled by a hash of the seed and the last two parts of the path: the same on every machine.
 
     An image's position among the others of its class does not depend on which others there are.
     """
@@ -109,7 +99,7 @@ def in_order(examples: Iterable[Example], seed: int) -> list[Example]:
 
 
 def by_class(examples: Iterable[Example]) -> dict[int, list[Example]]:
-    """The examples of each label, in their order."""
+    """Return the examples of each label, in their order."""
     by_label = defaultdict(list)
     for example in examples:
         by_label[example[1]].append(example)
@@ -117,7 +107,7 @@ def by_class(examples: Iterable[Example]) -> dict[int, list[Example]]:
 
 
 def split_within_classes(examples: Sequence[Example], seed: int) -> Parts:
-    """Half of each class for training, a fifth for validation, the rest for testing, drawn by the seed."""
+    """Draw half of each class for training, a fifth for validation, and the rest for testing, by the seed."""
     parts: Parts = {part: [] for part in PARTS}
     for _, members in sorted(by_class(examples).items()):
         shuffled = in_order(members, seed)
@@ -128,14 +118,15 @@ def split_within_classes(examples: Sequence[Example], seed: int) -> Parts:
     return parts
 
 
-def _check_classes(source: Source) -> None:
+def _check_classes(source: Source, needed: Sequence[str]) -> None:
     if len(source.classes) < 2:
-        raise MisconfigurationException(f"{source.name} has only the class {source.classes}: at least two are needed")
-    for part in ("train", "test"):
+        raise MisconfigurationException(
+            f"{source.name} has the classes {source.classes}: it needs two at least, each a folder with its images"
+        )
+    for part in needed:
         labels = {label for _, label in source.parts[part]}
         empty = [name for label, name in enumerate(source.classes) if label not in labels]
         if empty:
             raise MisconfigurationException(
-                f"{source.name}: class {empty[0]!r} has no image in {part} ({source.note}), nor have "
-                f"{len(empty) - 1} others: every class needs some in train and in test"
+                f"{source.name}: there are no images in {part} ({source.note}) of the classes {few(empty)}"
             )

@@ -93,8 +93,7 @@ def clip_fewshot(place: Path) -> Recipe:
         *options_of(tiny_clip(place / "tiny"), "eurosat"),
         "--model.init_args.learning_rate=0.01",
         f"--data.init_args.root={place}",
-        "--data.init_args.split=coop",
-        "--data.init_args.templates=coop",
+        "--data.init_args.templates=a centered satellite photo of {}.",
         "--data.init_args.eval_batch_size=3",
         f"--data.init_args.predict_folder={filled(place / 'images', 13)}",
     ]

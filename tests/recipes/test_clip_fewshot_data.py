@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.io
 import torch
 from clip_fewshot_runs import data_of, filled, picture
 from lightning.pytorch.trainer.states import TrainerFn
@@ -22,7 +21,6 @@ from recipes.clip_fewshot import sources
 from recipes.clip_fewshot.batches import Images, InTurn, Stream
 from recipes.clip_fewshot.data import FewShotData, few_shots
 from recipes.clip_fewshot.folders import PARTS
-from recipes.clip_fewshot.prompts import class_names
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
@@ -50,37 +48,19 @@ def test_folders_of_parts_are_taken_as_they_are(names: tuple[str, ...], tmp_path
     assert [len(pooled.parts[part]) for part in PARTS] == [15, 6, 9]
 
 
-def test_folders_that_are_no_part_are_named(tmp_path: Path) -> None:
-    for part in ("train", "dev", "test", "unsorted"):
-        filled(tmp_path / part, 2)
-    with pytest.warns(UserWarning, match="the folders unsorted are no part and are left out"):
-        source = sources.load_source(str(tmp_path))
-    assert all(path.parts[-3] == "dev" for path, _ in source.parts["validation"])
-
-
-def test_classes_are_printed_and_folders_within_them_questioned(tmp_path: Path, caplog: Any) -> None:
-    for seed, (name, i) in enumerate(
-        product(("animal/cat", "animal/dog", "plant/rose", "stone", "stone/odd"), range(4))
-    ):
-        picture(tmp_path / "mine" / name / f"{i}.png", (20 * i, 0, 99), seed)
-    nested = r"folders within one class: animal \(cat, dog\). If these are the classes, move them up"
-    with pytest.warns(UserWarning, match=nested), caplog.at_level(logging.INFO):
-        data_of(tmp_path / "mine", shots=1).setup("fit")
+def test_classes_are_printed_and_images_may_be_in_folders_within_them(tmp_path: Path, caplog: Any) -> None:
+    for seed, (name, i) in enumerate(product(("animal/cat", "plant/rose", "stone", "stone/odd"), range(4))):
+        picture(tmp_path / name / f"{i}.png", (20 * i, 0, 99), seed)
+    with caplog.at_level(logging.INFO):
+        data_of(tmp_path, shots=1).setup("fit")
     assert "3 classes, animal, plant, stone; images" in caplog.text
 
 
-def test_equal_images_in_two_parts_or_classes_are_counted(tmp_path: Path) -> None:
-    for part in ("train", "test"):
-        filled(tmp_path / part, 3)
-    for number, part in enumerate(("train", "test")):
-        for i in range(3):  # the green ones of the test are the red ones of the training
-            picture(tmp_path / part / "red" / f"{i:02d}.png", (9, 99, 99), seed=number * 1000 + i)
-            picture(tmp_path / part / "green" / f"{i:02d}.png", (9, 99, 99), seed=2000 * (1 - number) + i)
-            picture(tmp_path / part / "blue_grey" / f"{i:02d}.png", (99, 9, 99), seed=number * 1000 + i)
-    with (
-        pytest.warns(UserWarning, match="test: 3 of 9 images are in the training split too"),
-        pytest.warns(UserWarning, match="3 images are in several classes, with the same bytes"),
-    ):
+def test_equal_images_in_two_parts_are_counted(tmp_path: Path) -> None:
+    filled(tmp_path / "train", 3)
+    filled(tmp_path / "test", 3)
+    picture(tmp_path / "test" / "red" / "00.png", (9, 99, 99), seed=5)
+    with pytest.warns(UserWarning, match="test: 8 of 9 images are in the training split too"):
         data_of(tmp_path, shots=3).setup("fit")
 
 
@@ -94,7 +74,7 @@ def test_a_checkpoint_is_not_tested_on_another_division_of_its_images(options: d
         data._refuse_trained_rows(FewShotData("./mine")._trained_on())
 
 
-def test_links_are_followed_once_and_all_endings_of_images_count(tmp_path: Path) -> None:
+def test_links_are_followed_and_the_common_endings_of_images_count(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     for name in ("a.png", "deep/b.gif", "deep/c.jfif"):
         picture(elsewhere / name, (255, 0, 0), seed=0)
@@ -104,8 +84,6 @@ def test_links_are_followed_once_and_all_endings_of_images_count(tmp_path: Path)
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "linked").symlink_to(elsewhere)
-    (elsewhere / "round").symlink_to(folder)
-    (elsewhere / "deep" / "up").symlink_to("..")  # with a second way up there is no end of paths
     found = [str(path.relative_to(folder)) for path in image_files(folder)]
     assert found == ["linked/a.png", "linked/deep/b.gif", "linked/deep/c.jfif", "linked/deep/d.heic"]
     with pytest.raises(MisconfigurationException, match=r"1 of 4 images can't be read: .*d.heic"):
@@ -118,26 +96,13 @@ def test_a_message_does_not_hold_an_image_that_was_given_as_its_name() -> None:
     assert len(str(raised.value)) < 1000
 
 
-def test_grey_of_16_bits_is_scaled_and_32_bits_are_refused(tmp_path: Path) -> None:
-    values = np.linspace(0, 65535, 16, dtype=np.uint16).reshape(4, 4)
-    Image.fromarray(values).save(tmp_path / "wide.png")
-    read = np.asarray(read_image(tmp_path / "wide.png"))
-    assert np.abs(read[..., 0] - values / 257).max() <= 1
-    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(MisconfigurationException, match=r"float.tif can't be read .* 32 bits a value \(mode F\)"):
-        read_image(tmp_path / "float.tif")
-    with pytest.raises(MisconfigurationException, match="32 bits a value"):
-        readable([tmp_path / "float.tif"])
-
-
-@pytest.mark.parametrize("ending", ["png", "tif"])
-def test_twelve_bits_in_16_are_warned_of(ending: str, tmp_path: Path) -> None:
-    values = np.linspace(0, 4095, 16, dtype=np.uint16).reshape(4, 4)
-    path = tmp_path / f"grey.{ending}"
-    Image.fromarray(values).save(path)
-    with pytest.warns(UserWarning, match="only values that fit into 12, .* scale such images"):
-        image = read_image(path)
-    assert max(image.tobytes()) == 15
+@pytest.mark.parametrize(("kind", "name"), [(np.uint16, "wide.png"), (np.float32, "float.tif")])
+def test_more_than_8_bits_are_refused(kind: Any, name: str, tmp_path: Path) -> None:
+    Image.fromarray(np.ones((4, 4), kind)).save(tmp_path / name)
+    with pytest.raises(MisconfigurationException, match=f"{name} can't be read .* more than 8 bits per channel"):
+        read_image(tmp_path / name)
+    with pytest.raises(MisconfigurationException, match="more than 8 bits per channel"):
+        readable([tmp_path / name])
 
 
 def test_an_image_is_turned_as_its_camera_says(tmp_path: Path) -> None:
@@ -191,90 +156,6 @@ def test_an_unreadable_image_is_named_or_another_is_drawn(images: Path, tmp_path
         read_image(victim)
 
 
-# -- torchvision's data sets, as their archives lie on the disk
-
-
-def numbered(pattern: str, names: tuple[str, ...], numbers: range) -> list[str]:
-    return [pattern.format(name, number) for name, number in product(names, numbers)]
-
-
-def dtd_files() -> dict[str, str]:
-    files = {}
-    for part, number in (("train", 1), ("val", 2), ("test", 3)):
-        names = [f"{name}/{name}_{part}{i}.jpg" for name, i in product(("banded", "dotted"), range(number))]
-        files |= {f"dtd/dtd/labels/{part}1.txt": "\n".join(names)}
-        files |= {f"dtd/dtd/images/{name}": "" for name in names}
-    return files
-
-
-def pets(first: int) -> str:
-    lines = [f"Abyssinian_{first} 1", f"Abyssinian_{first + 1} 1", f"great_dane_{first} 2", f"great_dane_{first + 1} 2"]
-    return "".join(f"{line} 1 1\n" for line in lines)
-
-
-AIRCRAFT = "fgvc-aircraft-2013b/data"
-CALTECH = ("BACKGROUND_Google", "Faces", "Faces_easy", "airplanes", "sea_horse")
-FOOD = '{{"apple_pie": ["apple_pie/{0}"], "waffles": ["waffles/{0}", "waffles/9"]}}'
-# Of each set: files with their texts; how many images each part has; the names of its classes; and an image with the
-# number of its class.
-TORCHVISION: dict[str, tuple[dict[str, str], list[int], list[str], tuple[str, int]]] = {
-    "eurosat": (
-        dict.fromkeys(numbered("eurosat/2750/{0}/{0}_{1}.jpg", ("AnnualCrop", "SeaLake"), range(10)), ""),
-        [10, 4, 6], ["Annual Crop Land", "Sea or Lake"], ("eurosat/2750/SeaLake/SeaLake_3.jpg", 1),
-    ),
-    "dtd": (dtd_files(), [2, 4, 6], ["banded", "dotted"], ("dtd/dtd/images/dotted/dotted_test0.jpg", 1)),
-    "oxford_pets": (
-        {f"oxford-iiit-pet/annotations/{part}.txt": pets(first) for part, first in (("trainval", 11), ("test", 1))}
-        | {"oxford-iiit-pet/images/x.jpg": ""},
-        [4, 0, 4], ["Abyssinian", "Great Dane"], ("oxford-iiit-pet/images/great_dane_1.jpg", 1),
-    ),
-    "caltech101": (
-        dict.fromkeys(numbered("caltech101/101_ObjectCategories/{}/image_{:04d}.jpg", CALTECH, range(1, 5)), ""),
-        [6, 3, 3], ["face", "airplane", "sea horse"],
-        ("caltech101/101_ObjectCategories/sea_horse/image_0004.jpg", 2),
-    ),
-    "food101": (
-        {f"food-101/meta/{part}.json": FOOD.format(number) for part, number in (("train", 1), ("test", 7))}
-        | {"food-101/images/x.jpg": ""},
-        [3, 0, 3], ["apple pie", "waffles"], ("food-101/images/waffles/7.jpg", 1),
-    ),
-    "fgvc_aircraft": (
-        {f"{AIRCRAFT}/images_variant_{part}.txt": f"{part} DC-9-30\n2 707-320\n" for part in ("train", "val", "test")}
-        | {f"{AIRCRAFT}/variants.txt": "707-320\nDC-9-30\n"},
-        [2, 2, 2], ["707-320", "DC-9-30"], (f"{AIRCRAFT}/images/val.jpg", 1),
-    ),
-    "sun397": (
-        dict.fromkeys(numbered("SUN397/{}/sun_{}.jpg", ("a/abbey", "a/apartment_building/outdoor"), range(10)), "")
-        | {"SUN397/ClassName.txt": "/a/abbey\n/a/apartment_building/outdoor\n"},
-        [10, 4, 6], ["abbey", "outdoor apartment building"], ("SUN397/a/apartment_building/outdoor/sun_7.jpg", 1),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("dataset", TORCHVISION)
-def test_torchvisions_data_sets(dataset: str, tmp_path: Path) -> None:
-    files, counts, names, (image, label) = TORCHVISION[dataset]
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    source = sources.load_source(dataset, str(tmp_path))
-    assert [len(source.parts.get(part, [])) for part in PARTS] == counts
-    assert class_names(source.classes, None, dataset) == names
-    assert (tmp_path / image, label) in chain.from_iterable(source.parts.values())
-
-
-def test_flowers102(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tmp_path / "flowers-102"
-    (base / "jpg").mkdir(parents=True)
-    parts = {"trnid": range(1, 103), "valid": range(103, 205), "tstid": range(205, 307)}
-    scipy.io.savemat(base / "imagelabels.mat", {"labels": np.tile(np.arange(1, 103), 3)})
-    scipy.io.savemat(base / "setid.mat", {name: np.array(ids) for name, ids in parts.items()})
-    monkeypatch.setattr("torchvision.datasets.Flowers102._check_integrity", lambda self: True)  # compares checksums
-    source = sources.load_source("flowers102", str(tmp_path))
-    assert source.parts["validation"][1] == (base / "jpg" / "image_00104.jpg", 1)
-    assert class_names(source.classes, None, "flowers102")[1] == "hard-leaved pocket orchid"
-
-
 # -- batches
 
 
@@ -300,7 +181,7 @@ def test_ranks_share_what_one_rank_would_see() -> None:
         turns = [list(InTurn(23, 4, ranks, rank)) for rank in range(ranks)]
         assert len({len(turn) for turn in turns}) == 1
         batches = chain.from_iterable(zip(*turns, strict=True))
-        assert [place for place, _ in chain.from_iterable(batches)] == [*range(23)]
+        assert [index for index, _ in chain.from_iterable(batches)] == [*range(23)]
 
 
 def test_augmentation_depends_on_seed_and_draw_alone(images: Path) -> None:
