@@ -111,7 +111,7 @@ def test_manual_optimization(tmp_path: Path, name: str) -> None:
         (lambda: RandomPerturbation(0.1, seed=-1), "seed must be an integer >= 0, got -1"),
         (lambda: BalancednessRegularization(None), "alpha must be a finite number >= 0 or a RhoSchedule, got None"),
         (lambda: BalancednessRegularization(1, "xBAR"), "kind must be 'nBAR' or 'oBAR', got 'xBAR'"),
-        (lambda: BalancednessRegularization(-1, 3, adapter_name=2), "BalancednessRegularization: 3 problems"),
+        (lambda: BalancednessRegularization(-1, 3), "BalancednessRegularization: 2 problems"),
         (lambda: BiLoRA(0.1, step_size=0), "BiLoRA: step_size must be a finite number > 0, got 0"),
         (lambda: BiLoRA(0.1, step_size=float("inf")), "step_size must be a finite number > 0, got inf"),
         (lambda: BiLoRA(0.1, rank=0), "rank must be an integer >= 1, got 0"),
