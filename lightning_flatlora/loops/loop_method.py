@@ -172,8 +172,7 @@ class LoopMethod:
             self._lacks_state = False
             rank_zero_warn(
                 f"the optimizer has taken steps that {self.method.title} has no state of: its perturbation and count "
-                "start here. To continue a run, make it before the optimizer's state is loaded, or call "
-                "load_state_dict()"
+                "start here. To resume a run, make it before the optimizer's state is loaded, or call load_state_dict()"
             )
 
     # -- the optimizer's step

@@ -67,6 +67,12 @@ class BPerturbationStep(StepMethod):
 class FMLoRAStep(BPerturbationStep, TwoPassStep):
     """Two passes per step: E from the gradient of the first, at the clean B, and the step's gradient at B + E."""
 
+    # By the pairs' flags only: it is asked in each step.
+    @property
+    @override
+    def takes_ascent(self) -> bool:
+        return self.perturbation.learns and self.refreshes and self.current_rho > 0
+
     @override
     def perturb(self) -> AbstractContextManager[None]:
         self.perturbation.assign(self.perturbation.ascend(self.current_rho, at_perturbed=False))
