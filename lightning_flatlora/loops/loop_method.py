@@ -67,7 +67,8 @@ class LoopMethod:
         self._received = ReceivedGradients()
         self._steps_within = 0
         # Said when the count is first used, since load_state_dict() may still come.
-        self._lacks_state = optimizers.has_stepped(inner)
+        # Adagrad has a state from the start, and counts steps in it.
+        self._lacks_state = any(bool(state.get("step", 1) != 0) for state in inner.state.values())
         method.horizon = math.inf if total_steps is None else total_steps
         method.is_skipped_on_overflow = True  # a loop does not say whether a scaler skips steps
         self.look_again()

@@ -32,12 +32,6 @@ def parameters_of(*optimizers: Optimizer) -> list[nn.Parameter]:
     return list(chain.from_iterable(group["params"] for group in groups))
 
 
-def has_stepped(optimizer: Optimizer) -> bool:
-    """Say whether an optimizer has the state of steps, its own or loaded ones."""
-    # Adagrad has a state from the start, and counts steps in it.
-    return any(bool(state.get("step", 1) != 0) for state in optimizer.state.values())
-
-
 def only_makes_state(optimizer: Optimizer) -> bool:
     """Say whether the coming step is the one with a rate of 0 and zero gradients by which PyTorch makes a state.
 
