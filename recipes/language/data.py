@@ -13,8 +13,7 @@ from recipes.shared.parted_data import PartedData
 class TextData(PartedData):
     """A data module of texts that knows how long its texts are, so that a model which is too short is refused."""
 
-    longest_text = 0
-    longest_prompt = 0
+    longest_text = longest_prompt = 0
 
     def own_tokenizer(self, name: str | None) -> Any:
         """Load a tokenizer by its name or folder; None takes that of the module which is trained."""
