@@ -23,6 +23,8 @@ class TaskClassifier(RecipeModule):
         dropout: on the adapter's input.
     """
 
+    validation_step = None  # type: ignore[assignment]  # Lightning warns of one without data
+
     def __init__(self, encoder: CutEncoder, classes: int, learning_rate: float, dropout: float = 0.0) -> None:
         super().__init__(learning_rate, warmup_share=0.06)
         lora = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, lora_dropout=dropout, target_modules=["query", "value"])

@@ -79,6 +79,5 @@ def trained(settings: Settings, encoder: CutEncoder, seed: int, arm: str, config
         enable_progress_bar=False,
         **BARE,
     )
-    batches = training_batches(examples, encoder.states, settings.batch_size, settings.steps, seed)
-    trainer.fit(module, batches, val_dataloaders=[])
+    trainer.fit(module, training_batches(examples, encoder.states, settings.batch_size, settings.steps, seed))
     return module
