@@ -99,4 +99,6 @@ def _compared(settings: Settings) -> Settings:
     compared = {name: settings.get(name) for name in ("model", "data", "optimizer", "seed_everything")}
     methods = methods_of_run(settings)
     compared["trainer"] = {name: settings["trainer"].get(name) for name in _STEP_SETTINGS} | methods
-    return dict(dict_to_namespace(compared).items())
+    flat = dict_to_namespace(compared).items()
+    # What a run started from does not matter any more: its checkpoint holds all that it took over.
+    return {name: value for name, value in flat if not name.endswith(".start_from")}

@@ -1,12 +1,13 @@
 """The command line that all recipes share."""
 
 import sys
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import (
     ArgsType,
@@ -22,17 +23,22 @@ from typing_extensions import override
 
 from lightning_flatlora import Requeue
 from recipes.shared.checkpoints import LAST_IF_ANY, differing_settings, last_checkpoint, settings_of_run
-from recipes.shared.command_line import taken_apart
-from recipes.shared.configs import RECIPES, base_file, is_method, listed, methods_of
+from recipes.shared.command_line import refuse_unknown_fields, taken_apart
+from recipes.shared.configs import is_method, listed, methods_of, settings_help
 from recipes.shared.files import set_aside
 from recipes.shared.precision import fast_precision
 from recipes.shared.progress import progress_bar
+from recipes.shared.ranks import gathered
 from recipes.shared.taken import Settings
 from recipes.shared.training import RecipeModule
 
 
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of what is written before and after the options."""
+
+
 class ConfigSaver(SaveConfigCallback):
-    """Write the run's ``config.yaml``, and give another file of that name a new one first.
+    """Write the run's ``config.yaml``, if all ranks agree, and give another file of that name a new one first.
 
     A run that is resumed into its old folder finds one there, and a run without a logger writes where it was started,
     which may be where a user keeps a file of that name.
@@ -40,6 +46,12 @@ class ConfigSaver(SaveConfigCallback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        precisions = set(gathered(str(trainer.precision)))
+        if len(precisions) > 1:
+            raise MisconfigurationException(
+                f"the processes would compute in different precisions ({', '.join(sorted(precisions))}), since their "
+                "machines differ: give them one by --trainer.precision"
+            )
         path = Path(trainer.log_dir or "", self.config_filename)  # every rank has to ask
         if self.save_to_log_dir and not self.already_saved and trainer.is_global_zero:
             set_aside(path)
@@ -91,11 +103,8 @@ class RecipeCLI(LightningCLI):
     def _parser_settings(self) -> dict[str, Any]:
         """Return the settings of the parsers: no abbreviations, and a help that names the files of settings."""
         program = f"python -m recipes.{self._recipe}"
-        about = (
-            f"The settings of the model and the data, --model.NAME and --data.NAME, are explained in "
-            f"{base_file(self._recipe)}. Configurations for --config are next to it and in {RECIPES / 'configs'}."
-        )
-        common = {"allow_abbrev": False, "description": about}
+        about, files = settings_help(self._recipe)
+        common = {"allow_abbrev": False, "formatter_class": _HelpFormatter, "description": about, "epilog": files}
         described: dict[str, Any] = {**common, "prog": program}
         for command in self.subcommands():
             described[command] = {**common, "usage": f"{program} {command} [OPTION ...]"}
@@ -133,11 +142,7 @@ class RecipeCLI(LightningCLI):
         settings = self.config[self.subcommand] if self.subcommand else self.config
         self._set_rho(settings)
         self._choose_precision(settings.trainer)
-        lora = settings.model.get("init_args", {}).get("lora")
-        if isinstance(lora, dict) and isinstance(lora.get("modules_to_save"), str):  # peft would take its letters
-            raise MisconfigurationException(
-                f"lora: modules_to_save must be a list, such as [{lora['modules_to_save']}]"
-            )
+        refuse_unknown_fields(settings.model.get("init_args", {}).get("lora"))
         for logger in listed(settings.trainer.logger):
             arguments = getattr(logger, "init_args", {})
             if "name" in arguments and arguments["name"] is None:

@@ -5,9 +5,12 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig
 
 from recipes.shared.configs import base_file, is_method, method_file, methods_of
 from recipes.shared.taken import Settings
@@ -124,3 +127,21 @@ def names_method(recipe: str, arguments: Sequence[str]) -> bool:
     """Return whether arguments choose a method, by ``--method``, by its file, or among the callbacks."""
     line = taken_apart(recipe, arguments)
     return line.method is not None or line.gives_method()
+
+
+def refuse_unknown_fields(lora: Any) -> None:
+    """Refuse a misspelt field of an adapter before a model is loaded.
+
+    Args:
+        lora: fields of peft's LoraConfig, and on CLIP models where the adapter goes; anything else is left alone.
+
+    Raises:
+        MisconfigurationException: there is no such field, or a value that peft would misread.
+    """
+    fields = lora if isinstance(lora, dict) else {}
+    known = [field.name for field in dataclasses.fields(LoraConfig)]
+    unknown = sorted(fields.keys() - known - set(CLIP_FIELDS))
+    if unknown:
+        raise MisconfigurationException(f"lora: peft's LoraConfig has no {', '.join(unknown)}, only {', '.join(known)}")
+    if isinstance(fields.get("modules_to_save"), str):  # peft would take its letters
+        raise MisconfigurationException(f"lora: modules_to_save must be a list, such as [{fields['modules_to_save']}]")

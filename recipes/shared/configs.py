@@ -30,6 +30,20 @@ def methods_of(recipe: str) -> list[str]:
     return sorted(names)
 
 
+def settings_help(recipe: str) -> tuple[str, str]:
+    """Return texts for users: the settings of a recipe's model and data with defaults, and the files there are."""
+    base = base_file(recipe)
+    settings = base.read_text(encoding="utf-8").partition("\nmodel:")[2] if base.exists() else ""
+    files: list[Path] = []
+    for folder in (RECIPES / recipe, RECIPES / "configs"):
+        files += sorted(folder.rglob("*.yaml"))
+    names = "\n  ".join(map(str, files))
+    return (
+        f"Settings, given as --model.NAME and --data.NAME, with their defaults:\n\nmodel:{settings}",
+        f"Configurations for --config; base.yaml is read first:\n  {names}",
+    )
+
+
 def written_settings(saved: Path) -> dict[str, Any]:
     """Read all settings of a run, as LightningCLI has written them; empty if there are none.
 

@@ -3,6 +3,8 @@
 import math
 import reprlib
 from copy import deepcopy
+from itertools import dropwhile
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -27,6 +29,23 @@ Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 BARE: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 """Arguments of a Trainer for programs that keep what they need themselves."""
 _SCHEDULE = "--lr_scheduler"
+
+
+def refuse_paths_outside(checkpoint: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose savers name files that are not of its run, and which they would delete.
+
+    Raises:
+        MisconfigurationException: there is such a path.
+    """
+    paths: list[str] = []
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, dict):
+            paths += [str(value) for name, value in state.items() if str(name).endswith("_model_path")]
+            paths += map(str, state.get("best_k_models") or ())
+    for path in paths:
+        inner = dropwhile(lambda part: part == "..", Path(path).parts)
+        if ".." in inner or "://" in path:
+            raise MisconfigurationException(f"the checkpoint names another checkpoint of its run as {path!r}")
 
 
 class RecipeModule(L.LightningModule):
@@ -201,12 +220,13 @@ class RecipeModule(L.LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model or other classes, and resuming under another kind of schedule.
+        """Refuse a checkpoint of another model or other classes, resuming under another schedule, and paths outside.
 
         Raises:
             MisconfigurationException: it is such a checkpoint.
         """
         super().on_load_checkpoint(checkpoint)
+        refuse_paths_outside(checkpoint)
         if self._trainer is None:  # without a Trainer there are no data, and so no classes
             return
         now = self._all_that_must_fit()

@@ -111,7 +111,7 @@ def test_metrics_are_those_of_the_definitions() -> None:
 
 def run(command: str, method: str, model: str, images: Path, *options: str) -> Any:
     given = [*options_of(model, str(images)), "--trainer.accelerator=cpu", *options]
-    return RecipeCLI([command, *config_arguments("clip_fewshot", method), *given])
+    return RecipeCLI([command, *config_arguments("clip_fewshot", method), *given], recipe="clip_fewshot")
 
 
 def test_a_run_follows_the_protocol(tiny_clip: str, images: Path, tmp_path: Path) -> None:

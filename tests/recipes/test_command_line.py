@@ -10,7 +10,7 @@ from one_command import ParsingCLI, one_command
 from recipe_runs import config_arguments
 
 from recipes.shared.command_line import names_method
-from recipes.shared.configs import base_file, is_method, method_file
+from recipes.shared.configs import RECIPES, is_method, method_file
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
@@ -149,17 +149,28 @@ def test_an_abbreviation_is_no_option(capsys: pytest.CaptureFixture[str]) -> Non
     assert "unrecognized arguments: --ckpt" in capsys.readouterr().err
 
 
-def test_a_text_for_a_list_of_layers_is_refused() -> None:
-    """Peft would take its letters for names."""
-    with pytest.raises(MisconfigurationException, match=r"a list, such as \[lm_head\]"):
-        parsed("fit", "--model.lora.modules_to_save=lm_head")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("lora_alfa=3", "has no lora_alfa, only .*lora_alpha"),
+        ("modules_to_save=lm_head", r"a list, such as \[lm_head\]"),
+    ],
+)
+def test_a_wrong_field_of_lora_is_refused_before_anything_is_loaded(wrong: str, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        parsed("fit", f"--model.lora.{wrong}")
+    assert parsed("fit", "--model.lora.projections=[q]", recipe="clip_contrastive")
 
 
 # Help imports whatever may be an optimizer or a logger, also what lacks a library.
 @pytest.mark.filterwarnings("ignore")
-def test_help_names_the_file_of_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_the_settings_of_model_and_data_and_the_files(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parsed("fit", "--help", recipe="vqa")
-    shown = "".join(capsys.readouterr().out.split())
-    assert str(base_file("vqa")) in shown
-    assert "--trainer.max_epochs" in shown
+    shown = capsys.readouterr().out
+    settings, _, others = shown.partition("options:")
+    for setting in ("learning_rate: ", "dataset: ", "r: 8"):
+        assert setting in settings
+    assert "--trainer.max_epochs" in others
+    for path in [*RECIPES.glob("vqa/**/*.yaml"), *RECIPES.glob("configs/**/*.yaml")]:
+        assert str(path) in others

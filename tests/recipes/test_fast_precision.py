@@ -102,6 +102,14 @@ def test_null_is_filled_in_and_kept(fast_bfloat16: None) -> None:
     assert cli(f"--trainer.plugins=[{{class_path: {plugin}}}]").trainer.precision == "64-true"
 
 
+def test_processes_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their collectives would wait for each other, or get another size than they expect."""
+    monkeypatch.setattr("recipes.shared.cli.gathered", lambda own: [own, "bf16-mixed"])
+    chosen = cli("--trainer.precision=32-true", "--trainer.max_epochs=1")
+    with pytest.raises(MisconfigurationException, match=r"\(32-true, bf16-mixed\).*one by --trainer.precision"):
+        chosen.trainer.fit(chosen.model, chosen.datamodule)
+
+
 def test_every_base_leaves_it_open() -> None:
     for base in RECIPES.glob("*/configs/base.yaml"):
         assert yaml.safe_load(base.read_text())["trainer"]["precision"] is None, base

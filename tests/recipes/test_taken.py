@@ -146,6 +146,16 @@ def test_the_hyper_parameters_in_a_checkpoint_choose_nothing(
     assert (settings.model.class_path, settings.model.init_args.model) == (MODEL, "mine")
 
 
+@pytest.mark.parametrize("path", ["runs/a/../../mine", "local:///home/mine"])
+@pytest.mark.parametrize("name", ["last_model_path", "best_k_models"])
+def test_a_checkpoint_names_no_folder_to_delete(name: str, path: str) -> None:
+    module = TextClassification(model="mine")
+    module.on_load_checkpoint({"callbacks": {"Saver": {"last_model_path": "../runs/a/last.ckpt"}, "Other": 3}})
+    named = {path: 0.5} if name == "best_k_models" else path
+    with pytest.raises(MisconfigurationException, match="the checkpoint names another checkpoint of its run as"):
+        module.on_load_checkpoint({"callbacks": {"Saver": {name: named}}})
+
+
 def test_what_is_left_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     monkeypatch.setattr(ParsingCLI, "_run_subcommand", lambda self, name: None)
     parsed("fit", f"--ckpt_path={folder_of(tmp_path, {'trainer.callbacks': [EVIL], 'data.init_args.download': True})}")
