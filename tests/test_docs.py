@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 import lightning_flatlora
 from lightning_flatlora import EFMLoRA, flatness
-from recipes.shared.cli import RecipeCLI
+from recipes.command_line.cli import RecipeCLI
 
 ROOT = Path(__file__).parent.parent
 API = ROOT / "docs" / "api"

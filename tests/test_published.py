@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from recipes.reproduce.__main__ import main as reproduce
-from recipes.shared.ledger import Ledger, read
+from recipes.studies.ledger import Ledger, read
 from recipes.tune.report import answer
 from recipes.tune.search import CONTROL, KEY, Search
 

@@ -1,6 +1,7 @@
 """The direction of imports between the folders of the recipes, and the classes above a recipe's module.
 
-shared <- language, clip and studies <- the recipes <- the programs that drive them.
+data <- training <- command_line <- studies, and clip <- offline <- language, which the recipes use; above them the
+programs that drive recipes.
 """
 
 import ast
@@ -13,9 +14,18 @@ from lightning import LightningModule
 import recipes
 
 ROOT = Path(recipes.__file__).parent
-SHARED = ("shared", "language", "clip", "studies")
+BELOW = {
+    "data": (),
+    "training": ("data",),
+    "command_line": ("data", "training"),
+    "studies": ("data", "training", "command_line"),
+    "clip": ("data", "training", "command_line"),
+    "offline": ("data", "clip"),
+    "language": ("data", "training", "command_line", "offline"),
+}
+"""What several recipes share, a folder for each subject, and the folders that it may import."""
 RECIPES = ("classification", "instruction_tuning", "nlg", "clip_contrastive", "clip_fewshot", "vqa")
-PROGRAMS = ("demo", "benchmarks", "report", "reproduce", "tune")
+PROGRAMS = ("demo", "benchmarks", "pretrain", "report", "reproduce", "tune")
 
 
 def folders_imported_by(path: Path) -> set[str]:
@@ -31,22 +41,20 @@ def folders_imported_by(path: Path) -> set[str]:
 
 
 def may_import(folder: str) -> set[str]:
-    if folder == "shared":
-        return {folder}
-    if folder in SHARED:
-        return {"shared", folder}
+    if folder in BELOW:
+        return {folder, *BELOW[folder]}
     if folder in RECIPES:
-        return {*SHARED, folder}
-    return {*SHARED, *RECIPES, folder}
+        return {*BELOW, folder}
+    return {*BELOW, *RECIPES, folder}
 
 
 def test_every_folder_with_code_is_known() -> None:
     folders = {path.parent.name for path in ROOT.glob("*/*.py")}
-    assert folders == {*SHARED, *RECIPES, *PROGRAMS}
+    assert folders == {*BELOW, *RECIPES, *PROGRAMS}
     assert [path.name for path in ROOT.glob("*.py")] == ["__init__.py"]
 
 
-@pytest.mark.parametrize("folder", [*SHARED, *RECIPES, *PROGRAMS])
+@pytest.mark.parametrize("folder", [*BELOW, *RECIPES, *PROGRAMS])
 def test_imports_between_folders_have_one_direction(folder: str) -> None:
     files = list((ROOT / folder).rglob("*.py"))
     assert files

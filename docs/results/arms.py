@@ -19,7 +19,7 @@ import torch
 from p2 import OPTIONS, RECIPE  # beside this file
 from torch import Tensor
 
-from recipes.shared.ledger import Ledger
+from recipes.studies.ledger import Ledger
 from recipes.tune.search import KEY, SIDES, WITHOUT, Search
 from recipes.tune.space import RHO, Config, arguments
 

@@ -21,7 +21,7 @@ from lightning_flatlora import flatness as flat
 from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.pairs.lora_pair import trained_factors
 from recipes.language.batches import pad, padded
-from recipes.shared.ledger import Ledger, Row, commit
+from recipes.studies.ledger import Ledger, Row, commit
 from recipes.studies.process import written
 from recipes.tune.search import KEY, Run
 

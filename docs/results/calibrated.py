@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from recipes.instruction_tuning.data import InstructionData
 from recipes.language.batches import pad, padded, padding_id
 from recipes.language.model import PACKAGED, load_base
-from recipes.shared.ledger import Ledger, Row, commit
+from recipes.studies.ledger import Ledger, Row, commit
 from recipes.studies.process import written
 from recipes.tune.search import KEY, SEARCH_SEEDS, Run
 

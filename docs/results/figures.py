@@ -17,8 +17,8 @@ from typing import Any
 
 from scipy import stats
 
-from recipes.shared.ledger import Row, read
-from recipes.shared.statistics import Estimate, estimate, with_interval
+from recipes.studies.ledger import Row, read
+from recipes.studies.statistics import Estimate, estimate, with_interval
 
 RESULTS = Path(__file__).parent
 DOCS = RESULTS.parent

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from p2 import OPTIONS, RECIPE  # beside this file
 
-from recipes.shared.ledger import Ledger
+from recipes.studies.ledger import Ledger
 from recipes.tune.search import KEY, Run, Search
 
 CONFIG = {

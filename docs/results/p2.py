@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from recipes.language.batches import padded, padding_id
 from recipes.language.model import PACKAGED, answer_log_likelihood, load_base, load_tokenizer
-from recipes.language.texts import parts
-from recipes.shared.ledger import Ledger, Row, commit
+from recipes.offline.texts import parts
+from recipes.studies.ledger import Ledger, Row, commit
 from recipes.studies.process import fit
 from recipes.tune.search import KEY, SEARCH_SEEDS, Run, Search
 

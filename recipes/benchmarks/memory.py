@@ -19,8 +19,8 @@ from pandas import DataFrame
 
 from recipes.benchmarks.methods import METHODS, train
 from recipes.benchmarks.workloads import WORKLOADS
-from recipes.shared.methods import OURS
-from recipes.shared.options import known_names, parse_options
+from recipes.command_line.options import known_names, parse_options
+from recipes.studies.methods import OURS
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing_extensions import override
 from lightning_flatlora import CosineRho
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 from recipes.benchmarks.workloads import Learner
-from recipes.shared.methods import OURS, callbacks_of
-from recipes.shared.training import BARE
+from recipes.studies.methods import OURS, callbacks_of
+from recipes.training.module import BARE
 
 RHO = 0.5  # a step costs the same whatever it is
 

@@ -27,8 +27,8 @@ from torch import nn
 
 from recipes.benchmarks.methods import METHODS, Method, train
 from recipes.benchmarks.workloads import WORKLOADS, Stack, Workload
-from recipes.shared.methods import OURS
-from recipes.shared.options import known_names, parse_options
+from recipes.command_line.options import known_names, parse_options
+from recipes.studies.methods import OURS
 
 Row = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """``python -m recipes.classification fit|validate|test|predict --config FILE``."""
 
-from recipes.shared.cli import RecipeCLI
-from recipes.shared.mistakes import without_traceback
+from recipes.command_line.cli import RecipeCLI
+from recipes.command_line.mistakes import without_traceback
 
 if __name__ == "__main__":
     with without_traceback():

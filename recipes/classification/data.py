@@ -14,14 +14,14 @@ from typing_extensions import override
 
 from recipes.classification.labels import class_labels, class_names, draw_shots, numbers
 from recipes.classification.prompts import Prompt
-from recipes.language import texts
+from recipes.data.left_out import warn_of_left_out
+from recipes.data.parted_data import PartedData
+from recipes.data.reading import columns, is_packaged, mapped, packaged_names, packaged_task, read_table
+from recipes.data.resumable import LateLoader
+from recipes.data.text_metrics import normalized
 from recipes.language.batches import loader_by_length, pad, padded, padding_id
 from recipes.language.data import read_prompts
-from recipes.shared.data import columns, is_packaged, mapped, packaged_names, packaged_task, read_table
-from recipes.shared.left_out import warn_of_left_out
-from recipes.shared.parted_data import PartedData
-from recipes.shared.resumable import LateLoader
-from recipes.shared.text_metrics import normalized
+from recipes.offline import texts
 
 _TEST_SEED = 42  # of the rows drawn for the test, so that all runs are tested on the same ones
 
@@ -34,7 +34,7 @@ class TextData(PartedData):
 
     Args:
         dataset: a Hub name, a local folder of the same layout, a local .json, .jsonl, .parquet or .csv file, or
-            one of recipes.language.texts.TASKS, such as "packaged:sentiment", "packaged:subject",
+            one of recipes.offline.texts.TASKS, such as "packaged:sentiment", "packaged:subject",
             "packaged:all_subjects" or "packaged:privacy".
         text: the column that the model reads, or two for pairs.
         label: the column of the classes, numbers or names, or of the numbers to predict.

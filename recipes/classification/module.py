@@ -15,8 +15,8 @@ from recipes.classification.readouts import Batch, head_logits, load_for_words, 
 from recipes.language.batches import padding_id
 from recipes.language.model import PACKAGED_ENCODER
 from recipes.language.module import PretrainedModel
-from recipes.shared.diverged import wrong_where_nan
-from recipes.shared.predictions import PredictionWriter
+from recipes.training.diverged import wrong_where_nan
+from recipes.training.predictions import PredictionWriter
 
 
 class TextClassification(PretrainedModel):

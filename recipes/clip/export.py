@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from lightning_flatlora import load_adapter_checkpoint
 from recipes.clip.model import export_open_clip, image_features, text_features
-from recipes.shared.files import refuse_unless_new
-from recipes.shared.mistakes import without_traceback
-from recipes.shared.taken import taken
+from recipes.command_line.mistakes import without_traceback
+from recipes.command_line.taken import taken
+from recipes.data.files import refuse_unless_new
 
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _CLOSE = 1e-3  # of normalized features; a wrong weight changes them by more

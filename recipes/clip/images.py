@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from recipes.shared.left_out import few
-from recipes.shared.ranks import rank
+from recipes.data.left_out import few
+from recipes.training.ranks import rank
 
 _LONGEST = 200  # characters of a broken file's name, which may be an image in text form by mistake
 _ENDINGS = {".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".heic", ".heif"}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_flatlora.clip import check_reached, joined_state_dict, lora_targets, split_attention
-from recipes.shared.command_line import CLIP_FIELDS
-from recipes.shared.taken import runs_no_code
+from recipes.command_line.arguments import CLIP_FIELDS
+from recipes.command_line.taken import runs_no_code
 
 DEFAULT_LORA = {"r": 2, "lora_alpha": 1, "use_rslora": True, "lora_dropout": 0.25}
 """CLIP-LoRA's adapter, on q, k and v in all blocks of both towers; its scaling is alpha / sqrt(r), 0.71."""

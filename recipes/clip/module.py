@@ -6,7 +6,7 @@ from typing import Any
 from typing_extensions import override
 
 from recipes.clip.model import Clip, hold_statistics, load_clip
-from recipes.shared.training import RecipeModule
+from recipes.training.module import RecipeModule
 
 
 class ClipModule(RecipeModule):
@@ -19,7 +19,7 @@ class ClipModule(RecipeModule):
         quick_gelu: the activation that the weights were trained with; None is what the tag, or else the model's
             configuration, says. A file of OpenAI's weights needs true.
         lora: fields of peft's LoraConfig, and which ``projections``, ``blocks`` and ``towers`` get an adapter.
-        kwargs: of :class:`recipes.shared.training.RecipeModule`: the optimizer's settings.
+        kwargs: of :class:`recipes.training.module.RecipeModule`: the optimizer's settings.
     """
 
     def __init__(

@@ -13,9 +13,9 @@ from recipes.clip.images import Embedded, readable
 from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.batches import PictureBatches, PictureBatchSampler
 from recipes.clip_contrastive.sources import Picture
-from recipes.shared.data import given_dataset, is_packaged
-from recipes.shared.parts import Division, indices_in, refuse_bad_settings, warn_of_training_data
-from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
+from recipes.data.parts import Division, indices_in, refuse_bad_settings, warn_of_training_data
+from recipes.data.reading import given_dataset, is_packaged
+from recipes.data.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 
 
 @dataclass(eq=False)

@@ -12,9 +12,10 @@ from typing import Any
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.clip import emoji
 from recipes.clip.images import Embedded, ImageFile, image_files
-from recipes.shared.data import (
+from recipes.data.files import read_lines
+from recipes.data.left_out import few, warn_of_left_out
+from recipes.data.reading import (
     is_packaged,
     packaged_names,
     packaged_task,
@@ -22,8 +23,7 @@ from recipes.shared.data import (
     read_table,
     say_what_is_left_out,
 )
-from recipes.shared.files import read_lines
-from recipes.shared.left_out import few, warn_of_left_out
+from recipes.offline import emoji
 
 Row = tuple[ImageFile | None, str, Any]
 """An image, its key, and what is said of it."""

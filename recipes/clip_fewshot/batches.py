@@ -14,7 +14,7 @@ from torchvision import transforms
 from typing_extensions import override
 
 from recipes.clip.images import drawing, read_image
-from recipes.shared.data import divided
+from recipes.data.reading import divided
 
 Batch = dict[str, Any]
 Draw = tuple[int, int]  # an example, and the number of the draw, which decides its augmentation

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip_fewshot import folders
 from recipes.clip_fewshot.folders import PARTS, Parts
-from recipes.shared.files import read_lines
+from recipes.data.files import read_lines
 
 GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 _KEYS = dict(zip(PARTS, ("train", "val", "test"), strict=True))

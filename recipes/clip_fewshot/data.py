@@ -12,16 +12,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from recipes.clip import emoji
 from recipes.clip.images import image_files, readable
 from recipes.clip_fewshot import sources
 from recipes.clip_fewshot.batches import Images, InTurn, Stream, train_transform
 from recipes.clip_fewshot.folders import Example
 from recipes.clip_fewshot.prompts import class_names, prompts
 from recipes.clip_fewshot.sources import Source, Split
-from recipes.shared.left_out import few
-from recipes.shared.parts import refuse_bad_settings, source_of, warn_of_training_data
-from recipes.shared.resumable import LateLoader, ResumableData
+from recipes.data.left_out import few
+from recipes.data.parts import refuse_bad_settings, source_of, warn_of_training_data
+from recipes.data.resumable import LateLoader, ResumableData
+from recipes.offline import emoji
 
 ByClass = dict[int, list[Example]]
 

@@ -14,8 +14,8 @@ from torchmetrics.classification import (
     MulticlassConfusionMatrix,
 )
 
-from recipes.shared.files import set_aside, write_whole
-from recipes.shared.predictions import run_folder
+from recipes.data.files import set_aside, write_whole
+from recipes.training.predictions import run_folder
 
 _ANNOTATED = 30  # classes up to which the picture has numbers in its cells
 _NAMED = 110  # classes up to which it has their names at its sides

@@ -17,8 +17,8 @@ from recipes.clip_fewshot.batches import Batch
 from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.evaluation import Evaluation, write_evaluation
 from recipes.clip_fewshot.prompts import tokenize
-from recipes.shared.diverged import wrong_where_nan
-from recipes.shared.predictions import PredictionWriter
+from recipes.training.diverged import wrong_where_nan
+from recipes.training.predictions import PredictionWriter
 
 _CHUNK = 256  # texts that the text tower reads at once in evaluation
 

@@ -12,10 +12,10 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from recipes.clip_fewshot.evaluation import write_evaluation
-from recipes.shared.files import set_aside, write_whole
-from recipes.shared.ledger import commit
-from recipes.shared.predictions import run_folder
-from recipes.shared.step_times import StepTimes
+from recipes.data.files import set_aside, write_whole
+from recipes.studies.ledger import commit
+from recipes.training.predictions import run_folder
+from recipes.training.step_times import StepTimes
 
 
 class Protocol(StepTimes):

@@ -11,10 +11,10 @@ from typing import Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.clip import emoji
 from recipes.clip_fewshot import coop, folders
 from recipes.clip_fewshot.folders import PARTS, Example, Parts
-from recipes.shared.left_out import few
+from recipes.data.left_out import few
+from recipes.offline import emoji
 
 EMOJI = "packaged:emoji"
 Split = Literal["official", "seeded"]

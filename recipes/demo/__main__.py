@@ -12,14 +12,14 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
+from recipes.command_line.mistakes import without_traceback
+from recipes.command_line.precision import SETTING, precision_of_runs
+from recipes.command_line.progress import quiet
+from recipes.data.files import begin_folder, write_whole
 from recipes.demo.report import plot, sentences, table
 from recipes.demo.run import ARMS, RATES, SEEDS, Run, assist, share
 from recipes.demo.training import Settings
-from recipes.shared.files import begin_folder, write_whole
-from recipes.shared.ledger import StoppedError
-from recipes.shared.mistakes import without_traceback
-from recipes.shared.precision import SETTING, precision_of_runs
-from recipes.shared.progress import quiet
+from recipes.studies.ledger import StoppedError
 
 _WRITTEN = ("table.txt", "demo.png")
 

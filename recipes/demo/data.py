@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from recipes.language.packing import fill_rows
-from recipes.language.texts import Example
+from recipes.offline.texts import Example
 
 Batch = dict[str, Tensor]
 States = Callable[[str], Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from typing_extensions import override
 
-from recipes.shared import packaged
+from recipes.offline import packaged
 
 
 class UpperLayers(nn.Module):

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from recipes.demo.data import Batch
 from recipes.demo.encoder import CutEncoder, pooled
-from recipes.shared.training import RecipeModule
+from recipes.training.module import RecipeModule
 
 _RANK = 8
 

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 
 from recipes.demo.run import ARMS, DISTANCES, RATES, WITH_DROPOUT
 from recipes.demo.training import EFMLORA, LORA
-from recipes.shared.ledger import Row
-from recipes.shared.statistics import Estimate, estimate, with_error, with_interval
-from recipes.shared.tables import aligned
+from recipes.studies.ledger import Row
+from recipes.studies.statistics import Estimate, estimate, with_error, with_interval
+from recipes.studies.tables import aligned
 
 _SHOWN_RATE = RATES[-1]  # the highest, at which plain LoRA overfits most
 _COLOURS = {LORA: "#4477aa", WITH_DROPOUT: "#aa3377", EFMLORA: "#ee7733"}

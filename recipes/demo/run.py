@@ -20,14 +20,14 @@ from lightning_flatlora.flatness import (
     loss_gradient,
     trained_factors,
 )
+from recipes.command_line.mistakes import without_traceback
+from recipes.command_line.progress import quiet
 from recipes.demo.data import Batch, evaluation_batches
 from recipes.demo.encoder import CutEncoder
 from recipes.demo.module import TaskClassifier
 from recipes.demo.training import EFMLORA, LORA, Settings, kept, on_one_thread, trained
-from recipes.language import texts
-from recipes.shared.ledger import Ledger, Row, commit
-from recipes.shared.mistakes import without_traceback
-from recipes.shared.progress import quiet
+from recipes.offline import texts
+from recipes.studies.ledger import Ledger, Row, commit
 
 WITH_DROPOUT = "LoRA, dropout 0.9"
 ARMS: dict[str, dict[str, Any]] = {LORA: {}, WITH_DROPOUT: {"dropout": 0.9}, EFMLORA: {"rho": 32.0}}

@@ -9,13 +9,13 @@ import lightning as L
 import torch
 import transformers
 
+from recipes.command_line.precision import Precision, fast_precision
 from recipes.demo.data import training_batches
 from recipes.demo.encoder import CutEncoder, load
 from recipes.demo.module import TaskClassifier
-from recipes.language import texts
-from recipes.shared.methods import callbacks_of
-from recipes.shared.precision import Precision, fast_precision
-from recipes.shared.training import BARE
+from recipes.offline import texts
+from recipes.studies.methods import callbacks_of
+from recipes.training.module import BARE
 
 LORA, EFMLORA = "LoRA", "EFMLoRA"
 

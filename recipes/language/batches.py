@@ -10,9 +10,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
+from recipes.data.reading import divided
+from recipes.data.resumable import LateLoader, ResumableData
 from recipes.language.chat import IGNORED
-from recipes.shared.data import divided
-from recipes.shared.resumable import LateLoader, ResumableData
 
 Batch = dict[str, Any]
 _POOL = 16  # batches' worth of random examples that are sorted by length together

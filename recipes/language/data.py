@@ -5,9 +5,9 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from recipes.data.files import read_lines
+from recipes.data.parted_data import PartedData
 from recipes.language.model import load_tokenizer
-from recipes.shared.files import read_lines
-from recipes.shared.parted_data import PartedData
 
 
 class TextData(PartedData):

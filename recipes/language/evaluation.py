@@ -6,7 +6,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from recipes.language.batches import Batch
-from recipes.shared.ranks import gathered
+from recipes.training.ranks import gathered
 
 _SHOWN = ("loss", "accuracy", "exact_match")
 

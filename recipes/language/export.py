@@ -12,13 +12,13 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_wei
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+from recipes.command_line.configs import written_settings
+from recipes.command_line.taken import runs_no_code
+from recipes.data.files import refuse_unless_new
 from recipes.language.joint_attention import join_attention, split_attention
 from recipes.language.model import DType, ending, load_pretrained, load_tokenizer
 from recipes.language.model_card import model_card
 from recipes.language.templates import TemplateEncoder, read_template
-from recipes.shared.configs import written_settings
-from recipes.shared.files import refuse_unless_new
-from recipes.shared.taken import runs_no_code
 
 
 def export(adapter: Path, folder: Path, dtype: DType = "auto", base: str | None = None) -> None:

@@ -16,8 +16,8 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, Auto
 
 from recipes.language.batches import pad, padding_id
 from recipes.language.chat import IGNORED
-from recipes.shared import packaged
-from recipes.shared.sharding import is_sharded
+from recipes.offline import packaged
+from recipes.training.sharding import is_sharded
 
 PACKAGED = "packaged"
 PACKAGED_ENCODER = "packaged:minilm"

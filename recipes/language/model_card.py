@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
 
-from recipes.shared.configs import methods_of_run
+from recipes.command_line.configs import methods_of_run
 
 _PACKAGES = ("lightning-flatlora", "lightning", "torch", "transformers", "peft")
 _LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from typing_extensions import override
 
+from recipes.data.text_metrics import is_same
 from recipes.language.batches import Batch
 from recipes.language.evaluation import Means, right_choices
 from recipes.language.model import (
@@ -29,10 +30,9 @@ from recipes.language.model import (
 )
 from recipes.language.packing import check_packing
 from recipes.language.warm_start import load_factors
-from recipes.shared.predictions import PredictionWriter
-from recipes.shared.ranks import gathered
-from recipes.shared.text_metrics import is_same
-from recipes.shared.training import RecipeModule
+from recipes.training.module import RecipeModule
+from recipes.training.predictions import PredictionWriter
+from recipes.training.ranks import gathered
 
 
 class PretrainedModel(RecipeModule):
@@ -41,7 +41,7 @@ class PretrainedModel(RecipeModule):
     Args:
         model: a Hub name, a local directory, or a packaged model; it has to be given.
         lora: fields of peft's LoraConfig; None is rank 8, alpha 16 on all linear layers except the head.
-        kwargs: of :class:`recipes.shared.training.RecipeModule`: the optimizer's settings.
+        kwargs: of :class:`recipes.training.module.RecipeModule`: the optimizer's settings.
 
     Attributes:
         start_from: folder of another run's adapter, whose LoRA weights a fit starts from.

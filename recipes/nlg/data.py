@@ -9,13 +9,13 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from recipes.data.reading import mapped
+from recipes.data.resumable import LateLoader
+from recipes.data.text_metrics import normalized
 from recipes.language.batches import Batch, loader_by_length, pad, padded, padding_id
 from recipes.language.chat import IGNORED, Encoded
 from recipes.language.data import TextData
 from recipes.nlg.sources import grouped, read_pairs, read_source
-from recipes.shared.data import mapped
-from recipes.shared.resumable import LateLoader
-from recipes.shared.text_metrics import normalized
 
 
 class PairEncoder:

@@ -24,9 +24,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from sacrebleu.metrics import BLEU
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
+from recipes.data.files import set_aside
 from recipes.language.batches import Batch
-from recipes.shared.files import set_aside
-from recipes.shared.ranks import gathered, rank
+from recipes.training.ranks import gathered, rank
 
 Metric = Literal["bleu", "nist", "meteor", "rouge_l", "cider"]
 METRICS: tuple[Metric, ...] = get_args(Metric)

@@ -13,7 +13,7 @@ from recipes.language.joint_attention import split_attention
 from recipes.language.model import generate_answers, load_base
 from recipes.language.module import LanguageModel
 from recipes.nlg.metrics import METRICS, Metric, WrittenTexts
-from recipes.shared.predictions import run_folder
+from recipes.training.predictions import run_folder
 
 DEFAULT = {"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4, "early_stopping": "never"}
 """That of LoRA's repository for E2E."""

@@ -7,9 +7,9 @@ from typing import Any
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.data import read_table
-from recipes.shared.files import read_lines
-from recipes.shared.left_out import warn_of_left_out
+from recipes.data.files import read_lines
+from recipes.data.left_out import warn_of_left_out
+from recipes.data.reading import read_table
 
 LAYOUTS = (
     ("meaning_representation", "human_reference"),  # tuetschek/e2e_nlg

@@ -3,8 +3,8 @@
 import datasets
 import transformers
 
+from recipes.command_line.mistakes import without_traceback
 from recipes.report.run import main
-from recipes.shared.mistakes import without_traceback
 
 if __name__ == "__main__":
     datasets.disable_progress_bars()

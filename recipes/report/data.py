@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from lightning_flatlora.flatness import MeanLoss
+from recipes.data.reading import read_table
 from recipes.language.chat import IGNORED, ChatEncoder
 from recipes.language.model import answer_log_likelihood
 from recipes.report.adapters import Adapted
 from recipes.report.options import Options
-from recipes.shared.data import read_table
 
 _COLUMNS = {
     "CAUSAL_LM": (("messages",), ("prompt", "completion"), ("text",)),

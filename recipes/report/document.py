@@ -12,7 +12,7 @@ import torch
 from recipes.report.numbers import Measured
 from recipes.report.options import FILES, Options
 from recipes.report.pictures import draw_curves, draw_surfaces
-from recipes.shared.tables import markdown
+from recipes.studies.tables import markdown
 
 _LIBRARIES = ("lightning-flatlora", "torch", "transformers", "peft")
 

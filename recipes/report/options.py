@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.options import parse_options
+from recipes.command_line.options import parse_options
 
 FILES = ("report.md", "curves.png", "surface.png")
 

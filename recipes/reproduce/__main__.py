@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from recipes.command_line.arguments import option
+from recipes.command_line.mistakes import without_traceback
+from recipes.command_line.options import known_names, parse_known_options
+from recipes.command_line.precision import precision_of_runs
 from recipes.reproduce.methods import METHODS
 from recipes.reproduce.plan import Plan
 from recipes.reproduce.report import plan_text, table_text, time_left
 from recipes.reproduce.run import KEY, Place, Run, perform
 from recipes.reproduce.table import TABLES, Protocol
-from recipes.shared.command_line import option
-from recipes.shared.ledger import Ledger, StoppedError, keep_options
-from recipes.shared.mistakes import without_traceback
-from recipes.shared.options import known_names, parse_known_options
-from recipes.shared.precision import precision_of_runs
+from recipes.studies.ledger import Ledger, StoppedError, keep_options
 
 
 @dataclass

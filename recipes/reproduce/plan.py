@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from recipes.reproduce.methods import METHODS, Config, same_run
 from recipes.reproduce.run import Part, Run
 from recipes.reproduce.table import Protocol, Table
-from recipes.shared.ledger import Ledger, Row, StoppedError
 from recipes.studies.choice import Judgement, best
+from recipes.studies.ledger import Ledger, Row, StoppedError
 
 
 class Plan:

@@ -9,9 +9,9 @@ from recipes.reproduce.methods import BASELINE, METHODS, same_run
 from recipes.reproduce.plan import Plan
 from recipes.reproduce.run import Part, Run
 from recipes.reproduce.table import Metric
-from recipes.shared.ledger import Row
-from recipes.shared.statistics import mean_cell
-from recipes.shared.tables import markdown
+from recipes.studies.ledger import Row
+from recipes.studies.statistics import mean_cell
+from recipes.studies.tables import markdown
 
 
 def plan_text(plan: Plan) -> str:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from recipes.command_line.configs import RECIPES
 from recipes.reproduce.methods import METHODS, Config
 from recipes.reproduce.table import Table
-from recipes.shared.configs import RECIPES
-from recipes.shared.ledger import Row, commit
+from recipes.studies.ledger import Row, commit
 from recipes.studies.process import fit, tested, written
 from recipes.studies.result import OF_THE_CHOICE
 

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.shared.configs import RECIPES
-from recipes.shared.ledger import Row, run_process
+from recipes.command_line.configs import RECIPES
+from recipes.studies.ledger import Row, run_process
 
 
 def fit(recipe: str, folder: Path, arguments: Sequence[str]) -> Row:

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from recipes.shared.files import write_whole
-from recipes.shared.ledger import Row
-from recipes.shared.step_times import StepTimes
+from recipes.data.files import write_whole
+from recipes.studies.ledger import Row
+from recipes.training.step_times import StepTimes
 
 OF_THE_CHOICE = ("best", "last", "monitor", "mode", "validations")
 """Entries of ``fit.json`` by which a checkpoint or a setting is chosen; the others belong into a row."""

@@ -20,12 +20,12 @@ from typing import Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.command_line import names_method, option
-from recipes.shared.files import write_whole
-from recipes.shared.ledger import Ledger, Row, StoppedError, keep_options
-from recipes.shared.mistakes import without_traceback
-from recipes.shared.options import parse_known_options
-from recipes.shared.precision import SETTING, precision_of_runs
+from recipes.command_line.arguments import names_method, option
+from recipes.command_line.mistakes import without_traceback
+from recipes.command_line.options import parse_known_options
+from recipes.command_line.precision import SETTING, precision_of_runs
+from recipes.data.files import write_whole
+from recipes.studies.ledger import Ledger, Row, StoppedError, keep_options
 from recipes.studies.process import module_of
 from recipes.tune.report import Answer, answer, draw, table
 from recipes.tune.search import CONTROL, KEY, WITH, Run, Search

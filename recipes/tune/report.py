@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from recipes.shared.statistics import Estimate, estimate, with_error
-from recipes.shared.tables import aligned
+from recipes.studies.statistics import Estimate, estimate, with_error
+from recipes.studies.tables import aligned
 from recipes.tune.search import CONTROL, SEARCH_SEEDS, SIDES, WITH, WITHOUT, Search
 from recipes.tune.space import RHO, Config, short, size
 

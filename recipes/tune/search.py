@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-from recipes.shared.ledger import Ledger, Row, commit
 from recipes.studies.choice import best
+from recipes.studies.ledger import Ledger, Row, commit
 from recipes.studies.process import fit, module_of, tested
 from recipes.tune.space import RHO, Config, Space, arguments, seeds_of, short, size, suggestion
 

@@ -12,11 +12,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from recipes.clip.images import blind_skips
+from recipes.data.parted_data import PartedData
+from recipes.data.parts import is_file
+from recipes.data.reading import columns, mapped
+from recipes.data.resumable import LateLoader
 from recipes.language.batches import Batch, loader_by_length
-from recipes.shared.data import columns, mapped
-from recipes.shared.parted_data import PartedData
-from recipes.shared.parts import is_file
-from recipes.shared.resumable import LateLoader
 from recipes.vqa import sources
 from recipes.vqa.conversation import QuestionEncoder, answer_labels
 from recipes.vqa.images import open_images, usable

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from recipes.language.model import DType, Quantization, load_pretrained, quantization_config, trainable
-from recipes.shared import packaged
+from recipes.offline import packaged
 
 PACKAGED = "packaged"
 # The language model's blocks, by the names that transformers gives them; the vision tower's are other ones.
@@ -18,13 +18,13 @@ LANGUAGE_MODEL = r".*(language|text)_model.*\.(q|v)_proj"
 _NOT_QUANTIZED = [r"(.*\.)?(visual|vision_tower|vision_model|multi_modal_projector|connector)", r"(.*\.)?lm_head"]
 _HINT = (
     "of a vision-language model (image-text-to-text), a local directory with one, or 'packaged' for the model of "
-    "`python -m recipes.vqa.offline`"
+    "`python -m recipes.pretrain.vqa`"
 )
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": LANGUAGE_MODEL}
 
 
 def packaged_model() -> Path:
-    """Return where ``python -m recipes.vqa.offline`` leaves its model."""
+    """Return where ``python -m recipes.pretrain.vqa`` leaves its model."""
     return packaged.cache_dir() / "easy-vqa-idefics3"
 
 
@@ -36,7 +36,7 @@ def model_source(name: str) -> str:
     """
     if name == PACKAGED and not packaged_model().exists():
         raise MisconfigurationException(
-            f"model={PACKAGED!r} has to be trained once, in about ten minutes: python -m recipes.vqa.offline"
+            f"model={PACKAGED!r} has to be trained once, in about ten minutes: python -m recipes.pretrain.vqa"
         )
     return str(packaged_model()) if name == PACKAGED else name
 
@@ -56,7 +56,7 @@ def load_base(name: str, dtype: DType, quantization: Quantization | None = None)
     """Load the pretrained model in training mode.
 
     Args:
-        name: a Hub name, a local directory, or "packaged" for the model of ``python -m recipes.vqa.offline``.
+        name: a Hub name, a local directory, or "packaged" for the model of ``python -m recipes.pretrain.vqa``.
         dtype: of the weights; "auto" takes what the checkpoint has.
         quantization: hold the language model's weights in 4 or 8 bits through bitsandbytes.
 

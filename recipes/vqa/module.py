@@ -21,7 +21,7 @@ class VQA(LanguageModel):
     """A generative vision-language model with LoRA, or trained as a whole.
 
     Args:
-        model: a Hub name, a local directory, or "packaged" for the model of ``python -m recipes.vqa.offline``; it has
+        model: a Hub name, a local directory, or "packaged" for the model of ``python -m recipes.pretrain.vqa``; it has
             to be given.
         lora: fields of peft's LoraConfig; None trains all weights, which are then in float32.
         dtype: of the frozen weights, "auto" as in the checkpoint; None is bfloat16 where the Trainer's precision is

@@ -14,10 +14,11 @@ from typing import Any
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.data import is_packaged, mapped, packaged_names, read_errors, read_table, renamed
-from recipes.shared.left_out import UnusableRowError, warn_of_left_out
-from recipes.shared.parts import is_file
-from recipes.vqa import easy_vqa, turns
+from recipes.data.left_out import UnusableRowError, warn_of_left_out
+from recipes.data.parts import is_file
+from recipes.data.reading import is_packaged, mapped, packaged_names, read_errors, read_table, renamed
+from recipes.offline import easy_vqa
+from recipes.vqa import turns
 from recipes.vqa.prompts import Prompt
 
 Row = dict[str, Any]

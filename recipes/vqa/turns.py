@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.left_out import UnusableRowError
+from recipes.data.left_out import UnusableRowError
 
 COLUMNS = ("conversations", "messages", "texts")
 MARK = "<image>"

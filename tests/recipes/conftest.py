@@ -24,7 +24,7 @@ from report_models import WORDS, save_adapter, save_base, write_rows  # noqa: E4
 from vqa_models import KINDS, draw, save_model  # noqa: E402
 
 from recipes.clip_contrastive.module import ContrastiveModel  # noqa: E402
-from recipes.shared import packaged  # noqa: E402
+from recipes.offline import packaged  # noqa: E402
 
 OF_SHORT_RUNS = (
     "The dirpath has changed",  # a checkpoint of another run's folder

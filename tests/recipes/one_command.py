@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from recipes.shared.cli import RecipeCLI
+from recipes.command_line.cli import RecipeCLI
 
 
 @contextmanager

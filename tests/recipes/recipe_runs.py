@@ -11,9 +11,9 @@ from strategies import full_weights
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from recipes.command_line.cli import RecipeCLI
+from recipes.command_line.configs import RECIPES, base_file, method_file
 from recipes.instruction_tuning.data import InstructionData
-from recipes.shared.cli import RecipeCLI
-from recipes.shared.configs import RECIPES, base_file, method_file
 
 STRATEGIES = RECIPES / "configs" / "strategies"
 

@@ -15,8 +15,8 @@ from vqa_models import COLOURS, draw
 from vqa_models import save_model as save_vlm
 
 from recipes.clip.images import read_image
+from recipes.command_line.configs import RECIPES
 from recipes.instruction_tuning.module import InstructionTuning
-from recipes.shared.configs import RECIPES
 from recipes.vqa.conversation import QuestionEncoder
 from recipes.vqa.metrics import normalized_answer
 from recipes.vqa.model import DEFAULT_LORA

@@ -18,8 +18,8 @@ from tokenizers.processors import TemplateProcessing
 
 from recipes.classification.labels import class_labels, class_names, numbers
 from recipes.classification.readouts import load_with_head
-from recipes.shared.cli import RecipeCLI
-from recipes.shared.data import read_table
+from recipes.command_line.cli import RecipeCLI
+from recipes.data.reading import read_table
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 

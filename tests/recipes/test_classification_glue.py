@@ -12,7 +12,7 @@ from recipe_runs import quick, trained
 from safetensors.torch import load_file
 
 from recipes.classification import data as recipe_data
-from recipes.shared.cli import RecipeCLI
+from recipes.command_line.cli import RecipeCLI
 
 pytestmark = [
     pytest.mark.usefixtures("command_line", "own_datasets"),

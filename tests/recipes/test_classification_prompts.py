@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 from recipes.classification import data as recipe_data
 from recipes.classification.prompts import Prompt, word_tokens
-from recipes.shared.cli import RecipeCLI
+from recipes.command_line.cli import RecipeCLI
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_flatlora import EFMLoRA
-from recipes.shared.cli import RecipeCLI
-from recipes.shared.training import RecipeModule
+from recipes.command_line.cli import RecipeCLI
+from recipes.training.module import RecipeModule
 
 RECIPES = ("classification", "clip_contrastive", "clip_fewshot", "instruction_tuning", "nlg", "vqa")
 
@@ -77,7 +77,7 @@ class Numbers(L.LightningDataModule):
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A configuration with what the recipes' have; the classes of this file count as the recipes' own."""
-    monkeypatch.setattr("recipes.shared.taken._CLASSES", re.compile(rf"({__name__}|lightning_flatlora)\.\w+"))
+    monkeypatch.setattr("recipes.command_line.taken._CLASSES", re.compile(rf"({__name__}|lightning_flatlora)\.\w+"))
     saver = {"class_path": "lightning_flatlora.AdapterCheckpoint", "init_args": {"save_last": True}}
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "tiny"}}
     trainer = {

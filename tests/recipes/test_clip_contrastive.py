@@ -17,8 +17,8 @@ from lightning_flatlora import FMLoRA
 from recipes.clip.export import main as export_main
 from recipes.clip_contrastive.data import ContrastiveData
 from recipes.clip_contrastive.module import ContrastiveModel
-from recipes.shared.cli import RecipeCLI
-from recipes.shared.sharding import BlocksAndFactors
+from recipes.command_line.cli import RecipeCLI
+from recipes.training.sharding import BlocksAndFactors
 
 pytestmark = pytest.mark.usefixtures("command_line")
 

@@ -21,11 +21,11 @@ from clip_contrastive_runs import prepared
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.clip import emoji
 from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.batches import Draw, PictureBatchSampler
 from recipes.clip_contrastive.data import ContrastiveData
 from recipes.clip_contrastive.sources import Picture
+from recipes.offline import emoji
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 

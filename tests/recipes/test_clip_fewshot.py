@@ -22,7 +22,7 @@ from recipes.clip_fewshot import sources
 from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.evaluation import Evaluation
 from recipes.clip_fewshot.module import FewShot
-from recipes.shared.cli import RecipeCLI
+from recipes.command_line.cli import RecipeCLI
 
 pytestmark = pytest.mark.usefixtures("command_line")
 

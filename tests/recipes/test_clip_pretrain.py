@@ -10,11 +10,11 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.clip import emoji
 from recipes.clip.model import load_clip, text_features
 from recipes.clip_contrastive.module import ContrastiveModel
-from recipes.clip_contrastive.pretrain import main
-from recipes.shared.configs import RECIPES
+from recipes.command_line.configs import RECIPES
+from recipes.offline import emoji
+from recipes.pretrain.clip import main
 
 pytestmark = pytest.mark.usefixtures("command_line")
 PARTS = ("train", "validation", "test")

@@ -15,7 +15,7 @@ from recipe_runs import packaged_arguments, quick, trained
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_flatlora import Requeue
-from recipes.shared.resumable import ResumableData
+from recipes.data.resumable import ResumableData
 
 pytestmark = [
     pytest.mark.usefixtures("command_line", "own_datasets"),

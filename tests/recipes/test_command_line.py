@@ -9,8 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from one_command import ParsingCLI, one_command
 from recipe_runs import config_arguments
 
-from recipes.shared.command_line import names_method
-from recipes.shared.configs import RECIPES, is_method, method_file
+from recipes.command_line.arguments import names_method
+from recipes.command_line.configs import RECIPES, is_method, method_file
 
 pytestmark = pytest.mark.usefixtures("command_line")
 

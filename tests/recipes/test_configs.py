@@ -12,8 +12,8 @@ import yaml
 from one_command import ParsingCLI
 from recipe_runs import STRATEGIES, config_arguments
 
-from recipes.shared.command_line import taken_apart
-from recipes.shared.configs import RECIPES, methods_of
+from recipes.command_line.arguments import taken_apart
+from recipes.command_line.configs import RECIPES, methods_of
 
 ROOT = RECIPES.parent
 FILES = sorted(RECIPES.glob("**/configs/**/*.yaml"))

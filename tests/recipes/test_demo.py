@@ -18,10 +18,9 @@ from recipes.demo.encoder import CutEncoder, pooled
 from recipes.demo.module import TaskClassifier
 from recipes.demo.run import ARMS, DISTANCES, RATES, SEEDS, Run, perform
 from recipes.demo.training import Settings
-from recipes.language import texts
-from recipes.language.texts import Example, Source
-from recipes.shared import packaged
-from recipes.shared.ledger import Row
+from recipes.offline import packaged, texts
+from recipes.offline.texts import Example, Source
+from recipes.studies.ledger import Row
 
 # What a task consists of is kept in a process, for other tests too: so this is a name that no other test uses.
 TASK = "demo_test"

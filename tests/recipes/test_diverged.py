@@ -7,7 +7,7 @@ import torch
 
 from recipes.clip_fewshot.evaluation import Evaluation
 from recipes.language.evaluation import right_choices
-from recipes.shared.diverged import wrong_where_nan
+from recipes.training.diverged import wrong_where_nan
 
 NAN = math.nan
 

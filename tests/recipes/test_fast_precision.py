@@ -10,11 +10,11 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from recipes.command_line import precision
+from recipes.command_line.cli import RecipeCLI
+from recipes.command_line.configs import RECIPES
+from recipes.command_line.precision import fast_precision, precision_of_runs
 from recipes.instruction_tuning.module import InstructionTuning
-from recipes.shared import precision
-from recipes.shared.cli import RecipeCLI
-from recipes.shared.configs import RECIPES
-from recipes.shared.precision import fast_precision, precision_of_runs
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def test_null_is_filled_in_and_kept(fast_bfloat16: None) -> None:
 
 def test_processes_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their collectives would wait for each other, or get another size than they expect."""
-    monkeypatch.setattr("recipes.shared.cli.gathered", lambda own: [own, "bf16-mixed"])
+    monkeypatch.setattr("recipes.command_line.cli.gathered", lambda own: [own, "bf16-mixed"])
     chosen = cli("--trainer.precision=32-true", "--trainer.max_epochs=1")
     with pytest.raises(MisconfigurationException, match=r"\(32-true, bf16-mixed\).*one by --trainer.precision"):
         chosen.trainer.fit(chosen.model, chosen.datamodule)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.shared.cli import RecipeCLI
-from recipes.shared.files import write_whole
+from recipes.command_line.cli import RecipeCLI
+from recipes.data.files import write_whole
 
 
 def fit(*more: str) -> None:

@@ -12,14 +12,14 @@ from recipe_runs import config_arguments, instruction_data, packaged_arguments, 
 from torch import Tensor
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA
+from recipes.command_line.configs import RECIPES
 from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuning
 from recipes.language.batches import collate
 from recipes.language.chat import IGNORED
 from recipes.language.evaluation import right_choices
 from recipes.language.model import answer_log_likelihood
-from recipes.shared.configs import RECIPES
-from recipes.shared.random_state import RandomState
+from recipes.training.random_state import RandomState
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 

@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipe_runs import instruction_data
 
+from recipes.data.parts import part_of
+from recipes.data.text_metrics import normalized
 from recipes.instruction_tuning import sources
 from recipes.language.batches import LengthBatchSampler
 from recipes.language.chat import IGNORED, ChatEncoder
-from recipes.shared.parts import part_of
-from recipes.shared.text_metrics import normalized
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from recipes.data.reading import read_table
 from recipes.language.data import read_prompts
 from recipes.nlg.data import MeaningData
-from recipes.shared.data import read_table
 
 pytestmark = pytest.mark.usefixtures("own_datasets")
 

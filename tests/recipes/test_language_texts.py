@@ -5,7 +5,7 @@ from itertools import chain
 
 import pytest
 
-from recipes.language import texts
+from recipes.offline import texts
 
 
 @pytest.mark.parametrize("name", texts.TASKS)

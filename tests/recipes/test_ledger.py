@@ -11,7 +11,7 @@ import processes
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.ledger import Ledger, Row, StoppedError, keep_options, read, run_process
+from recipes.studies.ledger import Ledger, Row, StoppedError, keep_options, read, run_process
 
 
 class Run(NamedTuple):

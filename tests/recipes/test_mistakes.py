@@ -5,7 +5,7 @@ import runpy
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.mistakes import mistake_behind, without_traceback
+from recipes.command_line.mistakes import mistake_behind, without_traceback
 
 # Another test may have imported a command's `__main__` before it is run here as the command.
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")

@@ -13,11 +13,11 @@ from peft import PeftModel
 from recipe_runs import packaged_arguments, quick
 from torch import nn
 
+from recipes.command_line.cli import RecipeCLI
+from recipes.command_line.configs import RECIPES
 from recipes.language.export import export
 from recipes.language.joint_attention import join_attention, split_attention
 from recipes.nlg.module import DEFAULT, NoRepeatInText, TextGeneration, arguments
-from recipes.shared.cli import RecipeCLI
-from recipes.shared.configs import RECIPES
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 

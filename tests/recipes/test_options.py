@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from recipes.shared.options import parse_known_options, parse_options
+from recipes.command_line.options import parse_known_options, parse_options
 
 
 @dataclass

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared import packaged
-from recipes.shared.packaged import npm_folder
+from recipes.offline import packaged
+from recipes.offline.packaged import npm_folder
 
 WANTED = ("@some/pictures@1.2", ("list.json", "images/*"))
 FILES = {"package/list.json": b"[]", "package/images/a.png": b"picture", "package/index.js": b"not wanted"}

@@ -5,8 +5,8 @@ import warnings
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar
 
-from recipes.shared import progress as progress_module
-from recipes.shared.progress import ProgressLines, progress, progress_bar, without_hints
+from recipes.command_line import progress as progress_module
+from recipes.command_line.progress import ProgressLines, progress, progress_bar, without_hints
 
 
 def test_a_line_every_ten_seconds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

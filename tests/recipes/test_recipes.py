@@ -12,8 +12,8 @@ from peft import load_peft_weights
 from recipe_runs import run
 from recipe_sets import NAMES, Recipe, prepared
 
-from recipes.shared.configs import methods_of
-from recipes.shared.random_state import RandomState
+from recipes.command_line.configs import methods_of
+from recipes.training.random_state import RandomState
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 

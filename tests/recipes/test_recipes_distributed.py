@@ -17,7 +17,7 @@ from recipe_sets import MODES, NAMES, PROMPTS, Recipe, prepared
 from vqa_models import COLOURS
 
 from recipes.language.batches import LengthBatchSampler
-from recipes.shared.sharding import BlocksAndFactors, check_strategy
+from recipes.training.sharding import BlocksAndFactors, check_strategy
 
 pytestmark = [
     pytest.mark.timeout(1200),  # the first test waits for all runs

@@ -10,11 +10,11 @@ import pytest
 from hub_sets import save_glue, save_roberta
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from recipes.command_line.cli import RecipeCLI
 from recipes.reproduce.__main__ import main
 from recipes.reproduce.table import TABLES
-from recipes.shared.cli import RecipeCLI
-from recipes.shared.ledger import StoppedError, read
 from recipes.studies import process
+from recipes.studies.ledger import StoppedError, read
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),  # a test logs into a folder of its own

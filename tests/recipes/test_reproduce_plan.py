@@ -18,7 +18,7 @@ from recipes.reproduce.plan import Plan
 from recipes.reproduce.report import count, table_text
 from recipes.reproduce.run import KEY, Place, Run, score, validated
 from recipes.reproduce.table import TABLES, Table
-from recipes.shared.ledger import Ledger, Row, StoppedError
+from recipes.studies.ledger import Ledger, Row, StoppedError
 from recipes.studies.process import command
 
 GRIDS = {"lora_dropout": (0.0, 0.1), "rho": (0.0, 0.05), "lora_rho": (0.0, 0.1), "sigma": (0.0, 0.1), "alpha": (0.0, 1)}

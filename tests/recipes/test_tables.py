@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from recipes.data import reading as data
+from recipes.data.parted_data import PartedData
+from recipes.data.parts import indices_in, part_of
 from recipes.instruction_tuning import sources
-from recipes.shared import data
-from recipes.shared.parted_data import PartedData
-from recipes.shared.parts import indices_in, part_of
 
 pytestmark = pytest.mark.usefixtures("own_datasets")
 ROWS = [{"question": f"What is {n}?", "answer": f"A number, {n}.", "source": "Numbers."} for n in range(3)]

@@ -17,12 +17,12 @@ from recipes.clip_contrastive.data import ContrastiveData
 from recipes.clip_contrastive.module import ContrastiveModel
 from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.module import FewShot
+from recipes.command_line.configs import written_settings
+from recipes.command_line.taken import _PLAIN, taken
 from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuning
 from recipes.nlg.data import MeaningData
 from recipes.nlg.module import TextGeneration
-from recipes.shared.configs import written_settings
-from recipes.shared.taken import _PLAIN, taken
 from recipes.vqa.data import VQAData
 from recipes.vqa.module import VQA
 
@@ -173,7 +173,7 @@ def test_what_a_run_of_ours_had_is_taken(tmp_path: Path) -> None:
         "trainer.callbacks": [
             {"class_path": "lightning_flatlora.EFMLoRA", "init_args": {"rho": schedule, "estimator": "average"}},
             {"class_path": "lightning_flatlora.AdapterCheckpoint", "init_args": {"filename": "{epoch}-{loss:.2f}"}},
-            {"class_path": "recipes.shared.random_state.RandomState", "init_args": {}},
+            {"class_path": "recipes.training.random_state.RandomState", "init_args": {}},
         ],
         "data.init_args.text": ["premise", "hypothesis"],
         "model.init_args.predictions": "answers.jsonl",

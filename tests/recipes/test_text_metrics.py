@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipes.shared.text_metrics import is_same
+from recipes.data.text_metrics import is_same
 
 
 @pytest.mark.parametrize(

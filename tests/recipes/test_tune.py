@@ -15,12 +15,12 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared import precision
-from recipes.shared.cli import RecipeCLI
-from recipes.shared.command_line import option
-from recipes.shared.configs import RECIPES
-from recipes.shared.ledger import Ledger, Row, StoppedError, read
-from recipes.shared.precision import SETTING
+from recipes.command_line import precision
+from recipes.command_line.arguments import option
+from recipes.command_line.cli import RecipeCLI
+from recipes.command_line.configs import RECIPES
+from recipes.command_line.precision import SETTING
+from recipes.studies.ledger import Ledger, Row, StoppedError, read
 from recipes.studies.process import fit
 from recipes.tune.__main__ import Options, _perform, _space, main
 from recipes.tune.report import Answer, answer, draw, table

@@ -13,7 +13,7 @@ from torch import Tensor
 from vqa_models import draw, prepared
 
 from recipes.language.batches import LengthBatchSampler
-from recipes.vqa import offline
+from recipes.pretrain import vqa as offline
 from recipes.vqa.data import VQAData
 from recipes.vqa.model import DEFAULT_LORA, load_processor
 from recipes.vqa.module import VQA
@@ -63,7 +63,7 @@ def test_the_offline_model_is_trained_once(
 ) -> None:
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(offline, "BATCH", 4)
-    with pytest.raises(MisconfigurationException, match=r"trained once.*python -m recipes.vqa.offline"):
+    with pytest.raises(MisconfigurationException, match=r"trained once.*python -m recipes.pretrain.vqa"):
         VQA("packaged", DEFAULT_LORA).prepare_data()
     folder = offline.build(steps=2, dataset=drawn)
     with monkeypatch.context() as patch:

@@ -12,8 +12,8 @@ from recipe_runs import config_arguments
 from vqa_kinds import OWN_CLASSES, qwen2_5_vl
 from vqa_sets import QUICK, save_scienceqa, save_vizwiz, save_vizwiz_hub, saved
 
-from recipes.shared.cli import RecipeCLI
-from recipes.shared.configs import RECIPES
+from recipes.command_line.cli import RecipeCLI
+from recipes.command_line.configs import RECIPES
 from recipes.vqa.model import load_processor
 from recipes.vqa.module import VQA
 

@@ -10,7 +10,7 @@ import torch
 import vqa_kinds
 from PIL import Image
 
-from recipes.vqa import offline
+from recipes.pretrain import vqa as offline
 from recipes.vqa.data import VQAData
 
 COLOURS = ("red", "green", "blue")

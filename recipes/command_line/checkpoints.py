@@ -6,8 +6,8 @@ from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from recipes.shared.configs import listed, methods_of_run, written_settings
-from recipes.shared.taken import Settings, taken
+from recipes.command_line.configs import listed, methods_of_run, written_settings
+from recipes.command_line.taken import Settings, taken
 
 LAST = "last*.ckpt"
 LAST_IF_ANY = "last-if-any"

@@ -47,7 +47,7 @@ def settings_help(recipe: str) -> tuple[str, str]:
 def written_settings(saved: Path) -> dict[str, Any]:
     """Read all settings of a run, as LightningCLI has written them; empty if there are none.
 
-    They may be somebody else's: whoever gives them to a parser needs :func:`recipes.shared.taken.taken`.
+    They may be somebody else's: whoever gives them to a parser needs :func:`recipes.command_line.taken.taken`.
 
     Args:
         saved: a checkpoint of the run, or the folder next to it: ``runs/.../version_N/checkpoints/NAME``.

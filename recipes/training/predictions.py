@@ -9,8 +9,8 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from recipes.shared.files import set_aside
-from recipes.shared.ranks import gathered
+from recipes.data.files import set_aside
+from recipes.training.ranks import gathered
 
 
 def run_folder(trainer: L.Trainer) -> Path:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from recipes.shared.ranks import gathered, rank
+from recipes.training.ranks import gathered, rank
 
 
 class RandomState(Callback):

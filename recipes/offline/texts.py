@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from recipes.shared import packaged
-from recipes.shared.parts import part_of
-from recipes.shared.text_metrics import normalized
+from recipes.data.parts import part_of
+from recipes.data.text_metrics import normalized
+from recipes.offline import packaged
 
 PARTS = ("train", "validation", "test")
 _SHARES = {"validation": 0.15, "test": 0.40}  # of the keys; what is left is what few shots are drawn from

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.progress import without_hints
+from recipes.command_line.progress import without_hints
 
 
 @contextmanager
 def without_traceback() -> Iterator[None]:
     """End the process with status 1 and a message where the settings or the data are wrong; for ``__main__``.
 
-    What other libraries say in every run is silenced, see :func:`recipes.shared.progress.without_hints`.
+    What other libraries say in every run is silenced, see :func:`recipes.command_line.progress.without_hints`.
     """
     without_hints()
     try:

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from recipes.shared.data import given_dataset, is_packaged, split_names, table_ending
+from recipes.data.reading import given_dataset, is_packaged, split_names, table_ending
 
 _SHARES = {"validation": 0.05, "test": 0.0}
 """Of the training split, if nothing else says what a part takes."""

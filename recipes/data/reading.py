@@ -14,7 +14,7 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from recipes.shared.left_out import few
+from recipes.data.left_out import few
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _WORDS_STAY: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}

@@ -1,4 +1,4 @@
-"""`python -m recipes.vqa.offline`: a small vision-language model, trained here on packaged data, without any hub.
+"""`python -m recipes.pretrain.vqa`: a small vision-language model, trained here on packaged data, without any hub.
 
 It is an Idefics3 (the class of SmolVLM) of a million parameters with random weights at the start, which learns to name
 the colours and shapes of easy-vqa and whether there is one. Questions with a negation it never sees: they are left for
@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from recipes.shared.packaged import one_at_a_time, write_folder
+from recipes.offline.packaged import one_at_a_time, write_folder
 from recipes.vqa import sources
 from recipes.vqa.data import VQAData
 from recipes.vqa.model import packaged_model
@@ -156,4 +156,4 @@ def main(steps: int = STEPS) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main, prog="python -m recipes.vqa.offline", description=__doc__)
+    auto_cli(main, prog="python -m recipes.pretrain.vqa", description=__doc__)

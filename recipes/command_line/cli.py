@@ -22,15 +22,15 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora import Requeue
-from recipes.shared.checkpoints import LAST_IF_ANY, differing_settings, last_checkpoint, settings_of_run
-from recipes.shared.command_line import refuse_unknown_fields, taken_apart
-from recipes.shared.configs import is_method, listed, methods_of, settings_help
-from recipes.shared.files import set_aside
-from recipes.shared.precision import fast_precision
-from recipes.shared.progress import progress_bar
-from recipes.shared.ranks import gathered
-from recipes.shared.taken import Settings
-from recipes.shared.training import RecipeModule
+from recipes.command_line.arguments import refuse_unknown_fields, taken_apart
+from recipes.command_line.checkpoints import LAST_IF_ANY, differing_settings, last_checkpoint, settings_of_run
+from recipes.command_line.configs import is_method, listed, methods_of, settings_help
+from recipes.command_line.precision import fast_precision
+from recipes.command_line.progress import progress_bar
+from recipes.command_line.taken import Settings
+from recipes.data.files import set_aside
+from recipes.training.module import RecipeModule
+from recipes.training.ranks import gathered
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -64,17 +64,17 @@ class RecipeCLI(LightningCLI):
     ``run_name`` is the name of all loggers whose own name is null: an overlay of a method names its runs in one line.
 
     The recipe's ``base.yaml`` comes before all that is given. With ``--ckpt_path`` the settings of the checkpoint's run
-    come between the two, from its ``config.yaml``, see :func:`recipes.shared.taken.taken`, and in a fit a warning names
-    what is given otherwise than there. ``--ckpt_path last`` is the newest last checkpoint of the runs that log into the
-    same folder. ``--ckpt_path last-if-any`` makes one command both a run's first start and its return: a fit that goes
+    come between the two, from its ``config.yaml`` (:func:`recipes.command_line.taken.taken`), and in a fit a warning
+    names what is given otherwise than there. ``--ckpt_path last`` is the newest last checkpoint of the runs that log
+    into the same folder. ``--ckpt_path last-if-any`` makes one command both a run's first start and its return: a fit that goes
     on saves where the run has saved before, and what is given otherwise is an error.
 
     ``--method`` chooses a method's configuration, ``--rho`` its radius. ``--optimizer`` and ``--lr_scheduler`` each
     replace their own part of what the recipe trains with. Switching the checkpoints off drops the callbacks that the
     configuration lists for them.
 
-    ``trainer.precision: null`` is what the device computes fast (:func:`recipes.shared.precision.fast_precision`). The
-    choice is printed and written into the run's ``config.yaml``: a run that is resumed with that file keeps it.
+    ``trainer.precision: null`` is what the device computes fast
+    (:func:`recipes.command_line.precision.fast_precision`). The choice is printed and written into the run's ``config.yaml``: a run that is resumed with that file keeps it.
 
     Args:
         args: of the command line; None takes those of the process.

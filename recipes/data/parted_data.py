@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
-from recipes.shared.data import columns, given_dataset
-from recipes.shared.parts import Division, indices_in, is_file, refuse_bad_settings, warn_of_training_data
-from recipes.shared.resumable import PARTS_OF_STAGE, ResumableData
+from recipes.data.parts import Division, indices_in, is_file, refuse_bad_settings, warn_of_training_data
+from recipes.data.reading import columns, given_dataset
+from recipes.data.resumable import PARTS_OF_STAGE, ResumableData
 
 
 @dataclass(eq=False)

@@ -21,8 +21,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 from typing_extensions import override
 
-from recipes.shared.predictions import PredictionWriter
-from recipes.shared.sharding import check_strategy, shard
+from recipes.training.predictions import PredictionWriter
+from recipes.training.sharding import check_strategy, shard
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 

@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
-from recipes.shared import packaged
-from recipes.shared.data import packaged_task
+from recipes.data.reading import packaged_task
+from recipes.offline import packaged
 
 _PACKAGE = "easy-vqa"
 

@@ -21,11 +21,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from recipes.clip.images import on_white
-from recipes.shared.packaged import cache_dir, npm_folder, write_folder
+from recipes.offline.packaged import cache_dir, npm_folder, write_folder
 
 
 class Style(NamedTuple):
-    """A drawing style, whose package is "emoji-" and its name in :data:`recipes.shared.packaged.NPM`.
+    """A drawing style, whose package is "emoji-" and its name in :data:`recipes.offline.packaged.NPM`.
 
     Attributes:
         files: pattern of the images' paths with {} for an emoji's code points.

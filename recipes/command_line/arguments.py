@@ -12,8 +12,8 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig
 
-from recipes.shared.configs import base_file, is_method, method_file, methods_of
-from recipes.shared.taken import Settings
+from recipes.command_line.configs import base_file, is_method, method_file, methods_of
+from recipes.command_line.taken import Settings
 
 CLIP_FIELDS = ("projections", "blocks", "towers")
 """Where an adapter on a CLIP model goes."""

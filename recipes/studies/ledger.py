@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.files import begin_folder, write_whole
+from recipes.data.files import begin_folder, write_whole
 
 Row = dict[str, Any]
 

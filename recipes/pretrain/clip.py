@@ -1,6 +1,6 @@
-"""``python -m recipes.clip_contrastive.pretrain``: a small open_clip model, trained on emoji from random weights.
+"""``python -m recipes.pretrain.clip``: a small open_clip model, trained on emoji from random weights.
 
-It is for the CLIP recipes without a network. ``configs/pretrain.yaml`` decides its weights; options are those of `fit`.
+It is for the CLIP recipes without a network. ``clip.yaml`` decides its weights; options are those of `fit`.
 After Ctrl-C the same command goes on from the last checkpoint.
 """
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip.export import export
-from recipes.shared.cli import RecipeCLI
-from recipes.shared.mistakes import without_traceback
-from recipes.shared.packaged import cache_dir, one_at_a_time, write_folder
+from recipes.command_line.cli import RecipeCLI
+from recipes.command_line.mistakes import without_traceback
+from recipes.offline.packaged import cache_dir, one_at_a_time, write_folder
 from recipes.studies.process import logging_in, resuming
 
 _HERE = Path(__file__).parent
@@ -37,7 +37,7 @@ def main(options: Sequence[str]) -> Path:
             )
         if not folder.exists():
             model = f"--model.model={_HERE / 'emoji-ViT-8-64.json'}"
-            arguments = [f"--config={_HERE / 'configs' / 'pretrain.yaml'}", model, *options]
+            arguments = [f"--config={_HERE / 'clip.yaml'}", model, *options]
             RecipeCLI(["fit", *arguments, *logging_in(run), *resuming(run)], recipe="clip_contrastive")
             write_folder(folder, partial(_export, run))
         # A model that is trained again, after its folder was deleted, would go on from the old one's last checkpoint.

@@ -7,7 +7,7 @@ from typing import Literal, cast, get_args
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.files import write_whole
+from recipes.data.files import write_whole
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 SETTING = "FLATLORA_PRECISION"

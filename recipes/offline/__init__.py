@@ -1,0 +1,1 @@
+"""What stands in for a model hub: models and data inside packages."""

@@ -1,0 +1,1 @@
+"""Small models, trained here for the recipes that have no packaged one."""

@@ -1,0 +1,1 @@
+"""What the LightningModules of all recipes have in common."""
