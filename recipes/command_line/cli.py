@@ -66,15 +66,16 @@ class RecipeCLI(LightningCLI):
     The recipe's ``base.yaml`` comes before all that is given. With ``--ckpt_path`` the settings of the checkpoint's run
     come between the two, from its ``config.yaml`` (:func:`recipes.command_line.taken.taken`), and in a fit a warning
     names what is given otherwise than there. ``--ckpt_path last`` is the newest last checkpoint of the runs that log
-    into the same folder. ``--ckpt_path last-if-any`` makes one command both a run's first start and its return: a fit that goes
-    on saves where the run has saved before, and what is given otherwise is an error.
+    into the same folder. ``--ckpt_path last-if-any`` makes one command both a run's first start and its return: a fit
+    that goes on saves where the run has saved before, and what is given otherwise is an error.
 
     ``--method`` chooses a method's configuration, ``--rho`` its radius. ``--optimizer`` and ``--lr_scheduler`` each
     replace their own part of what the recipe trains with. Switching the checkpoints off drops the callbacks that the
     configuration lists for them.
 
     ``trainer.precision: null`` is what the device computes fast
-    (:func:`recipes.command_line.precision.fast_precision`). The choice is printed and written into the run's ``config.yaml``: a run that is resumed with that file keeps it.
+    (:func:`recipes.command_line.precision.fast_precision`). The choice is printed and written into the run's
+    ``config.yaml``: a run that is resumed with that file keeps it.
 
     Args:
         args: of the command line; None takes those of the process.
