@@ -13,7 +13,7 @@ import yaml
 Settings = dict[str, Any]
 
 _CLASSES = re.compile(
-    r"recipes\.\w+\.(module|data|protocol)\.\w+|recipes\.shared\.random_state\.RandomState|"
+    r"recipes\.\w+\.(module|data|protocol)\.\w+|recipes\.training\.random_state\.RandomState|"
     r"lightning_flatlora(\.\w+){1,3}|torch\.optim(\.\w+){1,2}|"
     r"lightning\.pytorch\.(callbacks\.ModelCheckpoint|cli\.ReduceLROnPlateau)"
 )
