@@ -272,7 +272,7 @@ def test_blocks_leave_attention_pooling_out() -> None:
     ("settings", "words"),
     [
         ({"projections": ["qkv"]}, "projections must be of .*'qkv'"),
-        ({"projections": []}, "projections must name at least one"),
+        ({"projections": []}, r"has no \[\] as a Linear that LoRA could adapt"),
         ({"towers": "image"}, "towers must be one of .*'image'"),
         ({"blocks": 4}, "blocks=4: the tower has 3 blocks, so give 'all', 1 to 3, or numbers from 0 on"),
         ({"blocks": [2, 5]}, r"blocks=\[2, 5\]: the tower has 3 blocks"),

@@ -106,6 +106,14 @@ class MethodCallback(Callback, Generic[S]):
         """The perturbation of the pairs' B; None for a method without one."""
         return self.method.perturbation
 
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse transformers' Trainer, which calls this first and has other hooks."""
+        problem = (
+            "this is a callback of Lightning's Trainer. With that of transformers write, after the Trainer is made and "
+            "before train(): lightning_flatlora.loops.EFMLoRA(trainer.model, trainer.create_optimizer(), rho=...)"
+        )
+        refuse(self.method, [problem])
+
     # -- the start: everything that is wrong is reported in one message, before anything is changed
 
     @override

@@ -94,7 +94,7 @@ def taken_apart(recipe: str, arguments: Sequence[str]) -> CommandLine:
     """Take the arguments behind a command apart.
 
     Example:
-        >>> line = taken_apart("vqa", ["--rho=1", "--config", "recipes/configs/methods/efmlora.yaml", "-c=own.yaml"])
+        >>> line = taken_apart("nlg", ["--rho=1", f"--config={method_file('nlg', 'efmlora')}", "-c=own.yaml"])
         >>> line.configs, line.method, line.options
         (['own.yaml'], 'efmlora', ['--rho=1'])
 

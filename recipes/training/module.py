@@ -142,6 +142,12 @@ class RecipeModule(L.LightningModule):
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
+        steps = self.trainer.estimated_stepping_batches
+        if self.trainer.global_step > steps and not self.chosen_scheduler:
+            raise MisconfigurationException(
+                f"this run resumes at step {self.trainer.global_step}, but has {steps} steps with the batch size, "
+                "devices and accumulation given now, so its learning rate would be 0: resume with those of its start"
+            )
         if isinstance(self.net, PeftModel):
             lora = self.net.active_peft_config
             settings = f"rank {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}"

@@ -57,7 +57,7 @@ def run(command: str, folder: str, recipe: str, method: str, strategy: str, opti
     if strategy == "fsdp1":
         arguments.append("--trainer.strategy.class_path=strategies.FSDPOnCPU")
     with one_command():
-        cli = RecipeCLI([*arguments, "--trainer.accelerator=cpu", *options])
+        cli = RecipeCLI([*arguments, "--trainer.accelerator=cpu", *options], recipe=recipe)
     used = cli.trainer.strategy
     # The scale of the contrastive loss, which may be trained, is beside the model.
     return {
@@ -68,11 +68,15 @@ def run(command: str, folder: str, recipe: str, method: str, strategy: str, opti
     }
 
 
-def quick(command: str, configs: list[str], *options: str, recipe: str = "") -> RecipeCLI:
-    """A command line in this process, with configurations and what makes a run short and quiet on any machine."""
+def quick(command: str, configs: list[str], *options: str) -> RecipeCLI:
+    """A command line in this process, with configurations and what makes a run short and quiet on any machine.
+
+    It is that of the recipe whose base is among the configurations.
+    """
     given = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true"]
     given += ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
-    return RecipeCLI([command, *configs, *given, *options], recipe=recipe)
+    bases = [Path(config) for config in configs if config.endswith("/configs/base.yaml")]
+    return RecipeCLI([command, *configs, *given, *options], recipe=bases[0].parts[-3] if bases else "")
 
 
 def trained(cli: RecipeCLI) -> dict[str, Tensor]:

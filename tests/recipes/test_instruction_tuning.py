@@ -41,7 +41,7 @@ def test_the_pages_module_in_manual_optimization_gives_the_callbacks_weights(
     manual = ["--model=mine.ManualTuning", "--model.rho=0.05", "--model.gradient_clip_val=1"]
     weights = []
     for method in (["--method=fmlora", "--rho=0.05"], [*manual, "--trainer.gradient_clip_val=null"]):
-        weights.append(trained(quick("fit", [], *method, *given, recipe="instruction_tuning")))
+        weights.append(trained(quick("fit", config_arguments("instruction_tuning", "lora"), *method, *given)))
     assert any(weight.any() for name, weight in weights[0].items() if "lora_B" in name)
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
 

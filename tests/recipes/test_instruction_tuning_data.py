@@ -55,7 +55,7 @@ def test_what_is_cut_or_dropped_is_told(tiny: str, jsonl: Any) -> None:
     assert len(data.parts["train"]) == 2
     assert data.reports["train"].endswith(
         "train: 2 conversations; 1 of them cut at max_length=60 tokens; "
-        "1 dropped: no answer within max_length=60 tokens; 2 dropped: no answer in the data; "
+        "2 dropped: no answer in the data; 1 dropped: no answer within max_length=60 tokens; "
         "1 dropped: no question in the data"
     )
 

@@ -85,8 +85,8 @@ def test_the_offline_model_is_trained_once(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": None}, "no data: give a file ending in .*a folder or a Hub name"),
-        ({"dataset": "packaged:easy_vqa", "split": "dev"}, "other splits than train, test, got 'dev'"),
+        ({"dataset": None}, "no data: give a file ending in .*a folder, a Hub name"),
+        ({"dataset": "packaged:easy_vqa", "split": "dev"}, "has no split 'dev': give another one"),
         ({"check_images": False, "skip_unreadable": True}, "skip_unreadable needs check_images"),
         ({"image_folder": "gone"}, "image_folder='gone': there is no folder gone"),
         ({"max_length": 5}, "nothing is left.*30 left out: longer than max_length=5 tokens"),
