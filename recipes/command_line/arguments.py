@@ -101,7 +101,7 @@ def taken_apart(recipe: str, arguments: Sequence[str]) -> CommandLine:
     Raises:
         SystemExit: the recipe has no such method.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(f"python -m recipes.{recipe}", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append", default=[])
     names = methods_of(recipe)
     parser.add_argument("--method", choices=names)

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -147,7 +148,9 @@ class PartedData(ResumableData):
             if part not in self.parts:
                 self.parts[part] = self._part(part)
             own = self.own_splits.get(part)
-            if stage == "fit" and own is not None:
+            # An evaluation may be on a machine without the training data, and a Hub's are not fetched for it.
+            is_there = stage == "fit" or Path(str(self.dataset)).expanduser().exists()
+            if own is not None and is_there:
                 trained = self.identities(self.table(self.split))
                 warn_of_training_data(part, set(self.identities(self.table(own))), trained, self.kinds)
 

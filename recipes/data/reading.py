@@ -12,7 +12,7 @@ import fsspec
 from datasets.fingerprint import Hasher
 from datasets.packaged_modules.csv.csv import CsvConfig
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from recipes.data.left_out import few
 
@@ -69,17 +69,28 @@ def _read(name: str, split: str, config_name: str | None, revision: str | None) 
         if path.is_dir():
             builder = datasets.load_dataset_builder(name, config_name)
             options = _WORDS_STAY if isinstance(builder.config, CsvConfig) else {}
-            # Files that belong to no split are left out without a word.
-            for part, files in (builder.config.data_files or {}).items():
-                rank_zero_info(f"dataset={name!r}: {part} is {few([Path(file).name for file in files])}")
-        return datasets.load_dataset(name, config_name, split=split, revision=revision, **options)
-    if not path.is_file() or not path.stat().st_size:
-        raise MisconfigurationException(f"dataset={name!r}: there is no such file, or it is empty")
-    options = _csv_options(path) if FORMATS[ending] == "csv" else {}
-    table = datasets.load_dataset(FORMATS[ending], data_files=glob.escape(str(path)), split="train", **options)
+            _say_which_are_read(path, builder.config.data_files or {})
+        table = datasets.load_dataset(name, config_name, split=split, revision=revision, **options)
+    else:
+        if not path.is_file() or not path.stat().st_size:
+            raise MisconfigurationException(f"dataset={name!r}: there is no such file, or it is empty")
+        options = _csv_options(path) if FORMATS[ending] == "csv" else {}
+        table = datasets.load_dataset(FORMATS[ending], data_files=glob.escape(str(path)), split="train", **options)
     if "__index_level_0__" in table.column_names:  # pandas has taken the first value for the row's name
         raise ValueError("the first row has more values than the header has names: put texts with commas into quotes")
     return table
+
+
+def _say_which_are_read(folder: Path, data_files: Mapping[str, Sequence[str]]) -> None:
+    """Print a folder's files by their splits, and warn of tables that belong to none: `datasets` leaves them out."""
+    read: set[Path] = set()
+    for part, files in data_files.items():
+        read.update(Path(file).resolve() for file in files)
+        rank_zero_info(f"dataset={str(folder)!r}: {part} is {few([Path(file).name for file in files])}")
+    tables = [path for path in sorted(folder.rglob("*")) if table_ending(path.name)]
+    unread = [path.name for path in tables if path.resolve() not in read]
+    if unread:
+        rank_zero_warn(f"dataset={str(folder)!r}: not read are {few(unread)}, in no split or of another format")
 
 
 def _csv_options(file: Path) -> dict[str, Any]:

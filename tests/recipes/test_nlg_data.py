@@ -33,6 +33,14 @@ def lines(data: MeaningData, part: str) -> list[str]:
     return [data.encoder.tokenizer.decode(ids) for ids in data.parts[part]["input_ids"]]
 
 
+def test_a_test_on_a_copy_of_the_training_data_is_warned_of(model: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    save_csv(tmp_path / "mine" / "train.csv")
+    copy = save_csv(tmp_path / "copy.csv")
+    with pytest.warns(UserWarning, match="test: 36 of 36 meanings are in the training split too"):
+        prepared(model, str(tmp_path / "mine"), "test", validation_share=0.0, test_share=None, test_split=copy)
+
+
 EXPECTED: list[str] = []
 for meaning, texts in meanings(0, 36):
     EXPECTED += [f"{meaning}{END} {text}{END}" for text in texts]
@@ -119,7 +127,7 @@ def test_a_model_that_begins_with_a_token_gets_it(tiny: str, model: str) -> None
 
 
 def test_a_test_is_named_by_its_own_file(model: str, tmp_path: Path) -> None:
-    files = [save_csv(tmp_path / name, 0, 4) for name in ("mine.csv", "held_out.csv")]
+    files = [save_csv(tmp_path / "mine.csv", 0, 4), save_csv(tmp_path / "held_out.csv", 4, 8)]
     data = prepared(model, files[0], "test", test_split=files[1])
     assert data.reports["test"].startswith(f"{files[1]}, test: ")
 

@@ -126,23 +126,33 @@ def test_columns_that_nobody_reads_are_named(tmp_path: Path, caplog: pytest.LogC
 
 
 @pytest.mark.parametrize(
-    ("names", "number", "said"),
+    ("names", "number", "said", "unread"),
     [
-        (["a.jsonl", "b.jsonl"], 6, "train is a.jsonl, b.jsonl"),
-        (["train.jsonl", "more.jsonl"], 3, "train is train.jsonl"),
-        (["a.jsonl", "b.csv"], 3, "train is a.jsonl"),
-        (["train/a.jsonl", "train/b.jsonl", "test/c.jsonl"], 6, "test is c.jsonl"),
-        (["one.csv", "two.csv", "README.md"], 3, "train is one.csv"),  # whose card names it
+        (["a.jsonl", "b.jsonl"], 6, "train is a.jsonl, b.jsonl", None),
+        (["train.jsonl", "more.jsonl"], 3, "train is train.jsonl", "more.jsonl"),
+        (["a.jsonl", "b.csv"], 3, "train is a.jsonl", "b.csv"),
+        (["train/a.jsonl", "train/b.jsonl", "test/c.jsonl"], 6, "test is c.jsonl", None),
+        (["one.csv", "two.csv", "README.md"], 3, "train is one.csv", "two.csv"),  # whose card names it
     ],
 )
 def test_the_files_that_are_read_of_a_folder_are_named(
-    tmp_path: Path, names: list[str], number: int, said: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, names: list[str], number: int, said: str, unread: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in names:
         save_table(tmp_path / "mine" / name)
-    with caplog.at_level(logging.INFO):
+    warned = pytest.warns(UserWarning, match=f"not read are {unread}, in no split") if unread else nullcontext()
+    with caplog.at_level(logging.INFO), warned:
         assert len(data.read_table(str(tmp_path / "mine"), "train")) == number
     assert any(message.endswith(said) for message in caplog.messages)
+
+
+@pytest.mark.parametrize("name", ["mine", "mine/train.csv"])
+def test_texts_with_commas_outside_of_quotes_are_refused(tmp_path: Path, name: str) -> None:
+    """pandas would take a row's first value for its name, and the second one for the text."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.csv").write_text("text,label\n" + "good, and long,0\nbad, and short,1\n" * 3)
+    with pytest.raises(MisconfigurationException, match="put texts with commas into quotes"):
+        data.read_table(str(tmp_path / name), "train")
 
 
 def test_a_split_that_a_folder_lacks_is_named(tmp_path: Path) -> None:

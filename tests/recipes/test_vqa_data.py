@@ -200,7 +200,8 @@ def test_choices_in_the_forms_that_data_sets_have(choices: Any, answer: Any, exp
 
 def test_a_test_is_named_by_its_own_file(tiny_vlm: str, tmp_path: Path, drawn: str) -> None:
     held_out = shutil.copy(drawn, tmp_path / "held_out.jsonl")
-    data = prepared("test", tiny_vlm, dataset=drawn, test_split=str(held_out))
+    with pytest.warns(UserWarning, match="test: 48 of 48 images are in the training split too"):
+        data = prepared("test", tiny_vlm, dataset=drawn, test_split=str(held_out))
     assert data.reports["test"] == f"{held_out}, for test: 48 questions"
 
 
