@@ -154,7 +154,7 @@ class TextData(PartedData):
             table = read_table(file, file)
         self._check_columns(table, self.text_columns, source)
         row_texts = list(self._texts(table, source).values())
-        rows = datasets.Dataset.from_dict({"texts": row_texts, "places": list(range(len(row_texts)))})
+        rows = datasets.Dataset.from_dict({"texts": row_texts, "indices": list(range(len(row_texts)))})
         return mapped(rows, self.encoder, desc="Tokenizing predict")
 
     def _texts(self, table: Any, source: str) -> dict[int, list[str]]:
@@ -198,7 +198,7 @@ class TextData(PartedData):
     def batch_to_predict(self, rows: Sequence[Any]) -> dict[str, Any]:
         table = columns(rows, list(rows[0]))
         batch = _collate(table, padding_id(self.trained_module.tokenizer))
-        return {**batch, "texts": table["texts"], "places": table["places"]}
+        return {**batch, "texts": table["texts"], "indices": table["indices"]}
 
     def _encoder(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
         tokenizer = self.trained_module.tokenizer

@@ -15,7 +15,7 @@ class ClipModule(RecipeModule):
     Args:
         model: an open_clip name, or ``hf-hub:`` and a Hub name, or ``local-dir:`` and a folder.
         pretrained: a tag of open_clip's, or a file with weights; None starts from random weights, unless ``model``
-            names a place that holds them.
+            names where they are.
         quick_gelu: the activation that the weights were trained with; None is what the tag, or else the model's
             configuration, says. A file of OpenAI's weights needs true.
         lora: fields of peft's LoraConfig, and which ``projections``, ``blocks`` and ``towers`` get an adapter.

@@ -80,7 +80,7 @@ class InTurn(DistributedSampler[list[Draw]]):
 class Images(Dataset[Batch]):
     """Whole batches of images, read and transformed.
 
-    A batch holds ``images`` (n, 3, height, width), ``labels`` (n,), and ``places`` and ``paths``, lists of n.
+    A batch holds ``images`` (n, 3, height, width), ``labels`` (n,), and ``indices`` and ``paths``, lists of n.
 
     Args:
         examples: paths with labels.
@@ -103,7 +103,7 @@ class Images(Dataset[Batch]):
         return {
             "images": torch.stack(images),
             "labels": torch.tensor([label for _, label in chosen]),
-            "places": [index for index, _ in draws],
+            "indices": [index for index, _ in draws],
             "paths": [str(path) for path, _ in chosen],
         }
 

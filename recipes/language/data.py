@@ -32,7 +32,7 @@ class TextData(PartedData):
         """Return the lines of a text file, numbered, with their tokens; see :func:`read_prompts`."""
         rows: list[dict[str, Any]] = []
         for number, prompt in enumerate(read_prompts(path, kind)):
-            rows.append({"places": number, "prompt": prompt, "prompt_ids": encode(prompt)})
+            rows.append({"indices": number, "prompt": prompt, "prompt_ids": encode(prompt)})
         self.note_lengths([], [len(row["prompt_ids"]) for row in rows])
         return rows
 

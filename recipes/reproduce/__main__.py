@@ -17,7 +17,7 @@ from recipes.command_line.precision import precision_of_runs
 from recipes.reproduce.methods import METHODS
 from recipes.reproduce.plan import Plan
 from recipes.reproduce.report import plan_text, table_text, time_left
-from recipes.reproduce.run import KEY, Place, Run, perform
+from recipes.reproduce.run import KEY, Context, Run, perform
 from recipes.reproduce.table import TABLES, Protocol
 from recipes.studies.ledger import Ledger, StoppedError, keep_options
 
@@ -56,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     folder = plan.results.folder
     keep_options(folder, more, written=["table.md"])
-    place = Place(folder, precision_of_runs(folder, option(more, "--trainer.accelerator") or "auto"), more)
+    context = Context(folder, precision_of_runs(folder, option(more, "--trainer.accelerator") or "auto"), more)
     try:
-        plan.work(partial(perform, place=place), partial(_announce, plan=plan))
+        plan.work(partial(perform, context=context), partial(_announce, plan=plan))
     except (KeyboardInterrupt, StoppedError) as stop:
         print(f"Stopped. The same command resumes, in {folder}")
         return stop.status if isinstance(stop, StoppedError) else 130

@@ -75,7 +75,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Place:
+class Context:
     """Where runs land, and what all of them share.
 
     Attributes:
@@ -89,7 +89,7 @@ class Place:
     options: Sequence[str] = ()
 
 
-def perform(run: Run, place: Place) -> Row:
+def perform(run: Run, context: Context) -> Row:
     """Train, test what is to be tested, and clear the checkpoints away.
 
     A run that was stopped resumes from its last checkpoint.
@@ -102,22 +102,22 @@ def perform(run: Run, place: Place) -> Row:
     Raises:
         StoppedError: a command has failed, or the user has stopped it.
     """
-    folder = place.folder / run.name
+    folder = context.folder / run.name
     recipe = run.table.recipe
-    fitted = fit(recipe, folder, fit_arguments(run, place))
+    fitted = fit(recipe, folder, fit_arguments(run, context))
     found: Row = {"metrics": {}}
     if run.table.keeps != "nothing":
-        kept = checkpoint(run, place.folder)
+        kept = checkpoint(run, context.folder)
         if run.part == "test":
-            found = {"metrics": tested(recipe, folder, _arguments(run, place), kept)}
+            found = {"metrics": tested(recipe, folder, _arguments(run, context), kept)}
         else:
             metrics = validated(fitted["validations"], run.table)
             found = {"score": score(metrics, run.table), "loss": metrics.get("val_loss"), "metrics": metrics}
-        found["adapter"] = str(kept.with_suffix("").relative_to(place.folder))
+        found["adapter"] = str(kept.with_suffix("").relative_to(context.folder))
         # The checkpoints of all the runs of a table, with their optimizers, would fill a disk.
         clear(kept, keep_adapter=run.part == "test" or _is_start(run))
     entries = {name: value for name, value in fitted.items() if name not in OF_THE_CHOICE}
-    return {**run.key(), **found, "options": list(place.options), "commit": commit(), **entries}
+    return {**run.key(), **found, "options": list(context.options), "commit": commit(), **entries}
 
 
 def validated(validations: Sequence[Row], table: Table) -> Row:
@@ -138,20 +138,20 @@ def score(metrics: Row, table: Table) -> float:
     return -value if table.choice == "loss" else value
 
 
-def fit_arguments(run: Run, place: Place) -> list[str]:
+def fit_arguments(run: Run, context: Context) -> list[str]:
     """Return the arguments of the recipe's ``fit``."""
     more = []
     if run.start is not None:
-        more.append(f"--model.start_from={checkpoint(run.start, place.folder).with_suffix('')}")
+        more.append(f"--model.start_from={checkpoint(run.start, context.folder).with_suffix('')}")
     if run.max_steps is not None:
         more.append(f"--trainer.max_steps={run.max_steps}")
         # An epoch may be longer than such a run.
         interval = max(1, run.max_steps // _VALIDATIONS)
         more += [f"--trainer.val_check_interval={interval}", "--trainer.check_val_every_n_epoch=null"]
-    return _arguments(run, place, more)
+    return _arguments(run, context, more)
 
 
-def _arguments(run: Run, place: Place, more: Sequence[str] = ()) -> list[str]:
+def _arguments(run: Run, context: Context, more: Sequence[str] = ()) -> list[str]:
     table, task, method = run.table, run.table.tasks[run.task], METHODS[run.method]
     configs = RECIPES / table.recipe / "configs"
     return [
@@ -162,9 +162,9 @@ def _arguments(run: Run, place: Place, more: Sequence[str] = ()) -> list[str]:
         "--trainer.enable_model_summary=false",
         # The protocols' batch sizes are meant for one device; several of them take a share of the plan each.
         "--trainer.devices=1",
-        *([f"--trainer.precision={place.precision}"] if table.precision is None else []),
+        *([f"--trainer.precision={context.precision}"] if table.precision is None else []),
         *more,
-        *place.options,  # behind the method's, whose callback is then the one that --trainer.callbacks.… means
+        *context.options,  # behind the method's, whose callback is then the one that --trainer.callbacks.… means
     ]
 
 

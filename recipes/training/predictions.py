@@ -21,7 +21,7 @@ def run_folder(trainer: L.Trainer) -> Path:
 class PredictionWriter(L.Callback):
     """Write what is predicted of each example into the run's folder: all ranks' into one file, in the examples' order.
 
-    A batch holds ``places``, its examples' numbers from 0, and a predict_step returns a mapping for each. The file
+    A batch holds ``indices``, its examples' numbers from 0, and a predict_step returns a mapping for each. The file
     grows with each batch, so that a stop loses none of it.
 
     Args:
@@ -55,12 +55,12 @@ class PredictionWriter(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         rows: dict[int, dict[str, Any]] = {}
-        for of_rank in gathered(dict(zip(batch["places"], outputs, strict=True))):
+        for of_rank in gathered(dict(zip(batch["indices"], outputs, strict=True))):
             rows |= of_rank
         if not trainer.is_global_zero:
             return
         # The ranks' last batches are filled up with the first examples.
-        new = [row for place, row in sorted(rows.items()) if place >= self._written]
+        new = [row for index, row in sorted(rows.items()) if index >= self._written]
         with self._path.open("a", encoding="utf-8", newline="") as file:
             if self._path.suffix == ".csv":
                 table = csv.DictWriter(file, fieldnames=list(rows[min(rows)]))

@@ -146,12 +146,12 @@ class VQAData(PartedData):
         rows = []
         for index, row in enumerate(self._with_usable_images(table, self.questions)):
             prompt = self.encoder.prompt(row["question"])
-            rows.append({**row, "places": index, "prompt": prompt, "name": _image_key(row["image"], folder)})
+            rows.append({**row, "indices": index, "prompt": prompt, "name": _image_key(row["image"], folder)})
         return rows
 
     @override
     def batch_to_predict(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        table = columns(rows, ("places", "name", "question", "image", "prompt"))
+        table = columns(rows, ("indices", "name", "question", "image", "prompt"))
         images = open_images(table.pop("image"), table["question"])
         return {**table, "prompts": self.encoder(table["prompt"], images, padding_side="left")}
 

@@ -16,7 +16,7 @@ from recipes.reproduce.__main__ import main
 from recipes.reproduce.methods import METHODS
 from recipes.reproduce.plan import Plan
 from recipes.reproduce.report import count, table_text
-from recipes.reproduce.run import KEY, Place, Run, score, validated
+from recipes.reproduce.run import KEY, Context, Run, score, validated
 from recipes.reproduce.table import TABLES, Table
 from recipes.studies.ledger import Ledger, Row, StoppedError
 from recipes.studies.process import command
@@ -69,7 +69,7 @@ def test_a_run_that_fails_keeps_no_other_one_from_being_done(
     monkeypatch.setitem(TABLES, "table1", replace(TABLES["table1"], learning_rates=(1e-2,), grids=GRIDS))
     fake, failing = Fake(), ["rho=0.05", "seed-21"]
 
-    def perform(run: Run, place: Place) -> Row:
+    def perform(run: Run, context: Context) -> Row:
         if any(part in run.name for part in failing):
             raise StoppedError(1)
         return fake(run)
@@ -173,7 +173,7 @@ def test_the_settings_of_every_method_arrive(table: Table, parse: Parse, tmp_pat
         config = method.configurations([1.5e-3], table.grids)[-1]
         run = Run(task, name, config, 5, "validation", table)
         settings = parse(
-            command(table.recipe, "fit", tmp_path / run.name, running.fit_arguments(run, Place(tmp_path, "32-true")))
+            command(table.recipe, "fit", tmp_path / run.name, running.fit_arguments(run, Context(tmp_path, "32-true")))
         )
         model, callbacks = settings.model.init_args, settings.trainer.callbacks
         assert model.learning_rate == 1.5e-3
@@ -196,7 +196,7 @@ def test_the_protocols_values_are_those_of_the_recipes_files(
 ) -> None:
     run = Run(task, "lora", {"learning_rate": 1.0, "lora_dropout": 1.0}, 5, "test", table)
     chosen = ("--model.learning_rate", "--model.lora")
-    arguments = running.fit_arguments(run, Place(tmp_path, "32-true"))
+    arguments = running.fit_arguments(run, Context(tmp_path, "32-true"))
     given = [argument for argument in arguments if not argument.startswith(chosen)]
     settings = parse(command(table.recipe, "fit", tmp_path, given))
     # With another first value, runs of size 0 would be other ones than LoRA's, with which they are shared.
