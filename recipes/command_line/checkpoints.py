@@ -74,6 +74,8 @@ def settings_of_run(checkpoint: str) -> Settings:
     if not is_there or not written:
         return {}
     run, left_out = taken(written)
+    # What a run started from does not matter any more: its checkpoint holds all that it took over.
+    run.get("model", {}).get("init_args", {}).pop("start_from", None)
     file = path.parent.parent / "config.yaml"
     rank_zero_info(f"The settings are as in {file}, except for strategy, plugins, loggers and what is given here")
     if left_out:
@@ -100,5 +102,4 @@ def _compared(settings: Settings) -> Settings:
     methods = methods_of_run(settings)
     compared["trainer"] = {name: settings["trainer"].get(name) for name in _STEP_SETTINGS} | methods
     flat = dict_to_namespace(compared).items()
-    # What a run started from does not matter any more: its checkpoint holds all that it took over.
     return {name: value for name, value in flat if not name.endswith(".start_from")}

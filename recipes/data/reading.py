@@ -87,7 +87,9 @@ def _say_which_are_read(folder: Path, data_files: Mapping[str, Sequence[str]]) -
     for part, files in data_files.items():
         read.update(Path(file).resolve() for file in files)
         rank_zero_info(f"dataset={str(folder)!r}: {part} is {few([Path(file).name for file in files])}")
-    tables = [path for path in sorted(folder.rglob("*")) if table_ending(path.name)]
+    # A card says itself what belongs to each of its configurations.
+    paths = [] if (folder / "README.md").exists() else sorted(folder.rglob("*"))
+    tables = [path for path in paths if table_ending(path.name)]
     unread = [path.name for path in tables if path.resolve() not in read]
     if unread:
         rank_zero_warn(f"dataset={str(folder)!r}: not read are {few(unread)}, in no split or of another format")

@@ -132,7 +132,7 @@ def test_columns_that_nobody_reads_are_named(tmp_path: Path, caplog: pytest.LogC
         (["train.jsonl", "more.jsonl"], 3, "train is train.jsonl", "more.jsonl"),
         (["a.jsonl", "b.csv"], 3, "train is a.jsonl", "b.csv"),
         (["train/a.jsonl", "train/b.jsonl", "test/c.jsonl"], 6, "test is c.jsonl", None),
-        (["one.csv", "two.csv", "README.md"], 3, "train is one.csv", "two.csv"),  # whose card names it
+        (["one.csv", "two.csv", "README.md"], 3, "train is one.csv", None),  # whose card names it
     ],
 )
 def test_the_files_that_are_read_of_a_folder_are_named(
