@@ -381,7 +381,9 @@ def cost() -> list[str]:
     """Return what the page on rows and code says of their number and hours."""
     found = []
     for files in ("evidence_*", "comparison", "head_rate", "radius_tasks", "p1", "p1_control", "arms"):
-        rows = [row for file in RESULTS.glob(f"{files}.jsonl") for row in read(file)]
+        rows = []
+        for file in RESULTS.glob(f"{files}.jsonl"):
+            rows += read(file)
         # What was only judged has no processor time in its row.
         hours = sum(row.get("processor_seconds", row["seconds"]) for row in rows) / 3600
         found.append(f"{len(rows):,} rows in `{files}.jsonl` | {hours:.2g} |")

@@ -101,5 +101,4 @@ def _compared(settings: Settings) -> Settings:
     compared = {name: settings.get(name) for name in ("model", "data", "optimizer", "seed_everything")}
     methods = methods_of_run(settings)
     compared["trainer"] = {name: settings["trainer"].get(name) for name in _STEP_SETTINGS} | methods
-    flat = dict_to_namespace(compared).items()
-    return {name: value for name, value in flat if not name.endswith(".start_from")}
+    return dict(dict_to_namespace(compared).items())

@@ -79,8 +79,6 @@ def _is_plain(name: str, value: Any) -> bool:
 
 def _is_setting(name: str, value: Any) -> bool:
     """Return whether a value of the model or the data runs no code and writes no file outside of the run's folder."""
-    if name == "download":
-        return not value
     # With a slash they are another folder, and a repository of code.
     if name in ("predictions", "attn_implementation"):
         return "/" not in str(value)

@@ -1,6 +1,6 @@
 """A data module of one table, or of one for each part, in parts for training, validation and test."""
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -77,7 +77,8 @@ class PartedData(ResumableData):
     def __post_init__(self) -> None:
         super().__init__()
         shares = {"validation": self.validation_share, "test": self.test_share}
-        self.division = Division(self.dataset, self.split, self.given_splits(), shares, packaged=self.packaged)
+        splits = {"validation": self.validation_split, "test": self.test_split}
+        self.division = Division(self.dataset, self.split, splits, shares, packaged=self.packaged)
         self.division.packaged_splits = self.packaged_splits
         self.own_splits, self.shares = self.division.own_splits, self.division.shares
         refuse_bad_settings(self, {"batch_size": 1, "num_workers": 0, **self.least}, self.shares, self.problems())
@@ -114,14 +115,6 @@ class PartedData(ResumableData):
         """Return what else is wrong with the settings."""
         return []
 
-    def given_splits(self) -> dict[str, str | None]:
-        """Return the splits of the parts as far as they are given."""
-        return {"validation": self.validation_split, "test": self.test_split}
-
-    def parts_of(self, stage: str) -> Iterable[str]:
-        """Return the parts that a stage needs."""
-        return PARTS_OF_STAGE[stage]
-
     # -- stages
 
     @override
@@ -132,7 +125,7 @@ class PartedData(ResumableData):
             return
         self.division.take_own_splits(self.config_name, self.revision)
         self.division.refuse_wrong_splits("")
-        for part in self.parts_of(stage):
+        for part in PARTS_OF_STAGE[stage]:
             self.table(self.own_splits.get(part) or self.split)  # on one process, so that the others find it downloaded
 
     @override
@@ -144,7 +137,7 @@ class PartedData(ResumableData):
         if stage == "predict":
             self.parts["predict"] = self.rows_to_predict()
             return
-        for part in self.parts_of(stage):
+        for part in PARTS_OF_STAGE[stage]:
             if part not in self.parts:
                 self.parts[part] = self._part(part)
             own = self.own_splits.get(part)

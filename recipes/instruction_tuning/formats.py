@@ -92,10 +92,12 @@ def converter(columns: Sequence[str], source: str) -> Callable[[Row], Row]:
     found = _understood(columns)
     if found is not None:
         return partial(_converted, found=found)
-    pairs = ", ".join(f"{pair.question!r} and {answer!r}" for pair in PAIRS for answer in pair.answers)
+    pairs = []
+    for pair in PAIRS:
+        pairs += [f"{pair.question!r} and {answer!r}" for answer in pair.answers]
     raise MisconfigurationException(
         f"{source} has the columns {sorted(columns)}. Known are 'messages' (a list of role and content), "
-        f"'conversations' (a list of from and value), or {pairs}. Give other names in columns, for example "
+        f"'conversations' (a list of from and value), or {', '.join(pairs)}. Give other names in columns, for example "
         "--data.columns '{problem: question, solution: answer}'"
     )
 

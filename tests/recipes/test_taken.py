@@ -91,7 +91,6 @@ LAMBDA = {"class_path": "torch.optim.lr_scheduler.LambdaLR", "init_args": {"lr_l
         ("model.init_args.attn_implementation", "someone/kernel", "model.attn_implementation"),
         ("data.class_path", "lightning.pytorch.demos.boring_classes.BoringDataModule", "data (lightning"),
         ("data.init_args.root", EVIL, "data.root"),
-        ("data.init_args.download", True, "data.download"),
     ],
 )
 def test_a_foreign_run_chooses_no_code_and_no_folder(name: str, value: Any, said: str | None, tmp_path: Path) -> None:
@@ -158,8 +157,8 @@ def test_a_checkpoint_names_no_folder_to_delete(name: str, path: str) -> None:
 
 def test_what_is_left_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     monkeypatch.setattr(ParsingCLI, "_run_subcommand", lambda self, name: None)
-    parsed("fit", f"--ckpt_path={folder_of(tmp_path, {'trainer.callbacks': [EVIL], 'data.init_args.download': True})}")
-    assert any("write files: data.download, trainer.callbacks (payload.Evil). Give" in each for each in caplog.messages)
+    parsed("fit", f"--ckpt_path={folder_of(tmp_path, {'trainer.callbacks': [EVIL], 'data.init_args.root': EVIL})}")
+    assert any("write files: data.root, trainer.callbacks (payload.Evil). Give" in each for each in caplog.messages)
 
 
 def test_what_a_run_of_ours_had_is_taken(tmp_path: Path) -> None:
