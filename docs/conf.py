@@ -60,7 +60,7 @@ if os.environ.get("DOCS_LINKS") == "1":
 
 
 def write_report_help(file: Path) -> None:
-    """What the report's command line prints, for a page to include."""
+    """Return what the report's command line prints, for a page to include."""
     os.environ["COLUMNS"] = "110"  # argparse would take the terminal's width
     text = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text):

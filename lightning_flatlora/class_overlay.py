@@ -32,7 +32,7 @@ class Overlay:
         return self._plain_class.__name__
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copies and pickles are of the plain class: an average or a saved module never holds a perturbed reader."""
+        """Copy and pickle as the plain class: an average or a saved module never holds a perturbed reader."""
         left_out = {mixin._overlay_state for mixin in Overlay.__subclasses__()}
         state = {key: value for key, value in self.__dict__.items() if key not in left_out}
         return copyreg._reconstructor, (self._plain_class, object, None), state  # type: ignore[attr-defined]

@@ -33,7 +33,7 @@ class Ascent(NamedTuple):
 
 
 def damped_inverse_root(X: Tensor) -> Tensor:
-    r"""A square root of the damped inverse that stands for the pseudo-inverse of a factor's Gram matrix.
+    r"""Compute a square root of the damped inverse that stands for the pseudo-inverse of a factor's Gram matrix.
 
     .. math:: K = X^\top X,\qquad K^+ = (K + \delta\,\mathrm{tr}(K)\,I)^{-1} = R^\top R,\qquad \delta = 10^{-6}
 
@@ -60,7 +60,7 @@ def damped_inverse_root(X: Tensor) -> Tensor:
 
 
 def _root_and_damping(X: Tensor) -> tuple[Tensor, Tensor]:
-    """R of :func:`damped_inverse_root` and what was added to the Gram matrix's diagonal, in float64 where there is."""
+    """Return R of :func:`damped_inverse_root` and the damping of the Gram matrix, in float64 where a device has it."""
     wide_X = X if X.device.type == "mps" else X.double()
     gram = wide_X.mT @ wide_X
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
@@ -72,7 +72,7 @@ def _root_and_damping(X: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pseudo_inverse_roots(A: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Two factors of the damped pseudo-inverse of A's Gram matrix, which is 0 where the rows of A are dependent.
+    r"""Return two factors of the damped pseudo-inverse of A's Gram matrix, which is 0 if the rows of A are dependent.
 
     .. math:: S_A R_A = K_A^+ K_A K_A^+,\qquad K_A^+ = R_A^\top R_A,\qquad
         S_A = K_A^+ K_A R_A^\top = R_A^\top (I - d\, R_A R_A^\top),\qquad d = \delta\,\mathrm{tr}(K_A)
@@ -100,7 +100,7 @@ def pseudo_inverse_roots(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
-    r"""The ascent from both of LoRA's gradients: the estimator ``"average"`` (Eqs. 10-12, 14).
+    r"""Compute the ascent from both of LoRA's gradients: the estimator ``"average"`` (Eqs. 10-12, 14).
 
     .. math::
         \bar G &= \tfrac{1}{2s}\left(G_B (A^\top)^+ + (B^\top)^+ G_A\right) = \tfrac12 (G P_A + P_B G) \\
@@ -152,7 +152,7 @@ def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling
 
 
 def _agreement(one: Tensor, other: Tensor) -> Tensor:
-    """``||X|| / sqrt(||X||^2 + ||X - Y||^2)`` over the last two dimensions; 0 for X = 0, and nan is not lost."""
+    """Compute ``||X|| / sqrt(||X||^2 + ||X - Y||^2)`` over the last two dimensions; 0 for X = 0, nan stays."""
     size = torch.linalg.vector_norm(one, dim=(-2, -1))
     whole = torch.hypot(size, torch.linalg.vector_norm(one - other, dim=(-2, -1)))
     share: Tensor = size / whole.clamp_min(torch.finfo(whole.dtype).tiny)
@@ -160,7 +160,7 @@ def _agreement(one: Tensor, other: Tensor) -> Tensor:
 
 
 def ascent_projected(A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
-    r"""The ascent from B's gradient alone: the estimator ``"projected"`` (first half of Eq. 10, 14).
+    r"""Compute the ascent from only B's gradient: the estimator ``"projected"`` (first half of Eq. 10, 14).
 
     .. math:: \hat G = \tfrac1s G_B (A^\top)^+ = G P_A,\qquad
         \hat G A^+ = \tfrac1s G_B S_A R_A,\qquad
@@ -189,7 +189,7 @@ def ascent_projected(A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
 
 
 def perturbation_scale(squared_norm: Tensor, rho: float | Tensor) -> Tensor:
-    r"""The factor rho / ||G_hat|| of Eq. 13, zero where the gradient is zero.
+    r"""Compute the factor rho / ||G_hat|| of Eq. 13, zero where the gradient is zero.
 
     The paper's Eqs. 9 and 13 carry a further factor sign(g), a misprint: Eqs. 3, 16, 27 and both proofs have none.
 
@@ -241,6 +241,6 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def _squared_norm(X: Tensor) -> Tensor:
-    """The squared Frobenius norm over the last two dimensions."""
+    """Compute the squared Frobenius norm over the last two dimensions."""
     norm: Tensor = torch.linalg.vector_norm(X, dim=(-2, -1))
     return norm.square()

@@ -101,7 +101,7 @@ class FMLoRASteps(_Base):
         raise NotImplementedError(f"{type(self).__name__} must define compute_loss(batch, batch_idx)")
 
     def _subclass_problems(self) -> list[str]:
-        """What can't work about a subclass, one line for each problem."""
+        """List what can't work about a subclass, one line for each problem."""
         name = type(self).__name__
         problems = []
         if self.automatic_optimization:
@@ -137,7 +137,7 @@ class FMLoRASteps(_Base):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """One or two passes and, at the end of an accumulation window, the optimizer step (Algorithm 1)."""
+        """Run one or two passes and, at the end of an accumulation window, the optimizer step (Algorithm 1)."""
         callback, trainer = self._callback, self.trainer
         # Weight averaging runs such batches through the module only to update BatchNorm's statistics.
         if takes_no_step(trainer):

@@ -84,7 +84,7 @@ class _Reading:
         self.sources: list[tuple[Switch, Parts]] = []
 
     def parts(self) -> Parts:
-        """What is added now, nothing for the clean value."""
+        """Return what is added now, nothing for the clean value."""
         for switch, parts in reversed(self.sources):
             if switch.is_on:
                 return parts
@@ -99,7 +99,7 @@ class _Reading:
         return {}
 
     def added_to(self, value: Tensor, parts: Parts) -> Tensor:
-        """B + E, out of place, so that autograd gives the gradient at B + E to the parameter B."""
+        """Return B + E, out of place, so that autograd gives the gradient at B + E to the parameter B."""
         perturbed = value
         for rows, perturbation in parts.items():
             if rows is not None:
@@ -121,7 +121,7 @@ class _Perturbed(Overlay):
 
 
 def _property_of(attribute: str) -> property:
-    """A parameter as a property: B, or B + E while E is set and switched on."""
+    """Return a parameter as a property: B, or B + E while E is set and switched on."""
 
     def read(self: Any) -> Tensor | None:
         # FSDP1 takes the parameter away in forward and sets a view of the gathered values in its place.
@@ -161,7 +161,7 @@ def _property_of(attribute: str) -> property:
 
 
 def as_ref(reader: AnyRef) -> ParameterRef:
-    """A reader as such; a module stands for its weight."""
+    """Return a reader as a reference; a module stands for its weight."""
     return reader if isinstance(reader, ParameterRef) else ParameterRef(reader)
 
 
@@ -215,7 +215,7 @@ def _reading_of(reader: AnyRef) -> _Reading | None:
 
 
 def shown(reader: AnyRef) -> Tensor | None:
-    """What a reader adds to its parameter now; None for the clean value."""
+    """Return what a reader adds to its parameter now; None for the clean value."""
     reading = _reading_of(reader)
     return None if reading is None else reading.parts().get(as_ref(reader).rows)
 
@@ -256,7 +256,7 @@ GATES_CLOSED = Switch()
 
 @contextmanager
 def gates_closed() -> Iterator[None]:
-    """Inside, no layer switches a perturbation on around its own call, as in a measurement at the clean weights."""
+    """Let no layer inside switch a perturbation on around its own call, as in a measurement at the clean weights."""
     before, GATES_CLOSED.is_on = GATES_CLOSED.is_on, True
     try:
         yield

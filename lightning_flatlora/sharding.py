@@ -25,11 +25,11 @@ class Sharding:
     only_views = False
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """The full shape, whatever this rank holds."""
+        """Return the full shape, whatever this rank holds."""
         return parameter.shape
 
     def stack(self, parameters: Sequence[nn.Parameter], *, gradients: bool = False) -> Tensor:
-        """Parameters of one shape, or their gradients (zero where one is missing), as a plain tensor.
+        """Stack parameters of one shape, or their gradients (zero where one is missing), as a plain tensor.
 
         Returns:
             Shape (L, rows, columns), a kernel's dimensions among the columns; dtype of the parameters; for a single
@@ -43,31 +43,31 @@ class Sharding:
             return whole(stacked.flatten(2))
 
     def gather(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
-        """The exact whole of a tensor split as a parameter is: of the parameter, or an optimizer's average of it."""
+        """Gather the exact whole of a tensor split like a parameter: of the parameter, or of an optimizer's average."""
         tensor = tensor.detach()
         # Not whole(), whose sum over the ranks may turn -0.0 into 0.0.
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def part(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
-        """What this rank keeps of a whole value, which is the same on every rank; the inverse of :meth:`gather`."""
+        """Return what this rank keeps of a whole value, equal on every rank; the inverse of :meth:`gather`."""
         if isinstance(parameter, DTensor):
             return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
         return value
 
     def splits(self, parameter: nn.Parameter) -> bool:
-        """Whether ranks hold parts of a parameter."""
+        """Say whether ranks hold parts of a parameter."""
         return isinstance(parameter, DTensor)
 
     def merged(self, table: dict[Any, Any]) -> dict[Any, Any]:
-        """The union of all ranks' small tables, in the same order everywhere; the first rank with an entry decides."""
+        """Unite all ranks' small tables, in the same order everywhere; the first rank with an entry decides."""
         return table
 
     def have_gradients(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
-        """Which parameters have a gradient, known to the host, the same on every rank."""
+        """Say which parameters have a gradient, known to the host, the same on every rank."""
         return [parameter.grad is not None for parameter in parameters]
 
     def all_finite(self, parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
-        """Whether every gradient is finite, as a boolean on a device, shape (); true where there is none.
+        """Say whether every gradient is finite, as a boolean on a device, shape (); true if there is none.
 
         The host does not wait.
         """
@@ -127,7 +127,7 @@ class FlatShards(Sharding):
         return full.view(len(rows), *matrix_shape(self.shape(parameters[0])))
 
     def _among_zeros(self, part: Tensor, parameter: nn.Parameter) -> Tensor:
-        """This rank's part of a tensor that is split as a parameter is, in the flattened whole."""
+        """Put this rank's part of a tensor, split as a parameter is, into a flattened whole of zeros."""
         full = torch.zeros(self.shape(parameter).numel(), dtype=part.dtype, device=part.device)
         offset = self._offsets[id(parameter)]
         full[offset : offset + part.numel()].copy_(part.detach().flatten())
@@ -161,7 +161,7 @@ class FlatShards(Sharding):
 
     @override
     def have_gradients(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
-        """All that are trained count, since a rank without a part of a parameter can't know of its gradient."""
+        """Say so of all that are trained, since a rank without a part of a parameter can't know of its gradient."""
         if self._group.size() == 1:
             return super().have_gradients(parameters)
         return [parameter.requires_grad for parameter in parameters]
@@ -178,7 +178,7 @@ class FlatShards(Sharding):
 
 
 def sharding_of(model: nn.Module | None) -> Sharding:
-    """How the ranks share the parameters of a model, as the strategy has wrapped it."""
+    """Say how the ranks share the parameters of a model, as the strategy has wrapped it."""
     units = FullyShardedDataParallel.fsdp_modules(model) if model is not None else []
     if units:  # the model itself, or modules that its configure_model wrapped
         return FlatShards(model, units[0].process_group)  # type: ignore[arg-type]
@@ -186,7 +186,7 @@ def sharding_of(model: nn.Module | None) -> Sharding:
 
 
 def is_sharded(model: nn.Module | None) -> bool:
-    """Whether any rank holds only a part of a parameter."""
+    """Say whether any rank holds only a part of a parameter."""
     if model is None:
         return False
     return sharding_of(model).only_views or any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -200,12 +200,12 @@ def reshard(model: nn.Module) -> None:
 
 
 def matrix_shape(shape: torch.Size) -> torch.Size:
-    """(rows, columns) of a factor, a kernel's dimensions among the columns."""
+    """Return (rows, columns) of a factor, a kernel's dimensions among the columns."""
     return torch.Size([shape[0], shape[1:].numel()])
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A DTensor's full value, gathered from the ranks; a plain tensor as it is."""
+    """Return a DTensor's full value, gathered from the ranks; a plain tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
     mesh, placement = tensor.device_mesh, tensor.placements[0]
@@ -216,7 +216,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def _sum_of_shards(tensor: DTensor, dim: int) -> Tensor:
-    """What full_tensor gives, without its padding."""
+    """Return what full_tensor gives, without its padding."""
     group, rows = tensor.device_mesh.get_group(), tensor.shape[dim]
     local = tensor.to_local()
     full = local.new_zeros(tensor.shape)

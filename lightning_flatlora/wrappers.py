@@ -45,7 +45,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def without_sync(model: nn.Module) -> Iterator[None]:
-    """Inside, no backward of DDP averages gradients over the ranks."""
+    """Let no backward of DDP inside average gradients over the ranks."""
     with ExitStack() as stack:
         for wrapper in _of_ddp(model):
             stack.enter_context(wrapper.no_sync())
@@ -53,7 +53,7 @@ def without_sync(model: nn.Module) -> Iterator[None]:
 
 
 def wrapping_problems(model: nn.Module, unsynchronized: Sequence[str], *, takes_fsdp1: bool = False) -> list[str]:
-    """Why a perturbation can't be exact in a model as it is wrapped, one line for each reason.
+    """List why a perturbation can't be exact in a model as it is wrapped, one line for each reason.
 
     Args:
         model: as the loop or Lightning's strategy calls it.

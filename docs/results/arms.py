@@ -95,7 +95,7 @@ class Arm(NamedTuple):
 
 
 def _of_callback(path: str, strength: str, *, seeded: bool = False) -> Callable[[str, int], list[str]]:
-    """The options that give the Trainer a callback."""
+    """Return the options that give the Trainer a callback."""
 
     def options(value: str, seed: int) -> list[str]:
         given = [f"--trainer.callbacks+={path}", f"--trainer.callbacks.{strength}={value}"]

@@ -53,7 +53,7 @@ def losses(net: nn.Module, rows: Any, padding: int) -> list[Callable[[], Tensor]
 
 
 def measure(calibration: Calibration, run: Run, folder: Path) -> Row:
-    """The row of a run: loss, its rises in nats per token, and critical sharpness in nats per factor²."""
+    """Return the row of a run: loss, its rises in nats per token, and critical sharpness in nats per factor²."""
     adapter = folder / "fit" / "checkpoints" / Path(written(folder / "fit.json")["best"]).stem
     net = PeftModel.from_pretrained(calibration.base, str(adapter), is_trainable=True).eval()
     pairs = find_pairs(net).pairs

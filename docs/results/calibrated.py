@@ -68,7 +68,7 @@ class Calibration:
         self.base: Any = load_base(PACKAGED, "float32", None, {"attn_implementation": "eager"})
 
     def measure(self, run: Run, folder: Path) -> Row:
-        """The row of a run: temperature, and the losses without and with it."""
+        """Return the row of a run: temperature, and the losses without and with it."""
         adapter = folder / "fit" / "checkpoints" / Path(written(folder / "fit.json")["best"]).stem
         net = PeftModel.from_pretrained(self.base, str(adapter)).eval()
         validation = logits_and_targets(net, self.data.parts["validation"], self.padding)

@@ -15,7 +15,7 @@ SIDES = {"without": ("LoRA", "tab:blue"), "with": ("EFMLoRA", "tab:orange")}
 
 
 def envelope(trials: list[Row]) -> list[Row]:
-    """The trials than which no other one has learnt more and forgotten less, from the one that has learnt the most."""
+    """Return the trials than which none has learnt more and forgotten less, from the one that has learnt the most."""
     found: list[Row] = []
     for row in sorted(trials, key=lambda row: row["val_loss"]):
         if not found or row["rise"] < found[-1]["rise"]:
@@ -29,7 +29,7 @@ def places(trials: list[Row]) -> tuple[list[float], list[float]]:
 
 
 def main() -> None:
-    """A circle for each trial, and a line through each side's envelope."""
+    """Draw a circle for each trial, and a line through each side's envelope."""
     rows = read(ROWS)
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()

@@ -9,7 +9,7 @@ FORWARD, PERTURBATION, STEP = "tab:blue", "tab:orange", "tab:green"
 
 
 def objective(axes: Axes) -> None:
-    """A loss with a sharp and a flat minimum, and the worst loss within rho of each weight."""
+    """Draw a loss with a sharp and a flat minimum, and the worst loss within rho of each weight."""
     weights = np.linspace(-3.2, 3.4, 1500)
     loss = 1.2 - np.exp(-((weights + 1.6) ** 2) / 0.08) - 0.85 * np.exp(-((weights - 1.3) ** 2) / 1.6)
     worst = np.array([loss[np.abs(weights - weight) <= RHO].max() for weight in weights])
@@ -24,7 +24,7 @@ def objective(axes: Axes) -> None:
 
 
 def steps(axes: Axes) -> None:
-    """The passes of a step, on a line of time."""
+    """Draw the passes of a step, on a line of time."""
     perturb, step = ("", 0.04, PERTURBATION), ("", 0.15, STEP)
     parts = {
         "LoRA": [("pass at B", 1.0, FORWARD), step],

@@ -49,7 +49,7 @@ class Forgetting:
         self.untuned = self.losses(self.base)
 
     def measure(self, run: Run) -> Row:
-        """The row of a run of P1; ``val_loss`` is that of the adapter which is measured."""
+        """Return the row of a run of P1; ``val_loss`` is that of the adapter which is measured."""
         folder = self.search.results.folder / run.name
         fitted = fit(RECIPE, folder, self.search.arguments(run.config, run.seed))
         # The folder of the adapter is named like the checkpoint beside it.

@@ -118,7 +118,7 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called when a fit or an evaluation begins; ends what an interrupted fit has left and starts a new one."""
+        """End, when a fit or an evaluation begins, what an interrupted fit has left, and start a new one."""
         if self._visits(trainer):
             return
         # A fit that was killed between hooks, as in a notebook, may have left something behind.
@@ -132,7 +132,7 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when a fit starts; finds the pairs, reports all problems in one error, and prepares the layers."""
+        """Find the pairs when a fit starts, report all problems in one error, and prepare the layers."""
         self.per_optimizer.take_optimizers(trainer.optimizers)
         alike = [each for each in callbacks_of(trainer) if type(each) is type(self)]
         # Adapters that have a callback each may be activated in turn.
@@ -178,7 +178,7 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when training starts, with loaders set up; takes a checkpoint's state and the length of the run."""
+        """Take a checkpoint's state and the length of the run when training starts, with loaders set up."""
         if self._loaded is not None:
             state, self._loaded = self._loaded, None
             self.per_optimizer.load_state_dict(state)
@@ -190,7 +190,7 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when an epoch starts; has the model searched again in its first batch."""
+        """Have the model searched again in the first batch of an epoch that starts."""
         # Searched at the first pass, since hooks of others may still change the model.
         self.passes.is_stale = True
 
@@ -206,13 +206,13 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Called before gradients are cleared; drops those that the methods hold."""
+        """Drop the gradients that the methods hold, before gradients are cleared."""
         for method in self.methods:
             method.forget_gradients()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Called before an optimizer steps, with its gradients complete; the method uses and counts them."""
+        """Let the method use and count the gradients, which are complete, before an optimizer steps."""
         self.passes.check_gradient_is_first(optimizer)
         method = self.methods[trainer.optimizers.index(optimizer)]
         is_used = method is self.method or method.takes_several_optimizers
@@ -224,12 +224,12 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when an epoch ends; warns if nothing was perturbed."""
+        """Warn, when an epoch ends, if nothing was perturbed."""
         self.per_optimizer.warn_without_effect()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when training ends; warns of pairs that came into no optimizer."""
+        """Warn, when training ends, of pairs that came into no optimizer."""
         # What another callback was to give to an optimizer.
         left = [pair.name for pair in self.per_optimizer.assignment.orphans]
         if left and self.per_optimizer.may_come and self.method.pairs:
@@ -249,13 +249,13 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Called when an error or Ctrl-C ends a run; leaves no trace on the model and the trainer."""
+        """Leave no trace on the model and the trainer when an error or Ctrl-C ends a run."""
         if not self._visits(trainer):
             self.uninstall()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called when a run ends; leaves no trace on the model and the trainer."""
+        """Leave no trace on the model and the trainer when a run ends."""
         if not self._visits(trainer):
             self.uninstall()
 
@@ -289,12 +289,12 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Called when a checkpoint is saved; returns the state of all methods."""
+        """Return the state of all methods when a checkpoint is saved."""
         return self.per_optimizer.state_dict() if self._loaded is None else self._loaded
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Called when a checkpoint is loaded; keeps its state until training starts."""
+        """Keep the state of a checkpoint that is loaded until training starts."""
         # The pairs are known in a fit only, in the middle of which a tuner restores the state that it began with.
         if self.passes is not None:
             self.per_optimizer.load_state_dict(state_dict)

@@ -207,7 +207,7 @@ class FlatnessMonitor(Callback):
         self._held = None
 
     def _count(self, trainer: Trainer) -> int:
-        """Steps or epochs trained so far, whichever unit the measurements go by."""
+        """Return the steps or epochs trained so far, whichever unit the measurements go by."""
         return trainer.current_epoch if self.every_n_steps is None else trainer.global_step
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, count: int, step: int) -> None:

@@ -167,7 +167,7 @@ class FMLoRAModuleCallback(MethodCallback[FMLoRAStep]):
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Called when a run begins; in a fit, has schedulers count the module's windows and its gradients clipped."""
+        """Have, in a fit that begins, schedulers count the module's windows, and its gradients clipped."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.is_set_up = True
@@ -221,7 +221,7 @@ class FMLoRAModuleCallback(MethodCallback[FMLoRAStep]):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when a fit starts; looks for an EFMLoRA callback that schedules the passes."""
+        """Look, when a fit starts, for an EFMLoRA callback that schedules the passes."""
         self.efmlora = callback_of(trainer, EFMLoRA)
         # EFMLoRA finds the pairs and has their perturbation.
         self.per_optimizer.needs_pairs = self.efmlora is None
@@ -238,7 +238,7 @@ class FMLoRAModuleCallback(MethodCallback[FMLoRAStep]):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when an epoch ends; steps the schedulers of an epoch whose last batch was left out."""
+        """Step, when an epoch ends, its schedulers if its last batch was left out."""
         # An on_train_batch_start may have left the last batch out. Not if the run was stopped within the epoch.
         batches = trainer.fit_loop.epoch_loop.batch_progress
         if batches.is_last_batch and batches.current.completed < batches.current.ready:

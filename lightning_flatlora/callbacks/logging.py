@@ -16,7 +16,7 @@ def without_logging(callback: Callback) -> dict[str, Any]:
 
 @contextmanager
 def silenced(pl_module: LightningModule) -> Iterator[None]:
-    """Inside, nothing that the module or a callback logs is taken up: the first pass has logged already."""
+    """Take up nothing that the module or a callback logs inside: the first pass has logged already."""
     trainer = pl_module.trainer
     with put_on(pl_module, {"log": nothing}) as stack:
         # A loss object, and a callback, hold the method self.log of before, and an override may call super().log.

@@ -59,7 +59,7 @@ class ProbeBatches:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Inside, the module is in eval mode, not compiled, and logs nothing; afterwards all is as before.
+        """Keep the module in eval mode inside, not compiled and logging nothing; afterwards all is as before.
 
         Raises:
             MisconfigurationException: the step has written a parameter that no optimizer trains.

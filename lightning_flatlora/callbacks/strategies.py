@@ -29,7 +29,7 @@ _XLA = (strategies.XLAStrategy, strategies.SingleDeviceXLAStrategy)
 
 
 def strategy_problems(trainer: Trainer, sync_ascent: bool, works_sharded: bool = True) -> list[str]:
-    """Why a method can't work under the trainer's strategy, one line for each reason.
+    """List why a method can't work under the trainer's strategy, one line for each reason.
 
     Args:
         trainer: after its strategy is set up.
@@ -61,7 +61,7 @@ def strategy_problems(trainer: Trainer, sync_ascent: bool, works_sharded: bool =
 
 
 def _kind_problems(strategy: strategies.Strategy) -> list[str]:
-    """Why a method can't work under a kind of strategy."""
+    """List why a method can't work under a kind of strategy."""
     name = type(strategy).__name__
     if is_lightning(strategy, strategies.DeepSpeedStrategy):
         return [f"DeepSpeed is not supported yet: {_USE}"]
@@ -80,7 +80,7 @@ def _kind_problems(strategy: strategies.Strategy) -> list[str]:
 
 
 def _unsynchronized(trainer: Trainer, sync_ascent: bool) -> list[str]:
-    """The settings with which there are backward passes that do not average gradients over the ranks."""
+    """List the settings with which there are backward passes that do not average gradients over the ranks."""
     window = window_of(trainer)
     for callback in callbacks_of(trainer):
         if is_lightning(callback, GradientAccumulationScheduler):
@@ -90,7 +90,7 @@ def _unsynchronized(trainer: Trainer, sync_ascent: bool) -> list[str]:
 
 
 def problems_before_wrapping(trainer: Trainer) -> list[str]:
-    """What must be reported before the strategy wraps the model, because its own error would be misleading."""
+    """List what must be reported before the strategy wraps the model, since its own error would be misleading."""
     strategy = trainer.strategy
     if is_lightning(strategy, strategies.FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
         return ["use_orig_params must be True, got False: FSDP would merge factors into one parameter. Leave it out"]
@@ -98,7 +98,7 @@ def problems_before_wrapping(trainer: Trainer) -> list[str]:
 
 
 def monitor_problems(strategy: strategies.Strategy) -> list[str]:
-    """Why flatness can't be measured under a strategy, one line for each reason."""
+    """List why flatness can't be measured under a strategy, one line for each reason."""
     if not _kind_problems(strategy) and not is_lightning(strategy, *_SHARDED):
         return []
     return [
@@ -108,7 +108,7 @@ def monitor_problems(strategy: strategies.Strategy) -> list[str]:
 
 
 def checkpoint_problems(strategy: strategies.Strategy) -> list[str]:
-    """Why checkpoints of adapters can't be written under a strategy."""
+    """List why checkpoints of adapters can't be written under a strategy."""
     if is_lightning(strategy, strategies.DeepSpeedStrategy):
         return ["DeepSpeed keeps weights in its own form: use Lightning's ModelCheckpoint, or train under DDP or FSDP"]
     return []
@@ -135,7 +135,7 @@ def _fsdp1_problems(strategy: strategies.FSDPStrategy, automatic_optimization: b
 
 
 def ascent_stays_local(trainer: Trainer, sync_ascent: bool) -> bool:
-    """Whether the ascent's backward must not average gradients, even in the batch that ends an accumulation window.
+    """Say whether the ascent's backward must not average gradients, even in a batch that ends an accumulation window.
 
     Under FSDP1, a backward that synchronizes would turn the window's gradients, which are not reduced yet, into shards.
     Under DDP it would forget which parameters the window has used, so that with find_unused_parameters not all of them
@@ -147,13 +147,13 @@ def ascent_stays_local(trainer: Trainer, sync_ascent: bool) -> bool:
 
 
 def synchronizes(strategy: strategies.Strategy) -> bool:
-    """Whether the coming backward averages the gradients over the ranks."""
+    """Say whether the coming backward averages the gradients over the ranks."""
     # Of DDP; all others average in every backward, or have nothing to average.
     return getattr(strategy.model, "require_backward_grad_sync", True)
 
 
 def backward_without_sync(strategy: strategies.Strategy) -> AbstractContextManager[Any]:
-    """Inside, a backward averages no gradients over the ranks."""
+    """Let a backward inside average no gradients over the ranks."""
     block: Callable[[], AbstractContextManager[Any]] = getattr(strategy, "block_backward_sync", nullcontext)
     return block()
 

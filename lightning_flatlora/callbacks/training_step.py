@@ -51,7 +51,7 @@ def takes_passes_itself(module: LightningModule) -> bool:
 
 
 def window_of(trainer: Trainer) -> int:
-    """Batches of an optimizer step, as the trainer or an FMLoRAModule accumulates them."""
+    """Return the batches of an optimizer step, as the trainer or an FMLoRAModule accumulates them."""
     module: Any = trainer.lightning_module
     return module.accumulate_grad_batches if takes_passes_itself(module) else trainer.accumulate_grad_batches
 

@@ -172,7 +172,7 @@ def refuse_reentrant(loss: Tensor) -> None:
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Inside, a loss is of the weights as they are, and its graph holds all of it: nothing is cached."""
+    """Let a loss inside be of the weights as they are, with all of it in its graph: nothing is cached."""
     # Of DoRA's norms and products. It came with peft 0.19; before, nothing was cached.
     caching = getattr(helpers, "DoraCaching", None)
     # A loop's gates would let layers in training mode read B + Ê.

@@ -156,7 +156,7 @@ class FMLoRA(LoopMethod):
 
     @contextmanager
     def _ascent(self) -> Iterator[None]:
-        """The first pass: its gradient gives E and is then dropped."""
+        """Run the first pass: its gradient gives E and is then dropped."""
         # This forgets a second pass that was left out: the batch may be tried again from its first.
         self._replay.first_pass_starts(self.method.pairs[0].B.device)
         sharded = is_sharded(self._model)

@@ -24,14 +24,14 @@ def rounding_problems(parameters: Iterable[nn.Parameter]) -> list[str]:
 
 
 def integer_problems(name: str, value: object, least: int) -> list[str]:
-    """What is wrong with an argument that must be an integer of at least some size."""
+    """List what is wrong with an argument that must be an integer of at least some size."""
     if is_integer(value, least):
         return []
     return [f"{name} must be an integer >= {least}, got {value!r}"]
 
 
 def choice_problems(name: str, value: object, allowed: Any) -> list[str]:
-    """What is wrong with an argument that must be one of a Literal's values."""
+    """List what is wrong with an argument that must be one of a Literal's values."""
     if value in get_args(allowed):
         return []
     return [f"{name} must be {' or '.join(map(repr, get_args(allowed)))}, got {value!r}"]
@@ -42,7 +42,7 @@ SEVERAL_GRADIENTS = "takes several gradients a step, and the method knows one: u
 
 
 def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
-    """What can't work about optimizers, as far as they say it themselves."""
+    """List what can't work about optimizers, as far as they say it themselves."""
     problems = []
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         problems.append(f"LBFGS {SEVERAL_GRADIENTS}")

@@ -66,7 +66,7 @@ class Replay:
 
     @contextmanager
     def ascent(self, method: Any, is_averaged: bool) -> Iterator[None]:
-        """Inside, the first backward leaves the gradient from which the second pass gets its perturbation.
+        """Let the first backward inside leave the gradient from which the second pass gets its perturbation.
 
         Gradients begin anew inside, so that the ascent's stand alone; afterwards those from before are back.
 
@@ -103,7 +103,7 @@ class Replay:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside, the second pass starts where the first one started, at weights that :meth:`ascent` has perturbed.
+        """Start the second pass inside where the first one started, at weights that :meth:`ascent` has perturbed.
 
         Afterwards all is as the first pass has left it.
 
@@ -141,7 +141,7 @@ class Replay:
 
     @contextmanager
     def undone(self, device: torch.device) -> Iterator[None]:
-        """Inside, any passes may run, and afterwards all is as before them, except for parameters.
+        """Let any passes run inside; afterwards all is as before them, except for parameters.
 
         Args:
             device: on which they draw random numbers.

@@ -178,7 +178,7 @@ class StepMethod:
         return [pair.B for pair in self.pairs]
 
     def _rate_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups whose learning rate rho follows."""
+        """Return the optimizer's parameter groups whose learning rate rho follows."""
         if not self.schedule.needs_learning_rate or self.optimizer is None:
             return []
         identities = {id(parameter) for parameter in self.rate_parameters}

@@ -73,7 +73,7 @@ def search_pairs(
 
 
 def pairs_from(finder: Finder, model: nn.Module) -> list[LoRAPair]:
-    """What a finder gives for a model.
+    """Return what a finder gives for a model.
 
     Raises:
         ValueError: a pair of it can't be read as s B A.
@@ -87,7 +87,7 @@ def pairs_from(finder: Finder, model: nn.Module) -> list[LoRAPair]:
 
 
 def _misfit(pair: LoRAPair) -> str | None:
-    """Why a pair can't be read as s B A; None if it can."""
+    """Say why a pair can't be read as s B A; None if it can."""
     if not isfinite(pair.scaling):
         return f"scaling must be a finite number, got {pair.scaling!r}"
     if not pair.readers:
@@ -151,7 +151,7 @@ def _divided(
 
 
 def _tied_as_one(pairs: Sequence[LoRAPair]) -> list[LoRAPair]:
-    """The pairs, those of one product with the readers of all of its layers."""
+    """Return the pairs, those of one product with the readers of all of its layers."""
     by_product: dict[Hashable, LoRAPair] = {}
     for pair in pairs:
         product = (id(pair.A), pair.A_rows, id(pair.B), pair.B_rows, pair.scaling)
@@ -164,7 +164,7 @@ def _tied_as_one(pairs: Sequence[LoRAPair]) -> list[LoRAPair]:
 
 
 def _shared(pairs: Sequence[LoRAPair], others: Iterable[Any]) -> set[LoRAPair]:
-    """The pairs one of whose factors also serves in another product than s B A."""
+    """Find the pairs one of whose factors also serves in another product than s B A."""
     uses: dict[Hashable, list[tuple[LoRAPair | None, range | None]]] = defaultdict(list)
     for pair in pairs:
         uses[_place(pair.A)].append((pair, pair.A_rows))
@@ -182,7 +182,7 @@ def _shared(pairs: Sequence[LoRAPair], others: Iterable[Any]) -> set[LoRAPair]:
 
 
 def _place(factor: Any) -> Hashable:
-    """Where a factor's values lie: peft ties an output layer to its embedding by parameters that share memory."""
+    """Say where a factor's values lie: peft ties an output layer to its embedding by parameters sharing memory."""
     # A rank may hold nothing of a sharded parameter, and such ones lie at one place.
     if type(factor) is not nn.Parameter or isinstance(factor.data, DTensor) or factor.numel() == 0:
         return id(factor)

@@ -87,12 +87,12 @@ class LoRAPair:
         return as_ref(self.readers[0]).parameter
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """A and B as they are stored, a kernel's dimensions among the columns: see :meth:`products`."""
+        """Return A and B as they are stored, a kernel's dimensions among the columns: see :meth:`products`."""
         A, B = rows_of(self.A.detach(), self.A_rows), rows_of(self.B.detach(), self.B_rows)
         return self.products(A.flatten(1), B.flatten(1))
 
     def products(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """What has the shapes of the parameters, as A (r, m) and B (n, r); of experts as stacks of these."""
+        """Return what has the shapes of the parameters as A (r, m) and B (n, r); of experts as stacks of these."""
         if self.is_transposed:
             return A.mT, B.mT
         if self.experts == 1:
@@ -100,7 +100,7 @@ class LoRAPair:
         return A.reshape(self.experts, -1, A.shape[1]), B.reshape(len(B), -1, self.experts).movedim(-1, 0)
 
     def as_stored(self, B: Tensor) -> Tensor:
-        """What :meth:`products` gives for B, as the parameter is stored."""
+        """Return what :meth:`products` gives for B, as the parameter is stored."""
         if self.is_transposed:
             return B.mT
         return B if self.experts == 1 else B.movedim(-3, -1).flatten(-2)
@@ -164,22 +164,22 @@ class Finder(Protocol):
     """
 
     def __call__(self, model: nn.Module, /) -> list[LoRAPair]:
-        """All pairs of a model, trained or not, each with its readers, in the same order at every call."""
+        """Return all pairs of a model, trained or not, each with its readers, in the same order at every call."""
 
 
 def rows_of(tensor: Tensor, rows: range | None) -> Tensor:
-    """Some rows of a tensor, as a view; the tensor itself for None."""
+    """Return some rows of a tensor, as a view; the tensor itself for None."""
     return tensor if rows is None else tensor[rows.start : rows.stop]
 
 
 def all_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
-    """The parameters that hold the factors of pairs, each once, A before B."""
+    """Return the parameters that hold the factors of pairs, each once, A before B."""
     factors = chain.from_iterable((pair.A, pair.B) for pair in pairs)
     return list(dict.fromkeys(factors))
 
 
 def trained_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
-    """The parameters that hold the trained factors of pairs, each once, A before B: those with ``requires_grad``.
+    """Return the parameters with ``requires_grad`` that hold the factors of pairs, each once, A before B.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -192,5 +192,5 @@ def trained_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
 
 
 def readers_of(pairs: Iterable[LoRAPair]) -> list[AnyRef]:
-    """Where the layers read the B of pairs."""
+    """List where the layers read the B of pairs."""
     return list(chain.from_iterable(pair.readers for pair in pairs))

@@ -68,7 +68,7 @@ def search_layers(
 
 
 def _pairs_of(layer_name: str, layer: Any, adapter: str, A: AnyRef, B: AnyRef) -> list[LoRAPair]:
-    """One pair, or one for each group of a convolution, whose products are of rows of A and of as many parts of B's."""
+    """Make one pair, or one per group of a convolution, whose products are of rows of A and of as many parts of B's."""
     of_A, of_B = as_ref(A), as_ref(B)
     is_embedding = of_B is B
     part = f"lora_embedding_A.{adapter}" if is_embedding else f"lora_B.{adapter}.weight"
@@ -96,7 +96,7 @@ def kind_of(layer: nn.Module) -> type[nn.Module]:
 
 
 def _adapters(layer: LoraLayer) -> Iterator[tuple[str, AnyRef, AnyRef]]:
-    """Every adapter with the readers of A and B."""
+    """Yield every adapter with the readers of A and B."""
     for adapter in layer.lora_B:
         yield adapter, _reader(layer.lora_A, adapter), _reader(layer.lora_B, adapter)
     # Of an embedding peft starts the factor A with zeros, so that one is B, transposed. A perturbation of the other one
@@ -106,12 +106,12 @@ def _adapters(layer: LoraLayer) -> Iterator[tuple[str, AnyRef, AnyRef]]:
 
 
 def _reader(factors: Any, adapter: str) -> AnyRef:
-    """A module whose weight is the factor, or the place of the parameter itself, which embeddings keep."""
+    """Return a module whose weight is the factor, or a reference to the parameter itself, which embeddings keep."""
     return ParameterRef(factors, adapter) if isinstance(factors, nn.ParameterDict) else bare(factors[adapter])
 
 
 def _why_not(layer: LoraLayer, adapter: str, A: object, B: object) -> str | None:
-    """The reason for which a layer's update cannot be perturbed through B; None if it can."""
+    """Say why a layer's update cannot be perturbed through B; None if it can."""
     if isinstance(layer, LoraParallelLinear):
         return "tensor-parallel LoRA keeps a slice of each factor"
     # X-LoRA replaces the forward of each layer by a method of its own.

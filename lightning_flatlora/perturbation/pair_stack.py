@@ -80,7 +80,7 @@ class PairStack:
         self.scaling_of_E = torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64)
 
     def states(self) -> Iterator[tuple[LoRAPair, PairState]]:
-        """Every pair with its state, whose tensors are views."""
+        """Yield every pair with its state, whose tensors are views."""
         for pair, E, has_average, scaling in zip(self.pairs, self.E, self.has_average, self.scaling_of_E, strict=True):
             yield pair, PairState(E, has_average, scaling)
 
@@ -95,7 +95,7 @@ class PairStack:
         self.has_average |= is_taken
 
     def ascent(self, at_perturbed: bool) -> Ascent:
-        """The batched ascent of the stack's products, L * experts of them, from the gradients that the pairs hold."""
+        """Compute the ascent of the stack's products, L * experts of them, from the gradients that the pairs hold."""
         A, grad_B = self._stacked(of_B=False), self._stacked(of_B=True, gradients=True)
         if self.unread_A:
             return functional.ascent_projected(A, grad_B, self.scaling)
@@ -114,7 +114,7 @@ class PairStack:
         return [] if learns and self._estimator == "average" else self._A
 
     def _stacked(self, of_B: bool, *, gradients: bool = False, at_perturbed: bool = False) -> Tensor:
-        """A or B of every product, or their gradients, (L * experts, rows, columns); a single one may be a view."""
+        """Stack A or B of every product, or their gradients, (L * experts, rows, columns); one may be a view."""
         parameters, rows = (self._B, self._B_rows) if of_B else (self._A, self._A_rows)
         if rows[0] is None:
             stacked = self.sharding.stack(parameters, gradients=gradients)
@@ -130,7 +130,7 @@ class PairStack:
         return self._split(stacked, of_B)
 
     def _split(self, stacked: Tensor, of_B: bool) -> Tensor:
-        """What has the shape of the pairs' A or B, as one matrix for each product."""
+        """Return what has the shape of the pairs' A or B, as one matrix for each product."""
         if self.is_transposed:
             return stacked.mT
         if self.experts == 1:
@@ -141,7 +141,7 @@ class PairStack:
         return _transposed(columns).view(len(columns) * self.experts, stacked.shape[1], -1)
 
     def joined(self, products: Tensor) -> Tensor:
-        """What :meth:`_split` gives for B, of the shape of E."""
+        """Return what :meth:`_split` gives for B, of the shape of E."""
         if self.is_transposed:
             return _transposed(products)
         if self.experts == 1:
@@ -150,7 +150,7 @@ class PairStack:
 
 
 def _transposed(matrices: Tensor) -> Tensor:
-    """Matrices (L, rows, columns) as contiguous ones (L, columns, rows)."""
+    """Return matrices (L, rows, columns) as contiguous ones (L, columns, rows)."""
     transposed = matrices.new_empty(len(matrices), matrices.shape[2], matrices.shape[1])
     # One after another, which PyTorch copies by blocks: on a CPU five times as fast as all at once.
     for one, other in zip(transposed, matrices, strict=True):
@@ -159,7 +159,7 @@ def _transposed(matrices: Tensor) -> Tensor:
 
 
 def stacked(pairs: Iterable[LoRAPair], estimator: Estimator, sharding: Sharding) -> list[PairStack]:
-    """Pairs stacked by shapes, dtypes, device and whether A is trained, in parts of at most the largest stack."""
+    """Stack pairs by shapes, dtypes, device and whether A is trained, in parts of at most the largest stack."""
     groups: dict[Any, list[LoRAPair]] = defaultdict(list)
     for pair in pairs:
         A, B = pair.A, pair.B

@@ -75,7 +75,7 @@ class Perturbation:
         self.take_pairs(pairs, sharding)
 
     def _states(self) -> Iterator[tuple[LoRAPair, PairState]]:
-        """Every pair with its state."""
+        """Yield every pair with its state."""
         for stack in self._stacks:
             yield from stack.states()
 
@@ -157,7 +157,7 @@ class Perturbation:
 
     @contextmanager
     def applied(self, perturbations: list[Tensor] | None = None) -> Iterator[None]:
-        """The layers read B + E inside; after it, whatever happens, they read what they read before.
+        """Let the layers read B + E inside; after it, whatever happens, they read what they read before.
 
         Args:
             perturbations: E to read, the ``stacks`` of a :class:`FreshPerturbation`; None reads the kept one.
@@ -175,7 +175,7 @@ class Perturbation:
             self._is_applied, self._switch.is_on = was_applied, was_applied or self._is_on
 
     def _slices(self, perturbations: list[Tensor]) -> list[tuple[AnyRef, Tensor]]:
-        """Every reader with its slice of stacked perturbations."""
+        """Yield every reader with its slice of stacked perturbations."""
         slices: list[tuple[AnyRef, Tensor]] = []
         for stack, stacked_E in zip(self._stacks, perturbations, strict=True):
             for pair, E in zip(stack.pairs, stacked_E.unbind(), strict=True):
@@ -196,7 +196,7 @@ class Perturbation:
     def ascend(
         self, rho: float | Tensor, *, at_perturbed: bool, also_finite: Iterable[nn.Parameter] = ()
     ) -> FreshPerturbation:
-        """E of the gradients that the pairs hold now (Eqs. 10-15); a missing gradient counts as zero.
+        """Compute E of the gradients that the pairs hold now (Eqs. 10-15); a missing gradient counts as zero.
 
         Args:
             rho: radius of the ball.
@@ -218,7 +218,7 @@ class Perturbation:
             stack.E.copy_(fresh_E)
 
     def average(self, fresh: FreshPerturbation, beta: float) -> None:
-        """E := (1 - beta) E + beta fresh (Eq. 18); the first one is taken whole, one not finite leaves E as it is.
+        """Set E to (1 - beta) E + beta fresh (Eq. 18); the first one is taken whole, one not finite leaves E as it is.
 
         Args:
             fresh: from :meth:`ascend`.
@@ -244,11 +244,11 @@ class Perturbation:
         return any(self._sharding.have_gradients([pair.B for pair in self.pairs]))
 
     def all_finite(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Whether every gradient is finite on every rank, as a boolean on the device, shape ()."""
+        """Say whether every gradient is finite on every rank, as a boolean on the device, shape ()."""
         return self._sharding.all_finite(parameters, self.pairs[0].B.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as full CPU tensors, keyed by the clean name of each B."""
+        """Return what a resumed run needs, as full CPU tensors, keyed by the clean name of each B."""
         states = self._waiting | {pair.name: state for pair, state in self._states()}
         return {
             "E": {name: state.E.detach().cpu().clone() for name, state in states.items()},

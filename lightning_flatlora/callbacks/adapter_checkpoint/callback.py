@@ -45,7 +45,7 @@ class SavesAdapters(_Base):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called when a run begins; refuses a remote dirpath, and lets the strategy load checkpoints of adapters."""
+        """Refuse a remote dirpath when a run begins, and let the strategy load checkpoints of adapters."""
         if self not in trainer.checkpoint_callbacks:
             refuse(self, ["under pytorch_lightning import AdapterCheckpoint from lightning_flatlora.pytorch_lightning"])
         super().setup(trainer, pl_module, stage)
@@ -58,7 +58,7 @@ class SavesAdapters(_Base):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when a fit starts; refuses a module without an adapter, and strategies that can't save one."""
+        """Refuse, when a fit starts, a module without an adapter and strategies that can't save one."""
         super().on_fit_start(trainer, pl_module)
         problems = checkpoint_problems(trainer.strategy)
         if not contents.hosts(pl_module, self.finder):
@@ -70,7 +70,7 @@ class SavesAdapters(_Base):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when training starts; tries a whole save, so that what would fail fails now."""
+        """Try a whole save when training starts, so that what would fail fails now."""
         super().on_train_start(trainer, pl_module)
         self._seen.clear()
         saves = self.save_top_k != 0 or self.save_last
@@ -110,7 +110,7 @@ class SavesAdapters(_Base):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Called before an optimizer steps; notes which parameters it trains."""
+        """Note, before an optimizer steps, which parameters it trains."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         # What a step trains may be frozen again before the next save.
         trained = {id(parameter) for parameter in parameters_of(optimizer) if parameter.requires_grad}
@@ -120,7 +120,7 @@ class SavesAdapters(_Base):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Called when a batch ends; saves if a step or an interval is due, as in automatic optimization."""
+        """Save when a batch ends, if a step or an interval is due, as in automatic optimization."""
         # In manual optimization ModelCheckpoint never saves by time, and says that it would rather save the weights
         # from before the step. A checkpoint at a batch's end is what is wanted in both kinds of optimization.
         seen: Any = pl_module if pl_module.automatic_optimization else SimpleNamespace(automatic_optimization=True)
