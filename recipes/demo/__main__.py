@@ -17,7 +17,7 @@ from recipes.command_line.precision import SETTING, precision_of_runs
 from recipes.command_line.progress import quiet
 from recipes.data.files import begin_folder, write_whole
 from recipes.demo.report import plot, sentences, table
-from recipes.demo.run import ARMS, RATES, SEEDS, Run, assist, share
+from recipes.demo.run import ARMS, RATES, SEEDS, DemoRun, assist, share
 from recipes.demo.training import Settings
 from recipes.studies.ledger import StoppedError
 
@@ -47,7 +47,7 @@ def main(folder: Path = Path("runs/demo"), processes: int = 2) -> int:
 def _work(folder: Path, processes: int, settings: Settings) -> None:
     """Do what is missing, and report."""
     # The methods of a seed one after the other: whatever else the machine does slows them alike.
-    runs = [Run(arm, rate, seed, settings) for seed, rate, arm in product(SEEDS, RATES, ARMS)]
+    runs = [DemoRun(arm, rate, seed, settings) for seed, rate, arm in product(SEEDS, RATES, ARMS)]
     for _ in range(processes - 1):
         # It ends by itself, and with this one.
         multiprocessing.get_context("spawn").Process(target=assist, args=(folder, runs), daemon=True).start()

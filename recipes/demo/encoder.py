@@ -49,7 +49,7 @@ class CutEncoder:
     They are frozen and have no dropout. Each text is computed by itself, so that what is kept depends on nothing else.
 
     Args:
-        model: a BERT with eager attention and without dropout, see :func:`load`.
+        model: a BERT with eager attention and without dropout, see :func:`load_encoder`.
         tokenizer: its own.
         frozen_layers: how many of its layers are kept from training.
         length: tokens kept of a text.
@@ -80,7 +80,7 @@ class CutEncoder:
         return self._states[text]
 
 
-def load(frozen_layers: int, length: int) -> CutEncoder:
+def load_encoder(frozen_layers: int, length: int) -> CutEncoder:
     """Load all-MiniLM-L6-v2, in float32; the arguments are those of :class:`CutEncoder`."""
     folder = packaged.minilm()
     # Without the pooler, in whose place the mean over the tokens is taken. Eager attention is the fastest on such short

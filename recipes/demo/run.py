@@ -41,7 +41,7 @@ DISTANCES = (0.0, 1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 20.0, 24.0, 28.0, 32.0)
 """From the weights, along the steepest direction that B can express, in the full weights' units."""
 
 
-class Run(NamedTuple):
+class DemoRun(NamedTuple):
     """One training.
 
     Attributes:
@@ -69,26 +69,26 @@ def ledger(folder: Path) -> Ledger:
     return Ledger(folder / "results.jsonl", ("arm", "rate", "seed", "settings"))
 
 
-def share(folder: Path, runs: list[Run]) -> list[Row]:
+def share(folder: Path, runs: list[DemoRun]) -> list[Row]:
     """Do runs until each is done, here or by another process; their rows."""
     quiet()
     on_one_thread()
     done = ledger(folder)
 
-    def report(run: Run) -> None:
+    def report(run: DemoRun) -> None:
         print(f"[{runs.index(run) + 1}/{len(runs)}] {run}", flush=True)
 
     done.perform_all(lambda: [run for run in runs if done.find(run) is None], perform, report)
     return [row for row in map(done.find, runs) if row is not None]
 
 
-def assist(folder: Path, runs: list[Run]) -> None:
+def assist(folder: Path, runs: list[DemoRun]) -> None:
     """Do :func:`share` in its own process, which leaves it to the first one to say how it ended."""
     with without_traceback(), suppress(KeyboardInterrupt):
         share(folder, runs)
 
 
-def perform(run: Run) -> Row:
+def perform(run: DemoRun) -> Row:
     """Train, and measure on the validation part in float32.
 
     Returns:

@@ -11,7 +11,7 @@ import transformers
 
 from recipes.command_line.precision import Precision, fast_precision
 from recipes.demo.data import training_batches
-from recipes.demo.encoder import CutEncoder, load
+from recipes.demo.encoder import CutEncoder, load_encoder
 from recipes.demo.module import TaskClassifier
 from recipes.offline import texts
 from recipes.studies.methods import callbacks_of
@@ -19,7 +19,7 @@ from recipes.training.module import BARE
 
 LORA, EFMLORA = "LoRA", "EFMLoRA"
 
-kept = cache(load)
+kept = cache(load_encoder)
 """The encoder, loaded once in a process."""
 
 

@@ -31,7 +31,7 @@ TASKS = {"easy_vqa": (None, ""), "easy_vqa_plain": (False, "no"), "easy_vqa_nega
 _EVERY = 5
 
 
-def load(name: str, split: str) -> list[dict[str, Any]]:
+def load_questions(name: str, split: str) -> list[dict[str, Any]]:
     """Load rows about coloured shapes of 64×64 pixels: what colour, what shape, and whether there is one.
 
     Raises:

@@ -51,7 +51,7 @@ class Adapted:
     left_out: list[str]
 
 
-def load(folder: AdapterFolder, options: Options) -> Adapted:
+def load_adapter(folder: AdapterFolder, options: Options) -> Adapted:
     """Load a base with one adapter on it; the adapter's folder is only read.
 
     Args:

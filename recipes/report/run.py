@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_flatlora.flatness import MeanLoss, Point, base_norm, loss_gradient, trained_factors
 from lightning_flatlora.perturbation import Perturbation
 from recipes.report import numbers
-from recipes.report.adapters import Adapted, base_and_task, load
+from recipes.report.adapters import Adapted, base_and_task, load_adapter
 from recipes.report.data import Row, columns_for, mean_loss, read_rows
 from recipes.report.document import write
 from recipes.report.landscape import measure_landscape
@@ -47,12 +47,12 @@ def measure(options: Options) -> list[Measured]:
         columns_for(task, rows)
     # Loaded to see that they fit, before hours of measuring; the first one is loaded for that anyway.
     for folder in options.adapters[1:]:
-        mean_loss(load(folder, options), rows, options)
+        mean_loss(load_adapter(folder, options), rows, options)
     return [_measure_one(folder, rows, options) for folder in options.adapters]
 
 
 def _measure_one(folder: AdapterFolder, rows: list[Row], options: Options) -> Measured:
-    adapted = load(folder, options)
+    adapted = load_adapter(folder, options)
     loss, terms = mean_loss(adapted, rows, options)
     pairs, unit = adapted.pairs, UNITS[adapted.task]
     print(f"\n{adapted.label}", flush=True)

@@ -69,7 +69,7 @@ def load_questions(
     if image_folder is not None and not folder.is_dir():
         raise MisconfigurationException(f"image_folder={image_folder!r}: there is no folder {folder}")
     if is_packaged(name):
-        return datasets.Dataset.from_list(easy_vqa.load(name, split), features=FEATURES)
+        return datasets.Dataset.from_list(easy_vqa.load_questions(name, split), features=FEATURES)
     table = renamed(read_table(name, split, PACKAGED, config_name, revision), names or {})
     _check_columns(name, table.column_names, type_column, answered)
     for column in set(_IMAGES) & set(table.column_names):

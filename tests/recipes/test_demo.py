@@ -16,7 +16,7 @@ from recipes.demo.__main__ import main
 from recipes.demo.data import evaluation_batches, packed
 from recipes.demo.encoder import CutEncoder, pooled
 from recipes.demo.module import TaskClassifier
-from recipes.demo.run import ARMS, DISTANCES, RATES, SEEDS, Run, perform
+from recipes.demo.run import ARMS, DISTANCES, RATES, SEEDS, DemoRun, perform
 from recipes.demo.training import Settings
 from recipes.offline import packaged, texts
 from recipes.offline.texts import Example, Source
@@ -66,11 +66,11 @@ def test_kept_lower_layers_and_upper_ones_are_the_whole_model(frozen_layers: int
 def test_a_run_repeats_and_measures_the_loss_around_its_weights(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(texts.TASKS, TASK, Source(("heart", "teeth"), made_up))
     monkeypatch.setattr(running, "kept", lambda frozen_layers, length: cut_in_two())
-    row = perform(Run(arm, 1e-2, 40, SETTINGS))
+    row = perform(DemoRun(arm, 1e-2, 40, SETTINGS))
     losses = row["losses_around"]
     assert len(losses) == len(DISTANCES)
     assert row["validation_loss"] == losses[0] < losses[1] < losses[2]  # upwards, along the steepest direction
-    again = perform(Run(arm, 1e-2, 40, SETTINGS))
+    again = perform(DemoRun(arm, 1e-2, 40, SETTINGS))
     assert again["losses_around"] == losses
 
 
@@ -88,9 +88,9 @@ def test_the_mean_loss_weighs_each_text_alike() -> None:
 def test_the_demo_reports_resumes_and_shares(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun: list[Run] = []
+    begun: list[DemoRun] = []
 
-    def invented(run: Run) -> Row:
+    def invented(run: DemoRun) -> Row:
         """A loss that LoRA's rate raises, by half as much with dropout and not at all with EFMLoRA."""
         begun.append(run)
         if len(begun) == 5:
@@ -119,7 +119,7 @@ def test_the_demo_reports_resumes_and_shares(
 
 def test_a_run_of_another_process_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "perform", lambda run: run.key())
-    runs, found = [Run("LoRA", 1e-3, seed, SETTINGS) for seed in (1, 2)], list[Row]()
+    runs, found = [DemoRun("LoRA", 1e-3, seed, SETTINGS) for seed in (1, 2)], list[Row]()
     thread = Thread(target=lambda: found.extend(running.share(tmp_path, runs)))
     with running.ledger(tmp_path).claimed(runs[0]):
         thread.start()

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from report_models import make_tokenizer, save_adapter, save_base, transformers, write_rows
 
-from recipes.report.adapters import Adapted, load
+from recipes.report.adapters import Adapted, load_adapter
 from recipes.report.options import AdapterFolder, Options
 
 SIZES = {
@@ -30,7 +30,7 @@ def data(tmp_path: Path) -> Path:
 
 def loaded(adapter: Path, data: Path, **options: Any) -> Adapted:
     folder = AdapterFolder(adapter.name, adapter)
-    return load(folder, Options([str(adapter)], data, **options))
+    return load_adapter(folder, Options([str(adapter)], data, **options))
 
 
 def changed(adapter: Path, to: Path, **config: Any) -> Path:

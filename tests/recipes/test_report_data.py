@@ -10,7 +10,7 @@ from report_models import save_adapter, write_rows
 from torch.nn.functional import cross_entropy
 
 from recipes.language.chat import IGNORED
-from recipes.report.adapters import Adapted, load
+from recipes.report.adapters import Adapted, load_adapter
 from recipes.report.data import class_of, mean_loss, read_rows
 from recipes.report.options import AdapterFolder, Options
 
@@ -22,7 +22,7 @@ def adapted(adapters: tuple[Path, Path], texts: Path) -> Adapted:
 
 def loaded(path: Path, texts: Path) -> Adapted:
     folder = AdapterFolder("x", path)
-    return load(folder, Options([str(path)], texts, dtype="float64"))
+    return load_adapter(folder, Options([str(path)], texts, dtype="float64"))
 
 
 def options(adapter: Path, data: Path, **more: Any) -> Options:

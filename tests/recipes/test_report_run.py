@@ -19,7 +19,7 @@ from lightning_flatlora.flatness import (
 )
 from lightning_flatlora.full_weight import WeightNoise
 from recipes.report import numbers
-from recipes.report.adapters import load
+from recipes.report.adapters import load_adapter
 from recipes.report.data import mean_loss, read_rows
 from recipes.report.numbers import LOSS, NORM, RADIUS, Measured, sam_name
 from recipes.report.options import Options, parse
@@ -71,7 +71,7 @@ def test_the_command_writes_the_report_and_nothing_else(
 
 
 def test_the_table_holds_what_the_instruments_say(options: Options, results: list[Measured]) -> None:
-    adapted = load(options.adapters[1], options)
+    adapted = load_adapter(options.adapters[1], options)
     loss, terms = mean_loss(adapted, read_rows(options), options)
     pairs = find_pairs(adapted.model).pairs
     perturbation, noise = Perturbation(pairs), WeightNoise(adapted.model)
@@ -96,7 +96,7 @@ def test_the_table_holds_what_the_instruments_say(options: Options, results: lis
 
 
 def test_factors_numbers_are_those_of_the_layers(options: Options, results: list[Measured]) -> None:
-    pairs = find_pairs(load(options.adapters[0], options).model).pairs
+    pairs = find_pairs(load_adapter(options.adapters[0], options).model).pairs
     by_hand = torch.stack([(pair.B.square().sum() - pair.A.square().sum()) / 2 for pair in pairs]).detach()
     found = {quantity.name: quantity for quantity in results[0].quantities}
     assert found["balancedness"].value == pytest.approx(by_hand.median().item())
@@ -104,7 +104,7 @@ def test_factors_numbers_are_those_of_the_layers(options: Options, results: list
     conditions = torch.stack([torch.linalg.cond(pair.B.detach()) for pair in pairs])
     assert found["condition number of B"].span == pytest.approx((conditions.min().item(), conditions.max().item()))
     assert 0.5 < found[RADIUS].value <= 1
-    model = load(options.adapters[0], options).model
+    model = load_adapter(options.adapters[0], options).model
     bases = [parameter for name, parameter in model.named_parameters() if "base_layer.weight" in name]
     assert len(bases) == len(pairs)
     norm = torch.cat([weight.flatten() for weight in bases]).norm().item()
