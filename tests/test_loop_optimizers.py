@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 from float64_runs import optimizer_of
-from helpers import same, weights
+from helpers import same
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from loop_runs import batches, loss, method_of, net_of, run, schedule, started, trained_plainly
+from loop_runs import batches, loss, method_of, net_of, run, started
 from pytorch_optimizer import TRAC, Lookahead, OrthoGrad, ScheduleFreeWrapper
 from torch import nn
 
 from lightning_flatlora import EFMLoRA, LearningRateRho
-from lightning_flatlora.loops.loop_method import STATE_KEY
 
 
 def trained(net: nn.Module) -> list[nn.Parameter]:
@@ -23,7 +22,20 @@ def trained(net: nn.Module) -> list[nn.Parameter]:
 
 # -- wrappers
 
+
+class StepsTwice(torch.optim.AdamW):
+    """Steps within its step."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups[0]["params"], lr=1e-2)
+
+    def step(self, closure: Any = None) -> Any:
+        super().step()
+        return super().step()
+
+
 WRAPPERS = {
+    "StepsTwice": StepsTwice,
     "Lookahead": lambda inner: Lookahead(inner, k=2),
     "OrthoGrad": OrthoGrad,
     "TRAC": TRAC,
@@ -63,26 +75,6 @@ def test_the_gradients_of_a_wrapper_are_those_before_its_step(name: str) -> None
 
 
 # -- steps within steps
-
-
-class StepsTwice(torch.optim.AdamW):
-    def step(self, closure: Any = None) -> Any:
-        super().step()
-        return super().step()
-
-
-@pytest.mark.parametrize("how", [*WRAPPERS, StepsTwice])
-def test_a_step_within_a_step_counts_once(how: Any) -> None:
-    net = net_of()
-    # The hooks of AdamW's own step exist as soon as one was made.
-    optimizer_of(net)
-    optimizer = WRAPPERS[how](optimizer_of(net)) if isinstance(how, str) else how(trained(net), lr=1e-2)
-    flat = method_of("EFMLoRA", net, optimizer, 0.3)
-    if how == "ScheduleFree":
-        optimizer.train()
-    run(flat, net, optimizer, batches()[:4])
-    assert flat.step == 4
-    assert flat.perturbation.may_be_nonzero
 
 
 class Fails(torch.optim.AdamW):
@@ -145,21 +137,6 @@ def test_pairs_that_the_optimizer_lacks_are_named_and_perturbed_once_they_join_i
     assert flat.step == len(batches())
 
 
-def test_groups_may_rotate() -> None:
-    """As in training block by block."""
-    net = net_of()
-    last, others = last_layer_and_others(net)
-    groups = [others, last]
-    optimizer = torch.optim.AdamW(groups[0], lr=1e-2)
-    flat = method_of("EFMLoRA", net, optimizer, 0.3)
-    for index, batch in enumerate(batches()):
-        optimizer.param_groups[0]["params"] = groups[index // 2 % 2]
-        flat.look_again()
-        run(flat, net, optimizer, [batch])
-        assert len(flat.method.pairs) == (2, 1)[index // 2 % 2]
-    assert flat.step == len(batches())
-
-
 def test_a_rate_that_can_not_be_followed_any_more_is_warned_of() -> None:
     net = net_of()
     of_last, others = last_layer_and_others(net)
@@ -174,42 +151,6 @@ def test_a_rate_that_can_not_be_followed_any_more_is_warned_of() -> None:
 
 
 # -- states
-
-
-@pytest.mark.parametrize("name", ["EFMLoRA", "FMLoRA"])
-def test_an_object_that_is_made_after_the_load_warns_before_it_starts_again(name: str) -> None:
-    flat, net, optimizer = started(name, schedule())
-    run(flat, net, optimizer, batches()[:3])
-    state = copy.deepcopy(optimizer.state_dict())
-    flat.close()
-    net = net_of()
-    optimizer = optimizer_of(net)
-    optimizer.load_state_dict(state)
-    late = method_of(name, net, optimizer, schedule())
-    with pytest.warns(
-        UserWarning, match=f"the optimizer has taken steps that {name} has no state of: its perturbation"
-    ):
-        run(late, net, optimizer, batches()[3:4])
-    run(late, net, optimizer, batches()[4:5])
-    assert late.step == 2
-
-
-def test_late_in_a_callback_of_transformers_it_takes_the_saved_state() -> None:
-    """Its first hook with an optimizer comes after the state was loaded: docs/other_loops.md has the callback."""
-    flat, net, optimizer = started("EFMLoRA")
-    run(flat, net, optimizer, batches()[:4])
-    state, values = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(net.state_dict())
-    flat.close()
-    net = net_of()
-    net.load_state_dict(values)
-    optimizer = optimizer_of(net)
-    optimizer.load_state_dict(state)
-    late = method_of("EFMLoRA", net, optimizer, 0.3)
-    late.load_state_dict(state[STATE_KEY]["EFMLoRA"])
-    run(late, net, optimizer, batches()[4:])
-    assert late.step == len(batches())
-    # run() draws from seeds by the place of a batch, and this net draws nothing.
-    assert same(weights(net), weights(trained_plainly("EFMLoRA", batches())))
 
 
 def test_an_optimizer_with_a_state_from_the_start_is_no_late_one() -> None:
