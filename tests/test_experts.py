@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import trainer_of
+from helpers import same, trainer_of
 from imitated_layers import Learner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from loop_runs import run, squares
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_flatlora import EFMLoRA, FMLoRAModule, LoRAPair, find_pairs, loops
+from lightning_flatlora import EFMLoRA, FMLoRAModule, find_pairs, loops
 from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, RandomPerturbation
 from lightning_flatlora.flatness import Point, loss_gradient, measure, random_direction, trained_factors
 from lightning_flatlora.flatness.landscape import loss_at
 from lightning_flatlora.flatness.sharpness import overlaps, read
-from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.perturbation import Perturbation
 
 pytestmark = pytest.mark.skipif(
@@ -110,21 +110,12 @@ def batches() -> Iterator[Batch]:
         yield torch.randn(4, WIDTH, generator=generator, dtype=torch.float64), torch.tensor(which)
 
 
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    return model(batch).square().mean()
-
-
-def train(method: str, model: nn.Module, **settings: Any) -> Any:
+def train(method: str, model: nn.Module, **settings: Any) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     own = {"beta": 0.6} if method == "EFMLoRA" else {}
     flat = getattr(loops, method)(model, optimizer, 0.3, **own, **settings)
-    for batch in batches():
-        for each_pass in flat.training_passes():
-            with each_pass:
-                loss_of(model, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return flat
+    run(flat, model, optimizer, list(batches()), loss=squares)
+    flat.close()
 
 
 @pytest.mark.parametrize("norm_scope", ["global", "layer"])
@@ -138,7 +129,7 @@ def test_fused_experts_train_as_if_each_had_layers_of_its_own(
     other = apart_from(model)
     start = by_expert(model)[True, 0][1].clone()
     for each in (model, other):
-        train(method, each, estimator=estimator, norm_scope=norm_scope).close()
+        train(method, each, estimator=estimator, norm_scope=norm_scope)
     mine, theirs = by_expert(model), by_expert(other)
     assert mine.keys() == theirs.keys()
     assert not torch.allclose(mine[True, 0][1], start)
@@ -160,7 +151,7 @@ def test_an_expert_without_tokens_keeps_its_perturbation() -> None:
 
     def step(batch: Batch) -> list[Tensor]:
         model.zero_grad()
-        loss_of(model, batch).backward()
+        squares(model, batch).backward()
         perturbation.average(perturbation.ascend(0.3, at_perturbed=False), beta=0.5)
         return [pair.products(pair.A, E)[1].clone() for pair, E in zip(pairs, read(perturbation), strict=True)]
 
@@ -182,7 +173,7 @@ class TwoPassLearner(FMLoRAModule):
         self.net = net
 
     def compute_loss(self, batch: Batch, batch_idx: int) -> Tensor:
-        return loss_of(self.net, batch)
+        return squares(self.net, batch)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD([p for p in self.net.parameters() if p.requires_grad], lr=0.05)
@@ -203,40 +194,16 @@ def test_the_first_perturbation_of_an_expert_is_taken_whole_after_a_resume_too()
     pairs = find_pairs(model).pairs
     perturbation, resumed = Perturbation(pairs), Perturbation(pairs)
     first, second, *_ = batches()
-    for each, batch in ((perturbation, first), (None, second)):
-        model.zero_grad()
-        loss_of(model, batch).backward()
-        if each is None:
-            state = perturbation.state_dict()
-            assert all(averaged == [True, True, False] for averaged in state["averaged"].values())
-            resumed.load_state_dict(state)
-        for one in (perturbation, resumed) if each is None else (each,):
-            one.average(one.ascend(0.3, at_perturbed=False), beta=0.5)
-    for mine, theirs in zip(read_installed(perturbation), read_installed(resumed), strict=True):
-        assert torch.equal(mine, theirs)
-
-
-def read_installed(perturbation: Perturbation) -> list[Tensor]:
-    perturbation.install()
-    values = read(perturbation)
-    perturbation.uninstall()
-    return values
-
-
-def test_the_loss_at_the_perturbation_is_that_of_stored_weights() -> None:
-    model = fused()
-    flat = train("EFMLoRA", model)
-    batch = next(batches())
-    perturbation = flat.perturbation
-    pairs: list[LoRAPair] = perturbation.pairs
-    E = read(perturbation)
-    with perturbation.applied():
-        perturbed = loss_of(model, batch)
-    flat.close()
-    with torch.no_grad():
-        for pair, each in zip(pairs, E, strict=True):
-            pair.B.add_(each.view_as(pair.B))
-    torch.testing.assert_close(loss_of(model, batch), perturbed, rtol=1e-14, atol=0)
+    squares(model, first).backward()
+    perturbation.average(perturbation.ascend(0.3, at_perturbed=False), beta=0.5)
+    state = perturbation.state_dict()
+    assert all(averaged == [True, True, False] for averaged in state["averaged"].values())
+    resumed.load_state_dict(state)
+    model.zero_grad()
+    squares(model, second).backward()
+    for each in (perturbation, resumed):
+        each.average(each.ascend(0.3, at_perturbed=False), beta=0.5)
+    assert same(perturbation.state_dict(), resumed.state_dict())
 
 
 def test_flatness_is_measured_as_of_experts_with_layers_of_their_own() -> None:
@@ -245,7 +212,7 @@ def test_flatness_is_measured_as_of_experts_with_layers_of_their_own() -> None:
     everyone = torch.cat([x for x, _ in batches()]), torch.cat([which for _, which in batches()])
     for net in (model, apart_from(model)):
         pairs = find_pairs(net).pairs
-        point = Point(partial(loss_of, net, everyone), Perturbation(pairs), rho=0.3)
+        point = Point(partial(squares, net, everyone), Perturbation(pairs), rho=0.3)
         names = ["sharpness", "lora_sharpness", "radius", "gradient_residual", "critical_sharpness", "balancedness"]
         values.append(measure(point, names))
         direction = random_direction(pairs, seed=0)
@@ -259,14 +226,6 @@ def test_flatness_is_measured_as_of_experts_with_layers_of_their_own() -> None:
         # The radius is a mean over pairs, of which the fused network has two and not six.
         if name != "radius":
             torch.testing.assert_close(value, values[1][name], msg=name)
-
-
-def test_weight_noise_names_the_experts_that_it_leaves_out() -> None:
-    torch.manual_seed(3)
-    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), Fused(False))
-    model = get_peft_model(net, LoraConfig(**LORA, target_modules=["0"], target_parameters=["1.up"]))
-    (line,) = WeightNoise(model).left_out
-    assert line.startswith("ParamWrapper: its base, a Fused, is no plain Linear")
 
 
 @pytest.mark.parametrize("experts", [0, -1, 2.0, True, 4])
@@ -291,7 +250,9 @@ def test_methods_on_linear_layers_warn_of_the_share_of_experts(tmp_path: Path, m
     pairs = find_pairs(model).pairs
     sizes = {pair.experts: pair.A.numel() + pair.B.numel() for pair in pairs}
     share = sizes[EXPERTS] / sum(sizes.values())
-    with pytest.warns(UserWarning, match=rf"leaves unperturbed: ParamWrapper: .*; in all {share:.1%} of the adapters'"):
+    with pytest.warns(
+        UserWarning, match=rf"leaves unperturbed: ParamWrapper: its base, a Fused, .*; in all {share:.1%} of"
+    ):
         trainer_of(tmp_path, [method(0.1)], max_steps=0).fit(Learner(model), DataLoader([0]))
 
 
@@ -312,9 +273,6 @@ def test_a_second_pass_may_read_a_tied_parameter_under_an_adapter() -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     flat = loops.FMLoRA(model, optimizer, 0.3)
     before = find_pairs(model).pairs[0].B.detach().clone()
-    for each_pass in flat.training_passes():
-        with each_pass:
-            model(torch.arange(7)).square().mean().backward()
-    optimizer.step()
+    run(flat, model, optimizer, [torch.arange(7)], loss=squares)
     flat.close()
     assert not torch.equal(find_pairs(model).pairs[0].B, before)

@@ -1,11 +1,11 @@
 """What the perturbation takes: bounded memory, parts of bounded size, and kernels that hardly grow with the pairs."""
 
 import weakref
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from loop_runs import run, squares
 from peft import LoraConfig, get_peft_model
 from perturbation_models import RHO, backward, fresh, model_and_pairs, slices
 from torch import Tensor, nn
@@ -123,11 +123,7 @@ def kernels_of_a_step(blocks: int, method: Any) -> int:
     for _ in range(3):
         kernels = Kernels()
         with kernels:
-            for each_pass in [nullcontext()] if flat is None else flat.training_passes():
-                with each_pass:
-                    model(torch.ones(2, 8)).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            run(flat, model, optimizer, [torch.ones(2, 8)], loss=squares)
     return kernels.count
 
 

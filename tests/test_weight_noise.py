@@ -160,15 +160,6 @@ def test_a_compiled_network_sees_the_noise_of_every_step(backend: str) -> None:
     assert len(set(graphs)) == 1  # one compilation with noise and one without
 
 
-def test_two_noises_add_up() -> None:
-    net, x = make_net(), torch.randn(3, 9, dtype=torch.float64)
-    layer = layers_of(net)[0]
-    one, other = WeightNoise(net), WeightNoise(net)
-    expected = layer(x) + sum(x @ noise_of(one, layer, seed=seed).mT for seed in (1, 2))
-    with one.applied(SIGMA, 1), other.applied(SIGMA, 2):
-        torch.testing.assert_close(layer(x), expected)
-
-
 def test_autocast_computes_in_the_base_layers_dtype() -> None:
     net = make_net(torch.float32)
     x = torch.randn(3, 9)
