@@ -96,36 +96,6 @@ def test_adapters() -> None:
     assert names(model) == ["one.lora_B.default.weight"]
     model.set_adapter("other")
     assert names(model) == ["two.lora_B.other.weight"]
-    with pytest.raises(ValueError, match=r"adapter_name must be None or one of \['default', 'other'\], got 'third'"):
-        find_pairs(model, "third")
-
-
-def test_pairs_that_are_not_trained_now_are_known() -> None:
-    """Frozen, of an adapter that is not active, or without a scaling: they may be trained later."""
-    model = peft(["one", "two", "conv"])
-    model.add_adapter("other", LoraConfig(r=3, target_modules=["two"]))
-    net = model.base_model.model
-    net.one.lora_B["default"].weight.requires_grad_(False)
-    net.two.lora_A["default"].weight.requires_grad_(False)
-    net.conv.scaling["default"] = 0.0
-    search = find_pairs(model)
-    assert not search.pairs[0].learns_A
-    assert [pair.name.split(".")[2:5:2] for pair in search.pairs] == [["two", "default"]]
-    assert [pair.name.split(".")[2:5:2] for pair in search.resting] == [
-        ["conv", "default"],
-        ["one", "default"],
-        ["two", "other"],
-    ]
-    assert "its scaling is 0" in search.left_out[0]
-
-
-def test_nothing_found_lists_what_there_is() -> None:
-    with pytest.raises(NoPairsError, match="no LoRA layer of peft, only Conv1d, Embedding, Linear, Net"):
-        find_pairs(Net())
-    model = peft(["one"])
-    model.requires_grad_(False)
-    with pytest.raises(NoPairsError, match=r"LoRA layers seen: Linear; adapter .*default.* Every B is frozen"):
-        find_pairs(model)
 
 
 def test_names_are_the_same_under_wrappers() -> None:

@@ -11,7 +11,6 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from lightning_flatlora import NoPairsError
 from lightning_flatlora.full_weight.weight_noise import WeightNoise, derived_seed
 
 SIGMA, SEED = 0.3, 11
@@ -190,15 +189,6 @@ def test_layers_that_get_no_noise_are_named() -> None:
     assert "Conv2d: its base, a Conv2d, is no plain Linear (1 in all, first base_model.model.conv)" in text
     assert "its base, a MultiheadAttention, is no plain Linear" in text
     assert "nn.MultiheadAttention reads the weight itself" in text
-
-
-@pytest.mark.parametrize(
-    ("targets", "dora", "reason"), [(["conv"], False, "is no plain Linear"), (["linear"], True, "as DoRA")]
-)
-def test_a_model_without_a_layer_for_noise_is_an_error(targets: list[str], dora: bool, reason: str) -> None:
-    net = get_peft_model(Mixed(), LoraConfig(r=2, target_modules=targets, use_dora=dora))
-    with pytest.raises(NoPairsError, match=reason):
-        WeightNoise(net)
 
 
 @pytest.mark.parametrize(
