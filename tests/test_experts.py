@@ -1,14 +1,13 @@
 """LoRA on parameters that hold several experts: one pair holds a product for each, and every one is a layer."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import same, trainer_of
+from helpers import TwoPassClassifier, fit, same, trainer_of
 from imitated_layers import Learner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from loop_runs import run, squares
@@ -17,7 +16,7 @@ from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_flatlora import EFMLoRA, FMLoRAModule, find_pairs, loops
+from lightning_flatlora import EFMLoRA, find_pairs, loops
 from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, RandomPerturbation
 from lightning_flatlora.flatness import Point, loss_gradient, measure, random_direction, trained_factors
 from lightning_flatlora.flatness.landscape import loss_at
@@ -167,23 +166,17 @@ def test_an_expert_without_tokens_keeps_its_perturbation() -> None:
     assert perturbation.state_dict()["averaged"] == {pair.name: [True] * EXPERTS for pair in pairs}
 
 
-class TwoPassLearner(FMLoRAModule):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__(rho=0.3, accumulate_grad_batches=2)
-        self.net = net
-
+class TwoPassLearner(TwoPassClassifier):
     def compute_loss(self, batch: Batch, batch_idx: int) -> Tensor:
         return squares(self.net, batch)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([p for p in self.net.parameters() if p.requires_grad], lr=0.05)
 
 
 def test_an_expert_of_any_micro_batch_moves_the_average_of_a_window(tmp_path: Path) -> None:
     """The first micro-batch has no tokens for expert 2, and the second only for that one."""
     flat = EFMLoRA(0.3)
-    trainer = trainer_of(tmp_path, [flat], max_epochs=1, limit_train_batches=2)
-    trainer.fit(TwoPassLearner(fused()), DataLoader(list(batches()), batch_size=None))
+    module = TwoPassLearner(0.3, net=fused(), accumulate_grad_batches=2)
+    loader = DataLoader(list(batches()), batch_size=None)
+    fit(tmp_path, module, [flat], loader, max_epochs=1, limit_train_batches=2)
     for pair in flat.perturbation.pairs:
         _, E = pair.products(pair.A, flat.perturbation.state_dict()["E"][pair.name])
         assert E.abs().sum((1, 2)).count_nonzero() == EXPERTS
@@ -226,20 +219,6 @@ def test_flatness_is_measured_as_of_experts_with_layers_of_their_own() -> None:
         # The radius is a mean over pairs, of which the fused network has two and not six.
         if name != "radius":
             torch.testing.assert_close(value, values[1][name], msg=name)
-
-
-@pytest.mark.parametrize("experts", [0, -1, 2.0, True, 4])
-def test_a_finders_number_of_experts_divides_the_rows_of_A(experts: Any) -> None:
-    (pair,) = find_pairs(of_one_parameter()).pairs
-    told = replace(pair, experts=experts)
-    rule = f"experts must be an integer >= 1 that divides the 6 rows of A, got {experts}"
-    with pytest.raises(ValueError, match=rule):
-        find_pairs(nn.Sequential(), finder=lambda model: [told])
-
-
-def of_one_parameter() -> nn.Module:
-    net = nn.Sequential(Fused(False).double())
-    return get_peft_model(net, LoraConfig(**LORA, target_modules=[], target_parameters=["0.up"]))
 
 
 @pytest.mark.parametrize("method", [RandomPerturbation, BiLoRA])

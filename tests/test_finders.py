@@ -129,6 +129,8 @@ REFUSED: list[tuple[tuple[Any, Any], Any, str]] = [
     (BARE, rows(range(-1, 3)), NOT_A_RANGE),
     (BARE, rows(range(3, 3)), NOT_A_RANGE),
 ]
+for bad in (0, 2.0, True, 3):
+    REFUSED.append((BARE, {"experts": bad}, f"experts must be an integer >= 1 that divides the 2 rows of A, got {bad}"))
 
 
 @pytest.mark.parametrize(("shapes", "changes", "said"), REFUSED)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -192,16 +193,11 @@ def test_layers_that_get_no_noise_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sigma", "seed", "message"),
-    [
-        (-0.1, 0, "sigma must be a finite number >= 0, got -0.1"),
-        (float("nan"), 0, "sigma must be a finite number >= 0, got nan"),
-        (0.1, -1, "seed must be an integer >= 0, got -1"),
-        (0.1, 0.5, "seed must be an integer >= 0, got 0.5"),
-        (0.1, True, "seed must be an integer >= 0, got True"),
-    ],
+    ("name", "bad"), [("sigma", -0.1), ("sigma", float("nan")), ("seed", -1), ("seed", 0.5), ("seed", True)]
 )
-def test_values(sigma: float, seed: int, message: str) -> None:
+def test_values(name: str, bad: Any) -> None:
+    settings: Any = {"sigma": 0.1, "seed": 0, name: bad}
+    allowed = {"sigma": "a finite number", "seed": "an integer"}[name]
     noise = WeightNoise(make_net())
-    with pytest.raises(ValueError, match=message), noise.applied(sigma, seed):
+    with pytest.raises(ValueError, match=f"{name} must be {allowed} >= 0, got {bad}"), noise.applied(**settings):
         pass
