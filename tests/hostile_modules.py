@@ -312,14 +312,16 @@ class FusedExperts(nn.Module):
 
 
 class BesideFusedExperts(nn.Module):
-    """A Linear, whose adapter is perturbed, before experts."""
+    """A Linear, before experts whose parameter another module reads without their adapter."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.experts = nn.Linear(FEATURES, FEATURES), FusedExperts()
+        self.linear, self.tied, self.experts = nn.Linear(FEATURES, FEATURES), FusedExperts(), FusedExperts()
+        self.tied.weight = self.experts.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.experts(torch.tanh(self.linear(x)))
+        x = torch.tanh(self.linear(x))
+        return self.tied(x) + self.experts(x)
 
 
 def pictures(x: Tensor) -> Tensor:

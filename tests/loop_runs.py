@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatlora import CosineRho, loops
 
+METHODS = ("EFMLoRA", "FMLoRA")
 SIZE, BATCHES = 4, 10  # no multiple of the accumulation window: the last one is shorter
 
 

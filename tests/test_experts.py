@@ -233,25 +233,3 @@ def test_methods_on_linear_layers_warn_of_the_share_of_experts(tmp_path: Path, m
         UserWarning, match=rf"leaves unperturbed: ParamWrapper: its base, a Fused, .*; in all {share:.1%} of"
     ):
         trainer_of(tmp_path, [method(0.1)], max_steps=0).fit(Learner(model), DataLoader([0]))
-
-
-class Tied(nn.Module):
-    """An embedding and a head that share their weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(7, WIDTH), nn.Linear(WIDTH, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Any:
-        return self.head(self.embed(tokens))
-
-
-def test_a_second_pass_may_read_a_tied_parameter_under_an_adapter() -> None:
-    model = get_peft_model(Tied(), LoraConfig(**LORA, target_modules=[], target_parameters=["head.weight"]))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    flat = loops.FMLoRA(model, optimizer, 0.3)
-    before = find_pairs(model).pairs[0].B.detach().clone()
-    run(flat, model, optimizer, [torch.arange(7)], loss=squares)
-    flat.close()
-    assert not torch.equal(find_pairs(model).pairs[0].B, before)

@@ -18,7 +18,7 @@ from float64_runs import BETA, loss, optimizer_of
 from helpers import assert_no_trace, same, weights
 from hf_runs import RHO, SIZE, Samples, trained_by, trainer_of
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from loop_runs import batches, method_of, net_of, run, schedule, trained_plainly
+from loop_runs import METHODS, batches, method_of, net_of, run, schedule, trained_plainly
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -37,8 +37,6 @@ from lightning_flatlora import LinearRho, loops
 from lightning_flatlora.loops import EFMLoRA
 from lightning_flatlora.loops.loop_method import STATE_KEY
 from lightning_flatlora.pairs.finders import litgpt_pairs
-
-METHODS = ("EFMLoRA", "FMLoRA")
 
 
 def fabric_run(name: str, data: list[Any], file: Path | None = None, resume: bool = False, **settings: Any) -> Any:

@@ -12,7 +12,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
 from lightning_flatlora import EFMLoRA, LoRAPair, NoPairsError, ParameterRef, Perturbation, find_pairs
-from lightning_flatlora.pairs.finders import PairsByName, litgpt_pairs, nemo_pairs, torchtune_pairs
+from lightning_flatlora.pairs.finders import litgpt_pairs, nemo_pairs, torchtune_pairs
 
 RHO = 0.2
 
@@ -155,11 +155,6 @@ def test_layers_with_the_names_of_lora_and_no_scaling_are_none() -> None:
     for finder in (nemo_pairs, torchtune_pairs, litgpt_pairs):
         with pytest.raises(NoPairsError):
             find_pairs(block, finder=finder)
-    with pytest.raises(AttributeError, match="'Module' object has no attribute 'scale'"):
-        find_pairs(block, finder=PairsByName("linear_in", "linear_out", "scale"))
-    by_name = PairsByName("linear_in", "linear_out", lambda layer: 1.0, base="frozen")
-    with pytest.raises(AttributeError, match="no attribute 'frozen'"):
-        find_pairs(block, finder=by_name)
     block.alpha, block.dim, block.activation = 16, 8, nn.SiLU()
     with pytest.raises(NoPairsError):  # an adapter whose update is no product of two factors
         find_pairs(block, finder=nemo_pairs)

@@ -15,7 +15,7 @@ from float64_runs import BETA, Automatic, fit_in_float64, optimizer_of
 from helpers import assert_copies_are_plain, assert_no_trace, is_perturbed, same, weights
 from hostile_modules import CHECKPOINTS, Checkpointed, two_linear, under_peft
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from loop_runs import batches, method_of, net_of, run, schedule, squares, started, trained_plainly
+from loop_runs import METHODS, batches, method_of, net_of, run, schedule, squares, started, trained_plainly
 from peft import LoraConfig
 from torch import nn
 from torch.utils.data import DataLoader
@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader
 from lightning_flatlora import EFMLoRA, loops
 from lightning_flatlora.loops.loop_method import STATE_KEY
 
-METHODS = ("EFMLoRA", "FMLoRA")
 INPUTS = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
 
 

@@ -14,14 +14,12 @@ import torch
 from float64_runs import loss, optimizer_of
 from helpers import assert_no_trace, make_net, same, weights
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from loop_runs import batches, method_of, net_of, run, started
+from loop_runs import METHODS, batches, method_of, net_of, run, started
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_flatlora import LinearRho, loops
 from lightning_flatlora.loops.forward_gate import PASSES_UNTIL_WARNING
-
-METHODS = ("EFMLoRA", "FMLoRA")
 
 # -- at the start
 

@@ -10,15 +10,13 @@ import torch
 from float64_runs import BETA, Automatic, fit_in_float64, loss, optimizer_of
 from helpers import E_hat, assert_no_trace, is_perturbed, same, weights
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from loop_runs import batches, method_of, net_of, run, schedule, seeds, started, train, trained_plainly
+from loop_runs import METHODS, batches, method_of, net_of, run, schedule, seeds, started, train, trained_plainly
 from pytorch_optimizer import TRAC, Lookahead, OrthoGrad, ScheduleFreeWrapper
 from torch import nn
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho
-
-METHODS = ("EFMLoRA", "FMLoRA")
 
 
 def close(one: Any, other: Any, tolerance: float = 1e-12) -> bool:

@@ -39,8 +39,8 @@ def peft(targets: list[str], **config: object) -> nn.Module:
     return get_peft_model(Net(), LoraConfig(r=2, lora_alpha=6, target_modules=targets, **config))  # type: ignore[arg-type]
 
 
-def names(model: nn.Module, adapter: str | None = None) -> list[str]:
-    return [pair.name.removeprefix("base_model.model.") for pair in find_pairs(model, adapter).pairs]
+def names(model: nn.Module) -> list[str]:
+    return [pair.name.removeprefix("base_model.model.") for pair in find_pairs(model).pairs]
 
 
 EXACT = [
@@ -88,14 +88,6 @@ def test_what_is_found_is_exactly_one_product(config: dict[str, Any]) -> None:
         else:
             expected = x @ (pair.scaling * E @ A).mT
         torch.testing.assert_close(moved, expected)
-
-
-def test_adapters() -> None:
-    model = peft(["one"])
-    model.add_adapter("other", LoraConfig(r=3, target_modules=["two"]))
-    assert names(model) == ["one.lora_B.default.weight"]
-    model.set_adapter("other")
-    assert names(model) == ["two.lora_B.other.weight"]
 
 
 def test_names_are_the_same_under_wrappers() -> None:
