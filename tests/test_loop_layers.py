@@ -75,9 +75,11 @@ def test_a_forward_pass_that_raises_leaves_clean_layers_and_can_be_tried_again(n
     assert same(weights(net), weights(trained_plainly(name, batches()[:4])))
 
 
-def test_copies_and_pickles_are_plain() -> None:
+def test_an_open_model_prints_as_it_is_and_its_copies_and_pickles_are_plain() -> None:
     net = linear()
+    printed = repr(net)
     flat = loop(net)
+    assert repr(net) == printed
     assert_copies_are_plain(net)
     flat.close()
     assert_no_trace(net)
@@ -179,6 +181,20 @@ def test_optimizer_states_go_from_runs_with_the_method_to_runs_without_and_back(
     assert first.step == 0
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_preparing_a_distributed_checkpoint_is_no_step(name: str) -> None:
+    """It steps the optimizer once, with zero gradients, and keeps nothing of ours: state_dict is there for that."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    flat, net, optimizer = started(name)
+    assert STATE_KEY not in dcp.get_optimizer_state_dict(net, optimizer)
+    assert (flat.step, len(optimizer.state)) == (0, len(optimizer.param_groups[0]["params"]))
+    # The preparation counts as a step in AdamW's own bias correction.
+    optimizer.state.clear()
+    run(flat, net, optimizer, batches()[:3])
+    assert same(weights(net), weights(trained_plainly(name, batches()[:3])))
+
+
 class LoadsWithoutHooks(torch.optim.AdamW):
     """As the optimizers of bitsandbytes."""
 
@@ -200,6 +216,12 @@ def test_an_optimizer_that_loads_without_hooks_carries_the_state_too() -> None:
     optimizer.load_state_dict(state)
     assert second.step == 2
     assert same(second.state_dict(), first.state_dict())
+    # Somebody else's method over this one still calls it after the end.
+    over = optimizer.load_state_dict
+    run(second, net, optimizer, batches()[:1])
+    second.close()
+    over(state)
+    assert second.step == 3
 
 
 def test_the_state_of_the_callback_is_taken_over() -> None:

@@ -5,6 +5,7 @@ And what a subclass may not do.
 
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from helpers import (
@@ -103,6 +104,28 @@ def test_whole_run_equals_the_callback(kind, accumulate, clip):
     assert driver_of(trainer).step == driver_of(other).step == trainer.global_step
     assert len(set(watch.rates)) > 1
     assert watch.rates == other_watch.rates
+
+
+class EndsEarly:
+    """Leaves out the last two batches of each epoch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 4 else None
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_steps": 6}], ids=["ended", "stopped"])
+@pytest.mark.parametrize("kind", ["epoch/1", "epoch/2"])
+def test_an_epoch_that_a_hook_ends_early_is_one(tmp_path, kind, settings):
+    """Or is none, where the run was stopped within it, as under automatic optimization."""
+    rates = []
+    for front_end in ("plain", "module"):
+        module, _, _ = build(front_end, rho=0.0, own=EndsEarly)
+        module.scheduler = scheduled(kind)
+        trainer = fit(tmp_path, module, [], max_epochs=4, **settings)
+        rates.append((trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"]))
+    assert rates[0] == rates[1]
+    # Lightning 2.5 itself takes such an epoch for one that was stopped.
+    assert settings or rates[0][1] < module.lr or L.__version__.startswith("2.5")
 
 
 @pytest.mark.parametrize("validate_every", [2, 3])

@@ -95,6 +95,22 @@ def test_after_anothers_turn_the_own_average_is_read_again() -> None:
     assert not is_installed(model)
 
 
+def test_switching_off_inside_leaves_what_is_applied() -> None:
+    """As where a second pass lies within a method that switches its average off."""
+    model, pairs = model_and_pairs()
+    clean_loss = backward(model)
+    perturbation = Perturbation(pairs)
+    perturbation.install()
+    fresh_E = perturbation.ascend(RHO, at_perturbed=False)
+    perturbation.on()
+    with perturbation.applied(fresh_E.stacks):
+        perturbed = backward(model)
+        perturbation.off()
+        assert backward(model) == perturbed != clean_loss
+    assert backward(model) == clean_loss
+    perturbation.uninstall()
+
+
 def test_switching_on_without_install_is_refused() -> None:
     _, pairs = model_and_pairs()
     with pytest.raises(RuntimeError, match="call install"):
