@@ -18,6 +18,7 @@ from helpers import (
     make_loader,
     make_net,
     same,
+    trainer_of,
     weights,
 )
 from lightning.pytorch import Callback
@@ -126,6 +127,27 @@ def test_an_epoch_that_a_hook_ends_early_is_one(tmp_path, kind, settings):
     assert rates[0] == rates[1]
     # Lightning 2.5 itself takes such an epoch for one that was stopped.
     assert settings or rates[0][1] < module.lr or L.__version__.startswith("2.5")
+
+
+class Visited:
+    """Has another Trainer evaluate it in the middle of a fit, and is given back to its own."""
+
+    def on_train_epoch_start(self: Any) -> None:
+        own = self.trainer
+        trainer_of(None, []).validate(self, make_loader(1), verbose=False)
+        self.trainer = own
+
+
+@pytest.mark.parametrize("front_end", ["module", "efmlora+module"])
+def test_another_trainer_may_evaluate_the_module_in_the_middle_of_a_fit(front_end):
+    """The module brings its callback into that one too."""
+    seen = []
+    for own in (object, Visited):
+        module, callbacks, _ = build(front_end, own=own)
+        trainer = fit(None, module, callbacks, max_epochs=3)
+        seen.append((trainer.global_step, weights(module)))
+        assert not is_perturbed(module)
+    assert same(*seen)
 
 
 @pytest.mark.parametrize("validate_every", [2, 3])
