@@ -16,7 +16,6 @@ import pytest
 import torch
 from helpers import CLASSES, FEATURES, FRONT_ENDS, make_net
 from imitated_layers import BY_NAME, Bare, OfNeMo, OfTorchtune, OnHuggingFace
-from lightning.pytorch.callbacks import BaseFinetuning
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -203,27 +202,6 @@ class FreezesLate(Hostile):
         return super().configure_optimizers()
 
 
-class WithHead(Hostile):
-    """A head that a callback unfreezes later."""
-
-    def prepare(self) -> None:
-        self.head = nn.Linear(FEATURES, FEATURES)
-
-    def loss(self, batch: Any, batch_idx: int) -> Any:
-        return super().loss((self.head(batch[0]), *batch[1:]), batch_idx)
-
-
-class UnfreezesHead(BaseFinetuning):
-    """It learns from the second epoch on."""
-
-    def freeze_before_training(self, pl_module: Any) -> None:
-        pl_module.head.requires_grad_(False)
-
-    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
-        if epoch == 1:
-            self.unfreeze_and_add_param_group(pl_module.head, optimizer, lr=0.01)
-
-
 class Teaches(Hostile):
     """Momentum encoders of a head, written after the step; their copies may require gradients and get none."""
 
@@ -334,14 +312,16 @@ class FusedExperts(nn.Module):
 
 
 class BesideFusedExperts(nn.Module):
-    """A Linear, whose adapter is perturbed, before experts."""
+    """A Linear, before experts whose parameter another module reads without their adapter."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.experts = nn.Linear(FEATURES, FEATURES), FusedExperts()
+        self.linear, self.tied, self.experts = nn.Linear(FEATURES, FEATURES), FusedExperts(), FusedExperts()
+        self.tied.weight = self.experts.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.experts(torch.tanh(self.linear(x)))
+        x = torch.tanh(self.linear(x))
+        return self.tied(x) + self.experts(x)
 
 
 def pictures(x: Tensor) -> Tensor:
@@ -496,7 +476,6 @@ class Kind:
         as_batch: makes a batch of the loader of a tuple.
         settings: what a method needs there.
         front_ends: under which it is trained.
-        callbacks: makes those of the project.
         saves_adapters: whether AdapterCheckpoint writes the files, and not ModelCheckpoint.
         like: the kind whose run, bit for bit, it must have.
     """
@@ -506,7 +485,6 @@ class Kind:
     as_batch: Callable[[Any], Any] = tuple
     settings: dict[str, Any] = field(default_factory=dict)
     front_ends: tuple[str, ...] = (*EVERYWHERE, "LoRASAM")
-    callbacks: Callable[[], list[Any]] = list
     saves_adapters: bool = False
     like: str | None = None
 
@@ -521,7 +499,6 @@ KINDS: dict[str, Kind] = {
     "measures": by_trainer(Measures),
     "teaches": by_trainer(Teaches),
     "freezes late": by_trainer(FreezesLate, saves_adapters=True),
-    "unfreezes a head": by_trainer(WithHead, callbacks=lambda: [UnfreezesHead()], saves_adapters=True),
     "writes into a tuple": by_trainer(Adds),
     "pops from a dict": by_trainer(
         Pops, as_batch=lambda batch: {"inputs": batch[0], "more": batch[1:]}, like="writes into a tuple"

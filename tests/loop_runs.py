@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatlora import CosineRho, loops
 
+METHODS = ("EFMLoRA", "FMLoRA")
 SIZE, BATCHES = 4, 10  # no multiple of the accumulation window: the last one is shorter
 
 
@@ -54,8 +55,8 @@ def trained_plainly(name: str, data: list[Any], rho: Any = 0.3, **settings: Any)
     return net
 
 
-def plain_backward(value: Tensor) -> None:
-    value.backward()
+def squares(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
 
 
 def run(
@@ -66,7 +67,8 @@ def run(
     *,
     window: int = 1,
     clip: float | None = None,
-    backward: Callable[[Tensor], Any] = plain_backward,
+    loss: Callable[[nn.Module, Any], Tensor] = loss,
+    backward: Callable[[Tensor], Any] = Tensor.backward,
     no_sync: Callable[[bool], Any] | None = None,
     scheduler: Any = None,
     after_step: Callable[[int], Any] | None = None,

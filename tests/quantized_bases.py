@@ -23,7 +23,6 @@ def eight_bits(linear: nn.Linear) -> nn.Module:
 
 
 BASES = [four_bits, eight_bits]
-LAYERS = {four_bits: "Linear4bit", eight_bits: "Linear8bitLt"}
 
 
 def network(quantize: Any) -> nn.Module:

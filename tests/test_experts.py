@@ -1,27 +1,26 @@
 """LoRA on parameters that hold several experts: one pair holds a product for each, and every one is a layer."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import trainer_of
+from helpers import TwoPassClassifier, fit, same, trainer_of
 from imitated_layers import Learner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from loop_runs import run, squares
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_flatlora import EFMLoRA, FMLoRAModule, LoRAPair, find_pairs, loops
+from lightning_flatlora import EFMLoRA, find_pairs, loops
 from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, RandomPerturbation
 from lightning_flatlora.flatness import Point, loss_gradient, measure, random_direction, trained_factors
 from lightning_flatlora.flatness.landscape import loss_at
 from lightning_flatlora.flatness.sharpness import overlaps, read
-from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.perturbation import Perturbation
 
 pytestmark = pytest.mark.skipif(
@@ -110,21 +109,12 @@ def batches() -> Iterator[Batch]:
         yield torch.randn(4, WIDTH, generator=generator, dtype=torch.float64), torch.tensor(which)
 
 
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    return model(batch).square().mean()
-
-
-def train(method: str, model: nn.Module, **settings: Any) -> Any:
+def train(method: str, model: nn.Module, **settings: Any) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     own = {"beta": 0.6} if method == "EFMLoRA" else {}
     flat = getattr(loops, method)(model, optimizer, 0.3, **own, **settings)
-    for batch in batches():
-        for each_pass in flat.training_passes():
-            with each_pass:
-                loss_of(model, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return flat
+    run(flat, model, optimizer, list(batches()), loss=squares)
+    flat.close()
 
 
 @pytest.mark.parametrize("norm_scope", ["global", "layer"])
@@ -138,7 +128,7 @@ def test_fused_experts_train_as_if_each_had_layers_of_its_own(
     other = apart_from(model)
     start = by_expert(model)[True, 0][1].clone()
     for each in (model, other):
-        train(method, each, estimator=estimator, norm_scope=norm_scope).close()
+        train(method, each, estimator=estimator, norm_scope=norm_scope)
     mine, theirs = by_expert(model), by_expert(other)
     assert mine.keys() == theirs.keys()
     assert not torch.allclose(mine[True, 0][1], start)
@@ -160,7 +150,7 @@ def test_an_expert_without_tokens_keeps_its_perturbation() -> None:
 
     def step(batch: Batch) -> list[Tensor]:
         model.zero_grad()
-        loss_of(model, batch).backward()
+        squares(model, batch).backward()
         perturbation.average(perturbation.ascend(0.3, at_perturbed=False), beta=0.5)
         return [pair.products(pair.A, E)[1].clone() for pair, E in zip(pairs, read(perturbation), strict=True)]
 
@@ -176,23 +166,17 @@ def test_an_expert_without_tokens_keeps_its_perturbation() -> None:
     assert perturbation.state_dict()["averaged"] == {pair.name: [True] * EXPERTS for pair in pairs}
 
 
-class TwoPassLearner(FMLoRAModule):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__(rho=0.3, accumulate_grad_batches=2)
-        self.net = net
-
+class TwoPassLearner(TwoPassClassifier):
     def compute_loss(self, batch: Batch, batch_idx: int) -> Tensor:
-        return loss_of(self.net, batch)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([p for p in self.net.parameters() if p.requires_grad], lr=0.05)
+        return squares(self.net, batch)
 
 
 def test_an_expert_of_any_micro_batch_moves_the_average_of_a_window(tmp_path: Path) -> None:
     """The first micro-batch has no tokens for expert 2, and the second only for that one."""
     flat = EFMLoRA(0.3)
-    trainer = trainer_of(tmp_path, [flat], max_epochs=1, limit_train_batches=2)
-    trainer.fit(TwoPassLearner(fused()), DataLoader(list(batches()), batch_size=None))
+    module = TwoPassLearner(0.3, net=fused(), accumulate_grad_batches=2)
+    loader = DataLoader(list(batches()), batch_size=None)
+    fit(tmp_path, module, [flat], loader, max_epochs=1, limit_train_batches=2)
     for pair in flat.perturbation.pairs:
         _, E = pair.products(pair.A, flat.perturbation.state_dict()["E"][pair.name])
         assert E.abs().sum((1, 2)).count_nonzero() == EXPERTS
@@ -203,40 +187,16 @@ def test_the_first_perturbation_of_an_expert_is_taken_whole_after_a_resume_too()
     pairs = find_pairs(model).pairs
     perturbation, resumed = Perturbation(pairs), Perturbation(pairs)
     first, second, *_ = batches()
-    for each, batch in ((perturbation, first), (None, second)):
-        model.zero_grad()
-        loss_of(model, batch).backward()
-        if each is None:
-            state = perturbation.state_dict()
-            assert all(averaged == [True, True, False] for averaged in state["averaged"].values())
-            resumed.load_state_dict(state)
-        for one in (perturbation, resumed) if each is None else (each,):
-            one.average(one.ascend(0.3, at_perturbed=False), beta=0.5)
-    for mine, theirs in zip(read_installed(perturbation), read_installed(resumed), strict=True):
-        assert torch.equal(mine, theirs)
-
-
-def read_installed(perturbation: Perturbation) -> list[Tensor]:
-    perturbation.install()
-    values = read(perturbation)
-    perturbation.uninstall()
-    return values
-
-
-def test_the_loss_at_the_perturbation_is_that_of_stored_weights() -> None:
-    model = fused()
-    flat = train("EFMLoRA", model)
-    batch = next(batches())
-    perturbation = flat.perturbation
-    pairs: list[LoRAPair] = perturbation.pairs
-    E = read(perturbation)
-    with perturbation.applied():
-        perturbed = loss_of(model, batch)
-    flat.close()
-    with torch.no_grad():
-        for pair, each in zip(pairs, E, strict=True):
-            pair.B.add_(each.view_as(pair.B))
-    torch.testing.assert_close(loss_of(model, batch), perturbed, rtol=1e-14, atol=0)
+    squares(model, first).backward()
+    perturbation.average(perturbation.ascend(0.3, at_perturbed=False), beta=0.5)
+    state = perturbation.state_dict()
+    assert all(averaged == [True, True, False] for averaged in state["averaged"].values())
+    resumed.load_state_dict(state)
+    model.zero_grad()
+    squares(model, second).backward()
+    for each in (perturbation, resumed):
+        each.average(each.ascend(0.3, at_perturbed=False), beta=0.5)
+    assert same(perturbation.state_dict(), resumed.state_dict())
 
 
 def test_flatness_is_measured_as_of_experts_with_layers_of_their_own() -> None:
@@ -245,7 +205,7 @@ def test_flatness_is_measured_as_of_experts_with_layers_of_their_own() -> None:
     everyone = torch.cat([x for x, _ in batches()]), torch.cat([which for _, which in batches()])
     for net in (model, apart_from(model)):
         pairs = find_pairs(net).pairs
-        point = Point(partial(loss_of, net, everyone), Perturbation(pairs), rho=0.3)
+        point = Point(partial(squares, net, everyone), Perturbation(pairs), rho=0.3)
         names = ["sharpness", "lora_sharpness", "radius", "gradient_residual", "critical_sharpness", "balancedness"]
         values.append(measure(point, names))
         direction = random_direction(pairs, seed=0)
@@ -261,28 +221,6 @@ def test_flatness_is_measured_as_of_experts_with_layers_of_their_own() -> None:
             torch.testing.assert_close(value, values[1][name], msg=name)
 
 
-def test_weight_noise_names_the_experts_that_it_leaves_out() -> None:
-    torch.manual_seed(3)
-    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), Fused(False))
-    model = get_peft_model(net, LoraConfig(**LORA, target_modules=["0"], target_parameters=["1.up"]))
-    (line,) = WeightNoise(model).left_out
-    assert line.startswith("ParamWrapper: its base, a Fused, is no plain Linear")
-
-
-@pytest.mark.parametrize("experts", [0, -1, 2.0, True, 4])
-def test_a_finders_number_of_experts_divides_the_rows_of_A(experts: Any) -> None:
-    (pair,) = find_pairs(of_one_parameter()).pairs
-    told = replace(pair, experts=experts)
-    rule = f"experts must be an integer >= 1 that divides the 6 rows of A, got {experts}"
-    with pytest.raises(ValueError, match=rule):
-        find_pairs(nn.Sequential(), finder=lambda model: [told])
-
-
-def of_one_parameter() -> nn.Module:
-    net = nn.Sequential(Fused(False).double())
-    return get_peft_model(net, LoraConfig(**LORA, target_modules=[], target_parameters=["0.up"]))
-
-
 @pytest.mark.parametrize("method", [RandomPerturbation, BiLoRA])
 def test_methods_on_linear_layers_warn_of_the_share_of_experts(tmp_path: Path, method: Any) -> None:
     torch.manual_seed(3)
@@ -291,30 +229,7 @@ def test_methods_on_linear_layers_warn_of_the_share_of_experts(tmp_path: Path, m
     pairs = find_pairs(model).pairs
     sizes = {pair.experts: pair.A.numel() + pair.B.numel() for pair in pairs}
     share = sizes[EXPERTS] / sum(sizes.values())
-    with pytest.warns(UserWarning, match=rf"leaves unperturbed: ParamWrapper: .*; in all {share:.1%} of the adapters'"):
+    with pytest.warns(
+        UserWarning, match=rf"leaves unperturbed: ParamWrapper: its base, a Fused, .*; in all {share:.1%} of"
+    ):
         trainer_of(tmp_path, [method(0.1)], max_steps=0).fit(Learner(model), DataLoader([0]))
-
-
-class Tied(nn.Module):
-    """An embedding and a head that share their weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(7, WIDTH), nn.Linear(WIDTH, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Any:
-        return self.head(self.embed(tokens))
-
-
-def test_a_second_pass_may_read_a_tied_parameter_under_an_adapter() -> None:
-    model = get_peft_model(Tied(), LoraConfig(**LORA, target_modules=[], target_parameters=["head.weight"]))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    flat = loops.FMLoRA(model, optimizer, 0.3)
-    before = find_pairs(model).pairs[0].B.detach().clone()
-    for each_pass in flat.training_passes():
-        with each_pass:
-            model(torch.arange(7)).square().mean().backward()
-    optimizer.step()
-    flat.close()
-    assert not torch.equal(find_pairs(model).pairs[0].B, before)

@@ -14,15 +14,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from float64_runs import BETA, Automatic, fit_in_float64, loss, optimizer_of
+from float64_runs import BETA, loss, optimizer_of
 from helpers import assert_no_trace, same, weights
 from hf_runs import RHO, SIZE, Samples, trained_by, trainer_of
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from loop_runs import batches, method_of, net_of, run, schedule, trained_plainly
+from loop_runs import METHODS, batches, method_of, net_of, run, schedule, trained_plainly
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -38,8 +37,6 @@ from lightning_flatlora import LinearRho, loops
 from lightning_flatlora.loops import EFMLoRA
 from lightning_flatlora.loops.loop_method import STATE_KEY
 from lightning_flatlora.pairs.finders import litgpt_pairs
-
-METHODS = ("EFMLoRA", "FMLoRA")
 
 
 def fabric_run(name: str, data: list[Any], file: Path | None = None, resume: bool = False, **settings: Any) -> Any:
@@ -127,9 +124,15 @@ def test_loops_of_accelerate(own_accelerate: None) -> None:
 # -- litgpt's own program
 
 
-WORDS = ["<unk>", "</s>", *(f"w{index}" for index in range(40))]
+WORDS = ["<pad>", "</s>", *(f"w{index}" for index in range(40))]
 LINE = '    max_steps = train.max_steps or float("inf")\n'
 """After which the line is inserted into the loop of ``litgpt finetune_lora``."""
+
+
+def tokenizer_of_words() -> Any:
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return words
 
 
 @pytest.fixture
@@ -139,7 +142,6 @@ def checkpoint(tmp_path: Path) -> Path:
     from litgpt.config import Config
     from litgpt.model import GPT
     from litgpt.utils import save_config
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = tmp_path / "pretrained"
     folder.mkdir()
@@ -148,9 +150,7 @@ def checkpoint(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     torch.save(GPT(config).state_dict(), folder / "lit_model.pth")
     save_config(config, folder)
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.save(str(folder / "tokenizer.json"))
+    tokenizer_of_words().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "tokenizer_class": "GPT2Tokenizer"}))
     rows = []
     for index in range(14):
@@ -188,66 +188,32 @@ def finetune(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, rho: float | Non
 
 @pytest.mark.filterwarnings("ignore")  # of jsonargparse, by which litgpt reads its own settings
 def test_litgpts_own_loop_with_one_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """rho = 0 is litgpt's own run bit for bit, more is not, and litgpt's script merges what was trained."""
-    from litgpt.config import Config
-    from litgpt.finetune import lora
-    from litgpt.model import GPT
-
+    """rho = 0 is litgpt's own run bit for bit, and more is not."""
     folders = [finetune(checkpoint, monkeypatch, rho) for rho in (None, 0.0, 0.5)]
     trained = [torch.load(folder / "lit_model.pth.lora")["model"] for folder in folders]
     assert same(trained[0], trained[1])
     assert not same(trained[0], trained[2])
 
-    merged = GPT(Config.from_file(folders[2] / "model_config.yaml"))
-    merged.load_state_dict(torch.load(folders[2] / "lit_model.pth"))
-    settings = {"lora_r": 8, "lora_alpha": 16, "lora_query": True, "lora_value": True}
-    apart = lora.GPT(lora.Config.from_file(folders[2] / "model_config.yaml", **settings))
-    apart.load_state_dict({**torch.load(checkpoint / "lit_model.pth"), **trained[2]})
-    tokens = torch.arange(12).view(1, 12)
-    assert torch.allclose(merged(tokens), apart(tokens), atol=1e-6)
-
 
 WINDOW, STEPS = 2, 8
-
-
-class Unscheduled(Automatic):
-    def configure_optimizers(self) -> Any:
-        return optimizer_of(self.net)
-
-
-class Seeds(L.Callback):
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            torch.manual_seed(batch_idx // trainer.accumulate_grad_batches)
-
-
-def by_lightning(callback: Any, window: int = 1, clip: float | None = None, dropout: float = 0.0) -> nn.Module:
-    net = net_of(dropout=dropout)
-    data = Samples(STEPS * window * SIZE)
-    batches = list(zip(data.x.split(SIZE), data.y.split(SIZE), strict=True))
-    settings = {"accumulate_grad_batches": window, "gradient_clip_val": clip}
-    fit_in_float64(Unscheduled(net), 1, [Seeds(), callback], DataLoader(batches, batch_size=None), **settings)
-    return net
 
 
 RUNS = [("EFMLoRA", 1, None), ("EFMLoRA", WINDOW, None), ("EFMLoRA", 1, 0.05), ("FMLoRA", WINDOW, None)]
 
 
 @pytest.mark.parametrize(("name", "window", "clip"), RUNS)
-def test_weights_equal_the_lightning_callbacks(tmp_path: Path, name: str, window: int, clip: float | None) -> None:
-    """Bit for bit, with dropout and a schedule over the run; clipping by norm changes no more than rounding."""
-    net, rho = net_of(dropout=0.2), LinearRho(RHO, 0.1)
+def test_transformers_trainer_gives_the_weights_of_a_plain_loop(
+    tmp_path: Path, name: str, window: int, clip: float | None
+) -> None:
+    """Bit for bit, with a schedule over the run: test_own_loops.py compares such a loop with the callbacks."""
+    net = net_of()
     settings = {"gradient_accumulation_steps": window, "max_grad_norm": clip or 0.0}
-    _, flat = trained_by(name, tmp_path, rho=rho, net=net, **settings)
-    theirs: Any = LightningEFMLoRA(rho, beta=BETA) if name == "EFMLoRA" else LightningFMLoRA(rho)
-    expected = weights(by_lightning(theirs, window, clip, dropout=0.2))
+    _, flat = trained_by(name, tmp_path, rho=LinearRho(RHO, 0.1), net=net, **settings)
+    samples = Samples(STEPS * window * SIZE)
+    data = list(zip(samples.x.split(SIZE), samples.y.split(SIZE), strict=True))
+    rho = LinearRho(RHO, 0.1, total_steps=STEPS)
+    assert same(weights(net), weights(trained_plainly(name, data, rho, window=window, clip=clip)))
     assert flat.step == STEPS
-    if clip is None:
-        assert same(weights(net), expected)
-        ours = flat.perturbation.state_dict()["E"]
-        assert same(list(ours.values()), list(theirs.perturbation.state_dict()["E"].values()))
-    for key, value in weights(net).items():
-        assert float((value - expected[key]).abs().max()) < 1e-10, key
     flat.close()
     assert_no_trace(net)
 
@@ -263,11 +229,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, name: str, se
     second, flat = trained_by(name, tmp_path / "elsewhere", resume=str(folder), **saves)
     assert flat.step == STEPS
     assert same(weights(second.model), weights(whole.model))
-    if name == "EFMLoRA":
-        other = trainer_of(tmp_path / "elsewhere", **saves)
-        EFMLoRA(other.model, other.create_optimizer(), RHO, beta=BETA, estimator="projected")
-        with pytest.raises(MisconfigurationException, match="estimator must be 'average' as in the checkpoint"):
-            other.train(resume_from_checkpoint=str(folder))
 
 
 class Flat(TrainerCallback):  # type: ignore[misc]
@@ -312,19 +273,12 @@ def test_the_callback_of_the_other_trainer_names_the_line(tmp_path: Path, kind: 
 def llama() -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32, pad_token_id=0, **sizes)).double()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), pad_token_id=0, **sizes)).double()
 
 
 def arguments(folder: Path, kind: type[Any] = TrainingArguments, **settings: Any) -> Any:
     quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no", "save_steps": 4}
     return kind(str(folder), max_steps=STEPS, learning_rate=0.01, bf16=False, **{**quiet, **settings})
-
-
-def tokenizer() -> Any:
-    words = ["<pad>", "</s>", *(f"w{index}" for index in range(30))]
-    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="w0"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>")
 
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])
@@ -342,7 +296,9 @@ def test_trls_trainers(tmp_path: Path, kind: str) -> None:
             llama(),
             args=arguments(tmp_path / place, getattr(trl, f"{kind}Config"), gradient_accumulation_steps=2),
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=tokenizer(),
+            processing_class=PreTrainedTokenizerFast(
+                tokenizer_object=tokenizer_of_words(), eos_token="</s>", pad_token="<pad>"
+            ),
             peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
         )
         if rho is not None:

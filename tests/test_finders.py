@@ -12,7 +12,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
 from lightning_flatlora import EFMLoRA, LoRAPair, NoPairsError, ParameterRef, Perturbation, find_pairs
-from lightning_flatlora.pairs.finders import PairsByName, litgpt_pairs, nemo_pairs, torchtune_pairs
+from lightning_flatlora.pairs.finders import litgpt_pairs, nemo_pairs, torchtune_pairs
 
 RHO = 0.2
 
@@ -129,6 +129,8 @@ REFUSED: list[tuple[tuple[Any, Any], Any, str]] = [
     (BARE, rows(range(-1, 3)), NOT_A_RANGE),
     (BARE, rows(range(3, 3)), NOT_A_RANGE),
 ]
+for bad in (0, 2.0, True, 3):
+    REFUSED.append((BARE, {"experts": bad}, f"experts must be an integer >= 1 that divides the 2 rows of A, got {bad}"))
 
 
 @pytest.mark.parametrize(("shapes", "changes", "said"), REFUSED)
@@ -153,11 +155,6 @@ def test_layers_with_the_names_of_lora_and_no_scaling_are_none() -> None:
     for finder in (nemo_pairs, torchtune_pairs, litgpt_pairs):
         with pytest.raises(NoPairsError):
             find_pairs(block, finder=finder)
-    with pytest.raises(AttributeError, match="'Module' object has no attribute 'scale'"):
-        find_pairs(block, finder=PairsByName("linear_in", "linear_out", "scale"))
-    by_name = PairsByName("linear_in", "linear_out", lambda layer: 1.0, base="frozen")
-    with pytest.raises(AttributeError, match="no attribute 'frozen'"):
-        find_pairs(block, finder=by_name)
     block.alpha, block.dim, block.activation = 16, 8, nn.SiLU()
     with pytest.raises(NoPairsError):  # an adapter whose update is no product of two factors
         find_pairs(block, finder=nemo_pairs)

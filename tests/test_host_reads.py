@@ -17,6 +17,7 @@ import torch
 from helpers import BASELINES, FRONT_ENDS, build, calling, driver_of, fit, is_perturbed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from loop_runs import run, squares
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -26,7 +27,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_flatlora import CosineRho, LearningRateRho, loops
 from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.pairs.finders import litgpt_pairs
-from lightning_flatlora.perturbation import Perturbation
 
 META = torch.device("meta")
 WINDOW, STEPS = 2, 5
@@ -110,13 +110,7 @@ def run_loop(method: str, net: nn.Module, inputs: Tensor, rho: Any = 0.5, lr: fl
     flat = getattr(loops, method)(net, optimizer, rho, total_steps=STEPS, **settings)
     copies = Copies()
     with copies:
-        for _ in range(STEPS):
-            for _ in range(WINDOW):
-                for each_pass in flat.training_passes() if method == "FMLoRA" else [nullcontext()]:
-                    with each_pass:
-                        net(inputs).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        run(flat, net, optimizer, [inputs] * WINDOW * STEPS, window=WINDOW, loss=squares)
     return flat, copies.seen
 
 
@@ -203,38 +197,6 @@ def test_noise_on_whole_weights() -> None:
     with WeightNoise(net).applied(0.5, seed=3):
         net(inputs).sum().backward()
     assert not is_perturbed(net)
-
-
-# -- what is seen, and what reads on purpose
-
-
-@pytest.mark.parametrize("read", [Tensor.item, bool, Tensor.cpu, Tensor.tolist, torch.nonzero])
-def test_a_read_in_a_step_would_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Any) -> None:
-    original = Perturbation.ascend
-
-    def ascend(*args: Any, **settings: Any) -> Any:
-        fresh = original(*args, **settings)
-        read(fresh.finite)
-        return fresh
-
-    monkeypatch.setattr(Perturbation, "ascend", ascend)
-    for run in (
-        lambda: run_loop("EFMLoRA", net_on_meta(), torch.empty(4, 2, 5, 5, device=META)),
-        lambda: fit_on_meta(tmp_path, "fmlora"),
-    ):
-        with pytest.raises((RuntimeError, NotImplementedError), match=r"meta"):
-            run()
-
-
-def test_a_copy_in_a_step_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Perturbation.average
-
-    def average(self: Perturbation, fresh: Any, beta: float) -> None:
-        original(self, fresh._replace(finite=torch.tensor(True).to(META)), beta)
-
-    monkeypatch.setattr(Perturbation, "average", average)
-    _, copied = run_loop("EFMLoRA", net_on_meta(), torch.empty(4, 2, 5, 5, device=META))
-    assert copied == ["aten._to_copy.default"] * STEPS
 
 
 def test_a_first_step_at_a_rate_of_zero_reads_the_gradients() -> None:

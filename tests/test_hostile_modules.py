@@ -125,7 +125,7 @@ def by_trainer(title: str, front_end: str, rho: float, lr: float, folder: Path, 
     files = {"filename": "{epoch}", "save_top_k": -1}
     saver = AdapterCheckpoint(folder, **files) if kind.saves_adapters else ModelCheckpoint(folder, **files)
     loader = DataLoader(Batches(title), batch_size=None, collate_fn=lambda batch: batch)
-    callbacks = [Seeds(), *callbacks, *kind.callbacks(), saver]
+    callbacks = [Seeds(), *callbacks, saver]
     trainer = fit(folder, module, callbacks, loader, max_epochs=EPOCHS, ckpt_path=resume, **more)
     if looks:
         assert {"training_step", "on_after_backward", *BETWEEN} <= shadow.seen.keys()

@@ -262,7 +262,7 @@ def test_batches_that_the_loader_left_out_are_as_in_automatic_optimization(tmp_p
     assert same(*ends)
 
 
-class SetsWindow(TwoPassClassifier):
+class SetsWindow(Estimates, TwoPassClassifier):
     """Sets the window when the devices are known, and again in its second epoch."""
 
     def setup(self, stage: str) -> None:
@@ -271,10 +271,6 @@ class SetsWindow(TwoPassClassifier):
     def on_train_epoch_start(self) -> None:
         if self.current_epoch == 1:
             self.accumulate_grad_batches = 2
-
-    def configure_optimizers(self) -> Any:
-        self.estimated = self.trainer.estimated_stepping_batches
-        return super().configure_optimizers()
 
 
 def test_a_window_may_be_set_later_and_is_the_modules_alone(tmp_path):

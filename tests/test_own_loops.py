@@ -1,23 +1,22 @@
 """EFMLoRA and FMLoRA in plain PyTorch: the callbacks' weights, clean, scaled and compiled."""
 
 import copy
+import logging
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from float64_runs import BETA, Automatic, fit_in_float64, loss, optimizer_of
-from helpers import E_hat, assert_no_trace, is_perturbed, make_net, same, weights
+from helpers import E_hat, assert_no_trace, is_perturbed, same, weights
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from loop_runs import batches, method_of, net_of, run, schedule, seeds, started, train, trained_plainly
+from loop_runs import METHODS, batches, method_of, net_of, run, schedule, seeds, started, train, trained_plainly
+from pytorch_optimizer import TRAC, Lookahead, OrthoGrad, ScheduleFreeWrapper
 from torch import nn
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
-from lightning_flatlora import EFMLoRA, FMLoRA
-from lightning_flatlora.wrappers import unwrapped
-
-METHODS = ("EFMLoRA", "FMLoRA")
+from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho
 
 
 def close(one: Any, other: Any, tolerance: float = 1e-12) -> bool:
@@ -71,22 +70,6 @@ def test_only_the_forward_of_a_layer_or_a_pass_reads_perturbed_weights(name: str
     assert inside == [False, False]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_pass_that_raises_leaves_clean_layers(name: str) -> None:
-    flat, net, _ = started(name)
-
-    def fails() -> None:
-        for each_pass in flat.training_passes():
-            with each_pass:
-                loss(net, batches()[0]).backward()
-                if is_perturbed(net) or name == "EFMLoRA":
-                    raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fails()
-    assert not is_perturbed(net)
-
-
 # -- steps of other kinds
 
 
@@ -97,8 +80,7 @@ def test_a_scaler_changes_nothing_and_an_overflow_moves_nothing(name: str, fused
     plain, net = net_of(), net_of()
 
     def start(net: nn.Module) -> tuple[Any, Any]:
-        trained = [p for p in net.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=3e-3, weight_decay=0.1, fused=fused)
+        optimizer = torch.optim.AdamW(trained(net), lr=3e-3, weight_decay=0.1, fused=fused)
         return optimizer, method_of(name, net, optimizer, 0.3)
 
     other, unscaled = start(plain)
@@ -162,29 +144,24 @@ def test_a_compiled_step_of_the_optimizer() -> None:
     assert close(weights(net), weights(trained_plainly("EFMLoRA", batches()[:4])), 1e-6)
 
 
-def test_a_compiled_model_of_length_zero_is_unwrapped() -> None:
-    class Empty(nn.Sequential):
-        def __len__(self) -> int:
-            return 0
-
-    model = Empty(make_net())
-    assert unwrapped(torch.compile(model, backend="eager")) is model
-
-
 # -- several optimizers
 
 
-def halves(net: nn.Module) -> list[torch.optim.Optimizer]:
-    first = [p for name, p in net.named_parameters() if p.requires_grad and ".model.0." in name]
-    others = [p for name, p in net.named_parameters() if p.requires_grad and ".model.0." not in name]
-    return [torch.optim.AdamW(each, lr=3e-3) for each in (first, others)]
+def trained(net: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+
+def last_layer_and_others(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    of_last = [p for name, p in net.named_parameters() if p.requires_grad and ".model.4." in name]
+    others = [p for name, p in net.named_parameters() if p.requires_grad and ".model.4." not in name]
+    return of_last, others
 
 
 def test_several_optimizers_take_one_object_each() -> None:
     """The second optimizer steps every other batch; each object has its own count, average and ball."""
     both, alone = net_of(), net_of()
     for net, count in ((both, 2), (alone, 1)):
-        optimizers = halves(net)
+        optimizers = [torch.optim.AdamW(part, lr=3e-3) for part in last_layer_and_others(net)]
         flats = [method_of("EFMLoRA", net, optimizer, 0.3) for optimizer in optimizers[:count]]
         for index, batch in enumerate(batches()):
             loss(net, batch).backward()
@@ -198,3 +175,138 @@ def test_several_optimizers_take_one_object_each() -> None:
             flat.close()
         assert_no_trace(net)
     assert not same(weights(both), weights(alone))
+
+
+# -- optimizers that wrap others, that step more than once, or that have more parameters later
+
+
+class StepsTwice(torch.optim.AdamW):
+    """Steps within its step."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups[0]["params"], lr=1e-2)
+
+    def step(self, closure: Any = None) -> Any:
+        super().step()
+        return super().step()
+
+
+WRAPPERS = {
+    "StepsTwice": StepsTwice,
+    "Lookahead": lambda inner: Lookahead(inner, k=2),
+    "OrthoGrad": OrthoGrad,
+    "TRAC": TRAC,
+    "ScheduleFree": ScheduleFreeWrapper,
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_gradients_of_a_wrapper_are_those_before_its_step(name: str) -> None:
+    """OrthoGrad changes them in its step; under Lightning's Trainer too the callback comes before."""
+    net = net_of()
+    optimizer = WRAPPERS[name](optimizer_of(net))
+    flat = method_of("EFMLoRA", net, optimizer, 0.3)
+    seen = []
+    original = flat.method.use_gradients
+
+    def use_gradients(also_finite: Any) -> None:
+        seen.append([parameter.grad.clone() for parameter in trained(net)])
+        original(also_finite)
+
+    flat.method.use_gradients = use_gradients
+    if name == "ScheduleFree":
+        optimizer.train()
+    for batch in batches()[:4]:
+        loss(net, batch).backward()
+        before = [parameter.grad.clone() for parameter in trained(net)]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert same(seen[-1], before)
+    assert (flat.step, len(seen)) == (4, 4)
+    # The state is in that of the inner optimizer, which each of them carries.
+    state = copy.deepcopy(optimizer.state_dict())
+    run(flat, net, optimizer, batches()[4:5])
+    if name in ("Lookahead", "OrthoGrad"):
+        optimizer.load_state_dict(state)
+        assert flat.step == 4
+
+
+class Fails(torch.optim.AdamW):
+    """As one that runs out of memory for its first moments."""
+
+    fails = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.fails:
+            raise torch.OutOfMemoryError
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("name", ["EFMLoRA", "FMLoRA"])
+def test_after_a_step_that_raised_the_next_one_counts(name: str) -> None:
+    net = net_of()
+    optimizer = Fails(trained(net), lr=1e-2)
+    flat = method_of(name, net, optimizer, 0.3)
+    run(flat, net, optimizer, batches()[:2])
+    optimizer.fails = True
+    with pytest.raises(torch.OutOfMemoryError):
+        run(flat, net, optimizer, batches()[2:3])
+    optimizer.fails = False
+    optimizer.zero_grad()
+    run(flat, net, optimizer, batches()[3:5])
+    assert flat.step == 5
+
+
+def test_pairs_that_the_optimizer_lacks_are_named_and_perturbed_once_they_join_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As in gradual unfreezing."""
+    net = net_of()
+    of_last, others = last_layer_and_others(net)
+    optimizer = torch.optim.AdamW(of_last, lr=1e-2)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        flat = method_of("EFMLoRA", net, optimizer, 0.3)
+    assert "EFMLoRA leaves unperturbed: 2 pairs that the optimizer lacks, as base_model.model.0.lora_B" in caplog.text
+    run(flat, net, optimizer, batches()[:2])
+    before = flat.state_dict()["perturbation"]["E"]
+    assert len(before) == 1
+    optimizer.add_param_group({"params": others})
+    flat.look_again()
+    run(flat, net, optimizer, batches()[2:3])
+    after = flat.state_dict()["perturbation"]["E"]
+    assert len(after) == 3
+    assert all(E.any() for E in after.values())
+    run(flat, net, optimizer, batches()[3:])
+    assert flat.step == len(batches())
+
+
+def test_a_rate_that_can_not_be_followed_any_more_is_warned_of() -> None:
+    net = net_of()
+    of_last, others = last_layer_and_others(net)
+    optimizer = torch.optim.AdamW(of_last, lr=1e-2)
+    flat = method_of("EFMLoRA", net, optimizer, LearningRateRho(0.3))
+    run(flat, net, optimizer, batches()[:2])
+    optimizer.add_param_group({"params": others, "lr": 1e-3})
+    with pytest.warns(UserWarning, match=r"several parameter groups: .* Until then the first group's is followed"):
+        flat.look_again()
+    run(flat, net, optimizer, batches()[2:])
+    assert (flat.step, len(flat.method.pairs)) == (len(batches()), 3)
+
+
+def test_an_optimizer_with_a_state_from_the_start_is_no_late_one() -> None:
+    net = net_of()
+    optimizer = torch.optim.Adagrad(trained(net), lr=0.1)
+    flat = method_of("EFMLoRA", net, optimizer, 0.3)
+    run(flat, net, optimizer, batches()[:3])
+    assert flat.step == 3
+
+
+def test_a_foreign_state_is_refused_in_words() -> None:
+    flat, net, optimizer = started("EFMLoRA")
+    run(flat, net, optimizer, batches()[:2])
+    for state in ({"lr": 0.1}, {"step": 2}, {**flat.state_dict(), "perturbation": {"F": {}}}):
+        with pytest.raises(MisconfigurationException, match="the state is not one that EFMLoRA has saved"):
+            flat.load_state_dict(state)
+    with pytest.raises(MisconfigurationException, match="the state is not one that EFMLoRA has saved"):
+        EFMLoRA(0.3).per_optimizer.load_state_dict({"lr": 0.1})
+    assert flat.step == 2

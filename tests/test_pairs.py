@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from imitated_layers import Adapter, Bare, OfTorchtune
+from imitated_layers import Bare
 from peft import (
     AdaLoraConfig,
     ArrowConfig,
@@ -39,15 +39,8 @@ def peft(targets: list[str], **config: object) -> nn.Module:
     return get_peft_model(Net(), LoraConfig(r=2, lora_alpha=6, target_modules=targets, **config))  # type: ignore[arg-type]
 
 
-def names(model: nn.Module, adapter: str | None = None) -> list[str]:
-    return [pair.name.removeprefix("base_model.model.") for pair in find_pairs(model, adapter).pairs]
-
-
-def test_finds_every_exact_layer_with_its_scaling() -> None:
-    search = find_pairs(peft(["one", "two", "conv"]))
-    assert [pair.scaling for pair in search.pairs] == [3.0] * 3
-    assert not search.left_out
-    assert find_pairs(peft(["one"], use_rslora=True)).pairs[0].scaling == pytest.approx(6 / 2**0.5)
+def names(model: nn.Module) -> list[str]:
+    return [pair.name.removeprefix("base_model.model.") for pair in find_pairs(model).pairs]
 
 
 EXACT = [
@@ -97,70 +90,11 @@ def test_what_is_found_is_exactly_one_product(config: dict[str, Any]) -> None:
         torch.testing.assert_close(moved, expected)
 
 
-def test_tied_adapters_are_found_once_and_all_their_readers() -> None:
-    model = peft(["one", "two"])
-    net = model.base_model.model
-    net.two.lora_A["default"].weight = net.one.lora_A["default"].weight
-    net.two.lora_B["default"].weight = net.one.lora_B["default"].weight
-    pairs = find_pairs(model).pairs
-    assert len(pairs) == 1
-    assert pairs[0].readers == [net.one.lora_B["default"], net.two.lora_B["default"]]
-
-
-def test_adapters() -> None:
-    model = peft(["one"])
-    model.add_adapter("other", LoraConfig(r=3, target_modules=["two"]))
-    assert names(model) == ["one.lora_B.default.weight"]
-    model.set_adapter("other")
-    assert names(model) == ["two.lora_B.other.weight"]
-    with pytest.raises(ValueError, match=r"adapter_name must be None or one of \['default', 'other'\], got 'third'"):
-        find_pairs(model, "third")
-
-
-def test_pairs_that_are_not_trained_now_are_known() -> None:
-    """Frozen, of an adapter that is not active, or without a scaling: they may be trained later."""
-    model = peft(["one", "two", "conv"])
-    model.add_adapter("other", LoraConfig(r=3, target_modules=["two"]))
-    net = model.base_model.model
-    net.one.lora_B["default"].weight.requires_grad_(False)
-    net.two.lora_A["default"].weight.requires_grad_(False)
-    net.conv.scaling["default"] = 0.0
-    search = find_pairs(model)
-    assert not search.pairs[0].learns_A
-    assert [pair.name.split(".")[2:5:2] for pair in search.pairs] == [["two", "default"]]
-    assert [pair.name.split(".")[2:5:2] for pair in search.resting] == [
-        ["conv", "default"],
-        ["one", "default"],
-        ["two", "other"],
-    ]
-    assert "its scaling is 0" in search.left_out[0]
-
-
-def test_nothing_found_lists_what_there_is() -> None:
-    with pytest.raises(NoPairsError, match="no LoRA layer of peft, only Conv1d, Embedding, Linear, Net"):
-        find_pairs(Net())
-    model = peft(["one"])
-    model.requires_grad_(False)
-    with pytest.raises(NoPairsError, match=r"LoRA layers seen: Linear; adapter .*default.* Every B is frozen"):
-        find_pairs(model)
-
-
 def test_names_are_the_same_under_wrappers() -> None:
     model = peft(["one"])
     wrapped = nn.ModuleDict({"net": torch.compile(copy.deepcopy(model), backend="eager")})
     assert find_pairs(wrapped).pairs[0].name == "net." + find_pairs(model).pairs[0].name
     assert clean_name("_orig_mod.a._fsdp_wrapped_module.b.weight") == "a.b.weight"
-
-
-@pytest.mark.parametrize("kind", [Bare, OfTorchtune, Adapter])
-def test_the_lora_of_another_library_is_named_with_the_finders(kind: type[nn.Module]) -> None:
-    with pytest.raises(NoPairsError, match=rf"only .*{kind.__name__}.*finders.litgpt_pairs"):
-        find_pairs(nn.Sequential(nn.Linear(8, 8), kind()))
-
-
-def test_peft_tuners_that_are_not_lora_are_named() -> None:
-    with pytest.raises(NoPairsError, match=r"no LoRA layer of peft, only .*LoHaModel"):
-        find_pairs(get_peft_model(Net(), LoHaConfig(r=2, target_modules=["one"])))
 
 
 # -- what is left out, by name
@@ -233,12 +167,18 @@ def of_mixed_tuners() -> nn.Module:
 
 
 LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
+    "of another library": (lambda: nn.Sequential(Bare()), [], "only .*Bare.*finders.litgpt_pairs"),
+    "LoHa": (lambda: get_peft_model(Net(), LoHaConfig(r=2, target_modules=["one"])), [], "only .*LoHaModel"),
     "AdaLoRA": (of_adalora, [], "SVDLinear: not one of peft's own LoRA layers"),
     "aLoRA": (lambda: peft(["one"], alora_invocation_tokens=[1]), [], "ALora"),
     "foreign class": (foreign, [], "Foreign"),
     "X-LoRA": (of_xlora, ["conv.lora_B.default"], "Linear: X-LoRA or Arrow weighs the adapters by a router"),
     "Arrow": (of_arrow, ["two.lora_B.plain"], "Linear: X-LoRA or Arrow weighs the adapters by a router"),
-    "LoHa": (of_mixed_tuners, ["two.lora_B.default"], "Linear of loha, which is no LoRA .1 in all, first .*one"),
+    "LoHa next to LoRA": (
+        of_mixed_tuners,
+        ["two.lora_B.default"],
+        "Linear of loha, which is no LoRA .1 in all, first .*one",
+    ),
     "shared": (shared_B, ["conv.lora_B.default"], "shared with another pair"),
     "tied by memory": (tied_by_memory, ["inner.lora_B.default"], "shared with another pair"),
 }

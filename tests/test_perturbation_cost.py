@@ -1,11 +1,11 @@
 """What the perturbation takes: bounded memory, parts of bounded size, and kernels that hardly grow with the pairs."""
 
 import weakref
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from loop_runs import run, squares
 from peft import LoraConfig, get_peft_model
 from perturbation_models import RHO, backward, fresh, model_and_pairs, slices
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_flatlora import Perturbation, loops
-from lightning_flatlora.functional import Estimator
 from lightning_flatlora.pairs import LoRAPair
 
 
@@ -75,20 +74,6 @@ def test_extra_memory_is_two_copies_of_B_and_one_stack(monkeypatch: pytest.Monke
     assert all_B < watch.peak < all_B + 12 * one_stack
 
 
-@pytest.mark.parametrize("estimator", ["average", "projected"])
-def test_a_layer_that_is_computed_without_a_copy_keeps_its_factors_and_gradients(estimator: Estimator) -> None:
-    """A stack of one layer is a view of the parameter; nothing may be written into it."""
-    A, B = nn.Parameter(torch.randn(96, 40)), nn.Parameter(torch.randn(48, 96))
-    A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
-    before = [tensor.detach().clone() for tensor in (A, B, A.grad, B.grad)]
-    pair = LoRAPair("only", A, B, 2.0)
-    perturbation = Perturbation([pair], estimator)
-    for _ in range(2):  # the second at B + E
-        perturbation.average(perturbation.ascend(RHO, at_perturbed=True), beta=0.9)
-    for tensor, old in zip((A, B, A.grad, B.grad), before, strict=True):
-        assert torch.equal(tensor, old)
-
-
 class Block(nn.Module):
     """The seven projections of a Llama's block, whose LoRA factors are of four shapes."""
 
@@ -123,11 +108,7 @@ def kernels_of_a_step(blocks: int, method: Any) -> int:
     for _ in range(3):
         kernels = Kernels()
         with kernels:
-            for each_pass in [nullcontext()] if flat is None else flat.training_passes():
-                with each_pass:
-                    model(torch.ones(2, 8)).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            run(flat, model, optimizer, [torch.ones(2, 8)], loss=squares)
     return kernels.count
 
 

@@ -11,7 +11,7 @@ from perturbation_models import RHO, backward, fresh, model_and_pairs, slices
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
-from lightning_flatlora import Perturbation, find_pairs, perturbed_read
+from lightning_flatlora import Perturbation, find_pairs
 from lightning_flatlora.pairs import LoRAPair
 from lightning_flatlora.pairs.lora_pair import readers_of
 from lightning_flatlora.perturbed_read import clean
@@ -93,26 +93,6 @@ def test_after_anothers_turn_the_own_average_is_read_again() -> None:
     first.uninstall()
     second.uninstall()
     assert not is_installed(model)
-
-
-def test_a_pair_that_has_left_reads_clean_while_somebody_else_keeps_its_reader() -> None:
-    _, pairs = model_and_pairs()
-    for pair in pairs:
-        pair.B.grad = torch.ones_like(pair.B)
-    perturbation = Perturbation(pairs, "projected")
-    perturbation.install()
-    perturbation.assign(perturbation.ascend(RHO, at_perturbed=False))
-    perturbation.on()
-    gone, stays = pairs[0].readers[0], pairs[1].readers[0]
-    somebody_else = perturbed_read.Switch()
-    perturbed_read.perturb(gone, torch.zeros_like(pairs[0].B), somebody_else)
-    perturbation.take_pairs(pairs[1:])
-    perturbation.on()
-    assert perturbed_read.shown(gone) is None
-    assert perturbed_read.shown(stays) is not None
-    perturbation.uninstall()
-    perturbed_read.release(gone, somebody_else)
-    assert not is_installed(nn.ModuleList([gone, stays]))
 
 
 def test_switching_off_inside_leaves_what_is_applied() -> None:

@@ -10,9 +10,6 @@ import pytorch_lightning
 import pytorch_lightning.utilities.exceptions
 import torch
 from helpers import Classifier, Losses, TwoPassClassifier, make_loader, same, weights
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from pytorch_lightning.trainer.connectors import callback_connector
@@ -20,7 +17,6 @@ from pytorch_lightning.trainer.connectors import callback_connector
 import lightning_flatlora
 import lightning_flatlora.pytorch_lightning as flatlora
 from lightning_flatlora import CosineRho, baselines
-from lightning_flatlora.callbacks.both_lightnings import is_lightning
 
 STEPS = 20
 TAKES_OTHERS = "parent=Callback" in inspect.getsource(callback_connector._validate_callbacks_list)
@@ -138,11 +134,6 @@ def test_the_other_librarys_checkpoint_callback_is_refused(tmp_path):
         train(pytorch_lightning, OtherClassifier(), callbacks, tmp_path)
 
 
-def test_one_callback_without_a_list(tmp_path):
-    trainer = train(pytorch_lightning, OtherClassifier(), flatlora.EFMLoRA(0.5), tmp_path)
-    assert trainer.callbacks[0].step == STEPS
-
-
 def test_all_are_of_that_library():
     """A command line takes only callbacks of its own library, and checkpoints come last in a Trainer's list."""
     defined = [each for each in vars(flatlora).values() if getattr(each, "__module__", "") == flatlora.__name__]
@@ -159,29 +150,3 @@ def test_what_can_not_work_is_refused_there_too(tmp_path):
     callbacks = [flatlora.FMLoRA(1.0), flatlora.EFMLoRA(1.0)]
     with pytest.raises(MisconfigurationException, match="it perturbs the weights that EFMLoRA perturbs too"):
         train(pytorch_lightning, OtherClassifier(), callbacks, tmp_path)
-
-
-BOTH = pytest.mark.parametrize("library", [lightning.pytorch, pytorch_lightning])
-
-
-class OwnDDP(pytorch_lightning.strategies.DDPStrategy):
-    """A user's own."""
-
-
-@BOTH
-def test_objects_of_either_name(library):
-    strategy = library.strategies.SingleDeviceStrategy()
-    assert is_lightning(strategy, SingleDeviceStrategy)
-    assert is_lightning(strategy, DDPStrategy, SingleDeviceStrategy)
-    assert not is_lightning(strategy, DDPStrategy, ParallelStrategy)
-    assert is_lightning(library.strategies.DDPStrategy(), ParallelStrategy)
-    assert is_lightning(library.callbacks.ModelCheckpoint(), Checkpoint)
-    scheduler = library.callbacks.GradientAccumulationScheduler({0: 2})
-    assert is_lightning(scheduler, lightning.pytorch.callbacks.GradientAccumulationScheduler)
-
-
-def test_subclasses_and_strangers():
-    assert is_lightning(OwnDDP(), DDPStrategy)
-    assert not is_lightning(OwnDDP(), DeepSpeedStrategy)
-    for stranger in (None, "a string", DDPStrategy, Classifier()):
-        assert not is_lightning(stranger, DDPStrategy, LightningOptimizer)

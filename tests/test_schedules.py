@@ -51,22 +51,6 @@ def test_all_bad_values_in_one_message() -> None:
         CosineRho(-1, float("nan"), total_steps=0)
 
 
-def test_a_dataclass_of_ones_own_may_hold_what_is_no_radius() -> None:
-    @dataclass
-    class Milestones(RhoSchedule):
-        rho: float
-        milestones: list[int]
-        mode: str = "up"
-        offset: float = -3.0
-
-        def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
-            return self.rho * sum(step >= milestone for milestone in self.milestones)
-
-    schedule = Milestones(0.5, [3, 5])
-    assert not schedule.needs_horizon
-    assert [schedule(step) for step in (2, 3, 5)] == [0.0, 0.5, 1.0]
-
-
 def test_numbers_of_numpy_are_numbers() -> None:
     assert ConstantRho(np.float32(0.5))(0) == 0.5  # type: ignore[arg-type]
     assert LinearRho(np.int64(1), 0.0, total_steps=np.int64(4))(2) == 0.5  # type: ignore[arg-type]
@@ -74,10 +58,12 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 @dataclass(frozen=True)
 class Halved(RhoSchedule):
-    """A user's own."""
+    """A user's own, whose fields need not be radii."""
 
     rho: float
     every: int
+    milestones: tuple[int, ...] = ()
+    offset: float = -3.0
 
     def __call__(self, step: int, horizon: float = float("inf"), learning_rate: float = 1.0) -> float:
         return self.rho / 2 ** (step // self.every)

@@ -10,6 +10,7 @@ import torch
 nbclient = pytest.importorskip("nbclient", reason="the tools that run notebooks are not installed")
 nbformat = pytest.importorskip("nbformat", reason="the tools that run notebooks are not installed")
 
+from helpers import same  # noqa: E402
 from peft import load_peft_weights  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,21 +83,17 @@ def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:
     return load_peft_weights(str(folder / "runs" / "tutorial" / run / "last"), device="cpu")
 
 
-def are_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_it_runs_and_shows_what_its_page_shows(executed: Any, folder: Path) -> None:
     """The monitor's curve and the report's picture and table; rho zero and the monitor leave LoRA as it is."""
     assert len(outputs(executed, "image/png")) == 2
     (table,) = outputs(executed, "text/markdown")
     assert "| | unit | LoRA | EFMLoRA |" in " ".join(table.split())
     lora = weights(folder, "lora")
-    assert are_equal(lora, weights(folder, "rho_0_seed_0"))
-    assert are_equal(lora, weights(folder, "lora_monitored"))
-    assert not are_equal(lora, weights(folder, "rho_32_seed_0"))
-    assert not are_equal(lora, weights(folder, "rho_0_seed_1"))
-    assert not are_equal(lora, weights(folder, "dropout_seed_0"))
+    assert same(lora, weights(folder, "rho_0_seed_0"))
+    assert same(lora, weights(folder, "lora_monitored"))
+    assert not same(lora, weights(folder, "rho_32_seed_0"))
+    assert not same(lora, weights(folder, "rho_0_seed_1"))
+    assert not same(lora, weights(folder, "dropout_seed_0"))
 
 
 def test_the_page_shows_the_outputs_of_one_run_in_order() -> None:

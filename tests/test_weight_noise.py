@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from lightning_flatlora import NoPairsError
 from lightning_flatlora.full_weight.weight_noise import WeightNoise, derived_seed
 
 SIGMA, SEED = 0.3, 11
@@ -160,15 +160,6 @@ def test_a_compiled_network_sees_the_noise_of_every_step(backend: str) -> None:
     assert len(set(graphs)) == 1  # one compilation with noise and one without
 
 
-def test_two_noises_add_up() -> None:
-    net, x = make_net(), torch.randn(3, 9, dtype=torch.float64)
-    layer = layers_of(net)[0]
-    one, other = WeightNoise(net), WeightNoise(net)
-    expected = layer(x) + sum(x @ noise_of(one, layer, seed=seed).mT for seed in (1, 2))
-    with one.applied(SIGMA, 1), other.applied(SIGMA, 2):
-        torch.testing.assert_close(layer(x), expected)
-
-
 def test_autocast_computes_in_the_base_layers_dtype() -> None:
     net = make_net(torch.float32)
     x = torch.randn(3, 9)
@@ -202,25 +193,11 @@ def test_layers_that_get_no_noise_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "dora", "reason"), [(["conv"], False, "is no plain Linear"), (["linear"], True, "as DoRA")]
+    ("name", "bad"), [("sigma", -0.1), ("sigma", float("nan")), ("seed", -1), ("seed", 0.5), ("seed", True)]
 )
-def test_a_model_without_a_layer_for_noise_is_an_error(targets: list[str], dora: bool, reason: str) -> None:
-    net = get_peft_model(Mixed(), LoraConfig(r=2, target_modules=targets, use_dora=dora))
-    with pytest.raises(NoPairsError, match=reason):
-        WeightNoise(net)
-
-
-@pytest.mark.parametrize(
-    ("sigma", "seed", "message"),
-    [
-        (-0.1, 0, "sigma must be a finite number >= 0, got -0.1"),
-        (float("nan"), 0, "sigma must be a finite number >= 0, got nan"),
-        (0.1, -1, "seed must be an integer >= 0, got -1"),
-        (0.1, 0.5, "seed must be an integer >= 0, got 0.5"),
-        (0.1, True, "seed must be an integer >= 0, got True"),
-    ],
-)
-def test_values(sigma: float, seed: int, message: str) -> None:
+def test_values(name: str, bad: Any) -> None:
+    settings: Any = {"sigma": 0.1, "seed": 0, name: bad}
+    allowed = {"sigma": "a finite number", "seed": "an integer"}[name]
     noise = WeightNoise(make_net())
-    with pytest.raises(ValueError, match=message), noise.applied(sigma, seed):
+    with pytest.raises(ValueError, match=f"{name} must be {allowed} >= 0, got {bad}"), noise.applied(**settings):
         pass
