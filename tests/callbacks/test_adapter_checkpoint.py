@@ -3,7 +3,6 @@
 What stands in the place of a folder stays, and only a folder of ours alone is deleted.
 """
 
-import inspect
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,7 +24,6 @@ from lightning_flatlora import EFMLoRA
 from lightning_flatlora.callbacks.adapter_checkpoint.contents import unwrapped
 from lightning_flatlora.callbacks.adapter_checkpoint.export import LIST, remove_folder
 
-SAVES_ON_EXCEPTION = "save_on_exception" in inspect.signature(ModelCheckpoint).parameters  # since Lightning 2.5.3
 UNWRITTEN = r"stays, since it is not ours, and .* has no folder"
 
 
@@ -80,25 +78,6 @@ def test_save_weights_only_is_small_too_and_folders_go_with_their_checkpoints(tm
     fit(tmp_path, module, [*callbacks, saver(tmp_path, save_weights_only=True, save_top_k=1)])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step=12", "step=12.ckpt"]
     assert set(state(tmp_path / "step=12.ckpt")) == learning(module)
-
-
-def test_module_and_strategy_are_as_before_when_fit_is_over(tmp_path: Path) -> None:
-    """With two of the callback, and when a fit fails."""
-    module, callbacks, _ = build("efmlora")
-    keys = list(module.state_dict())
-    savers = [saver(tmp_path / "a"), saver(tmp_path / "b", every_n_train_steps=4)]
-    trainer = fit(tmp_path, module, [*callbacks, *savers])
-    for path in (tmp_path / "a" / "step=12.ckpt", tmp_path / "b" / "step=12.ckpt"):
-        assert not any("base_layer.weight" in name for name in state(path))
-    saves = {"save_on_exception": True} if SAVES_ON_EXCEPTION else {}
-    failing = trainer_of(tmp_path, [saver(tmp_path, filename="again", **saves)])
-    module.inside.append(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        failing.fit(module, make_loader(), make_loader(1))
-    assert list(module.state_dict()) == keys
-    assert module.strict_loading
-    for strategy in (trainer.strategy, failing.strategy):
-        assert not {"lightning_module_state_dict", "optimizer_state", "save_checkpoint"} & set(vars(strategy))
 
 
 def frozen_A(seed: int) -> nn.Module:

@@ -11,7 +11,6 @@ from helpers import Classifier, fit, make_net, needs_weight_averaging, same, tra
 from hostile_modules import Bert, of_hydra, two_linear, under_peft
 from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig
 from peft.optimizers import create_lorafa_optimizer
@@ -125,18 +124,6 @@ def test_lists_and_dicts_of_hydra_are_written_as_plain_ones(tmp_path: Path) -> N
     assert (config.target_modules, config.rank_pattern, config.r) == ({"0", "2"}, {"0": 3}, 2)
 
 
-def test_a_problem_of_another_rank_ends_this_one_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its callbacks may have a state of their own that fails; this rank would wait for it."""
-
-    def decide(strategy: SingleDeviceStrategy, decision: bool, all: bool = True) -> bool:
-        return decision if all else True
-
-    monkeypatch.setattr(SingleDeviceStrategy, "reduce_boolean_decision", decide)
-    module = Classifier()
-    with pytest.raises(MisconfigurationException, match=r"would fail on another rank"):
-        fit(tmp_path, module, [saver(tmp_path)])
-
-
 class Remembers(Classifier):
     """Keeps a count in its extra state, and a metric whose state is in the checkpoint; neither is a buffer."""
 
@@ -163,16 +150,6 @@ def test_what_a_module_keeps_outside_of_its_tensors_is_resumed(tmp_path: Path) -
         loaded = load_adapter_checkpoint(Remembers(), file)
         assert loaded.seen == whole.seen == 12
         assert same(loaded.average.metric_state, whole.average.metric_state)
-
-
-def test_the_dry_run_leaves_nothing_behind(tmp_path: Path) -> None:
-    seen: list[list[Path]] = []
-    module = Classifier()
-    module.inside.append(lambda *_: seen.append(list((tmp_path / "a").rglob("*"))))
-    (tmp_path / "a").mkdir()
-    fit(tmp_path, module, [saver(tmp_path / "a" / "b")])
-    assert seen[0] == []
-    assert not list((tmp_path / "a").rglob(".dry-run*"))
 
 
 def test_an_adapter_of_transformers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,15 +218,3 @@ class KeepsLoraAlone(Classifier):
 def test_a_module_that_takes_weights_out_of_its_checkpoints_resumes(tmp_path: Path) -> None:
     assert_resumes(tmp_path, KeepsLoraAlone, callbacks=lambda: [EFMLoRA(0.1)])
     assert load_file(tmp_path / "1" / "step=6" / WEIGHTS)
-
-
-class CompletesItsState(Classifier):
-    """Puts the weights that a file lacks into it, so that Lightning finds all of them."""
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
-
-
-def test_a_module_that_completes_a_file_does_not_bring_the_base_into_the_next(tmp_path: Path) -> None:
-    assert_resumes(tmp_path, CompletesItsState)
-    assert BASE not in state(tmp_path / "2" / "step=12.ckpt")

@@ -6,7 +6,6 @@ A base that is not the one that was saved is noticed, by shapes and a sample of 
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from checkpointed_bases import HEAD, assert_resumes, epochs, module_of, network, saver, state, validate
@@ -53,28 +52,6 @@ def test_what_a_loaded_file_held_stays_in_the_next_one(tmp_path: Path) -> None:
         assert same(state(tmp_path / name / "step=6.ckpt")[name], first.net.base_model.model.head.weight.detach())
 
 
-class FreezesInOnFitStart(Classifier):
-    """As NeMo's modules do: which parts learn is known after the weights are restored."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.head = nn.Linear(CLASSES, CLASSES)
-
-    def on_fit_start(self) -> None:
-        self.head.requires_grad_(False)
-        self.net.base_model.model.head.requires_grad_(True)
-
-
-def test_what_is_frozen_in_on_fit_start_can_be_resumed(tmp_path: Path) -> None:
-    """Later moments are in tests/test_hostile_modules.py."""
-
-    def module() -> Classifier:
-        torch.manual_seed(5)
-        return FreezesInOnFitStart(net=network())
-
-    assert_resumes(tmp_path, module, save=epochs, file="epoch=1.ckpt", max_epochs=3)
-
-
 def test_all_buffers_are_saved(tmp_path: Path) -> None:
     """Counted in place, written through .data in one element of many, replaced, and never changed."""
     assert_resumes(tmp_path, module_of)
@@ -83,23 +60,6 @@ def test_all_buffers_are_saved(tmp_path: Path) -> None:
     assert saved[f"{base}count"] == saved[f"{base}ema"][2000] == saved[f"{base}codes"][0] == 6
     assert f"{base}never" in saved
     assert HEAD not in saved
-
-
-@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
-@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
-def test_sparse_buffers_are_saved_too(tmp_path: Path, layout: str) -> None:
-    """Such as a graph's adjacency, inside of the base and outside."""
-
-    def module(weight: float) -> Classifier:
-        made = module_of()
-        for part in (made, made.net.base_model.model):
-            part.register_buffer("adjacency", getattr(weight * torch.eye(4), layout)())
-        return made
-
-    fit(tmp_path, module(2.0), [saver(tmp_path)], max_epochs=1)
-    loaded = load_adapter_checkpoint(module(1.0), tmp_path / "step=6.ckpt")
-    for part in (loaded, loaded.net.base_model.model):
-        assert torch.equal(part.adjacency.to_dense(), 2 * torch.eye(4))
 
 
 class TrainsHeadForTwoSteps(Classifier):
@@ -126,24 +86,6 @@ def test_what_another_trainer_has_trained_is_in_the_file(tmp_path: Path) -> None
         each.on_train_batch_start = lambda *args: None
         fit(tmp_path, each, [saver(tmp_path / "2")], max_epochs=1)
         assert HEAD in state(tmp_path / "2" / "step=6.ckpt")
-
-
-class AddsAnAdapter(L.Callback):
-    """Its targets are others, so that peft puts a layer around the head in the middle of the fit."""
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.current_epoch == 1:
-            pl_module.net.add_adapter("second", LoraConfig(r=2, target_modules=["head"]))
-
-
-def test_a_layer_that_gets_an_adapter_in_the_middle_has_not_changed(tmp_path: Path) -> None:
-    fit(tmp_path, module_of(), [AddsAnAdapter(), saver(tmp_path)])
-    saved = state(tmp_path / "step=12.ckpt")
-    assert HEAD.replace("weight", "lora_A.second.weight") in saved
-    assert HEAD.replace("weight", "base_layer.weight") not in saved
-    trained = TrainsHeadInFirstEpoch()
-    fit(tmp_path, trained, [AddsAnAdapter(), saver(tmp_path / "2")])
-    assert HEAD.replace("weight", "base_layer.weight") in state(tmp_path / "2" / "step=12.ckpt")
 
 
 class Attends(nn.Module):

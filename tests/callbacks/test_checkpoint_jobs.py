@@ -15,7 +15,6 @@ import pytest
 import torch
 from checkpointed_bases import WEIGHTS, saver, state, validate
 from helpers import Classifier, fit, make_loader, same
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -134,15 +133,6 @@ def test_a_job_may_save_under_the_same_names_in_the_middle_of_a_save(
         assert_pair(tmp_path / f"{name}.ckpt")
 
 
-def test_what_another_job_has_deleted_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def remove(strategy: SingleDeviceStrategy, path: Any) -> None:
-        raise FileNotFoundError(path)
-
-    export.remove_folder(tmp_path / "gone")
-    monkeypatch.setattr(SingleDeviceStrategy, "remove_checkpoint", remove)
-    train(tmp_path, save={"save_top_k": 1})
-
-
 def test_a_folder_that_another_job_takes_away_meanwhile_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,26 +228,6 @@ def test_the_folder_in_the_place_of_the_file_is_refused(saved: tuple[Path, Any])
         load_adapter_checkpoint(Classifier(), folder / "last")
     with pytest.raises(MisconfigurationException, match=said):
         validate(folder, Classifier(), "last")
-
-
-class Inside(Classifier):
-    """Has its network one module deeper."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.whole = torch.nn.ModuleDict({"net": self.net})
-        del self.net
-
-
-def test_that_a_network_is_at_another_place_in_its_module_is_said(saved: tuple[Path, Any]) -> None:
-    said = r"lacks 6 weights that the module has, such as whole\.net\..* at another place in its module"
-    with pytest.raises(MisconfigurationException, match=said):
-        load_adapter_checkpoint(Inside(), saved[0] / "last.ckpt")
-
-
-def test_that_a_file_is_missing_is_told_by_lightning(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="Checkpoint file not found"):
-        train(tmp_path, ckpt_path=tmp_path / "none.ckpt")
 
 
 @pytest.mark.parametrize("path", ["{folder}/ck/../mine", "local://{folder}/mine", "{folder}/mine"])

@@ -29,8 +29,7 @@ from helpers import (
 )
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
-from monitored_runs import KeepsPoints
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from lightning_flatlora import EFMLoRA, FMLoRA, perturbed_read
@@ -184,36 +183,6 @@ def test_a_run_that_unfreezes_is_resumed(tmp_path, epoch):
     assert same(run(), run(tmp_path / f"epoch={epoch}.ckpt"))
 
 
-class Never(Unfreeze):
-    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
-        pass
-
-
-class PutsIn(Callback):
-    """LoRA that comes at an epoch's start."""
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == 1:
-            net = nn.Sequential(nn.Linear(CLASSES, CLASSES))
-            layers = pl_module.net.base_model.model
-            layers.append(get_peft_model(net, LoraConfig(r=2, target_modules=["0"])))
-
-
-def test_the_monitor_follows_too(tmp_path):
-    """It measures as soon as there is a pair, whatever pairs there are, with the scaling of the moment."""
-    module, measured = Classifier(), KeepsPoints(0.5, every_n_steps=3)
-    scale = At(10, lambda module: module.net.base_model.model[2].set_scale("default", 3.0))
-    fit(tmp_path, module, [measured, Unfreeze(), PutsIn(), scale])
-    assert measured.scalings == {9: [2.0, 2.0, 2.0, 4.0], 12: [2.0, 2.0, 4.0, 6.0]}
-
-
-@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, LoRASAM])
-def test_pairs_that_came_before_the_first_refresh_are_not_missed(tmp_path, callback):
-    """No warning: they were unfrozen, though no step has perturbed them yet."""
-    unfreeze = At(2, lambda module: freeze(module, True))
-    fit(tmp_path, with_own(ALL_IN_OPTIMIZER)[0](), [callback(0.5, start_step=100), Never(), unfreeze], max_epochs=1)
-
-
 READ: list[tuple[int, str, bool]] = []  # not in the module, where both passes would count in it
 
 
@@ -265,21 +234,6 @@ class Detached(nn.Module):
         return self.head(features)
 
 
-class StepsInBackward:
-    """Each parameter has an optimizer that steps as soon as its gradient is there, as in PyTorch's tutorial."""
-
-    def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-
-        def step(parameter: Tensor) -> None:
-            torch.optim.SGD([parameter], lr=0.01).step()
-            parameter.grad = None
-
-        for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(step)
-        return torch.optim.SGD(trained, lr=0.0)
-
-
 class Late(Detached):
     """The adapters join after some steps, as the layers of a staged fine-tuning do."""
 
@@ -294,15 +248,14 @@ class Late(Detached):
 
 CASES = [
     *product([*FRONT_ENDS, "LoRASAM", "nBAR", "RandomPerturbation", "BiLoRA"], [Detached]),
-    *product(["efmlora", "module"], [StepsInBackward, Late]),
+    *product(["efmlora", "module"], [Late]),
 ]
 
 
 @pytest.mark.parametrize(("front_end", "case"), CASES)
 def test_a_fit_without_gradients_says_it_once(tmp_path: Any, front_end: str, case: Any) -> None:
     """Gradients that come later are no reason."""
-    own, net = (case, make_net()) if case is StepsInBackward else (object, case())
-    module, callbacks, kwargs = build(front_end, net=net, own=own)
+    module, callbacks, kwargs = build(front_end, net=case())
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         fit(tmp_path, module, callbacks, **kwargs)

@@ -63,7 +63,7 @@ class OfTokens:
         return value
 
 
-Automatic, Manual = with_own(OfTokens)
+Automatic, _ = with_own(OfTokens)
 
 
 def learner(title: str, checkpointing: bool = False) -> Any:
@@ -82,10 +82,6 @@ def train(folder: Path, module: Any, callbacks: list[Any], ckpt_path: Any = None
     # Few tokens, so that some experts have none in some steps.
     loader = DataLoader(torch.randint(2, 32, (3, 1, 6), generator=torch.Generator().manual_seed(1)), batch_size=None)
     fit(folder, module, callbacks, loader, ckpt_path=ckpt_path)
-
-
-def without_E(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in weights(module).items() if "lora" in name}
 
 
 @pytest.mark.parametrize("title", MODELS)
@@ -124,16 +120,3 @@ def test_checkpointed_activations_change_nothing(method: Any, tmp_path: Path) ->
     for module in (plain, checkpointed):
         train(tmp_path, module, [method(0.3)])
     torch.testing.assert_close(weights(checkpointed), weights(plain), rtol=0, atol=1e-6)
-
-
-def test_rho_0_trains_as_lora_and_the_module_as_the_callback(tmp_path: Path) -> None:
-    title = "Qwen3-MoE"
-    plain, zero, by_callback = learner(title), learner(title), learner(title)
-    by_module = Manual(0.3, net=network(title), lr=3e-3)
-    train(tmp_path, plain, [])
-    train(tmp_path, zero, [EFMLoRA(0.0)])
-    train(tmp_path, by_module, [])
-    train(tmp_path, by_callback, [FMLoRA(0.3)])
-    assert same(weights(zero), weights(plain))
-    assert same(without_E(by_module.net), without_E(by_callback.net))
-    assert not same(without_E(by_module.net), without_E(plain.net))

@@ -3,7 +3,6 @@
 import os
 import signal
 import stat
-import threading
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -358,33 +357,3 @@ def test_unknown_signals_are_refused() -> None:
         MisconfigurationException, match=r"Requeue: signals must be names such as 'SIGTERM', got 'USR1'"
     ):
         Requeue(signals=["USR1", "SIGTERM"])
-
-
-def test_a_fit_in_another_thread_is_refused(tmp_path: Path) -> None:
-    errors: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            run(tmp_path)
-        except ValueError as error:  # of Python
-            errors.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join()
-    assert "signal only works in main thread" in str(errors[0])
-
-
-def test_a_trial_run_holds_nothing(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGUSR1)
-    seen: list[Any] = []
-    run(tmp_path, "efmlora", Looks(seen), fast_dev_run=True)
-    assert seen == [before]
-
-
-class Looks(Callback):
-    def __init__(self, seen: list[Any]) -> None:
-        self.seen = seen
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        self.seen.append(signal.getsignal(signal.SIGUSR1))

@@ -24,7 +24,6 @@ from helpers import (
     is_installed,
     is_perturbed,
     make_loader,
-    make_net,
     same,
     trainer_of,
     weights,
@@ -144,27 +143,6 @@ def test_exception_in_a_step(tmp_path, front_end, error, pass_number):
         state = file["callbacks"]["EFMLoRA"]["perturbation"]
         assert same(state["E"], E_hat(driver_of(trainer)))
         assert all(E.any() for E in state["E"].values())
-
-
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_fit_again_after_an_exception(tmp_path, front_end):
-    """The objects of a crashed run train on as new ones with the same weights would."""
-    module, callbacks, kwargs = build(front_end)
-    crash = [True]
-
-    def interrupt(module: Any, batch_idx: int) -> None:
-        if batch_idx == 3 and crash:
-            raise RuntimeError("stop here")
-
-    module.inside.append(interrupt)
-    with pytest.raises(RuntimeError, match="stop here"):
-        fit(tmp_path, module, callbacks, **kwargs)
-    crash.clear()
-    other, other_callbacks, _ = build(front_end)
-    other.load_state_dict(module.state_dict())
-    fit(tmp_path, module, callbacks, seed=5, **kwargs)
-    fit(tmp_path, other, other_callbacks, seed=5, **kwargs)
-    assert same(weights(module), weights(other))
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
@@ -292,31 +270,3 @@ def test_a_modules_own_hook_changes_each_gradient_once(tmp_path: Any, make: Any,
         fit(tmp_path, module, callbacks, max_epochs=1, **more)
         norms.append(torch.stack(module.norms))
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=0)
-
-
-class FreeWeights:
-    """Loss weights in a plain list, which no module lists as parameters."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.free = [nn.Parameter(torch.ones(3, dtype=torch.float64))]
-        self.seen: list[Tensor] = []
-
-    def loss(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().loss(batch, batch_idx) + (self.free[0] * batch_idx).sum()
-
-    def configure_optimizers(self) -> Any:
-        optimizer = super().configure_optimizers()
-        optimizer.add_param_group({"params": self.free})
-        return optimizer
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.seen.append(self.free[0].grad.clone())
-
-
-@pytest.mark.parametrize("kind", TWO_PASSES)
-def test_parameters_outside_the_module_have_one_gradient(tmp_path: Any, kind: str) -> None:
-    module, callbacks, more = build(kind, own=FreeWeights, net=make_net().double(), accumulate=2)
-    fit(tmp_path, module, callbacks, make_loader(4, dtype=torch.float64), max_epochs=1, **more)
-    for mean, grad in zip([0.5, 2.5], module.seen, strict=True):
-        torch.testing.assert_close(grad, torch.full_like(grad, mean))

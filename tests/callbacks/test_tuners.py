@@ -117,20 +117,6 @@ def test_finders_as_callback(tmp_path, front_end, make):
     assert_same_run(trainer, plain_fit(tmp_path, front_end, **found))
 
 
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_learning_rate_finder_between_two_fits(tmp_path, front_end):
-    """The finder's own checkpoint does not carry steps and Ê of the last fit into the next."""
-    module, callbacks, kwargs, _ = searched(front_end)
-    train(tmp_path, module, callbacks, kwargs)
-    fresh, fresh_callbacks, _, _ = searched(front_end)
-    fresh.load_state_dict(module.state_dict())
-
-    trainer = trainer_of(tmp_path, callbacks, **kwargs)
-    Tuner(trainer).lr_find(module, num_training=5, update_attr=False)
-    train(tmp_path, module, callbacks, kwargs, trainer)
-    assert_same_run(trainer, train(tmp_path, fresh, fresh_callbacks, kwargs))
-
-
 class FinderInBetween(LearningRateFinder):
     """At the start of the second epoch again, as Lightning's documentation shows."""
 

@@ -272,12 +272,6 @@ def test_the_top_eigenvalue_is_that_of_the_dense_hessian() -> None:
     torch.testing.assert_close(top_eigenvalue(quadratic.loss, parameters), values[-1], rtol=1e-2, atol=0)
 
 
-def test_the_largest_is_found_beside_a_negative_one_of_larger_size() -> None:
-    w = nn.Parameter(torch.zeros(5, dtype=torch.float64))
-    curvatures = torch.tensor([-9.0, 1.0, 2.0, 4.0, 0.0], dtype=torch.float64)
-    assert abs(top_eigenvalue(lambda: (curvatures * w.square()).sum() / 2, [w]) - 4) < 1e-6
-
-
 def test_an_eigenvalue_that_does_not_converge_is_nan() -> None:
     w = nn.Parameter(torch.zeros(400, dtype=torch.float64))
     curvatures = torch.linspace(0, 1, 400, dtype=torch.float64)
