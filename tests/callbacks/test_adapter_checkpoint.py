@@ -283,38 +283,22 @@ def test_a_users_folder_in_the_place_of_a_file_stays(tmp_path: Path) -> None:
 
 
 class Merged(Classifier):
-    """Validates with its adapter merged into the base."""
-
-    unmerges_late = False
+    """Validates with its adapter merged into the base, and saves before it is taken out."""
 
     def on_validation_start(self) -> None:
         self.net.merge_adapter()  # type: ignore[operator]
 
-    def on_validation_epoch_end(self) -> None:
-        if not self.unmerges_late:
-            self.net.unmerge_adapter()  # type: ignore[operator]
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.unmerges_late:
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch:
             self.net.unmerge_adapter()  # type: ignore[operator]
 
 
-@pytest.mark.filterwarnings("ignore:.*already unmerged:UserWarning")
 def test_a_save_while_the_adapter_is_merged_warns(tmp_path: Path) -> None:
-    """pytest turns all other warnings into errors."""
-
-    def run(folder: str, late: bool = False, **settings: Any) -> Any:
-        module, save = Merged(), saver(tmp_path / folder, monitor="val_loss", every_n_train_steps=None)
-        module.unmerges_late = late
-        fit(tmp_path, module, [save], val=make_loader(1), **settings)
-        return save.best_model_path
-
-    kept = run("kept", max_epochs=2)
-    run("resumed", max_epochs=3, ckpt_path=kept)
+    save = saver(tmp_path, monitor="val_loss", every_n_train_steps=None)
     with pytest.warns(UserWarning, match=r"at a save the adapter is merged into its base, as in net\.base"):
-        late = run("late", late=True, max_epochs=2)
+        fit(tmp_path, Merged(), [save], val=make_loader(1))
     with pytest.raises(MisconfigurationException, match="tensors of the base"):
-        run("refused", max_epochs=3, ckpt_path=late)
+        fit(tmp_path, Merged(), [saver(tmp_path / "2")], ckpt_path=save.best_model_path)
 
 
 def test_a_list_that_names_files_elsewhere_is_not_followed(tmp_path: Path) -> None:

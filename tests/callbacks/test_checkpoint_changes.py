@@ -162,34 +162,6 @@ def test_another_base_of_half_precision_is_not_taken_for_rounding() -> None:
     assert differing(half, identities_of({"w": weight})) == []
 
 
-class Packed(Tensor):
-    """As torchao's Int8Tensor, which indexes its scale by the weight's indices."""
-
-    def __getitem__(self, index: Any) -> Tensor:
-        raise IndexError("index 3 is out of bounds for dimension 1 with size 1")
-
-
-@pytest.mark.parametrize(
-    ("other", "expected"),
-    [
-        ({"w": torch.ones(4, 4).as_subclass(Packed)}, []),
-        ({"w": torch.ones(4, 4)}, []),
-        ({"w": torch.ones(4, 4).T}, []),
-        ({"w": torch.ones(2, 8)}, ["w"]),
-        ({"w": torch.ones(5, 4).index_fill(0, torch.tensor(4), 2.0)}, ["w"]),
-        ({"w": torch.ones(4, 4), "more": torch.ones(1)}, ["more"]),
-        ({}, ["w"]),
-        ({"w": torch.ones(4, 4, device="meta")}, []),
-        ({"w": torch.ones(8, 1, dtype=torch.uint8)}, []),
-    ],
-)
-def test_shapes_and_samples_are_compared_if_both_can_be_read(other: dict[str, Tensor], expected: list[str]) -> None:
-    """Packed weights of 4 or 8 bits can't, since they depend on the way in which they are packed."""
-    assert differing(identities_of({"w": torch.ones(4, 4)}), identities_of(other)) == expected
-    assert differing(identities_of(other), identities_of({"w": torch.ones(4, 4)})) == expected
-    assert differing(identities_of({"w": torch.ones(4)}, sharded=True), identities_of({"w": torch.zeros(2)})) == []
-
-
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({"lora_A": torch.ones(2)}, tmp_path / "adapter.bin")
     with pytest.raises(MisconfigurationException, match=r"adapter.bin has no state_dict: give a .ckpt of"):

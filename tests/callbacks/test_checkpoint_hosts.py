@@ -62,21 +62,12 @@ def injected() -> nn.Module:
     return inject_adapter_in_model(config(), base())
 
 
-OWN_CONFIGS = {
-    "the arguments": lambda net: ARGUMENTS,
-    "the config by the adapter's name": lambda net: {"default": config()},
-    "the network's own": lambda net: net.peft_config,
-}
-
-
-@pytest.mark.parametrize("kind", OWN_CONFIGS)
-def test_a_modules_own_attribute_called_peft_config_changes_nothing(tmp_path: Path, kind: str) -> None:
-    make = injected if kind == "the network's own" else in_a_peft_model
+def test_a_modules_own_attribute_called_peft_config_changes_nothing(tmp_path: Path) -> None:
     seeds = iter((1, 2))
 
     def module() -> Projects:
-        made = Projects(next(seeds), net=make())
-        made.peft_config = OWN_CONFIGS[kind](made.net)
+        made = Projects(next(seeds), net=injected())
+        made.peft_config = made.net.peft_config
         return made
 
     whole = assert_resumes(tmp_path, module)

@@ -5,7 +5,6 @@ Other full disks, and ranks with different files: tests/distributed/test_crashes
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -103,13 +102,6 @@ def test_what_killed_jobs_left_is_deleted_after_an_hour(tmp_path: Path) -> None:
     assert names(tmp_path) == {"last", "last.ckpt", new.name}
 
 
-def test_a_folder_whose_file_is_gone_is_written_again_without_versions(tmp_path: Path) -> None:
-    train(tmp_path)
-    (tmp_path / "last.ckpt").unlink()
-    train(tmp_path, save={"enable_version_counter": False})
-    assert names(tmp_path) == {"last", "last.ckpt"}
-
-
 # -- several jobs in one folder
 
 
@@ -131,19 +123,6 @@ def test_a_job_may_save_under_the_same_names_in_the_middle_of_a_save(
     assert not list(tmp_path.glob(".*"))
     for name in ("last", *(f"step={step}" for step in (3, 6, 9, 12))):
         assert_pair(tmp_path / f"{name}.ckpt")
-
-
-def test_a_folder_that_another_job_takes_away_meanwhile_does_not_end_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def copy(*args: Any, **options: Any) -> None:
-        raise FileNotFoundError("a folder of the other job")
-
-    monkeypatch.setattr(shutil, "copytree", copy)
-    with pytest.warns(UserWarning, match=r"last was not replaced \(a folder.*Does another job write there"):
-        train(tmp_path)
-    with pytest.warns(UserWarning, match=r"last\.ckpt is of step 12 and its folder of step 3"):
-        validate(tmp_path, Classifier(), "last.ckpt")
 
 
 # -- a full disk

@@ -14,9 +14,9 @@ from helpers import (
     FRONT_ENDS,
     ByHand,
     Classifier,
+    FromIterator,
     assert_no_trace,
     build,
-    calling,
     fit,
     make_loader,
     make_net,
@@ -140,45 +140,6 @@ def test_checkpoints_can_follow_a_measure(tmp_path: Any) -> None:
     assert math.isclose(float(best.best_model_score), min(row["sharpness"] for row in rows), rel_tol=1e-6)
 
 
-def test_a_loss_that_fails_leaves_training_as_it_was(tmp_path: Any) -> None:
-    """It says so once, and measures no more; Ctrl-C in the middle of a measurement leaves everything in place, too."""
-    plain, callbacks, kwargs = build("efmlora")
-    fit(tmp_path, plain, callbacks, **kwargs)
-    failing: list[int] = []
-    error: type[BaseException] = ZeroDivisionError
-
-    def fail(module: Any, batch_idx: int) -> None:
-        if not module.training:
-            failing.append(batch_idx)
-            raise error
-
-    module, callbacks, kwargs = build("efmlora")
-    module.inside.append(fail)
-    monitor = FlatnessMonitor(every_n_steps=3)
-    with pytest.warns(UserWarning, match="nothing is measured in this run: .*ZeroDivisionError"):
-        fit(tmp_path, module, [*callbacks, monitor], **kwargs)
-    assert failing == [0]
-    assert monitor._held is None  # it would keep the module and the trainer alive
-    assert same(weights(module), weights(plain))
-    assert_no_trace(module)
-
-    class Interrupt(BaseException):
-        pass
-
-    error = Interrupt
-    states: list[Any] = []
-
-    def note(trainer: Any, pl_module: Any, *args: Any) -> None:
-        states.append((weights(pl_module), [m.training for m in pl_module.modules()], torch.get_rng_state()))
-
-    with pytest.raises(Interrupt):
-        fit(tmp_path, module, [*callbacks, calling(on_train_batch_end=note), monitor], **kwargs)
-    assert monitor._held is None
-    assert len(states) == 1  # the step is tried out after the first batch
-    assert same(states[-1], (weights(module), [m.training for m in module.modules()], torch.get_rng_state()))
-    assert_no_trace(module)
-
-
 def test_it_can_be_used_for_another_run(tmp_path: Any) -> None:
     monitor, rows = FlatnessMonitor(every_n_steps=3), []
     for callback in (EFMLoRA(0.5), FMLoRA(0.3)):
@@ -196,17 +157,9 @@ def test_all_bad_values_are_told_at_once() -> None:
         )
     lines = str(error.value).splitlines()
     assert lines[0] == "FlatnessMonitor: 9 problems"
-    for line in (
-        "rho must be a finite number > 0, or None to take that of the training method, got -1",
-        "every_n_steps and every_n_epochs can't both be given: leave one out",
-        "every_n_steps must be an integer >= 1, got 0",
-        "every_n_epochs must be an integer >= 1, got True",
-        "batches must be an integer >= 1, got 1.5",
-        "samples must be an integer >= 2, got 1",
-        "data must be 'train' or 'val', got 'test'",
-        "sigma must be a finite number > 0, got 0",
-    ):
-        assert f"  - {line}" in lines
+    assert "  - every_n_steps and every_n_epochs can't both be given: leave one out" in lines
+    for name in ("rho", "every_n_steps", "every_n_epochs", "batches", "samples", "data", "sigma"):
+        assert any(line.startswith(f"  - {name} must be ") for line in lines)
     assert lines[-1].startswith("  - measures holds 'flat', which is none of sharpness, lora_sharpness, ema")
 
 
@@ -254,25 +207,22 @@ class DetectsInEvalMode(Classifier):
         return super().loss(batch, batch_idx)
 
 
-class TakesTheLoader(Classifier):
-    """Takes batches itself, so none can be kept."""
-
-    def training_step(self, dataloader_iter: Any) -> Any:
-        batch, batch_idx, _ = next(dataloader_iter)
-        return self.loss(batch, batch_idx)
-
-
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
         (DetectsInEvalMode, "training_step fails in eval mode.*KeyError: 'losses'"),
-        (TakesTheLoader, "training_step fails in eval mode.*TypeError: 'NoneType' object is not an iterator"),
+        (
+            with_own(FromIterator)[0],
+            "training_step fails in eval mode.*TypeError: 'NoneType' object is not an iterator",
+        ),
     ],
 )
 def test_a_step_that_fails_in_eval_mode_is_not_measured_and_trains_on(tmp_path: Any, kind: Any, reason: str) -> None:
+    module, plain = kind(), kind()
     with pytest.warns(UserWarning, match=f"nothing is measured in this run: {reason}"):
-        trainer = fit(tmp_path, kind(), [FlatnessMonitor(0.5)])
-    assert trainer.global_step == 12
+        trainer = fit(tmp_path, module, [FlatnessMonitor(0.5)])
+    fit(tmp_path, plain, [])
+    assert same(weights(module), weights(plain))
     assert not [name for name in trainer.callback_metrics if name.startswith("flatness")]
 
 

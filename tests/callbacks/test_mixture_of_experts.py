@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import E_hat, assert_no_trace, fit, same, weights, with_own
+from helpers import Classifier, E_hat, assert_no_trace, fit, same, weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
@@ -55,19 +55,16 @@ def base(title: str) -> Any:
     return AutoModelForCausalLM.from_config(MODELS[title][0])
 
 
-class OfTokens:
+class OfTokens(Classifier):
     """The loss of a language model."""
 
     def loss(self, batch: Tensor, batch_idx: int) -> Tensor:
-        value: Tensor = self.net(input_ids=batch, labels=batch).loss  # type: ignore[attr-defined]
+        value: Tensor = self.net(input_ids=batch, labels=batch).loss
         return value
 
 
-Automatic, _ = with_own(OfTokens)
-
-
 def learner(title: str, checkpointing: bool = False) -> Any:
-    return Automatic(net=network(title, checkpointing), lr=3e-3)
+    return OfTokens(net=network(title, checkpointing), lr=3e-3)
 
 
 def network(title: str, checkpointing: bool = False) -> nn.Module:

@@ -4,27 +4,21 @@ from itertools import product
 from typing import Any
 
 import pytest
-import torch
 from helpers import (
     FRONT_ENDS,
-    E_hat,
     assert_no_trace,
     assert_same_run,
     build,
     calling,
-    driver_of,
     is_perturbed,
     make_dataset,
-    same,
     since_lightning,
     trainer_of,
 )
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
-
-from lightning_flatlora import EFMLoRA
 
 
 class OwnLoader:
@@ -115,30 +109,3 @@ def test_finders_as_callback(tmp_path, front_end, make):
     found = {} if is_rate else {"batch_size": finder.optimal_batch_size}
     assert not is_rate or len(finder.optimal_lr.results["lr"]) == 5
     assert_same_run(trainer, plain_fit(tmp_path, front_end, **found))
-
-
-class FinderInBetween(LearningRateFinder):
-    """At the start of the second epoch again, as Lightning's documentation shows."""
-
-    def on_fit_start(self, *args: Any) -> None:
-        pass
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        if trainer.current_epoch == 1:
-            self.lr_find(trainer, pl_module)
-
-
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_learning_rate_finder_in_the_middle_of_a_fit(tmp_path, front_end):
-    """The run continues as if it had not been there, and later checkpoints hold the state of their own step."""
-    module, callbacks, kwargs, _ = searched(front_end)
-    finder = FinderInBetween(num_training_steps=20, update_attr=False)
-    saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
-    trainer = train(tmp_path, module, [*callbacks, finder, saving], kwargs | {"enable_checkpointing": True})
-    assert finder.optimal_lr is not None
-    assert_same_run(trainer, plain_fit(tmp_path, front_end))
-    saved = torch.load(saving.best_model_path, weights_only=True)["callbacks"]
-    states = [state for state in saved.values() if "perturbation" in state or "initial_lr" in state]
-    assert {state["step"] for state in states} == {driver_of(trainer).step}
-    if callbacks and isinstance(callbacks[0], EFMLoRA):
-        assert same(states[0]["perturbation"]["E"], E_hat(driver_of(trainer)))

@@ -12,14 +12,13 @@ import lightning as L
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from fits import Sharded, own_share
+from fits import Sharded, own_share, shard
 from float64_runs import RHO, dataset, network, optimizer_of, scheduler_of, trained
 from helpers import same
 from hf_runs import on_two_ranks, trained_by
 from launch import Results, Runs, launch
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from loop_runs import run
-from strategies import shard
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 

@@ -8,13 +8,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from fits import Sharded, difference, own_share, parts, train_alone
+from fits import Sharded, difference, in_float64, own_share, parts, train_alone
 from float64_runs import Manual, dataset, fit_in_float64, network, trained
 from helpers import assert_no_trace
 from launch import run_on
 from lightning.pytorch import LightningDataModule
 from processes import run
-from strategies import in_float64
 
 from lightning_flatlora import EFMLoRA, FMLoRA
 

@@ -140,30 +140,6 @@ def test_a_schedule_that_gives_no_radius_stops_the_run(kind: Any, value: float) 
 # -- gradients
 
 
-@kinds
-def test_a_gradient_that_is_not_finite_moves_nothing(kind: Any) -> None:
-    """Nor does one of a parameter outside of the pairs, for which a loss scaler skips the step. It counts as a step."""
-    method, model = started(kind(0.5))
-    backward(model)
-    other = nn.Parameter(torch.ones(1))
-    method.optimizer.add_param_group({"params": [other]})
-    method.is_skipped_on_overflow = True
-    method.before_step()
-    before = E_of(method)
-    other.grad = torch.tensor([math.inf])
-    method.before_step()
-    assert same_E(before, E_of(method))
-    method.pairs[0].B.grad[0, 0] = math.nan
-    if kind is FMLoRAStep:
-        with method.perturb():
-            assert not any(E.any() for E in E_of(method).values())
-    else:
-        assert any(E.any() for E in before.values())
-        method.before_step()
-        assert same_E(before, E_of(method))
-    assert method.step == 2 + (kind is EFMLoRAStep)
-
-
 def test_a_step_without_any_gradient_leaves_the_average() -> None:
     method, model = started(EFMLoRAStep(0.5))
     backward(model)
