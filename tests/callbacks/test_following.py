@@ -99,7 +99,11 @@ def test_an_adapter_added_in_mid_fit_is_perturbed(tmp_path):
 
 
 class Unfreeze(BaseFinetuning):
-    """As Lightning's documentation shows: all of LoRA is frozen for an epoch."""
+    """As Lightning's documentation shows: LoRA is frozen for an epoch; then it, or a part, joins the optimizer."""
+
+    def __init__(self, part: str = "") -> None:
+        super().__init__()
+        self.part = part
 
     def freeze_before_training(self, pl_module: Any) -> None:
         freeze(pl_module)
@@ -107,7 +111,8 @@ class Unfreeze(BaseFinetuning):
     def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
         if epoch == 1:
             freeze(pl_module, True)
-            optimizer.add_param_group({"params": [p for n, p in pl_module.named_parameters() if "lora" in n]})
+            new = [p for name, p in pl_module.named_parameters() if "lora" in name and self.part in name]
+            optimizer.add_param_group({"params": new})
 
 
 @pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, *OTHERS])
@@ -126,20 +131,11 @@ def test_finetuning_that_unfreezes_later(tmp_path, callback):
     assert_no_trace(module)
 
 
-class Joins(BaseFinetuning):
-    """Nothing is frozen; LoRA joins the optimizer in the second epoch, or a part of it."""
-
-    def __init__(self, part: str = "") -> None:
-        super().__init__()
-        self.part = part
+class Joins(Unfreeze):
+    """Nothing is frozen."""
 
     def freeze_before_training(self, pl_module: Any) -> None:
         pass
-
-    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
-        if epoch == 1:
-            new = [p for name, p in pl_module.named_parameters() if "lora" in name and self.part in name]
-            optimizer.add_param_group({"params": new})
 
 
 @pytest.mark.parametrize(("callback", "part"), [(EFMLoRA, ""), *product([EFMLoRA, *OTHERS], [".2."])])
