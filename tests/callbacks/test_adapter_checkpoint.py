@@ -122,14 +122,9 @@ def test_a_weight_that_was_left_out_and_is_trained_now_is_not_missed(trained: tu
     assert module.net.base_model.model[2].lora_B.default.weight.any()  # type: ignore[union-attr]
 
 
-class Plain(Classifier):
-    def __init__(self) -> None:
-        super().__init__(net=nn.Linear(6, 3))
-
-
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="AdapterCheckpoint: Plain holds no peft model"):
-        fit(tmp_path, Plain(), [saver(tmp_path)])
+    with pytest.raises(MisconfigurationException, match="AdapterCheckpoint: Classifier holds no peft model"):
+        fit(tmp_path, Classifier(net=nn.Linear(6, 3)), [saver(tmp_path)])
     remote = saver(tmp_path)
     remote.dirpath = "memory://bucket"
     with pytest.raises(MisconfigurationException, match="AdapterCheckpoint: dirpath must be a local folder"):

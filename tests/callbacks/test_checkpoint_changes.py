@@ -3,6 +3,7 @@
 A base that is not the one that was saved is noticed, by shapes and a sample of values.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,22 @@ from lightning_flatlora import EFMLoRA, load_adapter_checkpoint
 from lightning_flatlora.callbacks.adapter_checkpoint.contents import differing, identities_of
 
 
-class TrainsHeadInFirstEpoch(Classifier):
-    """One optimizer for all; the head of the base is frozen when the second epoch starts."""
+class TrainsHead(Classifier):
+    """One optimizer for all; the head of the base is frozen but for some steps, such as those of the first epoch."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: Sequence[int] = range(6)) -> None:
         super().__init__(net=network())
+        self.steps = steps
 
     def configure_optimizers(self) -> Any:
-        self.net.base_model.model.head.requires_grad_(True)
         return torch.optim.AdamW(self.parameters(), lr=0.1)
 
-    def on_train_epoch_start(self) -> None:
-        self.net.base_model.model.head.requires_grad_(self.current_epoch == 0)
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.net.base_model.model.head.requires_grad_(self.trainer.global_step in self.steps)
 
 
 def test_a_head_that_was_trained_and_frozen_is_in_the_file(tmp_path: Path) -> None:
-    whole = assert_resumes(tmp_path, TrainsHeadInFirstEpoch, save=epochs, file="epoch=1.ckpt", max_epochs=3)
+    whole = assert_resumes(tmp_path, TrainsHead, save=epochs, file="epoch=1.ckpt", max_epochs=3)
     for epoch in (0, 1, 2):
         assert HEAD in state(tmp_path / "1" / f"epoch={epoch}.ckpt")
     assert same(state(tmp_path / "1" / "epoch=2.ckpt")[HEAD], whole.net.base_model.model.head.weight.detach())
@@ -41,7 +42,7 @@ def test_a_head_that_was_trained_and_frozen_is_in_the_file(tmp_path: Path) -> No
 
 def test_what_a_loaded_file_held_stays_in_the_next_one(tmp_path: Path) -> None:
     """Also if the head gets an adapter in between, so that peft puts a layer around it."""
-    first = TrainsHeadInFirstEpoch()
+    first = TrainsHead()
     fit(tmp_path, first, [saver(tmp_path, save_weights_only=True)], max_epochs=1)
     for name, adapted in ((HEAD, False), (HEAD.replace("weight", "base_layer.weight"), True)):
         second = module_of()
@@ -62,28 +63,19 @@ def test_all_buffers_are_saved(tmp_path: Path) -> None:
     assert HEAD not in saved
 
 
-class TrainsHeadForTwoSteps(Classifier):
-    """Its head is frozen at the start and the end of every epoch, and at each save."""
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=0.1)
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        self.net.base_model.model.head.requires_grad_(self.trainer.global_step in (2, 3))
-
-
 def test_what_was_trained_between_two_saves_is_in_the_file(tmp_path: Path) -> None:
-    module = TrainsHeadForTwoSteps(net=network())
+    """Frozen at the start and the end of every epoch, and at each save."""
+    module = TrainsHead((2, 3))
     fit(tmp_path, module, [saver(tmp_path, every_n_train_steps=12)])
     assert same(state(tmp_path / "step=12.ckpt")[HEAD], module.net.base_model.model.head.weight.detach())
 
 
 def test_what_another_trainer_has_trained_is_in_the_file(tmp_path: Path) -> None:
     """As when a head is trained first and LoRA afterwards; or in a module that load_adapter_checkpoint has filled."""
-    module = TrainsHeadForTwoSteps(net=network())
+    module = TrainsHead((2, 3))
     fit(tmp_path, module, [saver(tmp_path / "1")], max_epochs=1)
-    for each in (module, load_adapter_checkpoint(TrainsHeadForTwoSteps(net=network()), tmp_path / "1" / "step=6.ckpt")):
-        each.on_train_batch_start = lambda *args: None
+    for each in (module, load_adapter_checkpoint(TrainsHead(), tmp_path / "1" / "step=6.ckpt")):
+        each.steps = ()
         fit(tmp_path, each, [saver(tmp_path / "2")], max_epochs=1)
         assert HEAD in state(tmp_path / "2" / "step=6.ckpt")
 

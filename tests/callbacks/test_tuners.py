@@ -15,7 +15,6 @@ from helpers import (
     since_lightning,
     trainer_of,
 )
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
@@ -47,27 +46,17 @@ class Passes:
             self.counts[self.finding, is_perturbed(module)] += 1
 
 
-def searched(front_end: str, **kwargs: Any) -> tuple[Any, list[Callback], dict[str, Any], Passes]:
-    module, callbacks, kwargs = build(front_end, own=OwnLoader, **kwargs)
-    return module, callbacks, kwargs, Passes(module)
-
-
 def assert_inactive_while_finding(passes: Passes) -> None:
     assert passes.counts[True, False] > 0
     assert passes.counts[True, True] == 0
     assert passes.counts[False, True] > 0
 
 
-def plain_fit(tmp_path: Any, front_end: str, **attributes: Any) -> Any:
+def plain_fit(tmp_path: Any, front_end: str, batch_size: int = 4) -> Any:
     """The run without any finder."""
-    module, callbacks, kwargs, _ = searched(front_end)
-    for name, value in attributes.items():
-        setattr(module, name, value)
-    return train(tmp_path, module, callbacks, kwargs)
-
-
-def train(tmp_path: Any, module: Any, callbacks: list[Callback], kwargs: dict[str, Any], trainer: Any = None) -> Any:
-    trainer = trainer_of(tmp_path, callbacks, **kwargs) if trainer is None else trainer
+    module, callbacks, kwargs = build(front_end, own=OwnLoader)
+    module.batch_size = batch_size
+    trainer = trainer_of(tmp_path, callbacks, **kwargs)
     trainer.fit(module)
     return trainer
 
@@ -75,7 +64,8 @@ def train(tmp_path: Any, module: Any, callbacks: list[Callback], kwargs: dict[st
 @pytest.mark.parametrize("search", ["rate", "batch size"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_finders_as_tuner(tmp_path, front_end, search):
-    module, callbacks, kwargs, passes = searched(front_end)
+    module, callbacks, kwargs = build(front_end, own=OwnLoader)
+    passes = Passes(module)
     trainer = trainer_of(tmp_path, [*callbacks, calling(on_train_start=passes.end_of_finding)], **kwargs)
     if search == "rate":
         finder = Tuner(trainer).lr_find(module, num_training=5, update_attr=False)
@@ -84,7 +74,7 @@ def test_finders_as_tuner(tmp_path, front_end, search):
         Tuner(trainer).scale_batch_size(module, steps_per_trial=2, max_trials=2, init_val=2)
         module.batch_size = 4
     assert_no_trace(module)
-    train(tmp_path, module, callbacks, kwargs, trainer)
+    trainer.fit(module)
     assert_inactive_while_finding(passes)
     assert_same_run(trainer, plain_fit(tmp_path, front_end))
 
@@ -100,11 +90,13 @@ OF_SIZE = lambda: BatchSizeFinder(steps_per_trial=2, max_trials=2, init_val=2)  
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_finders_as_callback(tmp_path, front_end, make):
     """Before ours in the list or, the finder of the rate, after."""
-    module, callbacks, kwargs, passes = searched(front_end)
+    module, callbacks, kwargs = build(front_end, own=OwnLoader)
+    passes = Passes(module)
     finder = make()
     is_rate = isinstance(finder, LearningRateFinder)
     order = [*callbacks, finder] if is_rate else [finder, *callbacks]
-    trainer = train(tmp_path, module, [*order, calling(on_train_start=passes.end_of_finding)], kwargs)
+    trainer = trainer_of(tmp_path, [*order, calling(on_train_start=passes.end_of_finding)], **kwargs)
+    trainer.fit(module)
     assert_inactive_while_finding(passes)
     found = {} if is_rate else {"batch_size": finder.optimal_batch_size}
     assert not is_rate or len(finder.optimal_lr.results["lr"]) == 5
