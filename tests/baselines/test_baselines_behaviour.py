@@ -6,22 +6,18 @@ test_steps_that_end_early.py and test_refused_fits.py.
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from helpers import BASELINES, ByHand, Classifier, ResumableLoader, assert_no_trace, fit, make_loader, same, weights
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.amp import GradScaler
 
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
-from lightning_flatlora.callbacks.base import MethodCallback
 
 PERTURBING = ("SAM", "LoRASAM", "RandomPerturbation", "BiLoRA")
 
@@ -130,20 +126,6 @@ def test_lora_sam_leaves_a_frozen_A(tmp_path: Path) -> None:
     before = weights(module)
     fit(tmp_path, module, [LoRASAM(0.5)])
     assert all(same(v, before[n]) for n, v in weights(module).items() if "lora_A" in n)
-
-
-@pytest.mark.parametrize("name", ["SAM", "nBAR", "RandomPerturbation", "BiLoRA"])
-def test_shards_are_refused(name: str) -> None:
-    callback = BASELINES[name](0.1)
-    assert not callback.method.works_sharded
-    assert LoRASAM(0.1).method.works_sharded
-
-    strategy = FSDPStrategy(accelerator=L.pytorch.accelerators.CPUAccelerator())
-    trainer: Any = SimpleNamespace(strategy=strategy, accumulate_grad_batches=1, callbacks=[], optimizers=[None])
-    problems = MethodCallback.configuration_problems(callback, trainer, Classifier())
-    assert problems == [
-        "FSDPStrategy leaves each rank a part of every weight, and this method needs them whole: use strategy='ddp'"
-    ]
 
 
 YAML: dict[str, dict[str, Any]] = {

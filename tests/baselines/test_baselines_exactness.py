@@ -86,13 +86,16 @@ def trained_network() -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0**16])
-def test_the_joint_perturbation_is_on_the_sphere_along_the_gradient(scale: float) -> None:
-    gradients = [torch.randn(3, 4), torch.randn(5), torch.zeros(2)]
-    E = joint_ascent([scale * g for g in gradients], 0.7)
-    flat = torch.cat([e.flatten() for e in E])
-    direction = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.testing.assert_close(flat, 0.7 * direction / direction.norm())
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(1.0, torch.float32), (2.0**16, torch.float32), (2.0**10, torch.half), (2.0**-12, torch.half)]
+)
+def test_the_joint_perturbation_is_on_the_sphere_along_the_gradient(scale: float, dtype: torch.dtype) -> None:
+    """Also if the squares over- or underflow in half precision."""
+    gradients = [(scale * g).to(dtype) for g in (torch.randn(3, 4), torch.randn(5), torch.zeros(2))]
+    flat = torch.cat([e.flatten() for e in joint_ascent(gradients, 0.7)])
+    direction = torch.cat([gradient.flatten() for gradient in gradients]).float()
+    tolerance = {"rtol": 1e-2, "atol": 1e-3} if dtype == torch.half else {}
+    torch.testing.assert_close(flat.float(), 0.7 * direction / direction.norm(), **tolerance)
 
 
 def test_a_sparse_gradient_counts_as_the_dense_one() -> None:

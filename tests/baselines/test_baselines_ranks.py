@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from fits import ShardedAutomatic, assert_equal_to_one_process, joint_batches, own_share, turns
+from fits import (
+    ShardedAutomatic,
+    assert_equal_to_one_process,
+    full_weights,
+    in_float64,
+    joint_batches,
+    own_share,
+    turns,
+)
 from float64_runs import fit_in_float64, network, trained
 from helpers import BASELINES, SIZES, since_lightning
 from launch import Results, Runs, launch
-from strategies import full_weights, in_float64
 
 DDP = list(product(BASELINES, (1, 2)))
 SHARDED = list(product(("fsdp2", "fsdp1-layers"), (1, 2)))

@@ -3,7 +3,7 @@
 from typing import Any
 
 from helpers import fit
-from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_flatlora import FlatnessMonitor
 from lightning_flatlora.flatness import MEASURES
@@ -11,23 +11,12 @@ from lightning_flatlora.flatness import MEASURES
 ALL_BUT_EMA = [name for name in MEASURES if name != "ema"]
 
 
-class Recorder(Logger):
+class Recorder(DummyLogger):
     """A logger that remembers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[tuple[int | None, dict[str, float]]] = []
-
-    @property
-    def name(self) -> str:
-        return "recorder"
-
-    @property
-    def version(self) -> int:
-        return 0
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.rows.append((step, dict(metrics)))
@@ -50,17 +39,15 @@ def measured(tmp_path: Any, module: Any, callbacks: list[Any], *loader: Any, **s
 
 
 class KeepsPoints(FlatnessMonitor):
-    """Keeps each point of a measurement, with the optimizer step, the batch (of 6 an epoch) and the scalings there."""
+    """Keeps each point of a measurement, with the optimizer step and the batch (of 6 an epoch)."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.points: list[tuple[int, int, Any]] = []
-        self.scalings: dict[int, list[float]] = {}
 
     def _point(self, trainer: Any, *args: Any) -> Any:
         point = super()._point(trainer, *args)
         self.points.append(
             (trainer.global_step, trainer.current_epoch * 6 + trainer.fit_loop.epoch_loop.batch_idx, point)
         )
-        self.scalings[trainer.global_step] = sorted(pair.scaling for pair in point.pairs)
         return point

@@ -3,7 +3,6 @@
 What stands in the place of a folder stays, and only a folder of ours alone is deleted.
 """
 
-import inspect
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,7 +24,6 @@ from lightning_flatlora import EFMLoRA
 from lightning_flatlora.callbacks.adapter_checkpoint.contents import unwrapped
 from lightning_flatlora.callbacks.adapter_checkpoint.export import LIST, remove_folder
 
-SAVES_ON_EXCEPTION = "save_on_exception" in inspect.signature(ModelCheckpoint).parameters  # since Lightning 2.5.3
 UNWRITTEN = r"stays, since it is not ours, and .* has no folder"
 
 
@@ -82,25 +80,6 @@ def test_save_weights_only_is_small_too_and_folders_go_with_their_checkpoints(tm
     assert set(state(tmp_path / "step=12.ckpt")) == learning(module)
 
 
-def test_module_and_strategy_are_as_before_when_fit_is_over(tmp_path: Path) -> None:
-    """With two of the callback, and when a fit fails."""
-    module, callbacks, _ = build("efmlora")
-    keys = list(module.state_dict())
-    savers = [saver(tmp_path / "a"), saver(tmp_path / "b", every_n_train_steps=4)]
-    trainer = fit(tmp_path, module, [*callbacks, *savers])
-    for path in (tmp_path / "a" / "step=12.ckpt", tmp_path / "b" / "step=12.ckpt"):
-        assert not any("base_layer.weight" in name for name in state(path))
-    saves = {"save_on_exception": True} if SAVES_ON_EXCEPTION else {}
-    failing = trainer_of(tmp_path, [saver(tmp_path, filename="again", **saves)])
-    module.inside.append(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        failing.fit(module, make_loader(), make_loader(1))
-    assert list(module.state_dict()) == keys
-    assert module.strict_loading
-    for strategy in (trainer.strategy, failing.strategy):
-        assert not {"lightning_module_state_dict", "optimizer_state", "save_checkpoint"} & set(vars(strategy))
-
-
 def frozen_A(seed: int) -> nn.Module:
     """LoRA-FA: A is drawn and stays; another process draws another one."""
     net = make_net()
@@ -143,14 +122,9 @@ def test_a_weight_that_was_left_out_and_is_trained_now_is_not_missed(trained: tu
     assert module.net.base_model.model[2].lora_B.default.weight.any()  # type: ignore[union-attr]
 
 
-class Plain(Classifier):
-    def __init__(self) -> None:
-        super().__init__(net=nn.Linear(6, 3))
-
-
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="AdapterCheckpoint: Plain holds no peft model"):
-        fit(tmp_path, Plain(), [saver(tmp_path)])
+    with pytest.raises(MisconfigurationException, match="AdapterCheckpoint: Classifier holds no peft model"):
+        fit(tmp_path, Classifier(net=nn.Linear(6, 3)), [saver(tmp_path)])
     remote = saver(tmp_path)
     remote.dirpath = "memory://bucket"
     with pytest.raises(MisconfigurationException, match="AdapterCheckpoint: dirpath must be a local folder"):
@@ -304,38 +278,22 @@ def test_a_users_folder_in_the_place_of_a_file_stays(tmp_path: Path) -> None:
 
 
 class Merged(Classifier):
-    """Validates with its adapter merged into the base."""
-
-    unmerges_late = False
+    """Validates with its adapter merged into the base, and saves before it is taken out."""
 
     def on_validation_start(self) -> None:
         self.net.merge_adapter()  # type: ignore[operator]
 
-    def on_validation_epoch_end(self) -> None:
-        if not self.unmerges_late:
-            self.net.unmerge_adapter()  # type: ignore[operator]
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.unmerges_late:
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch:
             self.net.unmerge_adapter()  # type: ignore[operator]
 
 
-@pytest.mark.filterwarnings("ignore:.*already unmerged:UserWarning")
 def test_a_save_while_the_adapter_is_merged_warns(tmp_path: Path) -> None:
-    """pytest turns all other warnings into errors."""
-
-    def run(folder: str, late: bool = False, **settings: Any) -> Any:
-        module, save = Merged(), saver(tmp_path / folder, monitor="val_loss", every_n_train_steps=None)
-        module.unmerges_late = late
-        fit(tmp_path, module, [save], val=make_loader(1), **settings)
-        return save.best_model_path
-
-    kept = run("kept", max_epochs=2)
-    run("resumed", max_epochs=3, ckpt_path=kept)
+    save = saver(tmp_path, monitor="val_loss", every_n_train_steps=None)
     with pytest.warns(UserWarning, match=r"at a save the adapter is merged into its base, as in net\.base"):
-        late = run("late", late=True, max_epochs=2)
+        fit(tmp_path, Merged(), [save], val=make_loader(1))
     with pytest.raises(MisconfigurationException, match="tensors of the base"):
-        run("refused", max_epochs=3, ckpt_path=late)
+        fit(tmp_path, Merged(), [saver(tmp_path / "2")], ckpt_path=save.best_model_path)
 
 
 def test_a_list_that_names_files_elsewhere_is_not_followed(tmp_path: Path) -> None:

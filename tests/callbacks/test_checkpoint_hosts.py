@@ -1,6 +1,5 @@
 """Which parts of a module hold adapters, whatever attributes it has and under whatever names its parts stand."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,10 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.tuners.lora import LoraModel
-from quantized_bases import BASES
-from quantized_bases import network as quantized_network
 from torch import Tensor, nn
 
 from lightning_flatlora import EFMLoRA, load_adapter_checkpoint
-from lightning_flatlora.callbacks.adapter_checkpoint.contents import divided_state, hosts
+from lightning_flatlora.callbacks.adapter_checkpoint.contents import hosts
 
 ARGUMENTS = {"r": 2, "target_modules": ["0", "2"]}
 
@@ -65,21 +62,12 @@ def injected() -> nn.Module:
     return inject_adapter_in_model(config(), base())
 
 
-OWN_CONFIGS = {
-    "the arguments": lambda net: ARGUMENTS,
-    "the config by the adapter's name": lambda net: {"default": config()},
-    "the network's own": lambda net: net.peft_config,
-}
-
-
-@pytest.mark.parametrize("kind", OWN_CONFIGS)
-def test_a_modules_own_attribute_called_peft_config_changes_nothing(tmp_path: Path, kind: str) -> None:
-    make = injected if kind == "the network's own" else in_a_peft_model
+def test_a_modules_own_attribute_called_peft_config_changes_nothing(tmp_path: Path) -> None:
     seeds = iter((1, 2))
 
     def module() -> Projects:
-        made = Projects(next(seeds), net=make())
-        made.peft_config = OWN_CONFIGS[kind](made.net)
+        made = Projects(next(seeds), net=injected())
+        made.peft_config = made.net.peft_config
         return made
 
     whole = assert_resumes(tmp_path, module)
@@ -151,14 +139,6 @@ def test_a_base_that_the_module_keeps_beside_the_peft_model_is_no_second_host(
     assert hosts(whole) == {"net": whole.net}
     assert_peft_loads(tmp_path / "1" / "step=12", whole)
     assert not [name for name in state(tmp_path / "1" / "step=12.ckpt") if "base_layer" in name]
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("quantize", BASES)
-def test_what_a_quantized_layer_keeps_is_derived_under_each_of_its_names(quantize: Any, order: tuple[str, ...]) -> None:
-    kept, base = divided_state(Keeps(order, quantized_network(quantize)))
-    assert not [name for name in kept if not re.search(r"\.(lora_[AB]|modules_to_save)\.", name)]
-    assert None in base.values()
 
 
 # -- state dicts of a module's own

@@ -14,9 +14,9 @@ from helpers import (
     FRONT_ENDS,
     ByHand,
     Classifier,
+    FromIterator,
     assert_no_trace,
     build,
-    calling,
     fit,
     make_loader,
     make_net,
@@ -134,65 +134,10 @@ def test_a_run_with_it_is_the_run_without_it(tmp_path: Any, front_end: str, accu
     assert str(others) == str(quiet.rows)
 
 
-@pytest.mark.parametrize("measures", [None, ALL_BUT_EMA], ids=["default", "all"])
-def test_a_run_whose_loss_turns_nan_ends_as_it_does_without_it(tmp_path: Any, measures: list[str] | None) -> None:
-    class Diverges(Classifier):
-        def loss(self, batch: Any, batch_idx: int) -> Any:
-            return super().loss(batch, batch_idx) * (1.0 if self.global_step < 3 else math.nan)
-
-    ends = []
-    for monitors in ([], [FlatnessMonitor(rho=0.1, every_n_steps=1, measures=measures, samples=2)]):
-        module = Diverges()
-        rows = measured(tmp_path, module, monitors, max_epochs=1)
-        ends.append((module.global_step, weights(module), torch.get_rng_state()))
-    assert same(*ends)
-    assert len(rows) == 6
-    assert all(math.isnan(value) for value in rows[-1].values())
-
-
 def test_checkpoints_can_follow_a_measure(tmp_path: Any) -> None:
     best = ModelCheckpoint(tmp_path, monitor="flatness/sharpness", save_on_train_epoch_end=True)
     rows = measured(tmp_path, Classifier(), [FlatnessMonitor(0.5), best], max_epochs=3)
     assert math.isclose(float(best.best_model_score), min(row["sharpness"] for row in rows), rel_tol=1e-6)
-
-
-def test_a_loss_that_fails_leaves_training_as_it_was(tmp_path: Any) -> None:
-    """It says so once, and measures no more; Ctrl-C in the middle of a measurement leaves everything in place, too."""
-    plain, callbacks, kwargs = build("efmlora")
-    fit(tmp_path, plain, callbacks, **kwargs)
-    failing: list[int] = []
-    error: type[BaseException] = ZeroDivisionError
-
-    def fail(module: Any, batch_idx: int) -> None:
-        if not module.training:
-            failing.append(batch_idx)
-            raise error
-
-    module, callbacks, kwargs = build("efmlora")
-    module.inside.append(fail)
-    monitor = FlatnessMonitor(every_n_steps=3)
-    with pytest.warns(UserWarning, match="nothing is measured in this run: .*ZeroDivisionError"):
-        fit(tmp_path, module, [*callbacks, monitor], **kwargs)
-    assert failing == [0]
-    assert monitor._held is None  # it would keep the module and the trainer alive
-    assert same(weights(module), weights(plain))
-    assert_no_trace(module)
-
-    class Interrupt(BaseException):
-        pass
-
-    error = Interrupt
-    states: list[Any] = []
-
-    def note(trainer: Any, pl_module: Any, *args: Any) -> None:
-        states.append((weights(pl_module), [m.training for m in pl_module.modules()], torch.get_rng_state()))
-
-    with pytest.raises(Interrupt):
-        fit(tmp_path, module, [*callbacks, calling(on_train_batch_end=note), monitor], **kwargs)
-    assert monitor._held is None
-    assert len(states) == 1  # the step is tried out after the first batch
-    assert same(states[-1], (weights(module), [m.training for m in module.modules()], torch.get_rng_state()))
-    assert_no_trace(module)
 
 
 def test_it_can_be_used_for_another_run(tmp_path: Any) -> None:
@@ -212,17 +157,9 @@ def test_all_bad_values_are_told_at_once() -> None:
         )
     lines = str(error.value).splitlines()
     assert lines[0] == "FlatnessMonitor: 9 problems"
-    for line in (
-        "rho must be a finite number > 0, or None to take that of the training method, got -1",
-        "every_n_steps and every_n_epochs can't both be given: leave one out",
-        "every_n_steps must be an integer >= 1, got 0",
-        "every_n_epochs must be an integer >= 1, got True",
-        "batches must be an integer >= 1, got 1.5",
-        "samples must be an integer >= 2, got 1",
-        "data must be 'train' or 'val', got 'test'",
-        "sigma must be a finite number > 0, got 0",
-    ):
-        assert f"  - {line}" in lines
+    assert "  - every_n_steps and every_n_epochs can't both be given: leave one out" in lines
+    for name in ("rho", "every_n_steps", "every_n_epochs", "batches", "samples", "data", "sigma"):
+        assert any(line.startswith(f"  - {name} must be ") for line in lines)
     assert lines[-1].startswith("  - measures holds 'flat', which is none of sharpness, lora_sharpness, ema")
 
 
@@ -261,20 +198,6 @@ def test_a_finder_of_its_own_takes_the_place_of_the_methods_adapter(tmp_path: An
     fit(tmp_path, Classifier(), [EFMLoRA(0.5, adapter_name="default"), monitor], max_epochs=1)
 
 
-def test_a_measurement_that_a_finder_prevents_is_left_out_with_its_reason(tmp_path: Any) -> None:
-    calls = []
-
-    def finder(model: nn.Module) -> Any:
-        calls.append(model)
-        if len(calls) == 2:  # in the first measurement; the first call is at the start of the fit
-            raise ValueError("the layers have changed")
-        return find_pairs(model).pairs
-
-    with pytest.warns(UserWarning, match="a measurement was left out: ValueError: the layers have changed"):
-        fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, every_n_steps=2, batches=1, finder=finder)], max_epochs=1)
-    assert len(calls) == 4
-
-
 class DetectsInEvalMode(Classifier):
     """Gives its losses in training mode alone, as torchvision's detection models do."""
 
@@ -284,40 +207,22 @@ class DetectsInEvalMode(Classifier):
         return super().loss(batch, batch_idx)
 
 
-class WritesItsGraph(Classifier):
-    """Has a loss in eval mode, and no gradient, as RWKV and the RNNs of cuDNN."""
-
-    def loss(self, batch: Any, batch_idx: int) -> Any:
-        loss = super().loss(batch, batch_idx)
-        assert loss is not None
-        if not self.training:
-            square = loss.square()
-            root = square.sqrt()
-            root.mul_(1)
-            return root
-        return loss
-
-
-class TakesTheLoader(Classifier):
-    """Takes batches itself, so none can be kept."""
-
-    def training_step(self, dataloader_iter: Any) -> Any:
-        batch, batch_idx, _ = next(dataloader_iter)
-        return self.loss(batch, batch_idx)
-
-
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
         (DetectsInEvalMode, "training_step fails in eval mode.*KeyError: 'losses'"),
-        (WritesItsGraph, "training_step fails in eval mode.*RuntimeError: .* inplace operation"),
-        (TakesTheLoader, "training_step fails in eval mode.*TypeError: 'NoneType' object is not an iterator"),
+        (
+            with_own(FromIterator)[0],
+            "training_step fails in eval mode.*TypeError: 'NoneType' object is not an iterator",
+        ),
     ],
 )
 def test_a_step_that_fails_in_eval_mode_is_not_measured_and_trains_on(tmp_path: Any, kind: Any, reason: str) -> None:
+    module, plain = kind(), kind()
     with pytest.warns(UserWarning, match=f"nothing is measured in this run: {reason}"):
-        trainer = fit(tmp_path, kind(), [FlatnessMonitor(0.5)])
-    assert trainer.global_step == 12
+        trainer = fit(tmp_path, module, [FlatnessMonitor(0.5)])
+    fit(tmp_path, plain, [])
+    assert same(weights(module), weights(plain))
     assert not [name for name in trainer.callback_metrics if name.startswith("flatness")]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import E_hat, assert_no_trace, fit, same, weights, with_own
+from helpers import Classifier, E_hat, assert_no_trace, fit, same, weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
@@ -55,19 +55,16 @@ def base(title: str) -> Any:
     return AutoModelForCausalLM.from_config(MODELS[title][0])
 
 
-class OfTokens:
+class OfTokens(Classifier):
     """The loss of a language model."""
 
     def loss(self, batch: Tensor, batch_idx: int) -> Tensor:
-        value: Tensor = self.net(input_ids=batch, labels=batch).loss  # type: ignore[attr-defined]
+        value: Tensor = self.net(input_ids=batch, labels=batch).loss
         return value
 
 
-Automatic, Manual = with_own(OfTokens)
-
-
 def learner(title: str, checkpointing: bool = False) -> Any:
-    return Automatic(net=network(title, checkpointing), lr=3e-3)
+    return OfTokens(net=network(title, checkpointing), lr=3e-3)
 
 
 def network(title: str, checkpointing: bool = False) -> nn.Module:
@@ -82,10 +79,6 @@ def train(folder: Path, module: Any, callbacks: list[Any], ckpt_path: Any = None
     # Few tokens, so that some experts have none in some steps.
     loader = DataLoader(torch.randint(2, 32, (3, 1, 6), generator=torch.Generator().manual_seed(1)), batch_size=None)
     fit(folder, module, callbacks, loader, ckpt_path=ckpt_path)
-
-
-def without_E(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in weights(module).items() if "lora" in name}
 
 
 @pytest.mark.parametrize("title", MODELS)
@@ -124,16 +117,3 @@ def test_checkpointed_activations_change_nothing(method: Any, tmp_path: Path) ->
     for module in (plain, checkpointed):
         train(tmp_path, module, [method(0.3)])
     torch.testing.assert_close(weights(checkpointed), weights(plain), rtol=0, atol=1e-6)
-
-
-def test_rho_0_trains_as_lora_and_the_module_as_the_callback(tmp_path: Path) -> None:
-    title = "Qwen3-MoE"
-    plain, zero, by_callback = learner(title), learner(title), learner(title)
-    by_module = Manual(0.3, net=network(title), lr=3e-3)
-    train(tmp_path, plain, [])
-    train(tmp_path, zero, [EFMLoRA(0.0)])
-    train(tmp_path, by_module, [])
-    train(tmp_path, by_callback, [FMLoRA(0.3)])
-    assert same(weights(zero), weights(plain))
-    assert same(without_E(by_module.net), without_E(by_callback.net))
-    assert not same(without_E(by_module.net), without_E(plain.net))

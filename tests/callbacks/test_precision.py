@@ -173,22 +173,18 @@ def test_overflow_changes_nothing_but_the_scaler(tmp_path, front_end, where, whi
 )
 def test_sparse_gradients_beside_the_pairs_are_those_of_a_dense_embedding(tmp_path: Any, callback: Any) -> None:
     class Embeds(Classifier):
-        sparse = False
-
-        def __init__(self, **kwargs: Any) -> None:
-            super().__init__(**kwargs)
+        def __init__(self, sparse: bool) -> None:
+            super().__init__(lr=0.1)
             torch.manual_seed(0)
-            self.embedding = torch.nn.Embedding(CLASSES, FEATURES, sparse=self.sparse)
+            self.embedding = torch.nn.Embedding(CLASSES, FEATURES, sparse=sparse)
+            self.optimizer_class = torch.optim.SGD
 
         def loss(self, batch: Any, batch_idx: int) -> Any:
             return super().loss((batch[0] + self.embedding(batch[1]), *batch[1:]), batch_idx)
 
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
-
     trained = []
     for sparse in (False, True):
-        module = type("Own", (Embeds,), {"sparse": sparse})()
+        module = Embeds(sparse)
         fit(tmp_path, module, [copy.deepcopy(callback)], plugins=half_precision())
         trained.append(weights(module))
     for dense, of_sparse in zip(trained[0].values(), trained[1].values(), strict=True):

@@ -1,7 +1,4 @@
-"""Strategies that can't work are refused with the remedy, and those that are like supported ones are served.
-
-What only real ranks can see: tests/distributed/test_refusals.py.
-"""
+"""Strategies that cannot work are refused with the remedy; what only ranks see: tests/distributed/test_refusals.py."""
 
 import sys
 from types import SimpleNamespace
@@ -15,7 +12,6 @@ from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
-    SingleDeviceStrategy,
     SingleDeviceXLAStrategy,
     Strategy,
     XLAStrategy,
@@ -23,9 +19,9 @@ from lightning.pytorch.strategies import (
 from torch import nn
 
 from lightning_flatlora import EFMLoRA, FMLoRA
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, RandomPerturbation
 from lightning_flatlora.callbacks.strategies import monitor_problems
 
-CALLBACKS = [EFMLoRA, FMLoRA]
 NO_TPU = "with accelerator='gpu' or 'cpu'"
 
 
@@ -77,11 +73,11 @@ def test_strategies_that_are_not_supported(monkeypatch, front_end, kind, words):
         assert word in problem
 
 
-@pytest.mark.parametrize("front_end", CALLBACKS)
-def test_strategies_that_are_supported(front_end):
-    """As they are by default; tests/distributed trains with each."""
-    for strategy in (SingleDeviceStrategy(), DDPStrategy(), FSDPStrategy()):
-        assert not strategy_problems_of(strategy, front_end, accumulate=2)
+@pytest.mark.parametrize("baseline", [SAM, BalancednessRegularization, RandomPerturbation, BiLoRA])
+def test_baselines_that_need_whole_weights_refuse_shards(baseline):
+    (problem,) = strategy_problems_of(FSDPStrategy(), baseline)
+    assert "FSDPStrategy leaves each rank a part of every weight" in problem
+    assert "use strategy='ddp'" in problem
 
 
 def test_efmlora_beside_a_module_whose_ranks_have_their_own_perturbation(monkeypatch):

@@ -20,6 +20,7 @@ from helpers import (
     ResumableLoader,
     assert_no_trace,
     build,
+    calling,
     driver_of,
     fit,
     make_loader,
@@ -40,22 +41,9 @@ from lightning_flatlora import CosineRho, LearningRateRho
 BATCHES, EPOCHS = 5, 3
 
 
-class Generator(Callback):
-    """Saves PyTorch's generator, which Lightning does not, so that dropout continues as it would have."""
-
-    def __init__(self) -> None:
-        self.loaded: Any = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": torch.get_rng_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.loaded = state_dict["generator"]
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        if self.loaded is not None:
-            torch.set_rng_state(self.loaded)
-            self.loaded = None
+def seed(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+    """Seed each batch by its number in the run, so that dropout continues as it would have."""
+    torch.manual_seed(BATCHES * trainer.current_epoch + batch_idx)
 
 
 class AtEnds(ModelCheckpoint):
@@ -71,7 +59,6 @@ def run(
     precision: str = "32-true",
     dropout: float = 0.0,
     net: Any = None,
-    watch: Callback | None = None,
     **settings: Any,
 ) -> Any:
     """Train three epochs of five shuffled batches, save every step, and return the Trainer."""
@@ -79,7 +66,7 @@ def run(
     net = make_net(dropout) if net is None else net
     module, callbacks, kwargs = build(front_end, net=net, accumulate=accumulate, **settings)
     module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
-    callbacks = [Generator(), *callbacks, *([watch] if watch else [])]
+    callbacks = [calling(on_train_batch_start=seed), *callbacks]
     files = {"save_top_k": -1, "filename": "{step}", "auto_insert_metric_name": False}
     callbacks.append(ModelCheckpoint(path / "steps", every_n_train_steps=1, **files))
     callbacks.append(AtEnds(path / "ends", every_n_epochs=1, **files))  # a resumed run adds "-v1" to its files' names

@@ -4,27 +4,20 @@ from itertools import product
 from typing import Any
 
 import pytest
-import torch
 from helpers import (
     FRONT_ENDS,
-    E_hat,
     assert_no_trace,
     assert_same_run,
     build,
     calling,
-    driver_of,
     is_perturbed,
     make_dataset,
-    same,
     since_lightning,
     trainer_of,
 )
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
-
-from lightning_flatlora import EFMLoRA
 
 
 class OwnLoader:
@@ -53,27 +46,17 @@ class Passes:
             self.counts[self.finding, is_perturbed(module)] += 1
 
 
-def searched(front_end: str, **kwargs: Any) -> tuple[Any, list[Callback], dict[str, Any], Passes]:
-    module, callbacks, kwargs = build(front_end, own=OwnLoader, **kwargs)
-    return module, callbacks, kwargs, Passes(module)
-
-
 def assert_inactive_while_finding(passes: Passes) -> None:
     assert passes.counts[True, False] > 0
     assert passes.counts[True, True] == 0
     assert passes.counts[False, True] > 0
 
 
-def plain_fit(tmp_path: Any, front_end: str, **attributes: Any) -> Any:
+def plain_fit(tmp_path: Any, front_end: str, batch_size: int = 4) -> Any:
     """The run without any finder."""
-    module, callbacks, kwargs, _ = searched(front_end)
-    for name, value in attributes.items():
-        setattr(module, name, value)
-    return train(tmp_path, module, callbacks, kwargs)
-
-
-def train(tmp_path: Any, module: Any, callbacks: list[Callback], kwargs: dict[str, Any], trainer: Any = None) -> Any:
-    trainer = trainer_of(tmp_path, callbacks, **kwargs) if trainer is None else trainer
+    module, callbacks, kwargs = build(front_end, own=OwnLoader)
+    module.batch_size = batch_size
+    trainer = trainer_of(tmp_path, callbacks, **kwargs)
     trainer.fit(module)
     return trainer
 
@@ -81,7 +64,8 @@ def train(tmp_path: Any, module: Any, callbacks: list[Callback], kwargs: dict[st
 @pytest.mark.parametrize("search", ["rate", "batch size"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_finders_as_tuner(tmp_path, front_end, search):
-    module, callbacks, kwargs, passes = searched(front_end)
+    module, callbacks, kwargs = build(front_end, own=OwnLoader)
+    passes = Passes(module)
     trainer = trainer_of(tmp_path, [*callbacks, calling(on_train_start=passes.end_of_finding)], **kwargs)
     if search == "rate":
         finder = Tuner(trainer).lr_find(module, num_training=5, update_attr=False)
@@ -90,7 +74,7 @@ def test_finders_as_tuner(tmp_path, front_end, search):
         Tuner(trainer).scale_batch_size(module, steps_per_trial=2, max_trials=2, init_val=2)
         module.batch_size = 4
     assert_no_trace(module)
-    train(tmp_path, module, callbacks, kwargs, trainer)
+    trainer.fit(module)
     assert_inactive_while_finding(passes)
     assert_same_run(trainer, plain_fit(tmp_path, front_end))
 
@@ -106,53 +90,14 @@ OF_SIZE = lambda: BatchSizeFinder(steps_per_trial=2, max_trials=2, init_val=2)  
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_finders_as_callback(tmp_path, front_end, make):
     """Before ours in the list or, the finder of the rate, after."""
-    module, callbacks, kwargs, passes = searched(front_end)
+    module, callbacks, kwargs = build(front_end, own=OwnLoader)
+    passes = Passes(module)
     finder = make()
     is_rate = isinstance(finder, LearningRateFinder)
     order = [*callbacks, finder] if is_rate else [finder, *callbacks]
-    trainer = train(tmp_path, module, [*order, calling(on_train_start=passes.end_of_finding)], kwargs)
+    trainer = trainer_of(tmp_path, [*order, calling(on_train_start=passes.end_of_finding)], **kwargs)
+    trainer.fit(module)
     assert_inactive_while_finding(passes)
     found = {} if is_rate else {"batch_size": finder.optimal_batch_size}
     assert not is_rate or len(finder.optimal_lr.results["lr"]) == 5
     assert_same_run(trainer, plain_fit(tmp_path, front_end, **found))
-
-
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_learning_rate_finder_between_two_fits(tmp_path, front_end):
-    """The finder's own checkpoint does not carry steps and Ê of the last fit into the next."""
-    module, callbacks, kwargs, _ = searched(front_end)
-    train(tmp_path, module, callbacks, kwargs)
-    fresh, fresh_callbacks, _, _ = searched(front_end)
-    fresh.load_state_dict(module.state_dict())
-
-    trainer = trainer_of(tmp_path, callbacks, **kwargs)
-    Tuner(trainer).lr_find(module, num_training=5, update_attr=False)
-    train(tmp_path, module, callbacks, kwargs, trainer)
-    assert_same_run(trainer, train(tmp_path, fresh, fresh_callbacks, kwargs))
-
-
-class FinderInBetween(LearningRateFinder):
-    """At the start of the second epoch again, as Lightning's documentation shows."""
-
-    def on_fit_start(self, *args: Any) -> None:
-        pass
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        if trainer.current_epoch == 1:
-            self.lr_find(trainer, pl_module)
-
-
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_learning_rate_finder_in_the_middle_of_a_fit(tmp_path, front_end):
-    """The run continues as if it had not been there, and later checkpoints hold the state of their own step."""
-    module, callbacks, kwargs, _ = searched(front_end)
-    finder = FinderInBetween(num_training_steps=20, update_attr=False)
-    saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
-    trainer = train(tmp_path, module, [*callbacks, finder, saving], kwargs | {"enable_checkpointing": True})
-    assert finder.optimal_lr is not None
-    assert_same_run(trainer, plain_fit(tmp_path, front_end))
-    saved = torch.load(saving.best_model_path, weights_only=True)["callbacks"]
-    states = [state for state in saved.values() if "perturbation" in state or "initial_lr" in state]
-    assert {state["step"] for state in states} == {driver_of(trainer).step}
-    if callbacks and isinstance(callbacks[0], EFMLoRA):
-        assert same(states[0]["perturbation"]["E"], E_hat(driver_of(trainer)))

@@ -5,12 +5,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from fits import ShardedAutomatic
+from fits import ShardedAutomatic, full_weights, in_float64
 from float64_runs import BETA, RHO, dataset, network
 from helpers import ResumableLoader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import fsdp
-from strategies import full_weights, in_float64
 from torch import Tensor
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,

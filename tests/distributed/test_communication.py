@@ -6,10 +6,9 @@ from typing import Any
 
 import lightning as L
 import pytest
-from fits import Collectives, own_share, parts
+from fits import Collectives, in_float64, own_share, parts
 from float64_runs import fit_in_float64, network
 from launch import Results, launch
-from strategies import in_float64
 
 WANTED = [*product(("ddp", "fsdp2", "fsdp1-layers"), ("LoRA", "EFMLoRA"), (2,)), ("fsdp2", "LoRA", 1)]
 WANTED += [("ddp", "FMLoRA", 2), ("fsdp2", "FMLoRA", 1)]

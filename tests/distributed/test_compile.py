@@ -8,10 +8,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from fits import E_of, assert_equal_to_one_process, own_share, parts, train_alone
+from fits import E_of, assert_equal_to_one_process, in_float64, own_share, parts, train_alone
 from float64_runs import fit_in_float64, network, trained
 from launch import Results, Runs, launch
-from strategies import in_float64
 from torch._dynamo.utils import counters
 
 BATCHES = 6

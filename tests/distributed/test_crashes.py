@@ -18,13 +18,12 @@ import lightning as L
 import pytest
 import torch
 from checkpoint_runs import loader, trainer_of
-from fits import ShardedAutomatic
+from fits import ShardedAutomatic, full_weights
 from float64_runs import BETA, RHO, network
 from helpers import same
 from launch import run_by_torchrun, run_on
 from processes import run
 from safetensors.torch import load_file
-from strategies import full_weights
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA
 from lightning_flatlora.callbacks.adapter_checkpoint.export import LIST
@@ -33,12 +32,6 @@ from lightning_flatlora.callbacks.adapter_checkpoint.transfer import HINT
 STEPS, EVERY = 4, 2
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.link"}
 STRATEGIES = ("ddp", "fsdp2")
-KILLS: dict[str, tuple[str, dict[str, Any]]] = {
-    "one-between-steps": ("ddp", {"at": "step", "step": 3, "rank": 1}),
-    "first-before-renaming": ("fsdp2", {"at": "renamed", "rank": 0}),
-}
-
-
 # -- the runs
 
 
@@ -74,12 +67,12 @@ def die() -> None:
 
 
 def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
-    """Die as a "step" begins or in its "forward", or before a file is "renamed"; or "copy" what a kill would leave.
+    """Die in a step's "forward", or "copy" what a kill would leave.
 
     Or have the torchrun that has started this process "terminated", before a file is renamed. Or let no file grow
     "full", beyond a size, from a step on.
     """
-    if kill["at"] in ("step", "forward", "full"):
+    if kill["at"] in ("forward", "full"):
         return [At(**kill)]
     numbers = iter(range(1, 10000))
 
@@ -91,8 +84,6 @@ def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
         if kill["at"] == "copy":
             shutil.copytree(folder, folder.with_name(f"{folder.name}-{next(numbers)}"), symlinks=True)
         elif event == "os.rename" and str(args[1]).endswith(".ckpt"):
-            if kill["at"] == "renamed":
-                die()
             print("in a save", flush=True)
             os.kill(os.getppid(), signal.SIGTERM)
             time.sleep(60)
@@ -102,7 +93,7 @@ def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
 
 
 class At(L.Callback):
-    """Dies when a step begins, or in the middle of its forward; or has a full disk from then on."""
+    """Dies in the middle of a step's forward, or has a full disk from then on."""
 
     def __init__(self, step: int, at: str, rank: int = 0, size: int = 0) -> None:
         self.step, self.at, self.size = step, at, size
@@ -110,9 +101,7 @@ class At(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         if trainer.global_step != self.step:
             return
-        if self.at == "step":
-            die()
-        elif self.at == "forward":
+        if self.at == "forward":
             last = [layer for layer in pl_module.net.modules() if isinstance(layer, torch.nn.Linear)][-1]
             last.register_forward_pre_hook(lambda *inputs: die())
         else:
@@ -155,19 +144,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same_end(folder: Path, name: str, expected: str) -> None:
     assert same(*(torch.load(folder / f"{run}.end", weights_only=True) for run in (name, expected)))
-
-
-@pytest.mark.parametrize("name", KILLS)
-def test_a_killed_run_resumes_from_the_last_checkpoint(whole: Path, name: str) -> None:
-    """Every file can be read, the last is not older than the last complete save, and the resumed run ends as ever."""
-    place, output = whole / name, whole / f"{name}.txt"
-    strategy, kill = KILLS[name]
-    assert run_on(2, train, place, strategy, kill, output=output)[kill["rank"]] == -signal.SIGKILL
-    assert place.with_suffix(".saved").read_text() == "2"
-    assert (place / "last.ckpt").exists()
-    assert min(content(file)["step"] for file in place.glob("*.ckpt")) >= 2
-    assert run_on(2, train, place, strategy, None, True, output=output) == [0, 0]
-    assert_same_end(whole, name, strategy)
 
 
 def by_torchrun(place: Path, strategy: str, kill: Any, **settings: Any) -> tuple[list[int | None], str]:

@@ -7,10 +7,18 @@ import lightning as L
 import pytest
 import pytorch_lightning
 import torch
-from fits import assert_equal_to_one_process, difference, joint_batches, own_share, train, train_alone, turns
+from fits import (
+    assert_equal_to_one_process,
+    difference,
+    in_float64,
+    joint_batches,
+    own_share,
+    train,
+    train_alone,
+    turns,
+)
 from float64_runs import RHO, Automatic, Manual, fit_in_float64, loss, network, trained
 from launch import Results, Runs, launch
-from strategies import in_float64
 from torch import Tensor, nn
 
 import lightning_flatlora.pytorch_lightning

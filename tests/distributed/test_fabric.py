@@ -12,14 +12,13 @@ import lightning as L
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from fits import Sharded, own_share
+from fits import Sharded, own_share, shard
 from float64_runs import RHO, dataset, network, optimizer_of, scheduler_of, trained
 from helpers import same
 from hf_runs import on_two_ranks, trained_by
 from launch import Results, Runs, launch
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from loop_runs import run
-from strategies import shard
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -161,8 +160,8 @@ def by_accelerate() -> dict[str, Any]:
     return {"weights": weights, "is_sharded": is_sharded(model)}
 
 
-def sharded_later() -> dict[str, Any]:
-    """A loop whose model is sharded after the object was made."""
+def sharded_later() -> None:
+    """Shard a model after the loop's object was made."""
     fabric_of("fsdp2")
     net = network()
     optimizer = optimizer_of(net)
@@ -173,11 +172,10 @@ def sharded_later() -> dict[str, Any]:
         optimizer.step()
     finally:
         flat.close()
-    return {}
 
 
-def unsynchronized() -> dict[str, Any]:
-    """An ascent that FSDP2 keeps back."""
+def unsynchronized() -> None:
+    """Take an ascent that FSDP2 keeps back."""
     fabric, net = fabric_of("fsdp2"), network()
     model = fabric.setup_module(net)
     optimizer = fabric.setup_optimizers(optimizer_of(model))
@@ -185,25 +183,27 @@ def unsynchronized() -> dict[str, Any]:
     x, _ = dataset().tensors
     with next(flat.training_passes()), fabric.no_backward_sync(model):
         fabric.backward(model(x[:2]).sum())
-    return {}
 
 
-def refused() -> dict[str, Any]:
-    """What the loops say to DDP's static graph, and to a mesh of two dimensions."""
-    said = []
-    for static, rows in ((True, None), (False, (2, 1))):
-        net = network()
-        model: Any = net
-        if static:
-            model = nn.parallel.DistributedDataParallel(net, static_graph=True)
-        else:
-            mesh = torch.distributed.device_mesh.init_device_mesh("cpu", rows, mesh_dim_names=("replicas", "shards"))
-            fully_shard(net, mesh=mesh)
-        try:
-            loops.FMLoRA(model, optimizer_of(net), RHO)
-        except Exception as error:
-            said.append(str(error))
-    return {"said": said}
+def static_graph() -> None:
+    fabric_of("ddp")
+    net = network()
+    loops.FMLoRA(nn.parallel.DistributedDataParallel(net, static_graph=True), optimizer_of(net), RHO)
+
+
+def two_dimensions() -> None:
+    fabric_of("fsdp2")
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+    net = fully_shard(network(), mesh=mesh)
+    loops.FMLoRA(net, optimizer_of(net), RHO)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "a model that is sharded later": (sharded_later, "make it after the model is sharded"),
+    "an ascent without gradients": (unsynchronized, "leave no_backward_sync"),
+    "a static graph": (static_graph, "static_graph=True crashes"),
+    "a mesh of two dimensions": (two_dimensions, "otherwise than by fully_shard over one dimension"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -212,9 +212,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     runs |= {kind: partial(of_ddp, kind) for kind in OF_DDP}
     runs["resumed"] = partial(resumed, str(tmp_path_factory.mktemp("saved") / "run"))
     runs["accelerate"] = partial(by_accelerate)
-    runs["sharded later"] = partial(sharded_later)
-    runs["refused"] = partial(refused)
-    runs["unsynchronized"] = partial(unsynchronized)
+    runs |= {what: partial(function) for what, (function, _) in REFUSED.items()}
     return launch(tmp_path_factory.mktemp("fabric"), runs)
 
 
@@ -256,15 +254,9 @@ def test_fsdp2_by_accelerate_equals_one_process(results: Results) -> None:
         assert float((value - first["weights"][name]).abs().max()) < 1e-12, name
 
 
-def test_a_model_that_is_sharded_later_is_refused(results: Results) -> None:
-    assert all("make it after the model is sharded" in error for error in results.error("sharded later"))
-
-
-def test_an_ascent_without_gradients_and_other_layouts_are_refused(results: Results) -> None:
-    assert all("leave no_backward_sync" in error for error in results.error("unsynchronized"))
-    for rank in results["refused"]:
-        assert "static_graph=True crashes" in rank["said"][0]
-        assert "otherwise than by fully_shard over one dimension" in rank["said"][1]
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_can_not_work_is_refused(results: Results, what: str) -> None:
+    assert all(REFUSED[what][1] in error for error in results.error(what))
 
 
 # -- transformers

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from fits import difference, joint_batches, own_share, parts
+from fits import difference, in_float64, joint_batches, own_share, parts
 from float64_runs import fit_in_float64, network, trained
 from launch import Results, Runs, launch
 from lightning.pytorch import Callback
-from strategies import in_float64
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor
 from lightning_flatlora.flatness import MEASURES

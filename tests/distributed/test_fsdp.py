@@ -7,12 +7,23 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from fits import E_of, ShardedAutomatic, own_share, parts, relative_difference, single, train
+from fits import (
+    E_of,
+    ShardedAutomatic,
+    full_weights,
+    in_float64,
+    own_share,
+    parts,
+    places,
+    relative_difference,
+    single,
+    strategy_of,
+    train,
+)
 from float64_runs import RHO, fit_in_float64, network
 from launch import Results, Runs, launch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from peft import LoraConfig, get_peft_model
-from strategies import full_weights, in_float64, places, strategy_of
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint

@@ -5,16 +5,14 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from fits import Sharded, difference, own_share, parts, train_alone
+from fits import Sharded, difference, in_float64, own_share, parts, train_alone
 from float64_runs import Manual, dataset, fit_in_float64, network, trained
 from helpers import assert_no_trace
 from launch import run_on
 from lightning.pytorch import LightningDataModule
 from processes import run
-from strategies import in_float64
 
 from lightning_flatlora import EFMLoRA, FMLoRA
 
@@ -65,15 +63,8 @@ LONG = 150  # seconds; a hang lasts for gloo's half an hour
 CASES = {  # the front end and what fails on rank 1, and what that says
     # Rank 0 waits in FMLoRA's own all-reduce, in a batch that DDP does not synchronize.
     "the ascent of an accumulating batch": (("FMLoRA", 5), "ValueError: rank 1 fails"),
-    "a callback": (("EFMLoRA", None), "ValueError: rank 1 fails"),
     "a loss that the other rank has": (("FMLoRAModule", 3), "compute_loss returned None on one of several ranks"),
 }
-
-
-class FailingCallback(L.Callback):
-    def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_rank == 1 and trainer.global_step == 2:
-            raise ValueError("rank 1 fails")
 
 
 def make_fail(module: Any, name: str, last_call: int, rank: int) -> None:
@@ -91,15 +82,12 @@ def make_fail(module: Any, name: str, last_call: int, rank: int) -> None:
     setattr(module, name, failing)
 
 
-def train_and_fail(front_end: str, last_call: int | None) -> None:
-    """What each process does; without a number of a call it is a callback that fails."""
+def train_and_fail(front_end: str, last_call: int) -> None:
+    """What each process does."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     module, callbacks, trainer = parts(front_end, network(), accumulate=2)
-    if last_call is None:
-        callbacks.append(FailingCallback())
-    else:
-        make_fail(module, "compute_loss" if front_end == "FMLoRAModule" else "training_step", last_call, rank)
+    make_fail(module, "compute_loss" if front_end == "FMLoRAModule" else "training_step", last_call, rank)
     fit_in_float64(module, 1, callbacks, own_share(), **in_float64("ddp"), **trainer)
     print("trained to the end")
 

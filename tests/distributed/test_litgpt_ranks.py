@@ -9,11 +9,10 @@ from typing import Any
 import litgpt_models
 import pytest
 import torch
-from fits import relative_difference
+from fits import full_weights, in_float64, relative_difference
 from helpers import same, trainer_of
 from launch import Results, Runs, launch
 from reference import Reference
-from strategies import full_weights, in_float64
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader

@@ -9,10 +9,9 @@ from pathlib import Path
 import fits
 import pytest
 from checkpoint_runs import END, MIDDLE, train
-from fits import assert_equal_to_one_process, difference, joint_batches, train_alone
+from fits import assert_equal_to_one_process, difference, joint_batches, places, train_alone
 from helpers import same
 from launch import Results, Runs, launch, launch_on_nodes
-from strategies import places
 
 STRATEGIES = ("ddp", "fsdp2")
 FRONT_ENDS = [("ddp", "EFMLoRA"), ("ddp", "FMLoRA"), ("fsdp2", "EFMLoRA"), ("fsdp2", "FMLoRAModule")]

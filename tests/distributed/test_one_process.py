@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from fits import E_of, parts, relative_difference, single
+from fits import WRAPPING, E_of, FSDPOnCPU, full_weights, parts, relative_difference, single
 from float64_runs import dataset, fit_in_float64, network
 from launch import Results, Runs, launch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from strategies import WRAPPING, FSDPOnCPU, full_weights
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 

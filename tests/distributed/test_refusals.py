@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from fits import ShardedAutomatic, own_share, parts, single
+from fits import ShardedAutomatic, own_share, parts, places, single, strategy_of
 from float64_runs import RHO, fit_in_float64, network
 from launch import Results, Runs, launch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from strategies import places, strategy_of
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from lightning_flatlora import EFMLoRA

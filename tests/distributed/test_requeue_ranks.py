@@ -11,11 +11,10 @@ import lightning as L
 import pytest
 import torch
 from checkpoint_runs import loader, local_optimizer, trainer_of
-from fits import ShardedAutomatic
+from fits import ShardedAutomatic, full_weights
 from float64_runs import BETA, RHO, loss, network
-from helpers import same
+from helpers import Send, same
 from launch import Results, Runs, launch
-from strategies import full_weights
 from torch.utils.data import DataLoader
 
 from lightning_flatlora import AdapterCheckpoint, CosineRho, EFMLoRA, Requeue
@@ -23,13 +22,13 @@ from lightning_flatlora import AdapterCheckpoint, CosineRho, EFMLoRA, Requeue
 STRATEGIES = ("ddp", "fsdp2")
 RUNS: dict[str, dict[str, Any]] = {
     "whole": {},
-    "first rank": {"send": (0, "on_train_batch_start", 3)},
-    "other rank between the average and the optimizer": {"send": (1, "on_before_optimizer_step", 9)},
-    "last batch": {"send": (1, "on_after_backward", 6)},
-    "validation": {"send": (1, "on_validation_batch_start", 2)},
+    "first rank": {"send": (0, "on_train_batch_start", 2)},
+    "other rank between the average and the optimizer": {"send": (1, "on_before_optimizer_step", 8)},
+    "last batch": {"send": (1, "on_after_backward", 5)},
+    "validation": {"send": (1, "on_validation_batch_start", 1)},
 }
 UNEVEN: dict[str, dict[str, Any]] = {
-    "uneven": {"sizes": (3, 2), "send": (0, "on_validation_batch_start", 3)},
+    "uneven": {"sizes": (3, 2), "send": (0, "on_validation_batch_start", 2)},
     "uneven whole": {"sizes": (3, 2)},
 }
 STEP_OF_END = {"first rank": 3, "other rank between the average and the optimizer": 9, "uneven": 6}
@@ -42,27 +41,14 @@ class Validated(ShardedAutomatic):
         self.log("val_loss", loss(self.net, batch), sync_dist=True)
 
 
-class Send(L.Callback):
-    """Sends one rank's process a signal in a hook, in one of its calls."""
-
-    def __init__(self, rank: int, hook: str, call: int) -> None:
-        self.calls: list[None] = []
-
-        def method(*args: Any) -> None:
-            self.calls.append(None)
-            if len(self.calls) == call and int(os.environ["RANK"]) == rank:
-                os.kill(os.getpid(), signal.SIGUSR1)
-
-        setattr(self, hook, method)
-
-
 def train(
     folder: str, strategy: str, send: tuple[int, str, int] | None = None, sizes: tuple[int, ...] = (3, 3)
 ) -> dict[str, Any]:
     """Train as often as it takes, and return what the last start ends with, and how often each hook was called."""
     os.environ["SLURM_JOB_ID"] = "77"
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
-    own = loader().batches[: sizes[int(os.environ["RANK"])]]
+    rank = int(os.environ["RANK"])
+    own = loader().batches[: sizes[rank]]
     validation: DataLoader[Any] = DataLoader(own, batch_size=None)
     ends: list[Any] = []
     done: list[str] = []
@@ -70,7 +56,9 @@ def train(
     while True:
         driver, module = EFMLoRA(CosineRho(RHO, 0.1), beta=BETA), Validated(network())
         saver = AdapterCheckpoint(Path(folder, "saved"), monitor="val_loss", save_last=True)
-        callbacks = [Requeue(), driver, *([Send(*send)] if send and not ends else []), Counts(done), saver]
+        callbacks = [Requeue(), driver, Counts(done), saver]
+        if send and send[0] == rank and not ends:
+            callbacks.append(Send(*send[1:]))
         trainer = trainer_of(strategy, callbacks, num_sanity_val_steps=0)
         try:
             trainer.fit(module, loader(), validation, ckpt_path=resume)

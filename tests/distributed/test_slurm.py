@@ -17,10 +17,9 @@ import launch
 import lightning as L
 import pytest
 from checkpoint_runs import BATCHES, loader, trainer_of
-from fits import ShardedAutomatic, assert_equal_to_one_process, difference, train_alone
+from fits import ShardedAutomatic, assert_equal_to_one_process, difference, full_weights, places, train_alone
 from float64_runs import BETA, RHO, network
 from slurm import Cluster, missing
-from strategies import full_weights, places
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA, Requeue
 

@@ -85,19 +85,6 @@ def test_what_peft_caches_of_dora_is_not_taken_for_the_moved_weights() -> None:
     assert torch.equal(net(x), found)
 
 
-def test_a_loss_of_no_example_is_not_flat() -> None:
-    """The mean over no label is nan, and its gradient would be 0."""
-    quadratic = Quadratic()
-    no_label = torch.full((4,), -100)
-
-    def loss() -> Tensor:
-        return nn.functional.cross_entropy(quadratic.layers[0](torch.ones(4, 4, dtype=torch.float64)), no_label)
-
-    names = ["sharpness", "lora_sharpness", "radius", "gradient_residual", "top_eigenvalue", "hessian_trace"]
-    found = measure(Point(loss, Perturbation(quadratic.pairs), RHO), names)
-    assert [name for name, value in found.items() if not value.isnan()] == []
-
-
 def test_too_few_parameters_and_a_negative_radius_are_refused() -> None:
     parameter = nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match="two numbers at least, got 1"):

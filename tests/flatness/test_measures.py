@@ -174,21 +174,12 @@ def test_a_rank_that_is_full_by_rounding_alone_is_not_full(dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_factor_that_is_not_finite_has_no_condition(value: float) -> None:
-    X = random(L, N, R)
-    expected = condition_number(X)
-    X[1, 2, 1] = value
-    expected[1] = torch.nan
-    torch.testing.assert_close(condition_number(X), expected, rtol=0, atol=0, equal_nan=True)
-    assert condition_number(X[1]).isnan()
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_has_neither_a_cosine_nor_a_residual(value: float) -> None:
+def test_what_is_not_finite_has_no_condition_cosine_or_residual(value: float) -> None:
     E, A, B, G = random(L, N, R), random(L, R, M), random(L, N, R), random(L, N, M)
     broken, grad_A, grad_B = E.clone(), B.mT @ G, G @ A.mT
     broken[1, 2, 1] = grad_B[1, 2, 1] = value
     expected = [False, True, False]
+    assert condition_number(broken).isnan().tolist() == expected
     for other in (E, broken, torch.zeros_like(E)):
         assert cosine(broken, other, A).isnan().tolist() == expected
         assert cosine(other, broken, A).isnan().tolist() == expected

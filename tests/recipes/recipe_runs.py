@@ -6,8 +6,8 @@ from typing import Any
 
 import datasets
 import lightning as L
+from fits import full_weights
 from one_command import one_command
-from strategies import full_weights
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -55,7 +55,7 @@ def run(command: str, folder: str, recipe: str, method: str, strategy: str, opti
     else:
         arguments += [f"--config={STRATEGIES / strategy}.yaml", f"--trainer.devices={os.environ['WORLD_SIZE']}"]
     if strategy == "fsdp1":
-        arguments.append("--trainer.strategy.class_path=strategies.FSDPOnCPU")
+        arguments.append("--trainer.strategy.class_path=fits.FSDPOnCPU")
     with one_command():
         cli = RecipeCLI([*arguments, "--trainer.accelerator=cpu", *options], recipe=recipe)
     used = cli.trainer.strategy
