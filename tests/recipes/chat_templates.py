@@ -22,19 +22,6 @@ QWEN3 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
-# As Qwen3.5's small models: asks with an empty block of thoughts unless enable_thinking is true.
-QWEN35_SMALL = QWEN3.replace(
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
-    "{{ '<think>\n' if enable_thinking else '<think>\n\n</think>\n\n' }}",
-)
-# Keeps thoughts before every answer, and writes an empty block where an earlier one has none.
-GLM = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% set parts = m.content.split('</think>') %}"
-    "{% if m.role == 'assistant' %}{{ '<think>' + parts[0].split('<think>')[-1] * (parts | length > 1) + '</think>' }}"
-    "{% endif %}{{ parts[-1] + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if not enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}"
-)
 # Asks with an opened block of thoughts, which it closes before a last answer without any.
 QWEN35 = (
     "{% set ns = namespace(last=-1) %}"
@@ -54,10 +41,6 @@ GPT_OSS = (
     "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}"
     "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
-)
-PHI = (
-    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 # Asks with an empty block of thoughts unless enable_thinking is true, and writes answers without one.
 GEMMA4 = (
@@ -111,14 +94,7 @@ _SPECIAL = (
     *("<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>", "<bos>", "<eos>", "<start_of_turn>"),
     *("<end_of_turn>", "[INST]", "[/INST]", "<image>", "<|message|>", "<|channel|>", "<|return|>", "<turn|>"),
 )
-_ENDS = {
-    QWEN3: "<|im_end|>",
-    QWEN35: "<|im_end|>",
-    QWEN35_SMALL: "<|im_end|>",
-    GLM: "<|im_end|>",
-    LLAMA3: "<|eot|>",
-    GPT_OSS: "<|return|>",
-}
+_ENDS = {QWEN3: "<|im_end|>", QWEN35: "<|im_end|>", LLAMA3: "<|eot|>", GPT_OSS: "<|return|>"}
 
 
 def shipped(name: str) -> str:

@@ -60,36 +60,6 @@ def test_what_is_cut_or_dropped_is_told(tiny: str, jsonl: Any) -> None:
     )
 
 
-def test_a_conversation_that_the_template_refuses_is_dropped_and_told(tiny: str, jsonl: Any) -> None:
-    """In ShareGPT's data some begin with an answer, which templates with user and assistant in turns refuse."""
-    template = (
-        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}"
-    )
-    answered = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
-    rows = [{"conversations": turns} for turns in (answered, [{"from": "gpt", "value": "Hello!"}, *answered])]
-    settings: dict[str, Any] = {"chat_template": template, "validation_share": 0, "test_share": 0}
-    data = instruction_data("fit", tiny, dataset=jsonl(rows), **settings)
-    told = "1 dropped: the model's chat template can't render a conversation: TemplateError: Conversation roles must"
-    assert f"train: 1 conversations; {told} alternate" in data.reports["train"]
-
-    with pytest.raises(MisconfigurationException, match=r"nothing is left to use.*must alternate.*set chat_template"):
-        instruction_data("fit", tiny, dataset=jsonl(rows[1:]), **settings)
-
-
-def test_a_conversation_of_which_the_template_leaves_an_answer_out_is_dropped_and_told(tiny: str, jsonl: Any) -> None:
-    template = (
-        "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.role + ':' + m.content + eos_token }}"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    rows = [{"messages": turns}, {"messages": [*turns, *turns]}]
-    settings: dict[str, Any] = {"chat_template": template, "validation_share": 0, "test_share": 0}
-    data = instruction_data("fit", tiny, dataset=jsonl(rows), **settings)
-    told = "1 dropped: an answer can't be found in the chat template's text: it rewrites that one, leaves it out"
-    assert f"train: 1 conversations; {told}" in data.reports["train"]
-
-
 # -- parts and batches
 
 

@@ -1,9 +1,7 @@
 """Rows in the schemas of well-known data sets, as conversations; the texts are our own."""
 
-from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -57,13 +55,10 @@ def test_a_question_and_its_answer_are_read_in_every_schema(name: str, jsonl: An
     assert (row["key"], row["problem"], row["options"]) == ("why", "", [])
 
 
-@pytest.mark.parametrize(("more", "answer"), [("context", "response"), ("input", "response"), ("context", "output")])
-def test_more_of_a_question_follows_it(more: str, answer: str, jsonl: Any) -> None:
-    (row,) = sources.load_chats(jsonl([{"instruction": "Add.", more: "1 2", answer: 3}]), "train")
-    assert [message["content"] for message in row["messages"]] == ["Add.\n\n1 2", "3"]
-
-
 def test_a_context_follows_the_question(jsonl: Any) -> None:
+    for more, answer in (("context", "response"), ("input", "output")):
+        (row,) = sources.load_chats(jsonl([{"instruction": "Add.", more: "1 2", answer: 3}], f"{more}.jsonl"), "train")
+        assert [message["content"] for message in row["messages"]] == ["Add.\n\n1 2", "3"]
     rows = [{"id": 1, "context": context, "question": "Who?", "answer": "Me."} for context in ("I came.", None)]
     table = sources.load_chats(jsonl(rows), "train")
     assert [row["messages"][0]["content"] for row in table] == ["Who?\n\nI came.", "Who?"]
@@ -94,20 +89,18 @@ def learnt(row: dict[str, Any], tokenizer: Any) -> str:
     return str(tokenizer.decode([label for label in row["labels"][0] if label != IGNORED]))
 
 
-def test_answers_without_weight_are_read_and_not_learnt(tiny: str, tokenizer: Any, jsonl: Any) -> None:
-    (row,) = encoded(tiny, jsonl([SLIMORCA])).parts["train"]
-    assert learnt(row, tokenizer) == "So.<|im_end|>"
-    assert "Be brief." in tokenizer.decode(row["input_ids"][0])
-    assert "Me." in tokenizer.decode(row["input_ids"][0])
+def test_answers_without_weight_and_those_of_a_prompt_are_read_and_not_learnt(
+    tiny: str, tokenizer: Any, jsonl: Any
+) -> None:
+    asked = {"prompt": [{**ASK, "content": "Who?"}, {**SAY, "content": "Me."}, ASK], "completion": [SAY]}
+    for row in ({**asked, "system": "Be brief."}, SLIMORCA):
+        (row,) = encoded(tiny, jsonl([row], f"{len(row)}.jsonl")).parts["train"]
+        assert learnt(row, tokenizer) == "So.<|im_end|>"
+        assert "Be brief." in tokenizer.decode(row["input_ids"][0])
+        assert "Me." in tokenizer.decode(row["input_ids"][0])
     unlearnt = {"messages": [ASK, {**SAY, "weight": 0}]}
     kept = {"messages": [ASK, {**SAY, "weight": 1}]}
     assert "1 dropped: no answer" in encoded(tiny, jsonl([unlearnt, kept])).reports["train"]
-
-
-def test_answers_in_a_prompt_are_not_learnt_either(tiny: str, tokenizer: Any, jsonl: Any) -> None:
-    rows = [{"prompt": [ASK, SAY, {"role": "user", "content": "And?"}], "completion": [{**SAY, "content": "Then."}]}]
-    (row,) = encoded(tiny, jsonl(rows)).parts["train"]
-    assert learnt(row, tokenizer) == "Then.<|im_end|>"
 
 
 def test_a_system_column_is_a_system_message(jsonl: Any) -> None:
@@ -124,32 +117,42 @@ def test_a_system_column_gives_way_to_a_leading_message_only(role: str, jsonl: A
     assert roles == [[role, "user", "assistant"], ["system", "user", "assistant", role, "user", "assistant"]]
 
 
-def test_images_are_counted(tiny: str, jsonl: Any) -> None:
-    image = {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]}
-    assert (
-        "1 dropped: images or sounds in the data"
-        in encoded(
-            tiny, jsonl([{"messages": [image, SAY]}, {"messages": [{**image, "content": [image["content"][1]]}, SAY]}])
-        ).reports["train"]
-    )
+SILENCE, NOTHING = {**ASK, "content": None}, {**SAY, "content": " "}
+NARRATED = {"role": "narrator", "content": "Once"}
+IMAGE = {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]}
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}"
+)
+LAST_ONLY = (
+    "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.role + ':' + m.content + eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
-def test_empty_messages_of_a_conversation_are_counted(tiny: str, jsonl: Any) -> None:
+@pytest.mark.parametrize(
+    ("template", "told", "dropped"),
+    [
+        (None, "images or sounds in the data", [[IMAGE, SAY]]),
+        (None, "no answer in the data", [[ASK, NOTHING, ASK, SAY], [ASK, NOTHING]]),
+        (None, "no question in the data", [[SILENCE, SAY], [ASK, SAY, SILENCE, SAY]]),
+        (None, "the column 'messages' has a message of 'narrator'", [[NARRATED, SAY], [NARRATED, ASK, SAY]]),
+        (ALTERNATING, "the model's chat template can't render a conversation: TemplateError: ", [[SAY, ASK, SAY]]),
+        (LAST_ONLY, "an answer can't be found in the chat template's text", [[ASK, SAY, ASK, SAY]]),
+    ],
+)
+def test_conversations_that_can_not_be_learnt_are_counted(
+    template: str | None, told: str, dropped: list[Any], tiny: str, jsonl: Any
+) -> None:
     """Learnt, an empty answer in the middle would teach the model to say nothing."""
-    said, nothing = {"from": "gpt", "value": "So."}, {"from": "gpt", "value": " "}
-    asked, silence = {"from": "human", "value": "Why?"}, {"from": "human", "value": None}
-    of_no_answer = [[asked, nothing, asked, said], [asked, nothing]]
-    of_no_question = [[silence, said], [asked, said, silence, said]]
-    rows = [{"conversations": turns} for turns in (*of_no_answer, *of_no_question, [asked, said])]
-    # What is not learnt, and what comes after the last answer, may be empty.
-    rows += [
-        {"conversations": [asked, {**nothing, "weight": 0}, asked, said]},
-        {"conversations": [asked, said, silence]},
-    ]
-    report = encoded(tiny, jsonl(rows)).reports["train"]
-    assert "3 conversations" in report
-    assert "2 dropped: no answer in the data" in report
-    assert "2 dropped: no question in the data" in report
+    kept = [[ASK, SAY], [ASK, SAY, SILENCE]]  # what comes after the last answer may be empty
+    if template != LAST_ONLY:
+        kept.append([ASK, {**NOTHING, "weight": 0}, ASK, SAY])  # and what is not learnt
+    rows = [{"messages": turns} for turns in [*dropped, *kept]]
+    report = encoded(tiny, jsonl(rows), chat_template=template).reports["train"]
+    assert f"train: {len(kept)} conversations; {len(dropped)} dropped: {told}" in report
+    with pytest.raises(MisconfigurationException, match=told):
+        encoded(tiny, jsonl(rows[: len(dropped)], "dropped.jsonl"), chat_template=template)
 
 
 def test_other_names_of_columns_are_given(jsonl: Any) -> None:
@@ -169,84 +172,9 @@ def test_other_names_of_columns_are_given(jsonl: Any) -> None:
         ({"question": "Why?", "answer": True}, "'answer' must hold texts or numbers, and a row holds True"),
         ({"messages": [{"role": "narrator", "content": "Once"}]}, "a message of 'narrator'; the roles are system"),
         ({"conversations": ["Why?", "So."]}, "'conversations' must hold lists of role and content"),
-        (
-            {"messages": [{"role": "user", "content": True}]},
-            "a message must hold texts or numbers, and a row holds True",
-        ),
+        ({"messages": [{**ASK, "content": True}]}, "a message must hold texts or numbers, and a row holds True"),
     ],
 )
 def test_what_is_not_understood_is_named(row: dict[str, Any], message: str, jsonl: Any) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         sources.load_chats(jsonl([row]), "train")
-
-
-def test_one_row_that_is_not_understood_is_counted(tiny: str, jsonl: Any) -> None:
-    told = {"role": "narrator", "content": "Once"}
-    rows = [[ASK, SAY], [told, SAY], [told, ASK, SAY], [{**ASK, "content": True}, SAY]]
-    report = encoded(tiny, jsonl([{"messages": turns} for turns in rows])).reports["train"]
-    told = "2 dropped: the column 'messages' has a message of 'narrator'; the roles are system"
-    assert f"train: 1 conversations; {told}" in report
-
-
-# -- splits and configurations
-
-
-@pytest.fixture
-def gsm8k(tmp_path: Path) -> str:
-    """A folder like the repository of openai/gsm8k: two configurations, each with a split to train and one to test."""
-    lines = ["---", "configs:"]
-    for config in ("main", "socratic"):
-        lines += [f"- config_name: {config}", "  data_files:"]
-        for split, count in (("train", 30), ("test", 6)):
-            path = tmp_path / "gsm8k" / config / f"{split}-00000-of-00001.parquet"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            rows = [{"question": f"{config} {split} {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(count)]
-            datasets.Dataset.from_list(rows).to_parquet(path)
-            lines += [f"  - split: {split}", f"    path: {config}/{split}-*"]
-    (tmp_path / "gsm8k" / "README.md").write_text("\n".join([*lines, "---", ""]))
-    return str(tmp_path / "gsm8k")
-
-
-def asked(rows: Any, tokenizer: Any) -> set[str]:
-    """The questions in rows of tokens."""
-    texts = [tokenizer.decode(row["input_ids"][0]) for row in rows]
-    return {text.partition("<|im_start|>user\n")[2].partition("<|im_end|>")[0] for text in texts}
-
-
-def test_own_splits_leave_all_of_the_training_split(tiny: str, tokenizer: Any, gsm8k: str) -> None:
-    data = InstructionData(gsm8k, config_name="main", test_split="test", validation_share=0.2, tokenizer=tiny)
-    data.setup("fit")
-    data.setup("test")
-    train, validation, test = (asked(data.parts[part], tokenizer) for part in ("train", "validation", "test"))
-    assert train | validation == {f"main train {i}?" for i in range(30)}
-    assert not train & validation
-    assert 0 < len(validation) < 15
-    assert test == {f"main test {i}?" for i in range(6)}
-    data = InstructionData(gsm8k, config_name="socratic", validation_split="test", test_share=0, tokenizer=tiny)
-    data.setup("fit")
-    assert asked(data.parts["train"], tokenizer) == {f"socratic train {i}?" for i in range(30)}
-    assert asked(data.parts["validation"], tokenizer) == {f"socratic test {i}?" for i in range(6)}
-    with pytest.raises(MisconfigurationException, match=r"nothing to test on.* Give --data.test_split"):
-        data.setup("test")
-
-
-def test_a_part_may_be_a_file_of_its_own(tiny: str, tokenizer: Any, jsonl: Any) -> None:
-    mine = jsonl([{"question": f"q{i}", "answer": "a"} for i in range(12)], "mine.jsonl")
-    other = jsonl([{"messages": [ASK, SAY]}, {"messages": [{**ASK, "content": "Q 3!"}, SAY]}], "other.jsonl")
-    data = InstructionData(mine, validation_split=other, test_share=0, tokenizer=tiny)
-    data.setup("fit")
-    assert len(data.parts["train"]) == 12
-    assert asked(data.parts["validation"], tokenizer) == {"Why?", "Q 3!"}
-    assert data.reports["validation"] == f"{other}, validation: 2 conversations"
-
-
-def test_conversations_that_begin_alike_can_not_be_divided(tiny: str, jsonl: Any) -> None:
-    mine = jsonl([{"messages": [ASK, {**SAY, "content": f"So {i}."}]} for i in range(40)])
-    for share in (None, 0.99):
-        with pytest.raises(
-            MisconfigurationException, match=r"40 rows .*first questions .1 different.*validation_split"
-        ):
-            InstructionData(mine, tokenizer=tiny, validation_share=share).setup("fit")
-    data = InstructionData(mine, tokenizer=tiny, validation_share=0)
-    data.setup("fit")
-    assert len(data.parts["train"]) == 40

@@ -6,13 +6,10 @@ from typing import Any
 import pytest
 from chat_templates import (
     GEMMA4,
-    GLM,
     GPT_OSS,
     LLAMA3,
-    PHI,
     QWEN3,
     QWEN35,
-    QWEN35_SMALL,
     R1,
     messages,
     shipped,
@@ -54,9 +51,8 @@ def thinking(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
         (QWEN3, ["a!<|im_end|>", "b!<|im_end|>"], "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
         (QWEN35, ["a!<|im_end|>", "b!<|im_end|>"], "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
         (GPT_OSS, ["a!", "b!<|return|>"], "<|start|>assistant<|channel|>final<|message|>"),
-        (PHI, ["a!<|end|>", "b!<|end|>\n<eos>"], "<|assistant|>\n"),
     ],
-    ids=["qwen3", "qwen3.5", "gpt-oss", "phi"],
+    ids=["qwen3", "qwen3.5", "gpt-oss"],
 )
 def test_each_turn_is_learnt_without_its_opening(template: str, answers: list[str], opening: str) -> None:
     encoder = ChatEncoder(tokenizer(template), 1000)
@@ -75,11 +71,9 @@ GPT_OSS_THOUGHTS = "<|channel|>analysis<|message|>hm so<|end|><|start|>assistant
     [
         (QWEN3, "<think>\nhm so\n</think>\n\nso<|im_end|>"),
         (QWEN35, "hm so\n</think>\n\nso<|im_end|>"),
-        (QWEN35_SMALL, "hm so\n</think>\n\nso<|im_end|>"),
-        (GLM, "<think>hm so</think>so<|im_end|>"),
         (GPT_OSS, GPT_OSS_THOUGHTS),
     ],
-    ids=["qwen3", "qwen3.5", "qwen3.5 small", "glm", "gpt-oss"],
+    ids=["qwen3", "qwen3.5", "gpt-oss"],
 )
 def test_thoughts_are_learnt_if_prompts_leave_room_for_them(template: str, answer: str) -> None:
     """A prompt with a closed block is no beginning of a text with thoughts, and half of them would be learnt."""
