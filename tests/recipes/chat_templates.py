@@ -8,6 +8,8 @@ import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from recipes.language.chat import IGNORED
+
 # Writes thoughts before the last answer, an empty block if there are none; its generation prompt has them only if
 # enable_thinking is false.
 QWEN3 = (
@@ -122,6 +124,17 @@ def tokenizer(template: str, pad_token: str | None = None, end: str = "<eos>") -
     )
     assert made.convert_tokens_to_ids("!") == 0
     return made
+
+
+def learnt_texts(tokenizer: Any, labels: list[int]) -> list[str]:
+    """The texts of the tokens that are learnt, one for each run of them."""
+    runs: list[list[int]] = [[]]
+    for label in labels:
+        if label == IGNORED:
+            runs.append([])
+        else:
+            runs[-1].append(label)
+    return [str(tokenizer.decode(run)) for run in runs if run]
 
 
 def messages(*turns: str) -> list[dict[str, str]]:
