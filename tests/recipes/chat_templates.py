@@ -8,6 +8,8 @@ import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from recipes.language.chat import IGNORED
+
 # Writes thoughts before the last answer, an empty block if there are none; its generation prompt has them only if
 # enable_thinking is false.
 QWEN3 = (
@@ -21,19 +23,6 @@ QWEN3 = (
     "{% else %}{{ m.content.split('</think>')[-1].lstrip('\n') }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
-)
-# As Qwen3.5's small models: asks with an empty block of thoughts unless enable_thinking is true.
-QWEN35_SMALL = QWEN3.replace(
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
-    "{{ '<think>\n' if enable_thinking else '<think>\n\n</think>\n\n' }}",
-)
-# Keeps thoughts before every answer, and writes an empty block where an earlier one has none.
-GLM = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% set parts = m.content.split('</think>') %}"
-    "{% if m.role == 'assistant' %}{{ '<think>' + parts[0].split('<think>')[-1] * (parts | length > 1) + '</think>' }}"
-    "{% endif %}{{ parts[-1] + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if not enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}"
 )
 # Asks with an opened block of thoughts, which it closes before a last answer without any.
 QWEN35 = (
@@ -111,14 +100,7 @@ _SPECIAL = (
     *("<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>", "<bos>", "<eos>", "<start_of_turn>"),
     *("<end_of_turn>", "[INST]", "[/INST]", "<image>", "<|message|>", "<|channel|>", "<|return|>", "<turn|>"),
 )
-_ENDS = {
-    QWEN3: "<|im_end|>",
-    QWEN35: "<|im_end|>",
-    QWEN35_SMALL: "<|im_end|>",
-    GLM: "<|im_end|>",
-    LLAMA3: "<|eot|>",
-    GPT_OSS: "<|return|>",
-}
+_ENDS = {QWEN3: "<|im_end|>", QWEN35: "<|im_end|>", LLAMA3: "<|eot|>", GPT_OSS: "<|return|>"}
 
 
 def shipped(name: str) -> str:
@@ -146,6 +128,17 @@ def tokenizer(template: str, pad_token: str | None = None, end: str = "<eos>") -
     )
     assert made.convert_tokens_to_ids("!") == 0
     return made
+
+
+def learnt_texts(tokenizer: Any, labels: list[int]) -> list[str]:
+    """The texts of the tokens that are learnt, one for each run of them."""
+    runs: list[list[int]] = [[]]
+    for label in labels:
+        if label == IGNORED:
+            runs.append([])
+        else:
+            runs[-1].append(label)
+    return [str(tokenizer.decode(run)) for run in runs if run]
 
 
 def messages(*turns: str) -> list[dict[str, str]]:

@@ -1,5 +1,6 @@
-"""A tiny random CLIP, generated images in folders, and arguments of short runs of the few-shot recipe."""
+"""A tiny random CLIP, generated images in folders and in CoOp's layout, and arguments of short few-shot runs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,58 @@ def options_of(model: str, images: str) -> list[str]:
 def data_of(images: Path, **options: Any) -> FewShotData:
     given = {"shots": 2, "batch_size": 4, "iterations_per_shot": 4, "eval_batch_size": 5} | options
     return FewShotData(str(images), **given)
+
+
+# -- small data sets in the layout of CoOp's DATASETS.md, with split files of its schema
+
+FILES = {
+    "caltech101": ("caltech-101/101_ObjectCategories", "caltech-101/split_zhou_Caltech101.json"),
+    "dtd": ("dtd/images", "dtd/split_zhou_DescribableTextures.json"),
+    "eurosat": ("eurosat/2750", "eurosat/split_zhou_EuroSAT.json"),
+    "flowers102": ("oxford_flowers/jpg", "oxford_flowers/split_zhou_OxfordFlowers.json"),
+    "food101": ("food-101/images", "food-101/split_zhou_Food101.json"),
+    "oxford_pets": ("oxford_pets/images", "oxford_pets/split_zhou_OxfordPets.json"),
+    "stanford_cars": ("stanford_cars", "stanford_cars/split_zhou_StanfordCars.json"),
+    "sun397": ("sun397/SUN397", "sun397/split_zhou_SUN397.json"),
+    "ucf101": ("ucf101/UCF-101-midframes", "ucf101/split_zhou_UCF101.json"),
+}
+"""Folder of the images and split file of each set, as the guide shows them."""
+NAMES = {
+    "eurosat": ["Annual Crop Land", "Forest", "Sea or Lake"],
+    "dtd": ["banded", "polka-dotted", "zigzagged"],
+    "oxford_pets": ["abyssinian", "great_pyrenees", "wheaten_terrier"],
+    "stanford_cars": ["2012 AM General Hummer SUV", "2012 McLaren MP4-12C Coupe", "2012 smart fortwo Convertible"],
+}
+"""Class names as they stand in these sets' split files."""
+
+
+def write_set(root: Path, dataset: str, train: int = 4, val: int = 4, test: int = 3, images: str | None = None) -> Path:
+    """A set of three classes, whose colours differ.
+
+    Args:
+        root: $DATA.
+        dataset: a key of FILES.
+        train: images of each class.
+        val: images of each class.
+        test: images of each class.
+        images: another folder for them than CoOp's.
+
+    Returns:
+        The split file.
+    """
+    folder, file = FILES[dataset]
+    names = NAMES.get(dataset, ["first_class", "second_class", "third_class"])
+    split: dict[str, list[tuple[str, int, str]]] = {"train": [], "val": [], "test": []}
+    for label, (name, colour) in enumerate(zip(names, COLOURS.values(), strict=True)):
+        counts = {"train": train, "val": val, "test": test}
+        number = 0
+        for part, count in counts.items():
+            for _ in range(count):
+                path = f"class_{label}/{dataset}_{label}_{number}.jpg"
+                picture(root / (images or folder) / path, colour, 1000 * label + number)
+                split[part].append((path, label, name))
+                number += 1
+    target = root / file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(split))
+    return target

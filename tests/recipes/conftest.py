@@ -19,6 +19,7 @@ from clip_contrastive_runs import save_model as save_clip  # noqa: E402
 from clip_fewshot_runs import filled  # noqa: E402
 from clip_fewshot_runs import tiny_clip as save_tiny_clip  # noqa: E402
 from hub_sets import save_glue, save_roberta  # noqa: E402
+from nlg_sets import save_gpt2  # noqa: E402
 from one_command import one_command  # noqa: E402
 from report_models import WORDS, save_adapter, save_base, write_rows  # noqa: E402
 from vqa_models import KINDS, draw, save_model  # noqa: E402
@@ -89,6 +90,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
 def roberta(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a random RoBERTa of two layers."""
     return save_roberta(tmp_path_factory.mktemp("roberta"))
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random GPT-2 of two layers."""
+    return save_gpt2(tmp_path_factory.mktemp("gpt2"))
 
 
 @pytest.fixture(scope="session")

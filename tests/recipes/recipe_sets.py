@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from clip_contrastive_runs import CLIP, SIGLIP, save_model, save_pictures
-from clip_fewshot_runs import filled, options_of, tiny_clip
-from coop_sets import write_set
+from clip_fewshot_runs import filled, options_of, tiny_clip, write_set
 from hub_sets import save_glue, save_roberta
 from nlg_sets import save_e2e, save_gpt2
 from vqa_models import COLOURS, draw
@@ -25,15 +24,8 @@ from recipes.vqa.module import VQA
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 ACCUMULATED = ("--trainer.accumulate_grad_batches=2",)
 PROMPTS = ["Add 1", "Add 2", "Add 3", "Why?", "How many are there?"]
-NAMES = (
-    "classification",
-    "classification by prompts",
-    "clip_contrastive",
-    "clip_fewshot",
-    "instruction_tuning",
-    "nlg",
-    "vqa",
-)
+NAMES: tuple[str, ...] = ("classification", "classification by prompts", "clip_contrastive", "clip_fewshot")
+NAMES += ("instruction_tuning", "nlg", "vqa")
 MODES = {"siglip": "efmlora", "all weights": "full"}
 """Of contrastive training, and the method of each: a learnt scale and bias, and no adapter."""
 

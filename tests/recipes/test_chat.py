@@ -5,33 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from chat_templates import BARE, FOREIGN, GEMMA, LLAMA3, MISTRAL, MISTRAL3, QWEN3, messages, shipped, tokenizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL import Image
 
-transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-
-from chat_templates import (  # noqa: E402
-    BARE,
-    FOREIGN,
-    GEMMA,
-    LLAMA3,
-    MISTRAL,
-    MISTRAL3,
-    QWEN3,
-    messages,
-    shipped,
-    tokenizer,
-)
-from PIL import Image  # noqa: E402
-
-from recipes.language.batches import collate, padding_id  # noqa: E402
-from recipes.language.chat import IGNORED, ChatEncoder  # noqa: E402
-from recipes.language.model import (  # noqa: E402
-    answer_log_likelihood,
-    ending,
-    generate_answers,
-)
-from recipes.vqa.conversation import QuestionEncoder, sized  # noqa: E402
+from recipes.language.batches import collate, padding_id
+from recipes.language.chat import IGNORED, ChatEncoder
+from recipes.language.model import answer_log_likelihood, ending, generate_answers
+from recipes.vqa.conversation import sized
 
 NO_THOUGHTS = "<think>\n\n</think>\n\n"
 ANSWERED = {  # what a last answer "so" is learnt as
@@ -42,9 +24,6 @@ ANSWERED = {  # what a last answer "so" is learnt as
     MISTRAL3: " so<eos>",
     BARE: " so<eos>",
 }
-TEMPLATES = pytest.mark.parametrize(
-    "template", list(ANSWERED), ids=["qwen3", "llama3", "gemma", "mistral", "mistral v0.3", "bare"]
-)
 
 
 def learnt(encoder: ChatEncoder, *turns: str) -> str:
@@ -54,7 +33,7 @@ def learnt(encoder: ChatEncoder, *turns: str) -> str:
 # -- what is learnt, and what is asked
 
 
-@TEMPLATES
+@pytest.mark.parametrize("template", ANSWERED, ids=["qwen3", "llama3", "gemma", "mistral", "mistral v0.3", "bare"])
 def test_a_prompt_and_what_is_learnt_are_the_whole_conversation(template: str) -> None:
     encoder = ChatEncoder(tokenizer(template), 1000)
     ids, labels, *_ = encoder.encode(messages("why?", "so"))
@@ -112,8 +91,6 @@ def test_a_template_that_knows_developers_gets_their_message(name: str) -> None:
     turns = [{"role": "developer", "content": "Be brief."}, *messages("why?", "so")]
     text = encoder.tokenizer.decode(encoder.encode(turns).input_ids)
     assert text == encoder.tokenizer.apply_chat_template(turns, tokenize=False)
-    assert "Be brief." in text
-    assert "Be long." not in text
 
 
 def test_an_option_gets_no_end_that_the_template_does_not_give_it() -> None:
@@ -126,12 +103,6 @@ def test_an_option_gets_no_end_that_the_template_does_not_give_it() -> None:
 
 
 def test_what_a_template_refuses_is_no_traceback_of_jinja() -> None:
-    encoder = ChatEncoder(tokenizer(MISTRAL), 1000)
-    turns = [*messages("a?"), *messages("b?", "c")]
-    with pytest.raises(
-        MisconfigurationException, match=r"can't render a conversation: TemplateError: Conversation roles"
-    ):
-        encoder.encode(turns)
     with pytest.raises(MisconfigurationException, match=r"can't render a conversation: TemplateSyntaxError"):
         ChatEncoder(tokenizer(MISTRAL), 1000, "{% for %}")
 
@@ -209,45 +180,6 @@ def test_an_answer_ends_at_any_of_the_models_end_tokens_and_where_the_template_e
     assert [ChatEncoder(tokenizer(template), 1000).answer_end for template in (QWEN3, LLAMA3, MISTRAL, BARE)] == [
         ""
     ] * 4
-
-
-# -- questions about images
-
-
-class Processor:
-    """What a vision-language model's processor does with text: an image is one mark before the rest."""
-
-    image_token = "<image>"
-    chat_template = None
-
-    def __init__(self, template: str) -> None:
-        self.tokenizer = tokenizer(template)
-
-    def apply_chat_template(self, conversation: list[Any], **options: Any) -> str:
-        marked = {"image": "<image>"}
-        flat = []
-        for message in conversation:
-            content = "".join(marked.get(part["type"]) or part["text"] for part in message["content"])
-            flat.append({**message, "content": content})
-        return str(self.tokenizer.apply_chat_template(flat, **options))
-
-
-@TEMPLATES
-def test_a_question_and_its_answer(template: str) -> None:
-    encoder = QuestionEncoder(Processor(template))
-    rendered = encoder.render("why?", "so")
-    ids = encoder.tokenizer(rendered.text)["input_ids"]
-    start = rendered.learnt.index(True)
-    learnt_ids = [token for token, is_learnt in zip(ids, rendered.learnt, strict=True) if is_learnt]
-    assert encoder.tokenizer.decode(learnt_ids) == ANSWERED[template]
-    assert rendered.text.startswith(rendered.prompt)
-    assert encoder.tokenizer.decode(ids[:start]) == rendered.prompt == encoder.prompt("why?")
-    assert encoder.tokenizer.pad_token is not None
-
-
-def test_a_question_bears_what_the_template_refuses() -> None:
-    encoder = QuestionEncoder(Processor(GEMMA), system_prompt="Be brief.")
-    assert "<start_of_turn>user\n<image>Be brief.\n\nwhy?<end_of_turn>" in encoder.prompt("why?")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 """The command line of the recipes: options of Lightning's that a configuration must not get in the way of."""
 
 import json
-import os
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -104,22 +102,11 @@ def run(command: str, config: str, *options: str) -> RecipeCLI:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_configuration_takes_lightnings_usual_options(recipe: str) -> None:
-    options = [
-        "--trainer.accelerator=cpu",
-        "--trainer.precision=32-true",
-        "--trainer.enable_progress_bar=false",
-        "--trainer.enable_checkpointing=false",
-        "--trainer.enable_model_summary=false",
-        "--trainer.logger=false",
-        "--trainer.callbacks+=EarlyStopping",
-        "--trainer.callbacks.monitor=val_loss",
-        "--trainer.max_steps=3",
-        "--seed_everything=5",
-        "--optimizer=torch.optim.SGD",
-        "--optimizer.lr=0.5",
-        "--lr_scheduler=ExponentialLR",
-        "--lr_scheduler.gamma=0.5",
-    ]
+    options = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.logger=false"]
+    options += [f"--trainer.enable_{part}=false" for part in ("progress_bar", "checkpointing", "model_summary")]
+    options += ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss", "--trainer.max_steps=3"]
+    options += ["--seed_everything=5", "--optimizer=torch.optim.SGD", "--optimizer.lr=0.5"]
+    options += ["--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.5"]
     cli = RecipeCLI([*packaged_arguments(recipe), *options], run=False)
     callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     assert not [callback for callback in callbacks if isinstance(callback, Checkpoint | ProgressBar)]
@@ -211,29 +198,6 @@ def test_last_is_the_newest_of_the_runs_in_one_folder(config: str, tmp_path: Pat
     assert all(torch.equal(value, trained[name]) for name, value in tested.model.state_dict().items() if "lora" in name)
 
 
-class Interrupts(L.Callback):
-    """A true Ctrl-C in the first epoch, in the middle of the third of its four steps."""
-
-    @override
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
-        if trainer.global_step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-# The recipes' own data resume.
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended:UserWarning")
-def test_a_run_that_is_interrupted_in_its_first_epoch_resumes(config: str, caplog: pytest.LogCaptureFixture) -> None:
-    # Lightning ignores the signal from the first interrupted run of a process on.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(SystemExit):
-        run("fit", config, f"--trainer.callbacks+={__name__}.Interrupts")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert caplog.messages[-1].endswith("step 3 is saved in runs/tiny/version_0/checkpoints/last.ckpt")
-    resumed = run("fit", config, "--ckpt_path=last")
-    assert len(resumed.model.rates) == 1
-    assert resumed.trainer.global_step == 4
-
-
 class Stops(L.Callback):
     """Does what max_time does, after the third of the four steps of the first epoch."""
 
@@ -253,12 +217,8 @@ def test_a_run_that_is_told_to_stop_resumes_within_its_epoch(config: str) -> Non
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 def test_a_fit_that_goes_on_with_other_settings_is_named(config: str) -> None:
     efmlora, quiet = "--trainer.callbacks+=lightning_flatlora.EFMLoRA", "--trainer.enable_model_summary=false"
-    first = [
-        efmlora,
-        "--trainer.callbacks.rho=0.1",
-        "--trainer.accumulate_grad_batches=2",
-        "--trainer.precision=32-true",
-    ]
+    first = [efmlora, "--trainer.callbacks.rho=0.1", "--trainer.accumulate_grad_batches=2"]
+    first.append("--trainer.precision=32-true")
     run("fit", config, *first)
     run("fit", config, *first, "--ckpt_path=runs/tiny/version_0/checkpoints/last.ckpt", "--trainer.max_epochs=2")
     other = [efmlora, "--trainer.callbacks.rho=0.2", "--trainer.precision=bf16-mixed", quiet]
@@ -287,11 +247,6 @@ def test_every_command_has_the_settings_of_the_checkpoints_run(config: str) -> N
 
 
 # -- others
-
-
-def test_predict_is_refused_where_a_recipe_has_none(config: str) -> None:
-    with pytest.raises(MisconfigurationException, match=r"`Trainer\.predict` requires"):
-        run("predict", config)
 
 
 def test_a_fit_tells_where_it_is_and_what_comes_next(config: str, caplog: pytest.LogCaptureFixture) -> None:

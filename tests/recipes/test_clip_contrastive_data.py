@@ -43,7 +43,7 @@ def described(dataset: str, **columns: str) -> dict[str, tuple[str, ...]]:
 def write_table(tmp_path: Path) -> Callable[..., str]:
     def write(rows: list[tuple[str, ...]], name: str = "table.csv", header: tuple[str, ...] = COLUMNS) -> str:
         with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, delimiter="\t" if name.endswith("tsv") else ",").writerows([header, *rows])
+            csv.writer(file).writerows([header, *rows])
         return str(tmp_path / name)
 
     return write
@@ -73,12 +73,13 @@ def test_all_sources_give_the_same_pictures(pictures: str, write_table: Callable
     assert expected["red-circle"] == ("a red circle", "the circle is red")
     rows = table_rows(pictures, expected)
     assert described(write_table(rows)) == expected
-    tabs = write_table([("x", *row) for row in rows], "tabs.tsv", ("other", "filepath", "title"))
-    assert described(tabs, image_column="filepath", caption_column="title") == expected
+    other = write_table([("x", *row) for row in rows], "other.csv", ("image", "photo", "said"))
+    assert described(other, image_column="photo", caption_column="said") == expected
     names = sorted(expected)
     for number, share in enumerate((names[:20], names[20:])):
         files = [Path(pictures) / f"{name}.{suffix}" for name in share for suffix in ("png", "txt")]
-        write_shard(tmp_path / f"shard-{number:03d}.tar", {file.name: file for file in files})
+        members = {file.name: file for file in files} | {"._a.png": files[0]}  # as macOS leaves in archives
+        write_shard(tmp_path / f"shard-{number:03d}.tar", members)
     shards = sources.load_pictures(str(tmp_path / "shard-*.tar"))
     assert [picture.captions for picture in shards] == [expected[name] for name in names]
     assert shards[21].file.read() == (Path(pictures) / f"{names[21]}.png").read_bytes()
@@ -87,19 +88,15 @@ def test_all_sources_give_the_same_pictures(pictures: str, write_table: Callable
 def test_what_datasets_reads_gives_the_same_pictures(pictures: str, tmp_path: Path) -> None:
     expected = described(pictures)
     paths = {name: str(Path(pictures) / f"{name}.png") for name in expected}
-    rows = [{"image_path": path, "text": expected[name][0]} for name, path in paths.items()]
+    rows = [{"filepath": path, "title": expected[name][0]} for name, path in paths.items()]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     first = {name: texts[:1] for name, texts in expected.items()}
     assert described(str(tmp_path / "rows.jsonl")) == first
-    # As open_clip's own program reads it: tabs, whatever the ending.
-    lines = ["filepath\ttitle", *(f"{row['image_path']}\t{row['text']}" for row in rows)]
-    (tmp_path / "open_clip.csv").write_text("\n".join(lines))
-    assert described(str(tmp_path / "open_clip.csv")) == first
     folder = tmp_path / "folder"
     (folder / "train").mkdir(parents=True)
     for path in paths.values():
         shutil.copy(path, folder / "train")
-    named = [{"file_name": Path(row["image_path"]).name, "text": row["text"]} for row in rows]
+    named = [{"file_name": Path(row["filepath"]).name, "text": row["title"]} for row in rows]
     (folder / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, named)))
     assert described(str(folder)) == first
 
@@ -164,12 +161,7 @@ def test_an_emoji_stays_in_one_part_in_all_styles(
     ("rows", "header", "message"),
     [
         ([("a.png", "b")], ("file", "caption"), r"columns \['file', 'caption'\], but not image_column, one of image"),
-        ([("a.png;b",)], ("image;caption",), r"has the columns \['image;caption'\], but not image_column"),
-        ([("", "x")], COLUMNS, "row 1 has no image"),
-        ([("a.png",)], COLUMNS, "a.png has no caption"),
         ([("nowhere.png", "x")], COLUMNS, "there is no .*nowhere.png"),
-        ([("a.png", "b"), ("a.png", "a cat", " with a hat")], COLUMNS, "Expected 2 fields in line 3, saw 3"),
-        ([], COLUMNS, "corresponds to no data"),
     ],
 )
 def test_faults_of_a_table_are_named(rows: Any, header: Any, message: str, write_table: Callable[..., str]) -> None:
@@ -180,13 +172,13 @@ def test_faults_of_a_table_are_named(rows: Any, header: Any, message: str, write
 def test_faults_of_a_folder_are_named(pictures: str, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(MisconfigurationException, match=r"folder doesn't contain any data files"):
-        sources.load_pictures(str(folder))
     shutil.copy(Path(pictures) / "red-circle.png", folder / "one.png")
     with pytest.raises(MisconfigurationException, match=r"needs a .txt next to each, or a metadata"):
         sources.load_pictures(str(folder))
     (folder / "two.txt").write_text("a circle")
-    shutil.copy(Path(pictures) / "red-circle.png", folder / "two.png")
+    for name in ("two.png", "._two.png", ".ipynb_checkpoints/two.png", "__MACOSX/two.png"):  # of which one is a picture
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(Path(pictures) / "red-circle.png", folder / name)
     for text in (None, " \n"):
         if text is not None:
             (folder / "one.txt").write_text(text)
@@ -197,18 +189,6 @@ def test_faults_of_a_folder_are_named(pictures: str, tmp_path: Path) -> None:
         sources.load_pictures(str(folder))
 
 
-def test_what_systems_leave_in_folders_is_no_picture(pictures: str, tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    for name in ("a.png", ".ipynb_checkpoints/a-checkpoint.png", "._a.png", "__MACOSX/a.png"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).symlink_to(Path(pictures) / "red-circle.png")
-    (folder / "a.txt").write_text("a circle")
-    write_shard(tmp_path / "shard.TAR", {name: folder / name for name in ("a.png", "a.txt", "._a.png")})
-    for dataset in (folder, tmp_path / "shard.TAR"):
-        (picture,) = sources.load_pictures(str(dataset))
-        assert picture.captions == ("a circle",)
-
-
 def test_an_image_that_is_written_in_two_ways_is_one_picture(pictures: str, tmp_path: Path) -> None:
     (tmp_path / "a.png").symlink_to(Path(pictures) / "red-circle.png")
     absolute = tmp_path / "some" / ".." / "a.png"
@@ -217,36 +197,13 @@ def test_an_image_that_is_written_in_two_ways_is_one_picture(pictures: str, tmp_
     assert picture == Picture(tmp_path / "a.png", ("one", "two", "three"), "a.png")
 
 
-def test_faults_of_shards_are_named(pictures: str, tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"no-\*.tar'.* can't be read: .*there is no such file"):
-        sources.load_pictures("no-*.tar")
-    image = Path(pictures) / "red-circle.png"
-    pairs = {"a.png": image, "a.txt": b"one\ntwo", "b.png": image, "b.txt": b"a circle"}
-    write_shard(tmp_path / "whole.tar", pairs | {"c.png": image, "d.txt": b"x"})
-    with pytest.raises(MisconfigurationException, match=r"the files in the archive don't share .* the same types"):
-        sources.load_pictures("whole.tar")
-    write_shard(tmp_path / "images.tar", {"a.png": image})
-    with pytest.raises(MisconfigurationException, match=r"but not caption_column, one of .*txt"):
-        sources.load_pictures("images.tar")
-    write_shard(tmp_path / "empty.tar", pairs | {"a.txt": b" "})
-    with pytest.warns(UserWarning, match=r"1 of 2 rows can't be used: empty.tar, row 0 has no caption"):
-        assert len(sources.load_pictures("empty.tar")) == 1
-    (tmp_path / "cut.tar").write_bytes((tmp_path / "empty.tar").read_bytes()[: 512 + 10])
-    with pytest.raises(MisconfigurationException, match=r"unexpected end of data"):
-        sources.load_pictures("cut.tar")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"dataset": None}, "no data: give a file"),
-        ({"dataset": "missing.csv"}, "missing.csv.*no such file"),
-        ({"dataset": "./missing"}, "'./missing' is not a folder, and not a file that ends in"),
-        ({"dataset": "missing.parquet"}, "missing.parquet': there is no such file"),
+        ({"dataset": "no-*.tar"}, r"no-\*.tar'.* can't be read: .*there is no such file"),
         ({"dataset": "packaged:chess"}, "unknown packaged task 'chess', give one of packaged:emoji"),
         ({"test_dataset": "a.csv", "test_split": "test"}, "test_dataset and test_split both say what test reads"),
-        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
-        ({"validation_share": 0.5, "test_share": 0.5}, "leave something to train on, got 0.5 and 0.5"),
         (
             {"dataset": "data.csv", "test_dataset": "./data.csv"},
             "'./data.csv' is read from where the training data are: give another test_dataset",

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clip_fewshot_runs import picture
-from coop_sets import FILES, NAMES, write_set
+from clip_fewshot_runs import FILES, NAMES, picture, write_set
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip_fewshot import sources
@@ -89,23 +88,10 @@ def refused(root: Path, dataset: str, message: str, **options: Any) -> None:
         data_of(root, dataset, **options).setup("fit")
 
 
-def test_a_missing_split_file_is_named(tmp_path: Path) -> None:
-    file = write_set(tmp_path, "dtd")
-    file.rename(file.with_name("split_zhou_EuroSAT.json"))
-    refused(
-        tmp_path, "dtd", "files in .*dtd are not as .*DATASETS.md lays them out.*split_zhou_DescribableTextures.json"
-    )
-
-
 def test_images_that_are_missing_or_broken_or_too_few_stop_a_run_before_training(tmp_path: Path) -> None:
     write_set(tmp_path, "eurosat")
     images = tmp_path / FILES["eurosat"][0]
-    refused(
-        tmp_path,
-        "eurosat",
-        "class 'Annual Crop Land' has 4 images in train .the parts that the data come in., too few",
-        shots=5,
-    )
+    refused(tmp_path, "eurosat", "'Annual Crop Land' has 4 images in train .the parts that the data come", shots=5)
     broken = images / "class_1" / "eurosat_1_8.jpg"  # of the test part
     whole = broken.read_bytes()
     broken.write_bytes(whole[:300])
@@ -118,13 +104,8 @@ def test_images_that_are_missing_or_broken_or_too_few_stop_a_run_before_training
     ("change", "message"),
     [
         (lambda split: split.pop("val"), "KeyError: 'val'"),
-        (
-            lambda split: split["train"].clear(),
-            "there are no images in train .* of the classes Annual Crop Land, Forest, Sea or Lake",
-        ),
-        (lambda split: split["train"].append(["a.jpg", 0]), "not enough values"),
+        (lambda split: split["train"].clear(), "no images in train .* of the classes Annual Crop Land, Forest, Sea"),
         (lambda split: split["test"].append(["a.jpg", 0, "other"]), "label 0 is both 'Annual Crop Land' and 'other'"),
-        (lambda split: split["test"].append(["a.jpg", 7, "other"]), "KeyError: 3"),
     ],
 )
 def test_files_of_another_schema_are_refused(
@@ -135,3 +116,5 @@ def test_files_of_another_schema_are_refused(
     change(split)
     file.write_text(json.dumps(split))
     refused(tmp_path, "eurosat", message)
+    file.unlink()
+    refused(tmp_path, "eurosat", "files in .*eurosat are not as .*DATASETS.md lays them out.*split_zhou_EuroSAT.json")

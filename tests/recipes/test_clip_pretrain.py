@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip.model import load_clip, text_features
 from recipes.clip_contrastive.module import ContrastiveModel
-from recipes.command_line.configs import RECIPES
 from recipes.offline import emoji
 from recipes.pretrain.clip import main
 
@@ -64,13 +63,6 @@ def test_variants_of_an_emoji_are_one() -> None:
     assert len({emoji.variants(code) for code in runners}) == 1
     assert emoji.variants("1f469-200d-1f680") == emoji.variants("1f468-1f3ff-200d-1f680")  # astronauts
     assert emoji.variants("1f469-200d-1f680") != emoji.variants("1f469-200d-1f692")  # and a firefighter
-
-
-def test_no_configuration_lists_a_progress_bar() -> None:
-    """The command line chooses one, whose lines a log shows, too, unless there is a bar already."""
-    files = list(RECIPES.rglob("*.yaml"))
-    assert files
-    assert not [path for path in files if "ProgressBar" in path.read_text(encoding="utf-8")]
 
 
 def test_a_stopped_training_goes_on(data: emoji.Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,7 @@ def test_the_same_command_goes_on(
         fit(*options)
     assert end.value.code == 128 + number
     assert caplog.messages[-1].startswith("Requeue: step")
+    assert caplog.messages[-1].endswith("/checkpoints/last.ckpt")
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.setattr(Send, "moment", ("", 0, 0))
     resumed = fit(*options)

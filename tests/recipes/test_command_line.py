@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from one_command import ParsingCLI, one_command
+from one_command import ParsingCLI
 from recipe_runs import config_arguments
 
 from recipes.command_line.arguments import names_method
@@ -21,14 +21,12 @@ def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def parsed(*arguments: str, recipe: str = "classification") -> Any:
-    with one_command():
-        return ParsingCLI(list(arguments), recipe=recipe).config[arguments[0]]
+    return ParsingCLI(list(arguments), recipe=recipe).config[arguments[0]]
 
 
 def saved(path: Path, *arguments: str) -> str:
     """A run's configuration, as it is written."""
-    with one_command():
-        cli = ParsingCLI(list(arguments), recipe="classification")
+    cli = ParsingCLI(list(arguments), recipe="classification")
     path.write_text(cli._parser("fit").dump(cli.config["fit"], skip_none=False))
     return str(path)
 
@@ -62,6 +60,9 @@ def test_a_method_is_named_by_its_option_its_file_or_a_callback(tmp_path: Path) 
     assert not names_method("vqa", [f"--config={mine}", "--data.dataset=my.jsonl"])
 
 
+ADDED = ["--trainer.callbacks+=lightning_flatlora.FMLoRA", "--trainer.callbacks.rho=0.6"]
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> str:
     """``--ckpt_path`` with the file of a run of EFMLoRA on other data than the base's."""
@@ -84,11 +85,7 @@ def checkpoint(tmp_path: Path) -> str:
         (["fit", "--method=efmlora", "--ckpt_path=last"], "my.jsonl", ("EFMLoRA", 0.3)),
         (["test", "--data.dataset=other.jsonl"], "other.jsonl", ("EFMLoRA", 0.3)),
         (["fit", "--method=fmlora", "--rho=0.5"], "my.jsonl", ("FMLoRA", 0.5)),
-        (
-            ["fit", "--trainer.callbacks+=lightning_flatlora.FMLoRA", "--trainer.callbacks.rho=0.6"],
-            "my.jsonl",
-            ("FMLoRA", 0.6),
-        ),
+        (["fit", *ADDED], "my.jsonl", ("FMLoRA", 0.6)),
     ],
 )
 def test_a_checkpoint_brings_its_runs_settings(

@@ -124,9 +124,3 @@ def test_the_commands_in_a_file_load_it(path: Path, parse: Parse) -> None:
         complete = taken_apart(recipe, arguments).arguments({})
         assert path in [Path(each.removeprefix("--config=")).resolve() for each in complete]
         parse([each for each in complete if not each.startswith("--method")])
-
-
-def test_the_pages_name_files_that_exist() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
-        for name in re.findall(r"recipes/[\w/]+\.yaml", page.read_text(encoding="utf-8")):
-            assert (ROOT / name).is_file(), f"{page}: {name}"

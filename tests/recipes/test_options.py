@@ -27,22 +27,8 @@ class Options:
 
 
 def test_lists_switches_and_what_is_handed_on() -> None:
-    given = [
-        "table1",
-        "--search",
-        "lr",
-        "1e-4",
-        "--seeds",
-        "13",
-        "21",
-        "--model.lr",
-        "2",
-        "--plan",
-        "--search",
-        "r/a",
-        "2/4",
-    ]
-    options, others = parse_known_options(Options, [*given, "--rho", "0.50", "--data.x=[1,2]"], "program", None)
+    given = "table1 --search lr 1e-4 --seeds 13 21 --model.lr 2 --plan --search r/a 2/4 --rho 0.50 --data.x=[1,2]"
+    options, others = parse_known_options(Options, given.split(), "program", None)
     assert options == Options("table1", [["lr", "1e-4"], ["r/a", "2/4"]], ["0.50"], [13, 21], True)
     assert others == ["--model.lr", "2", "--data.x=[1,2]"]
 

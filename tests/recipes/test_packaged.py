@@ -69,17 +69,10 @@ def test_a_tarball_fetched_by_hand_is_taken(cache: Path) -> None:
     assert (npm_folder("pictures") / "list.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("files", "said"),
-    [
-        ({"package/images/../../../../out.png": b""}, "can't be extracted"),
-        (None, "can't be extracted"),
-    ],
-    ids=["outside", "no archive"],
-)
-def test_a_wrong_tarball_is_refused(cache: Path, files: dict[str, bytes] | None, said: str) -> None:
-    (cache / "some-pictures-1.2.0.tgz").write_bytes(tarball(files) if files else b"?")
-    with pytest.raises(MisconfigurationException, match=said):
+@pytest.mark.parametrize("content", [tarball({"package/images/../../../../out.png": b""}), b"?"])
+def test_a_wrong_tarball_is_refused(cache: Path, content: bytes) -> None:
+    (cache / "some-pictures-1.2.0.tgz").write_bytes(content)
+    with pytest.raises(MisconfigurationException, match="can't be extracted"):
         npm_folder("pictures")
     assert not list(cache.parent.rglob("out.png"))
     assert not (cache / "pictures-1.2").exists()

@@ -20,7 +20,7 @@ from recipes.language.batches import LengthBatchSampler
 from recipes.training.sharding import BlocksAndFactors, check_strategy
 
 pytestmark = [
-    pytest.mark.timeout(1200),  # the first test waits for all runs
+    pytest.mark.timeout(1200)  # the first test waits for all runs
 ]
 
 NO_DROPOUT = "--model.init_args.lora.lora_dropout=0"  # each rank draws its own
@@ -268,10 +268,8 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
 def test_an_evaluation_sees_each_example_once_on_any_number_of_ranks() -> None:
     one = list(chain.from_iterable(LengthBatchSampler(range(1, 42), 4, shuffle=False)))
     for ranks in (2, 3, 7, 16):
-        shares = [
-            list(LengthBatchSampler(range(1, 42), 4, num_replicas=ranks, rank=rank, shuffle=False))
-            for rank in range(ranks)
-        ]
+        samplers = [LengthBatchSampler(range(1, 42), 4, 0, ranks, rank, shuffle=False) for rank in range(ranks)]
+        shares = [list(sampler) for sampler in samplers]
         assert len({len(share) for share in shares}) == 1
         batches = chain.from_iterable(zip(*shares, strict=True))
         assert list(chain.from_iterable(batches)) == one

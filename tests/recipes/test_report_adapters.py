@@ -1,4 +1,4 @@
-"""A base and its adapter are loaded whole, or the error says what does not fit."""
+"""A base and its adapter are loaded whole, or one line says what does not fit; so are mistakes of a command line."""
 
 import json
 import shutil
@@ -12,15 +12,10 @@ from report_models import make_tokenizer, save_adapter, save_base, transformers,
 
 from recipes.report.adapters import Adapted, load_adapter
 from recipes.report.options import AdapterFolder, Options
+from recipes.report.run import main
 
-SIZES = {
-    "vocab_size": 20,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-}
+SIZES = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 16}
+SIZES |= {"num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture
@@ -73,10 +68,7 @@ def test_the_number_of_classes_is_the_heads(base: Path, tmp_path: Path, data: Pa
     ("config", "says"),
     [
         ({"task_type": "SEQ_CLS"}, "neither base nor adapter holds score.weight, which SEQ_CLS needs"),
-        (
-            {"task_type": None},
-            "must say peft_type LORA, task_type CAUSAL_LM or SEQ_CLS, .* got LORA, None and ",
-        ),
+        ({"task_type": None}, "must say peft_type LORA, task_type CAUSAL_LM or SEQ_CLS, .* got LORA, None and "),
     ],
 )
 def test_tasks_that_can_not_be_measured(
@@ -129,3 +121,44 @@ def test_a_damaged_adapter(content: bytes | None, adapters: tuple[Path, Path], t
         weights.write_bytes(content)
     with pytest.raises(MisconfigurationException, match="base can't be measured: "):
         loaded(damaged, data)
+
+
+# -- the command line
+
+
+def folder_with(folder: Path, config: object) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_labels_are_given_or_the_folders_names(tmp_path: Path) -> None:
+    with_equals = folder_with(tmp_path / "epoch=2-step=414", {})
+    assert AdapterFolder.parse(str(with_equals)).label == "epoch=2-step=414"
+    assert AdapterFolder.parse(f"mine={with_equals}") == AdapterFolder("mine", with_equals)
+    assert AdapterFolder.parse(f"{tmp_path}/no=such").path == tmp_path / "no=such"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--rho", "0.1", "0"], r"--rho and --sigma must be finite and > 0.* rho=\[0.1, 0.0\]"),
+        (["--points", "4"], "--points 3 or more and odd: got .* points=4"),
+        (["--samples", "1"], "--samples and --max_length 2 or more.* samples=1"),
+        (["--batch_size", "0"], "--batch_size 1 or more.* batch_size=0"),
+        (["--adapter", "adapter", "x/adapter"], "labels must differ"),
+        (["--adapter", "ia3"], "ia3 can't be measured: its adapter_config.json must say .* got IA3, None and None"),
+        (["--adapter", "mine"], "mine can't be measured: .* got None, None and None"),
+        (["--output", "adapter"], "--output adapter holds adapter_config.json: give another folder"),
+    ],
+)
+def test_mistakes_are_named_before_a_model_is_loaded(
+    given: list[str], says: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder_with(Path("adapter"), {"peft_type": "LORA", "task_type": "CAUSAL_LM"})
+    folder_with(Path("ia3"), {"peft_type": "IA3"})
+    Path("mine").mkdir()
+    with pytest.raises(MisconfigurationException, match=says):
+        main(["--adapter", str(tmp_path / "adapter"), "--data", str(data), *given])
+    assert not list(Path().glob("**/report.md"))

@@ -61,11 +61,7 @@ def test_a_packaged_data_set_has_its_own_splits_alone() -> None:
         ("a.xlsx", "?", r"a.xlsx' is not a folder, and not a file that ends in .json, .jsonl, .parquet, .csv, .tsv"),
         ("empty.csv", "", r"empty.csv': there is no such file, or it is empty"),
         ("other.csv", None, r"other.csv': there is no such file, or it is empty"),
-        (
-            "wide.csv",
-            "text,label\na film, a good one,1\nb,0\n",
-            r"more values than .* put texts with commas in",
-        ),
+        ("wide.csv", "text,label\na film, a good one,1\nb,0\n", r"more values than .* put texts with commas in"),
         ("late.csv", "n\n" + "1\n" * 10_000 + "one\n", r"can't be read: .*Failed to parse string: 'one'"),
     ],
 )
@@ -146,19 +142,14 @@ def test_the_files_that_are_read_of_a_folder_are_named(
     assert any(message.endswith(said) for message in caplog.messages)
 
 
-@pytest.mark.parametrize("name", ["mine", "mine/train.csv"])
-def test_texts_with_commas_outside_of_quotes_are_refused(tmp_path: Path, name: str) -> None:
+def test_texts_with_commas_outside_of_quotes_are_refused(tmp_path: Path) -> None:
     """pandas would take a row's first value for its name, and the second one for the text."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "train.csv").write_text("text,label\n" + "good, and long,0\nbad, and short,1\n" * 3)
-    with pytest.raises(MisconfigurationException, match="put texts with commas into quotes"):
-        data.read_table(str(tmp_path / name), "train")
-
-
-def test_a_split_that_a_folder_lacks_is_named(tmp_path: Path) -> None:
-    save_table(tmp_path / "mine" / "part2_test.jsonl")
-    with pytest.raises(MisconfigurationException, match=r"can't be read: .*Unknown split"):
-        data.read_table(str(tmp_path / "mine"), "train")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "train.csv").write_text("text,label\n" + "good, and long,0\nbad, and short,1\n" * 3)
+    for source in (folder, folder / "train.csv"):
+        with pytest.raises(MisconfigurationException, match="put texts with commas into quotes"):
+            data.read_table(str(source), "train")
 
 
 def save_table(file: Path) -> None:

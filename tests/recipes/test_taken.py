@@ -2,29 +2,19 @@
 
 import inspect
 from pathlib import Path
+from pydoc import locate
 from typing import Any, get_args
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from one_command import ParsingCLI, one_command
+from one_command import ParsingCLI
 
-from recipes.classification.data import TextData
 from recipes.classification.module import TextClassification
 from recipes.clip.export import trained
-from recipes.clip_contrastive.data import ContrastiveData
-from recipes.clip_contrastive.module import ContrastiveModel
-from recipes.clip_fewshot.data import FewShotData
-from recipes.clip_fewshot.module import FewShot
-from recipes.command_line.configs import written_settings
+from recipes.command_line.configs import RECIPES, written_settings
 from recipes.command_line.taken import _PLAIN, taken
-from recipes.instruction_tuning.data import InstructionData
-from recipes.instruction_tuning.module import InstructionTuning
-from recipes.nlg.data import MeaningData
-from recipes.nlg.module import TextGeneration
-from recipes.vqa.data import VQAData
-from recipes.vqa.module import VQA
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
@@ -103,9 +93,16 @@ def test_a_foreign_run_chooses_no_code_and_no_folder(name: str, value: Any, said
     assert (found.get("data", {}).get("init_args", {}).get("dataset") == "my.jsonl") == ("data (" not in str(others))
 
 
+@pytest.fixture(autouse=True)
+def _payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that leaves a file if it is imported, and command lines that are parsed only."""
+    monkeypatch.setattr(ParsingCLI, "_run_subcommand", lambda self, name: None)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "payload.py").write_text(PAYLOAD)
+
+
 def parsed(*arguments: str) -> Any:
-    with one_command():
-        return ParsingCLI(list(arguments), recipe="classification").config[arguments[0]]
+    return ParsingCLI(list(arguments), recipe="classification").config[arguments[0]]
 
 
 @pytest.mark.parametrize(
@@ -118,12 +115,7 @@ def parsed(*arguments: str) -> Any:
         ("optimizer", EVIL),
     ],
 )
-def test_the_parser_imports_nothing_that_a_foreign_run_names(
-    name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(ParsingCLI, "_run_subcommand", lambda self, name: None)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "payload.py").write_text(PAYLOAD)
+def test_the_parser_imports_nothing_that_a_foreign_run_names(name: str, value: Any, tmp_path: Path) -> None:
     checkpoint = folder_of(tmp_path, {name: value})
     settings = parsed("fit", f"--ckpt_path={checkpoint}")
     assert not (tmp_path / "PWNED").exists()
@@ -131,13 +123,8 @@ def test_the_parser_imports_nothing_that_a_foreign_run_names(
     assert settings.data.init_args.dataset == "my.jsonl"
 
 
-def test_the_hyper_parameters_in_a_checkpoint_choose_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_hyper_parameters_in_a_checkpoint_choose_nothing(tmp_path: Path) -> None:
     """Lightning would lay them over the model's settings, with a class of theirs."""
-    monkeypatch.setattr(ParsingCLI, "_run_subcommand", lambda self, name: None)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "payload.py").write_text(PAYLOAD)
     checkpoint = folder_of(tmp_path, {})
     torch.save({"hyper_parameters": {"_class_path": "payload.Evil", "model": "theirs"}}, checkpoint)
     settings = parsed("test", f"--ckpt_path={checkpoint}")
@@ -155,8 +142,7 @@ def test_a_checkpoint_names_no_folder_to_delete(name: str, path: str) -> None:
         module.on_load_checkpoint({"callbacks": {"Saver": {name: named}}})
 
 
-def test_what_is_left_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr(ParsingCLI, "_run_subcommand", lambda self, name: None)
+def test_what_is_left_out_is_named(tmp_path: Path, caplog: Any) -> None:
     parsed("fit", f"--ckpt_path={folder_of(tmp_path, {'trainer.callbacks': [EVIL], 'data.init_args.root': EVIL})}")
     assert any("write files: data.root, trainer.callbacks (payload.Evil). Give" in each for each in caplog.messages)
 
@@ -184,9 +170,7 @@ def test_what_a_run_of_ours_had_is_taken(tmp_path: Path) -> None:
     assert found == {**dict.fromkeys(_PLAIN), **settings, "trainer": expected}
 
 
-def test_the_export_of_clip_imports_nothing_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "payload.py").write_text(PAYLOAD)
+def test_the_export_of_clip_imports_nothing_either(tmp_path: Path) -> None:
     checkpoint = folder_of(tmp_path, {"model": EVIL})
     with pytest.raises(MisconfigurationException, match=r"which are not imported: model \(payload.Evil\)"):
         trained(checkpoint, checkpoint.parent.parent / "config.yaml")
@@ -210,13 +194,11 @@ def leaves(annotation: Any) -> set[Any]:
     return set().union(*map(leaves, get_args(annotation)))
 
 
-OURS = (TextClassification, ContrastiveModel, FewShot, InstructionTuning, TextGeneration, VQA)
-OURS += (TextData, ContrastiveData, FewShotData, InstructionData, MeaningData, VQAData)
-
-
-@pytest.mark.parametrize("ours", OURS, ids=lambda each: each.__name__)
-def test_no_argument_of_a_recipe_is_an_object(ours: type) -> None:
+@pytest.mark.parametrize("part", ["model", "data"])
+@pytest.mark.parametrize("base", sorted(RECIPES.glob("*/configs/base.yaml")), ids=lambda path: path.parts[-3])
+def test_no_argument_of_a_recipe_is_an_object(base: Path, part: str) -> None:
     """A text given for one may be a class's path, which the parser imports."""
+    ours: Any = locate(yaml.safe_load(base.read_text())[part]["class_path"])
     objects = set()
     for kind in ours.__mro__:
         if kind.__module__.startswith(("recipes.", "lightning_flatlora.")) and "__init__" in vars(kind):

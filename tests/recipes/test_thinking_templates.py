@@ -4,20 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import (
-    GEMMA4,
-    GLM,
-    GPT_OSS,
-    LLAMA3,
-    PHI,
-    QWEN3,
-    QWEN35,
-    QWEN35_SMALL,
-    R1,
-    messages,
-    shipped,
-    tokenizer,
-)
+from chat_templates import GEMMA4, GPT_OSS, LLAMA3, PHI, QWEN3, QWEN35, R1, learnt_texts, messages, shipped, tokenizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipe_runs import config_arguments, quick
 
@@ -29,14 +16,7 @@ TURNS = messages("a?", "a!", "b?", "b!")
 
 
 def learnt(encoder: ChatEncoder, turns: list[dict[str, Any]]) -> list[str]:
-    """The texts of the tokens that are learnt, one for each run of them."""
-    runs: list[list[int]] = [[]]
-    for label in encoder.encode(turns).labels:
-        if label == IGNORED:
-            runs.append([])
-        else:
-            runs[-1].append(label)
-    return [str(encoder.tokenizer.decode(run)) for run in runs if run]
+    return learnt_texts(encoder.tokenizer, encoder.encode(turns).labels)
 
 
 def thinking(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -75,11 +55,9 @@ GPT_OSS_THOUGHTS = "<|channel|>analysis<|message|>hm so<|end|><|start|>assistant
     [
         (QWEN3, "<think>\nhm so\n</think>\n\nso<|im_end|>"),
         (QWEN35, "hm so\n</think>\n\nso<|im_end|>"),
-        (QWEN35_SMALL, "hm so\n</think>\n\nso<|im_end|>"),
-        (GLM, "<think>hm so</think>so<|im_end|>"),
         (GPT_OSS, GPT_OSS_THOUGHTS),
     ],
-    ids=["qwen3", "qwen3.5", "qwen3.5 small", "glm", "gpt-oss"],
+    ids=["qwen3", "qwen3.5", "gpt-oss"],
 )
 def test_thoughts_are_learnt_if_prompts_leave_room_for_them(template: str, answer: str) -> None:
     """A prompt with a closed block is no beginning of a text with thoughts, and half of them would be learnt."""
@@ -178,11 +156,6 @@ def test_answers_that_do_not_follow_the_generation_prompt_are_refused() -> None:
             ChatEncoder(tokenizer(template), 1000)
     encoder = ChatEncoder(tokenizer(GEMMA4), 1000, template_arguments=THINK)
     assert learnt(encoder, TURNS) == ["a!<turn|>", "b!<turn|>"]
-
-
-def test_answers_that_are_not_learnt_are_read() -> None:
-    first = [TURNS[0], {**TURNS[1], "learnt": False}, *TURNS[2:]]
-    assert learnt(ChatEncoder(tokenizer(QWEN3), 1000), first) == ["b!<|im_end|>"]
 
 
 # -- templates that mark answers

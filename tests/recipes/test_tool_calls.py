@@ -6,13 +6,13 @@ from typing import Any
 
 import datasets
 import pytest
-from chat_templates import LLAMA3, MISTRAL, QWEN3, messages, shipped, tokenizer
+from chat_templates import LLAMA3, MISTRAL, QWEN3, learnt_texts, messages, shipped, tokenizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipe_runs import instruction_data
 
 from recipes.instruction_tuning import sources
 from recipes.instruction_tuning.data import encode, template_message
-from recipes.language.chat import IGNORED, ChatEncoder
+from recipes.language.chat import ChatEncoder
 
 pytestmark = pytest.mark.usefixtures("own_datasets")
 ARGUMENTS = {"city": "Paris", "days": 2}
@@ -33,16 +33,9 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def learnt(encoder: ChatEncoder, row: dict[str, Any]) -> list[str]:
-    """The texts of the tokens that are learnt, one for each run of them."""
     encoded = encode(row, encoder, with_options=False)
     assert encoded["status"] == "kept", encoded["status"]
-    runs: list[list[int]] = [[]]
-    for label in encoded["labels"][0]:
-        if label == IGNORED:
-            runs.append([])
-        else:
-            runs[-1].append(label)
-    return [encoder.tokenizer.decode(run) for run in runs if run]
+    return learnt_texts(encoder.tokenizer, encoded["labels"][0])
 
 
 @pytest.fixture
@@ -130,10 +123,8 @@ def test_what_is_empty_is_no_tool_and_nulls_of_a_text_stay(jsonl: Any) -> None:
     call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris", "days": null}'}}
     rows = [{"messages": [ASK, {"role": "assistant", "tool_calls": [call]}, RESULT, SAY], "context": []}]
     (row,) = sources.load_chats(jsonl(rows, "nulls.jsonl"), "train")
-    assert template_message(row["messages"][1])["tool_calls"][0]["function"]["arguments"] == {
-        "city": "Paris",
-        "days": None,
-    }
+    (read,) = template_message(row["messages"][1])["tool_calls"]
+    assert read["function"]["arguments"] == {"city": "Paris", "days": None}
 
 
 @pytest.mark.parametrize("name", ["gemma4", "llama3_1"])
@@ -147,21 +138,15 @@ def test_a_call_that_would_be_learnt_wrongly_is_refused(name: str, jsonl: Any) -
 
 
 def test_what_is_no_call_is_counted(tiny: str, jsonl: Any) -> None:
-    calls = [
-        "weather(Paris)",
-        "{}",
-        json.dumps({"function": "weather"}),
-        json.dumps({"name": "weather", "arguments": 3}),
-    ]
-    rows = [{"messages": [ASK, {"role": "assistant", "tool_calls": call}]} for call in (*calls, '{"name": "now"}')]
+    whys = {
+        "weather(Paris)": "tools, their calls and arguments must be JSON objects, and a row has 'weather",
+        "{}": "no answer",
+        '{"function": "weather"}': "a call of a tool must have a name, and a row",
+        '{"name": "weather", "arguments": 3}': "tools, their calls and arguments must be JSON objects, and a row has 3",
+    }
+    rows = [{"messages": [ASK, {"role": "assistant", "tool_calls": call}]} for call in (*whys, '{"name": "now"}')]
     *broken, whole = sources.load_chats(jsonl(rows), "train")
-    whys = [
-        "tools, their calls and arguments must be JSON objects, and a row has 'weather",
-        "no answer",
-        "a call of a tool must have a name, and a row",
-        "tools, their calls and arguments must be JSON objects, and a row has 3",
-    ]
-    for row, why in zip(broken, whys, strict=True):
+    for row, why in zip(broken, whys.values(), strict=True):
         assert row["problem"].startswith(why)
     assert template_message(whole["messages"][1])["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}
     with pytest.raises(MisconfigurationException, match=r"has 'hammer'. Columns that --data.columns does not name"):

@@ -78,18 +78,16 @@ def test_what_is_no_conversation_is_named(said: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "options", "message"),
+    ("options", "message"),
     [
-        ({"image": ["0.png", "1.png"]}, {}, r"row 0 has 2 images, and needs one"),
-        ({}, {"prompt": "{question}?"}, r"holds conversations.*set prompt to null"),
-        ({}, {"type_column": "kind"}, "it needs 'kind'"),
+        ({"prompt": "{question}?"}, r"holds conversations.*set prompt to null"),
+        ({"type_column": "kind"}, "it needs 'kind'"),
     ],
 )
 def test_rows_that_can_not_be_used_are_named(
-    changed: dict[str, Any], options: dict[str, Any], message: str, tiny_vlm: str, tmp_path: Path
+    options: dict[str, Any], message: str, tiny_vlm: str, tmp_path: Path
 ) -> None:
-    row = {"id": "1", "image": "0.png", "conversations": turns("<image>\nWhy?", "So.")} | changed
-    name = write(tmp_path, [row])
+    name = write(tmp_path, [{"id": "1", "image": "0.png", "conversations": turns("<image>\nWhy?", "So.")}])
     with pytest.raises(MisconfigurationException, match=message):
         prepared("fit", tiny_vlm, dataset=name, image_folder=str(tmp_path / "images"), validation_share=0, **options)
 
