@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from recipes.clip_fewshot.evaluation import write_evaluation
 from recipes.data.files import set_aside, write_whole
-from recipes.studies.ledger import commit
+from recipes.studies.process import commit
 from recipes.training.predictions import run_folder
 from recipes.training.step_times import StepTimes
 

@@ -1,13 +1,10 @@
 """In which precision a device computes fast: one choice for recipes, demos, studies and tests."""
 
 import os
-from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-from recipes.data.files import write_whole
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 SETTING = "FLATLORA_PRECISION"
@@ -54,28 +51,6 @@ def fast_precision(accelerator: str = "auto") -> Precision:
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return "32-true"
     return "bf16-mixed" if _has_fast_bfloat16() else "32-true"
-
-
-def precision_of_runs(folder: Path, accelerator: str = "auto") -> Precision:
-    """Return one precision for all runs whose results land in a folder, which are compared with each other.
-
-    Args:
-        folder: of the runs; the precision is written into its ``precision.txt``.
-        accelerator: as the Trainer takes it.
-
-    Returns:
-        What the folder began with, and at first :func:`fast_precision`. The environment variable overrides both.
-
-    Raises:
-        MisconfigurationException: ``precision.txt`` or the environment variable holds something else.
-    """
-    path = folder / "precision.txt"
-    if not os.environ.get(SETTING) and path.exists():
-        return _checked(path.read_text().strip(), str(path))
-    precision = fast_precision(accelerator)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, f"{precision}\n")
-    return precision
 
 
 def _checked(value: str, where: str) -> Precision:

@@ -5,21 +5,25 @@ Adapters of the uppermost layer of a small sentence encoder are trained on few e
 after Ctrl-C the same command resumes.
 """
 
+import json
 import multiprocessing
+import signal
 import sys
+from collections.abc import Iterable
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
 from jsonargparse import auto_cli
 
 from recipes.command_line.mistakes import without_traceback
-from recipes.command_line.precision import SETTING, precision_of_runs
+from recipes.command_line.precision import SETTING
 from recipes.command_line.progress import quiet
 from recipes.data.files import begin_folder, write_whole
 from recipes.demo.report import plot, sentences, table
-from recipes.demo.run import ARMS, RATES, SEEDS, DemoRun, assist, share
-from recipes.demo.training import Settings
-from recipes.studies.ledger import StoppedError
+from recipes.demo.run import ARMS, RATES, SEEDS, DemoRun, perform
+from recipes.demo.training import Settings, on_one_thread
+from recipes.studies.rows import Row, append, read
 
 _WRITTEN = ("table.txt", "demo.png")
 
@@ -31,31 +35,56 @@ def main(folder: Path = Path("runs/demo"), processes: int = 2) -> int:
         folder: output folder.
         processes: that share the runs, one thread each.
     """
-    quiet()
     begin_folder(folder, "results.jsonl", _WRITTEN)
-    precision = precision_of_runs(folder)
-    print(f"Precision: {precision}; the environment variable {SETTING} sets another", flush=True)
-    try:
-        _work(folder, processes, Settings(precision=precision))
-    except (KeyboardInterrupt, SystemExit, StoppedError) as stop:  # Lightning turns Ctrl-C into an exit
-        print("Stopped. The same command resumes: what is finished is kept")
-        return stop.status if isinstance(stop, StoppedError) else 130
-    print(f"{', '.join(['results.jsonl', *_WRITTEN])} are in {folder}")
-    return 0
-
-
-def _work(folder: Path, processes: int, settings: Settings) -> None:
-    """Do what is missing, and report."""
+    settings = Settings()
+    print(f"Precision: {settings.precision}; the environment variable {SETTING} sets another", flush=True)
     # The methods of a seed one after the other: whatever else the machine does slows them alike.
     runs = [DemoRun(arm, rate, seed, settings) for seed, rate, arm in product(SEEDS, RATES, ARMS)]
-    for _ in range(processes - 1):
-        # It ends by itself, and with this one.
-        multiprocessing.get_context("spawn").Process(target=assist, args=(folder, runs), daemon=True).start()
-    rows = share(folder, runs)
+    try:
+        rows = _done(folder / "results.jsonl", runs, processes)
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
+        print("Stopped. The same command resumes: what is finished is kept")
+        return 130
     shown = table(rows)
     write_whole(folder / "table.txt", shown)
     plot(rows, folder / "demo.png")
     print(f"\n{shown}\n{sentences(rows)}")
+    print(f"{', '.join(['results.jsonl', *_WRITTEN])} are in {folder}")
+    return 0
+
+
+def _done(results: Path, runs: list[DemoRun], processes: int) -> list[Row]:
+    """Do what is missing; the rows of all runs, in their order."""
+    rows = {}
+    for row in read(results):
+        rows[_name(row)] = row
+    missing = [run for run in runs if _name(run.key()) not in rows]
+    with ExitStack() as stack:
+        performed: Iterable[Row]
+        if processes > 1 and missing:
+            start = multiprocessing.get_context("spawn")
+            # They end with this one, and Ctrl-C is this one's.
+            performed = stack.enter_context(start.Pool(processes, _begin)).imap_unordered(perform, missing)
+        else:
+            _begin()
+            performed = map(perform, missing)
+        for row in performed:
+            append(results, row)
+            rows[_name(row)] = row
+            done = f"{row['arm']}, learning rate {row['rate']:g}, seed {row['seed']}"
+            print(f"[{len(rows)}/{len(runs)}] {done}", flush=True)
+    return [rows[_name(run.key())] for run in runs]
+
+
+def _begin() -> None:
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet()
+    on_one_thread()
+
+
+def _name(row: Row) -> str:
+    return json.dumps([row[name] for name in ("arm", "rate", "seed", "settings")], sort_keys=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from recipes.demo.run import ARMS, DISTANCES, RATES, WITH_DROPOUT
 from recipes.demo.training import EFMLORA, LORA
-from recipes.studies.ledger import Row
+from recipes.studies.rows import Row
 from recipes.studies.statistics import Estimate, estimate, with_error, with_interval
 from recipes.studies.tables import aligned
 

@@ -3,10 +3,8 @@
 import gc
 import platform
 import time
-from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,14 +18,13 @@ from lightning_flatlora.flatness import (
     loss_gradient,
     trained_factors,
 )
-from recipes.command_line.mistakes import without_traceback
-from recipes.command_line.progress import quiet
 from recipes.demo.data import Batch, evaluation_batches
 from recipes.demo.encoder import CutEncoder
 from recipes.demo.module import TaskClassifier
-from recipes.demo.training import EFMLORA, LORA, Settings, kept, on_one_thread, trained
+from recipes.demo.training import EFMLORA, LORA, Settings, kept, trained
 from recipes.offline import texts
-from recipes.studies.ledger import Ledger, Row, commit
+from recipes.studies.process import commit
+from recipes.studies.rows import Row
 
 WITH_DROPOUT = "LoRA, dropout 0.9"
 ARMS: dict[str, dict[str, Any]] = {LORA: {}, WITH_DROPOUT: {"dropout": 0.9}, EFMLORA: {"rho": 32.0}}
@@ -62,30 +59,6 @@ class DemoRun(NamedTuple):
     def key(self) -> Row:
         """Return the first entries of its row."""
         return {"arm": self.arm, "rate": self.rate, "seed": self.seed, "settings": asdict(self.settings)}
-
-
-def ledger(folder: Path) -> Ledger:
-    """Return the ``results.jsonl`` of the runs in a folder."""
-    return Ledger(folder / "results.jsonl", ("arm", "rate", "seed", "settings"))
-
-
-def share(folder: Path, runs: list[DemoRun]) -> list[Row]:
-    """Do runs until each is done, here or by another process; their rows."""
-    quiet()
-    on_one_thread()
-    done = ledger(folder)
-
-    def report(run: DemoRun) -> None:
-        print(f"[{runs.index(run) + 1}/{len(runs)}] {run}", flush=True)
-
-    done.perform_all(lambda: [run for run in runs if done.find(run) is None], perform, report)
-    return [row for row in map(done.find, runs) if row is not None]
-
-
-def assist(folder: Path, runs: list[DemoRun]) -> None:
-    """Do :func:`share` in its own process, which leaves it to the first one to say how it ended."""
-    with without_traceback(), suppress(KeyboardInterrupt):
-        share(folder, runs)
 
 
 def perform(run: DemoRun) -> Row:

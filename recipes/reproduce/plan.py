@@ -1,12 +1,14 @@
-"""The runs of a table: which there are, which may start now, and what is chosen; several processes may share them."""
+"""The runs of a table: which there are, which may start now, and what is chosen; several workers may share them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from recipes.reproduce.methods import METHODS, Config, same_run
-from recipes.reproduce.run import Part, Run
+from recipes.reproduce.run import Context, Part, Run, perform
 from recipes.reproduce.table import Protocol, Table
 from recipes.studies.choice import Judgement, best
-from recipes.studies.ledger import Ledger, Row, StoppedError
+from recipes.studies.process import FailedError
+from recipes.studies.queue import Queue
+from recipes.studies.rows import Row
 
 
 class Plan:
@@ -21,10 +23,10 @@ class Plan:
         tasks: names of the tasks; those that they start from are added.
         seeds: of the final runs.
         protocol: "tuned", or "paper" with the learning rates of the tasks instead of a choice.
-        results: what is done.
+        queue: what is done.
 
     Attributes:
-        failed: the runs that ended with an error in this process.
+        failed: the runs that ended with an error in this worker.
     """
 
     def __init__(
@@ -34,14 +36,14 @@ class Plan:
         tasks: Sequence[str],
         seeds: Sequence[int],
         protocol: Protocol,
-        results: Ledger,
+        queue: Queue[Run],
     ) -> None:
         self.table = table
         self.methods = methods
         self.tasks = table.with_starts(tasks)
         self.seeds = seeds
         self.protocol = protocol
-        self.results = results
+        self.queue = queue
         self.failed: list[Run] = []
         self._choices: dict[tuple[str, str], Config] = {}
 
@@ -112,48 +114,29 @@ class Plan:
         return runs
 
     def open_runs(self) -> list[Run]:
-        """Return the runs that are not done and may start now, each once."""
+        """Return the runs that are not done, have not failed and may start now, each once."""
+        failed = {run.name for run in self.failed}
         runs: dict[str, Run] = {}
         for run in self.runs():
-            if self.results.find(run) is None:
+            if self.queue.find(run) is None:
                 first = self.first_to_do(run)
-                runs[first.name] = first
+                if first.name not in failed:
+                    runs[first.name] = first
         return list(runs.values())
 
     def first_to_do(self, run: Run) -> Run:
         """Return the run itself, or the one that it starts from if that is not done."""
-        while run.start is not None and self.results.find(run.start) is None:
+        while run.start is not None and self.queue.find(run.start) is None:
             run = run.start
         return run
 
-    def work(self, perform: Callable[[Run], Row], report: Callable[[Run], None]) -> None:
-        """Do all runs, or wait for other processes that do them.
-
-        A run that fails is left out and the others are done, since it may be one that needs too much memory.
-
-        Args:
-            perform: does a run.
-            report: is called with each run before it starts.
-
-        Raises:
-            StoppedError: the user has stopped a run, or the table's first run has failed.
-        """
-
-        def attempt(run: Run) -> Row | None:
-            try:
-                return perform(run)
-            except StoppedError as stop:
-                # If the first one fails, something is wrong that all of them share, such as an option.
-                if stop.is_by_user or not self.results.rows:
-                    raise
-                self.failed.append(run)
-                return None
-
-        def open_runs() -> list[Run]:
-            failed = {run.name for run in self.failed}
-            return [run for run in self.open_runs() if run.name not in failed]
-
-        self.results.perform_all(open_runs, attempt, report)
+    def attempt(self, run: Run, context: Context) -> Row:
+        """Do a run; one that fails is left out and the others are done, since it may need too much memory."""
+        try:
+            return perform(run, context)
+        except FailedError:
+            self.failed.append(run)
+            raise
 
     def _may_start(self, task: str) -> bool:
         """Say whether the choices of the task that this one starts from are known, if there is one."""
@@ -169,7 +152,7 @@ class Plan:
             return None
         judged = []
         for runs in trials:
-            rows = [self.results.find(run) for run in runs]
+            rows = [self.queue.find(run) for run in runs]
             done = [row for row in rows if row is not None]
             if len(done) < len(rows):
                 return None

@@ -9,7 +9,7 @@ from recipes.reproduce.methods import BASELINE, METHODS, same_run
 from recipes.reproduce.plan import Plan
 from recipes.reproduce.run import Part, Run
 from recipes.reproduce.table import Metric
-from recipes.studies.ledger import Row
+from recipes.studies.rows import Row
 from recipes.studies.statistics import mean_cell
 from recipes.studies.tables import markdown
 
@@ -53,7 +53,7 @@ def _done(plan: Plan) -> dict[str, Row]:
     """Return the rows of the plan's runs that are done, by the runs' names."""
     rows = {}
     for run in plan.runs():
-        row = plan.results.find(run)
+        row = plan.queue.find(run)
         if row is not None:
             rows[run.name] = row
     return rows
@@ -198,7 +198,7 @@ def _values(plan: Plan, task: str, method: str, metric: Metric) -> list[float]:
 def _found(plan: Plan, task: str, method: str, metric: Metric) -> list[float]:
     found = []
     for run in plan.finals(task, method) or []:
-        row = plan.results.find(run)
+        row = plan.queue.find(run)
         if row is None:
             continue
         value = row["metrics"].get(f"test_{metric.name}", row.get(metric.name))

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 from recipes.command_line.configs import RECIPES
 from recipes.reproduce.methods import METHODS, Config
-from recipes.reproduce.table import Table
-from recipes.studies.ledger import Row, commit
-from recipes.studies.process import fit, tested, written
+from recipes.reproduce.table import TABLES, Table
+from recipes.studies.process import commit, fit, tested, written
 from recipes.studies.result import OF_THE_CHOICE
+from recipes.studies.rows import Row
 
 Part = Literal["validation", "test"]
-_OWN = ("task", "method", "config", "seed", "part")
-KEY = ("table", *_OWN, "max_steps", "start")
 _VALIDATIONS = 4  # of a shortened run
 
 
@@ -68,10 +68,16 @@ class Run:
         return f"{self.task}/{part}/{self.method}-{settings}{start}/seed-{self.seed}"
 
     def key(self) -> Row:
-        """Return the first entries of its row, which make it this run."""
-        start = None if self.start is None else self.start.name
-        own = {name: getattr(self, name) for name in _OWN}
-        return {"table": self.table.name, **own, "max_steps": self.max_steps, "start": start}
+        """Return what :func:`restored` makes it of."""
+        start = None if self.start is None else self.start.key()
+        own = {"task": self.task, "method": self.method, "config": self.config, "seed": self.seed, "part": self.part}
+        return {**own, "table": self.table.name, "start": start}
+
+
+def restored(key: Row) -> Run:
+    """Return the run that has a key."""
+    start = None if key["start"] is None else restored(key["start"])
+    return Run(**{**key, "table": TABLES[key["table"]], "start": start})
 
 
 @dataclass(frozen=True)
@@ -95,12 +101,13 @@ def perform(run: Run, context: Context) -> Row:
     A run that was stopped resumes from its last checkpoint.
 
     Returns:
-        The run's row: its key; with the part "validation" the ``score`` that the choice is by, of which more is better,
+        With the part "validation" the ``score`` that the choice is by, of which more is better,
         and the ``loss`` where the recipe logs one; ``metrics``, all that was logged by the end of the kept
         checkpoint's validation or in the test; and what :class:`recipes.studies.result.RunResult` writes.
 
     Raises:
-        StoppedError: a command has failed, or the user has stopped it.
+        FailedError: a command has failed.
+        StoppedError: the user has stopped it.
     """
     folder = context.folder / run.name
     recipe = run.table.recipe
@@ -117,13 +124,15 @@ def perform(run: Run, context: Context) -> Row:
         # The checkpoints of all the runs of a table, with their optimizers, would fill a disk.
         clear(kept, keep_adapter=run.part == "test" or _is_start(run))
     entries = {name: value for name, value in fitted.items() if name not in OF_THE_CHOICE}
-    return {**run.key(), **found, "options": list(context.options), "commit": commit(), **entries}
+    # By which Optuna's own pictures compare the runs.
+    value = found["score"] if "score" in found else next(iter(found["metrics"].values()), fitted["seconds_per_step"])
+    return {"value": value, **found, "options": list(context.options), "commit": commit(), **entries}
 
 
 def validated(validations: Sequence[Row], table: Table) -> Row:
     """Return the validation of the checkpoint that a run keeps: the first of the best ones, or the last one."""
     if not validations:
-        raise SystemExit("a run that chooses has ended without a validation: let it validate more often")
+        raise MisconfigurationException("a run that chooses has ended without a validation: let it validate more often")
     if table.keeps == "last":
         return validations[-1]
     # The first of equals, which is the one that the checkpoint callback has kept.

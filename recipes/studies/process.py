@@ -1,33 +1,72 @@
 """A recipe's command in its own process, and what it leaves."""
 
 import json
+import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.command_line.configs import RECIPES
-from recipes.studies.ledger import Row, run_process
+from recipes.studies.rows import Row
+
+_STOPS = (signal.SIGTERM, signal.SIGUSR1)
+"""Requests to end: SIGUSR1 is SLURM's, when the job's time is over."""
+_LOOK = 0.5  # seconds between two looks at what a run has validated
 
 
-def fit(recipe: str, folder: Path, arguments: Sequence[str]) -> Row:
+class StoppedError(Exception):
+    """Ctrl-C, a request to terminate or SLURM has ended a run in its own process."""
+
+
+class FailedError(Exception):
+    """A run in its own process has ended with an error.
+
+    Attributes:
+        status: its exit status.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"exit status {status}")
+        self.status = status
+
+
+class EndedError(Exception):
+    """A run was ended early, since it does not do well."""
+
+
+def fit(
+    recipe: str,
+    folder: Path,
+    arguments: Sequence[str],
+    is_hopeless: Callable[[list[Row]], bool] = lambda validations: False,
+) -> Row:
     """Train, unless that has been done; a training that was stopped resumes from its last checkpoint.
 
     Args:
         recipe: name of its folder, or a module that is a LightningCLI.
         folder: of the run.
         arguments: of the recipe's ``fit``.
+        is_hopeless: is called with the validations so far, and ends the run if it returns True.
 
     Returns:
         What :class:`recipes.studies.result.RunResult` has written.
 
     Raises:
-        StoppedError: the command has failed, or the user has stopped it.
-        SystemExit: it has left nothing.
+        FailedError: the command has failed.
+        StoppedError: the user has stopped it.
+        EndedError: it was hopeless.
+        MisconfigurationException: it has left nothing.
     """
     if not (folder / "fit.json").exists():
         if module_of(recipe) == recipe:  # Lightning's command line refuses to write it again
             (folder / "fit" / "config.yaml").unlink(missing_ok=True)
-        run_process(command(recipe, "fit", folder, [*arguments, *resuming(folder / "fit")]))
+        given = [*arguments, *resuming(folder / "fit")]
+        run_process(command(recipe, "fit", folder, given), lambda: is_hopeless(validations(folder)))
     return written(folder / "fit.json")
 
 
@@ -89,9 +128,76 @@ def written(path: Path) -> Row:
     """Read what a command has left in a file.
 
     Raises:
-        SystemExit: it has left nothing.
+        MisconfigurationException: it has left nothing.
     """
     if not path.exists():
-        raise SystemExit(f"{path} is missing: a run has ended without it. Leave out options such as fast_dev_run")
+        raise MisconfigurationException(
+            f"{path} is missing: a run has ended without it. Leave out options such as fast_dev_run"
+        )
     found: Row = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def validations(folder: Path) -> list[Row]:
+    """Return what a run has logged so far by the end of each validation."""
+    path = folder / "validations.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def run_process(command: Sequence[str], is_hopeless: Callable[[], bool] = lambda: False) -> None:
+    """Run a command to its end; Ctrl-C reaches it too.
+
+    Args:
+        command: with its arguments.
+        is_hopeless: is asked from time to time, and ends the command if it returns True.
+
+    Raises:
+        FailedError: it has failed.
+        StoppedError: the user has stopped it.
+        EndedError: it was hopeless.
+    """
+    process = subprocess.Popen(command)
+    is_stopped = False
+
+    def stop(number: int, _: Any) -> None:
+        # It may end with status 0, as a Trainer does.
+        nonlocal is_stopped
+        is_stopped = True
+        process.send_signal(number)
+
+    # Ctrl-C reaches the command by itself, but a request to end this process would leave it running.
+    before = {number: signal.signal(number, stop) for number in _STOPS}
+    try:
+        while process.poll() is None:
+            try:
+                process.wait(_LOOK)
+            except subprocess.TimeoutExpired:
+                if not is_stopped and is_hopeless():
+                    process.terminate()
+                    process.wait()
+                    raise EndedError from None
+            except KeyboardInterrupt:
+                # The command got it too, and saves a checkpoint before it ends; a second one ends it at once.
+                is_stopped = True
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    # Of a signal that ends a process, Python reports the negative number, and a shell 128 more than the number.
+    status = process.returncode
+    ended_by = -status if status < 0 else status - 128
+    if is_stopped or ended_by in (signal.SIGINT, *_STOPS):
+        raise StoppedError
+    if status:
+        raise FailedError(status)
+
+
+@cache  # the code that runs stays the same, whatever is checked out meanwhile
+def commit() -> str | None:
+    """Return the commit of this code, with a plus sign if files differ from it; None outside of a clone."""
+    # Without tags, which would stand in place of the commit's hash.
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return git.stdout.strip() or None

@@ -1,7 +1,10 @@
-"""What a run of a recipe leaves for a study: a JSON file after training, and another after the test."""
+"""What a run of a recipe leaves for a study: JSON files of its validations, of the training, and of the test."""
 
 import json
+import os
 import statistics
+import threading
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from recipes.data.files import write_whole
-from recipes.studies.ledger import Row
+from recipes.studies.rows import Row
 from recipes.training.step_times import StepTimes
 
 OF_THE_CHOICE = ("best", "last", "monitor", "mode", "validations")
@@ -22,9 +25,10 @@ _VERSIONS = ("torch", "lightning", "transformers", "peft", "lightning-flatlora")
 
 
 class RunResult(StepTimes):
-    """Writes ``fit.json`` at the end of training and ``test.json`` at the end of a test.
+    """Writes ``validations.json`` after each validation, ``fit.json`` after training and ``test.json`` after a test.
 
-    A resumed run keeps what it has validated and the time it has taken before.
+    A resumed run keeps what it has validated and the time it has taken before. If the worker that started the run is
+    killed, the run ends too, since another worker will do it.
 
     Args:
         folder: where the files land.
@@ -36,10 +40,15 @@ class RunResult(StepTimes):
         self.validations: list[Row] = []
 
     @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+    @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
             now = {"step": trainer.global_step, "epoch": trainer.current_epoch}
             self.validations.append({**now, **_logged(trainer)})
+            self._write(trainer, "validations", self.validations)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -76,7 +85,7 @@ class RunResult(StepTimes):
         super().load_state_dict(state_dict)
         self.validations = list(state_dict["validations"])
 
-    def _write(self, trainer: L.Trainer, name: str, found: Row) -> None:
+    def _write(self, trainer: L.Trainer, name: str, found: Row | list[Row]) -> None:
         if not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -93,3 +102,10 @@ def _saver(trainer: L.Trainer) -> ModelCheckpoint | None:
 
 def _logged(trainer: L.Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended: an orphan gets another parent."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

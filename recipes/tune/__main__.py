@@ -3,9 +3,10 @@
 Give the recipe's name and the options of its `fit`. Both searches have as many trials of learning rate, dropout, rank
 and, in classification, the head's rate; one of them may also choose rho. The best third of the trials is run with two
 more seeds, and the winner of each side with fresh ones; if the winners differ in more than rho, so is LoRA with the
-other winner's settings. Each run is its own process, what is finished is kept, and the same command resumes after
-Ctrl-C. The end is a table, a picture, the settings of the winner, and the answer. Example: python -m recipes.tune
-classification --budget 20 --data.dataset my.csv --model.model NAME --trainer.max_epochs 3
+other winner's settings. Trials that do worse than most end early. Each run is its own process, and what is finished is
+kept in an Optuna study: start the command as often as you like, also on other machines with --storage, and after Ctrl-C
+the same command resumes. The end is a table, a picture, the settings of the winner, and the answer. Example: python -m
+recipes.tune classification --budget 20 --data.dataset my.csv --model.model NAME --trainer.max_epochs 3
 """
 
 import math
@@ -16,20 +17,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.command_line.arguments import names_method, option
+from recipes.command_line.configs import listed
 from recipes.command_line.mistakes import without_traceback
 from recipes.command_line.options import parse_known_options
-from recipes.command_line.precision import SETTING, precision_of_runs
-from recipes.data.files import write_whole
-from recipes.studies.ledger import Ledger, Row, StoppedError, keep_options
-from recipes.studies.process import module_of
-from recipes.tune.report import Answer, answer, draw, table
-from recipes.tune.search import CONTROL, KEY, WITH, Run, Search
+from recipes.command_line.precision import SETTING, fast_precision
+from recipes.data.files import begin_folder, write_whole
+from recipes.studies.process import FailedError, StoppedError, module_of
+from recipes.studies.queue import Queue, file_storage, open_study
+from recipes.tune.answer import Answer, answer, draw
+from recipes.tune.search import WITH, Run, Search
 from recipes.tune.space import RHO, SPACES, Space, parts, seeds_of
+from recipes.tune.verdict import table_of
 
 
 @dataclass
@@ -47,7 +51,10 @@ class Options:
         test: compare them on the test data, not on validation data.
         metric: that validation logs; by default the one by which checkpoints are kept.
         mode: of the metric.
+        prune: end trials early that do worse than most.
         folder: output folder; by default runs/tune/RECIPE.
+        storage: URL of an Optuna storage that several machines share; by default a file in the folder.
+        study: the study's name in the storage; by default the recipe's.
     """
 
     recipe: str
@@ -58,85 +65,72 @@ class Options:
     test: bool = False
     metric: str | None = None
     mode: Literal["min", "max"] | None = None
+    prune: bool = True
     folder: Path | None = None
+    storage: str | None = None
+    study: str | None = None
 
     def __post_init__(self) -> None:
         self.tried = {name: values for name, *values in self.search}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is not there yet; write ``table.txt``, ``trials.png`` and ``best.yaml``; returns the exit status."""
+    """Run what is not there yet; write the results; returns the exit status."""
     # What is not one of these options is meant for `fit`, whose own parser refuses what is wrong.
-    options, more = parse_known_options(Options, arguments, "python -m recipes.tune", __doc__)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = ["--prune=false" if argument == "--no-prune" else argument for argument in given]
+    options, more = parse_known_options(Options, given, "python -m recipes.tune", __doc__)
     search = _search(options, more)
-    folder = search.results.folder
-    # More trials or seeds may be asked for later, all else would make the rows incomparable.
-    asked = [f"--metric={options.metric}", f"--mode={search.mode}", f"--test={options.test}"]
-    tried = [f"{name} {' '.join(values)}" for name, values in search.space.items()]
-    given = [search.command, *asked, *tried, f"rho {' '.join(search.radii)}", *search.options]
-    keep_options(folder, given, ["table.txt", "trials.png", "best.yaml"])
-    # For the recipes' own processes, unless the options or a configuration choose one.
-    os.environ[SETTING] = precision_of_runs(folder, option(more, "--trainer.accelerator") or "auto")
     try:
-        search.results.perform_all(search.open_runs, partial(_perform, search), partial(_announce, search))
-    except (StoppedError, KeyboardInterrupt) as stop:
-        if isinstance(stop, StoppedError) and not stop.is_by_user and not search.results.rows:
-            print("\nThe first run has failed, with the error above: fix its cause, and start again")
-        else:
-            print(f"\nThis run stopped. The same command resumes the search in {folder}")
-        return getattr(stop, "status", 130)
-    found = answer(search)
-    assert found is not None  # of a finished search
-    shown = table(search, found)
-    write_whole(folder / "table.txt", shown)
-    print(f"\n{shown}\n{found.verdict()}")
-    draw(search).savefig(folder / "trials.png", dpi=130)
-    _write_winner(search, found, folder / "best.yaml")
-    method = "EFMLoRA's" if found.winner == WITH else "LoRA's"
-    print(f"Everything is in {folder}: best.yaml, for fit --config, has {method} settings")
+        search.queue.work(search.open_runs, search.perform, partial(_announce, search))
+    except (StoppedError, KeyboardInterrupt):
+        print(f"\nThis worker stopped. The same command resumes the search in {search.folder}")
+        return 130
+    except FailedError as failure:
+        print("\nThe first run has failed, with the error above: fix its cause, and start again")
+        return failure.status
+    _write(search)
     return 0
 
 
-def _perform(search: Search, run: Run) -> Row:
-    """Return the row of a run; one that has failed twice counts as diverged, so that the search can end.
-
-    Not so for a winner on fresh seeds, whose settings have worked in the search.
-    """
-    try:
-        row = search.perform(run)
-        print(f"{run}: {row['metric']} {row['value']:.4g}", flush=True)
-        return row
-    except StoppedError as stop:
-        mark = search.results.folder / run.name / "failed"
-        has_worked = run.stage == "final" and run.side != CONTROL
-        if stop.is_by_user or has_worked or not search.results.rows:
-            raise
-        if not mark.exists():
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
-            print(f"\n{run} has failed, with the error above; if it does so again, it counts as diverged", flush=True)
-            raise
-        print(f"{run} has failed twice and counts as diverged", flush=True)
-        return search.failed(run)
-
-
 def _announce(search: Search, run: Run) -> None:
-    rows: list[Row] = search.results.rows
+    rows = search.queue.rows
     left = search.left()
     left_for = ""
     if rows:
-        minutes = left * sum(row["seconds"] for row in rows) / len(rows) / 60
-        left_for = f", about {minutes:.0f} minutes for one process"
+        hours = left * search.seconds_of_a_run() / 3600
+        left_for = f", about {hours:.1f} hours for one worker"
     print(f"\nRuns left: {left}{left_for}. Next: {run}", flush=True)
 
 
-def _write_winner(search: Search, found: Answer, path: Path) -> None:
-    """Write all settings of the winner as one configuration."""
-    given = search.arguments(found.configs[found.winner], seed=0)
-    command = [sys.executable, "-m", module_of(search.command), "fit", *given, "--print_config"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    # Behind what the module may print when it is imported.
-    write_whole(path, printed[max(0, printed.find("# lightning")) :])
+def _write(search: Search) -> None:
+    """Write ``results.csv``, ``table.txt``, ``trials.png`` and ``best.yaml``, and print what was found."""
+    rows, folder = search.queue.rows, search.folder
+    found = answer(rows, search.mode)
+    text = found.text(search.metric)
+    write_whole(folder / "results.csv", table_of(rows).to_csv(index=False))
+    write_whole(folder / "table.txt", text)
+    trials = [row for row in rows if row["stage"] == "search"]
+    draw(trials, next(iter(search.space), RHO), search.metric, search.mode).savefig(folder / "trials.png", dpi=130)
+    printed = _printed_settings(search.command, search.arguments(found.configs[found.winner], seed=0))
+    write_whole(folder / "best.yaml", printed)
+    method = "EFMLoRA's" if found.winner == WITH else "LoRA's"
+    print(f"\n{text}\n{_one_more_hour(search, found)}")
+    print(f"Everything is in {folder}: best.yaml, for fit --config, has {method} settings")
+    if search.seconds_saved():
+        print(f"Trials that ended early have saved about {search.seconds_saved() / 3600:.1f} hours")
+
+
+def _one_more_hour(search: Search, found: Answer) -> str:
+    """Return what one more hour of one worker would buy."""
+    runs = 3600 / search.seconds_of_a_run()
+    interval = found.difference(found.rival).interval
+    seeds = search.fresh + int(runs / len(found.configs))
+    narrower = interval * math.sqrt(search.fresh / seeds)
+    return (
+        f"One more hour of one worker would buy about {runs:.0f} runs: --fresh {seeds}, by which the interval would "
+        f"shrink from ± {interval:.3g} to about ± {narrower:.3g}, or --budget {search.trials + int(runs)}"
+    )
 
 
 def _search(options: Options, more: list[str]) -> Search:
@@ -144,19 +138,72 @@ def _search(options: Options, more: list[str]) -> Search:
     space = _space(options, more)
     if is_recipe and not names_method(options.recipe, more):
         more = ["--method=efmlora", *more]
+    metric, mode = str(options.metric), str(options.mode)
+    if options.metric is None:
+        metric, mode = _monitor(options.recipe, [*more, f"--rho={options.rho[0]}"])
     folder = options.folder or Path("runs/tune") / options.recipe
+    radii = [f"{rho:g}" for rho in options.rho]
+    # More trials or seeds may be asked for later, all else would make the rows incomparable.
+    settings = {
+        "command": options.recipe,
+        "options": more,
+        "metric": metric,
+        "mode": mode,
+        "test": options.test,
+        "prune": options.prune,
+        RHO: radii,
+        **space,
+    }
+    begin_folder(folder, "search", ["results.csv", "table.txt", "trials.png", "best.yaml"])
+    decided = {"precision": fast_precision(option(more, "--trainer.accelerator") or "auto")}
+    storage = options.storage or file_storage(folder)
+    study = open_study(storage, options.study or options.recipe, mode, settings, decided)
+    # For the recipes' own processes, unless the options or a configuration choose one.
+    os.environ[SETTING] = study.user_attrs["precision"]
+    for name, values in {**space, RHO: ["0", *radii]}.items():
+        print(f"Searched: {name} of {', '.join(values)}")
+    print(f"Precision: {study.user_attrs['precision']}, unless an option sets another", flush=True)
+    queue = Queue(study, restore=lambda key: Run(**key))
     return Search(
         options.recipe,
         more,
         space,
-        [f"{rho:g}" for rho in options.rho],
-        Ledger(folder / "results.jsonl", KEY),
-        options.budget,
-        options.fresh,
-        options.metric,
-        options.mode,
-        options.test,
+        radii,
+        queue,
+        folder,
+        metric,
+        mode,
+        trials=options.budget,
+        fresh=options.fresh,
+        tests=options.test,
+        prunes=options.prune,
     )
+
+
+def _monitor(command: str, arguments: Sequence[str]) -> tuple[str, str]:
+    """Return the metric and the mode by which a command keeps its best checkpoint."""
+    settings: dict[str, Any] = yaml.safe_load(_printed_settings(command, arguments))
+    for callback in listed(settings["trainer"]["callbacks"]):
+        given = callback.get("init_args", {})
+        if given.get("monitor") is not None and "save_last" in given:
+            return given["monitor"], given["mode"]
+    raise MisconfigurationException(
+        f"{command} keeps no checkpoint by a metric: name one, as in --metric val_loss --mode min"
+    )
+
+
+def _printed_settings(command: str, arguments: Sequence[str]) -> str:
+    """Return all settings of a command's ``fit`` as one configuration.
+
+    Raises:
+        MisconfigurationException: an argument is wrong.
+    """
+    line = [sys.executable, "-m", module_of(command), "fit", *arguments, "--print_config"]
+    printed = subprocess.run(line, capture_output=True, text=True, check=False)
+    if printed.returncode:
+        raise MisconfigurationException(f"the options of {command} fit are wrong:\n{printed.stderr.strip()}")
+    # Behind what the module may print when it is imported.
+    return printed.stdout[max(0, printed.stdout.find("# lightning")) :]
 
 
 def _space(options: Options, more: Sequence[str]) -> Space:

@@ -6,23 +6,30 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from optuna import Trial
+
 from recipes.studies.choice import best
-from recipes.studies.ledger import Ledger, Row, commit
-from recipes.studies.process import fit, module_of, tested
-from recipes.tune.space import RHO, Config, Space, arguments, seeds_of, short, size, suggestion
+from recipes.studies.process import EndedError, FailedError, commit, fit, module_of, tested
+from recipes.studies.queue import Queue
+from recipes.studies.rows import Row
+from recipes.tune.space import RHO, Config, Space, arguments, is_worse_than_most, seeds_of, short, size, suggestions
 
 WITHOUT, WITH, CONTROL = "without", "with", "control"
 SIDES = (WITHOUT, WITH)
 """The two searches; the control is LoRA with the settings that the one with the perturbation has chosen."""
-KEY = ("side", "config", "seed", "stage")
 SEARCH_SEEDS = (0, 1, 2)
 """All trials are run with the first one, and the best third of them with the others."""
 FIRST_FRESH_SEED = 100
+ROUND = 4  # trials of a side that may run at once; those of the first round are drawn at random
 _LEAST_REPEATED = 2  # trials of a side that are run with all seeds
+_FAILURES = 2  # of one run, after which it counts as diverged
 
 
 class Run(NamedTuple):
@@ -54,62 +61,58 @@ class Run(NamedTuple):
         return f"{self.stage}/{settings}-{own}/seed-{self.seed}"
 
     def key(self) -> Row:
-        """Return the entries of its row that make it this run."""
-        return {name: getattr(self, name) for name in KEY}
+        """Return its attributes."""
+        return self._asdict()
 
 
 @dataclass
 class Search:
     """A search on each side, with as many trials, and the winners of both on fresh seeds, with a control.
 
+    A side's trials come in rounds of four. Those of a round are chosen by the rounds before it, and ended early by
+    comparison with these, so that the search finds the same with any number of workers.
+
     Attributes:
         command: the name of a recipe's folder, or a module that is a LightningCLI.
         options: of its ``fit``.
         space: the settings of both sides.
         radii: what the side with the perturbation may take as rho.
-        results: what is done.
+        queue: what is done.
+        folder: of the runs.
+        metric: on validation.
+        mode: "min" or "max" of the metric.
         trials: of both sides together.
         fresh: seeds of the winners.
-        metric: on validation; None is the one by which the configuration keeps its best checkpoint.
-        mode: "min" or "max" of the metric; None is the configuration's, for its own metric.
         tests: judge the winners on the test data, and not on the validation data.
+        prunes: end hopeless trials early.
     """
 
     command: str
     options: Sequence[str]
     space: Space
     radii: Sequence[str]
-    results: Ledger
+    queue: Queue[Run]
+    folder: Path
+    metric: str
+    mode: str
     trials: int = 20
     fresh: int = 5
-    metric: str | None = None
-    mode: str | None = None
     tests: bool = False
+    prunes: bool = True
+    _rounds: dict[tuple[str, int], list[Config]] = field(default_factory=dict, init=False)
 
     # -- what there is to do
 
     def open_runs(self) -> list[Run]:
         """Return the runs that may start now; none if all are done.
 
-        They are the next trial of each side, then all repeats, then all final runs.
+        They are the next round of each side, then all repeats, then all final runs.
         """
-        runs = []
-        for side in SIDES:
-            tried = self.tried(side)
-            missing = [number for number in range(self.trials_of(side)) if number not in tried]
-            if missing:
-                judgements = [(row["config"], -judged(row)) for row in tried.values()]
-                config = suggestion(self.space_of(side), judgements, missing[0])
-                runs.append(Run(side, config, SEARCH_SEEDS[0], "search", missing[0]))
+        runs = self._open_trials(WITHOUT) + self._open_trials(WITH)
         if runs:
             return sorted(runs, key=lambda run: run.trial)
-        repeats = [run for run in self._repeats() if self.results.find(run) is None]
-        return repeats or [run for run in self._finals() if self.results.find(run) is None]
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether all runs are done."""
-        return not self.open_runs()
+        repeats = [run for run in self._repeats() if self.queue.find(run) is None]
+        return repeats or [run for run in self._finals() if self.queue.find(run) is None]
 
     def left(self) -> int:
         """Count the runs that are to be done; with those of a control, while it is not known whether there is one."""
@@ -118,7 +121,19 @@ class Search:
         for side in SIDES:
             trials = self.trials_of(side)
             runs += trials + _repeated(trials) * (len(SEARCH_SEEDS) - 1)
-        return max(0, runs - len(self.results.rows))
+        return max(0, runs - len(self.queue.rows))
+
+    def seconds_of_a_run(self) -> float:
+        """Return the mean over all finished runs."""
+        seconds: list[float] = [row["seconds"] for row in self.queue.rows]
+        return mean(seconds)
+
+    def seconds_saved(self) -> float:
+        """Estimate what the trials that were ended early would have taken to their end."""
+        rows = self.queue.rows
+        whole: list[float] = [row["seconds"] for row in rows if not row["pruned"]]
+        pruned: list[float] = [row["seconds"] for row in rows if row["pruned"]]
+        return mean(whole) * len(pruned) - sum(pruned)
 
     def trials_of(self, side: str) -> int:
         """Return the number of trials of a side: as many as the other has, or all settings that there are."""
@@ -127,7 +142,7 @@ class Search:
     def tried(self, side: str) -> dict[int, Row]:
         """Return the finished trials of a side with the first seed, by their numbers."""
         found = {}
-        for row in self.results.rows:
+        for row in self.queue.rows:
             if row["side"] == side and row["stage"] == "search" and row["seed"] == SEARCH_SEEDS[0]:
                 found[row["trial"]] = row
         return dict(sorted(found.items()))
@@ -136,8 +151,28 @@ class Search:
         """Return the settings of a side and its rho, which is 0 without the perturbation."""
         return {**self.space, RHO: ["0"] if side == WITHOUT else self.radii}
 
+    def _open_trials(self, side: str) -> list[Run]:
+        """Return what is not done of a side's first round that is not finished."""
+        tried, trials = self.tried(side), self.trials_of(side)
+        missing = [number for number in range(trials) if number not in tried]
+        if not missing:
+            return []
+        first = missing[0] // ROUND * ROUND
+        if (side, first) not in self._rounds:
+            judgements = [(row["config"], -judged(row)) for row in self._before(side, first)]
+            number = min(ROUND, size(self.space_of(side)) - first)
+            self._rounds[side, first] = suggestions(self.space_of(side), judgements, number)
+        configs = self._rounds[side, first]
+        of_round = [number for number in missing if number < first + ROUND]
+        return [Run(side, configs[number - first], SEARCH_SEEDS[0], "search", number) for number in of_round]
+
+    def _before(self, side: str, trial: int) -> list[Row]:
+        """Return the trials of the rounds before a trial's."""
+        tried = self.tried(side)
+        return [tried[number] for number in range(trial // ROUND * ROUND)]
+
     def _repeats(self) -> list[Run]:
-        """Return the best third of each side's trials with the other seeds; none while trials are missing."""
+        """Return the best third of each side's trials with the other seeds."""
         runs = []
         for side in SIDES:
             for row, seed in product(self.repeated(side), SEARCH_SEEDS[1:]):
@@ -149,7 +184,8 @@ class Search:
         if any(len(self.tried(each)) < self.trials_of(each) for each in SIDES):
             return []
         rows = list(self.tried(side).values())[: self.trials_of(side)]
-        return sorted(rows, key=judged, reverse=True)[: _repeated(len(rows))]
+        whole = [row for row in rows if not row["pruned"]]
+        return sorted(whole, key=judged, reverse=True)[: _repeated(len(rows))]
 
     def chosen(self, side: str) -> Config | None:
         """Return the settings with the best mean over the seeds; None while a run is missing."""
@@ -164,11 +200,12 @@ class Search:
 
     def rows(self, side: str, config: Config, stage: str) -> list[Row]:
         """Return the finished runs with these settings."""
-        seeds = SEARCH_SEEDS if stage == "search" else self._fresh_seeds()
-        rows = [self.results.find(Run(side, config, seed, stage, 0)) for seed in seeds]
+        seeds = SEARCH_SEEDS if stage == "search" else self.fresh_seeds()
+        rows = [self.queue.find(Run(side, config, seed, stage, 0)) for seed in seeds]
         return [row for row in rows if row is not None]
 
-    def _fresh_seeds(self) -> range:
+    def fresh_seeds(self) -> range:
+        """Return the seeds of the final runs."""
         return range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + self.fresh)
 
     def finalists(self) -> dict[str, Config]:
@@ -191,7 +228,7 @@ class Search:
     def _finals(self) -> list[Run]:
         """Return the final runs, seed by seed."""
         runs = []
-        for seed, (side, config) in product(self._fresh_seeds(), self.finalists().items()):
+        for seed, (side, config) in product(self.fresh_seeds(), self.finalists().items()):
             runs.append(Run(side, config, seed, "final", -1))
         return runs
 
@@ -204,51 +241,104 @@ class Search:
             return [*given, "--trainer.callbacks+=lightning_flatlora.EFMLoRA", f"--trainer.callbacks.rho={config[RHO]}"]
         return [*given, *(f"--{name}={seed}" for name in seeds_of(self.command)), f"--rho={config[RHO]}"]
 
-    def perform(self, run: Run) -> Row:
-        """Train, and return the run's row, with the ``value`` of the weights that are kept, the worst if it diverged.
+    def perform(self, run: Run, trial: Trial) -> Row:
+        """Do a run; one that has failed twice counts as diverged, so that the search can end.
+
+        Not so for a winner on fresh seeds, whose settings have worked in the search.
+
+        Args:
+            run: to do.
+            trial: that carries it, which is told each validation.
+
+        Returns:
+            The ``value`` of the weights that are kept, the worst if the run has diverged; the ``curve`` of the values
+            after each validation; whether it was ``pruned``; what was ``tested``; ``seconds`` and ``commit``.
 
         Raises:
-            StoppedError: the run has failed, or the user has stopped it.
-            SystemExit: the run has not logged the metric.
+            FailedError: the run has failed.
+            StoppedError: the user has stopped it.
+            MisconfigurationException: the run has not logged the metric.
         """
+        for name, values in {**self.space, RHO: ["0", *self.radii]}.items():
+            trial.suggest_categorical(name, values)  # for Optuna's own pictures: what was queued is found again
+        if self.queue.failures(run) >= _FAILURES:
+            print(f"{run} has failed twice and counts as diverged", flush=True)
+            return self._row(finite_or_worst(math.nan, self.mode))
+        try:
+            row = self._trained(run, trial)
+        except FailedError as failure:
+            if run.stage == "final" and run.side != CONTROL:
+                raise MisconfigurationException(
+                    f"{run} has failed, with the error above. The same command resumes the search"
+                ) from failure
+            print(f"\n{run} has failed, with the error above", flush=True)
+            raise
+        # With their optimizers, the checkpoints of all trials would fill a disk.
+        if run.stage == "search":
+            for file in (self.folder / run.name).glob("fit/checkpoints/*.ckpt"):
+                file.unlink()
+        ended = f", ended early after {len(row['curve'])} validations" if row["pruned"] else ""
+        print(f"{run}: {self.metric} {row['value']:.4g}{ended}", flush=True)
+        return row
+
+    def _trained(self, run: Run, trial: Trial) -> Row:
         began = time.perf_counter()
-        folder = self.results.folder / run.name
+        folder = self.folder / run.name
         given = self.arguments(run.config, run.seed)
-        fitted = fit(self.command, folder, given)
-        metric = self.metric or fitted["monitor"]
-        mode = self.mode or fitted["mode"]
+        curve: list[float] = []
+        others: list[list[float]] = []
+        is_trial = run.stage == "search" and run.seed == SEARCH_SEEDS[0]
+        if is_trial and self.prunes:
+            others = [row["curve"] for row in self._before(run.side, run.trial)]
+
+        def is_hopeless(validations: list[Row]) -> bool:
+            for validation in validations[len(curve) :]:
+                curve.append(validation.get(self.metric, math.nan))
+                trial.report(curve[-1], len(curve) - 1)
+            return is_worse_than_most(curve, others, self.mode)
+
+        try:
+            fitted = fit(self.command, folder, given, is_hopeless)
+        except EndedError:
+            best_value = (min if self.mode == "min" else max)(filter(math.isfinite, curve), default=math.nan)
+            seconds = time.perf_counter() - began
+            return self._row(finite_or_worst(best_value, self.mode), curve=curve, pruned=True, seconds=seconds)
+        self._check(run, fitted)
+        is_hopeless(fitted["validations"])  # which the last look has missed
+        value, on_test = value_of_kept(fitted, self.metric, self.mode), {}
+        is_first = is_trial and (run.side, run.trial) == (WITHOUT, 0)
+        # If there is nothing to test on, the search ends at its start, and not after its last trial.
+        if self.tests and (run.stage == "final" or is_first):
+            on_test = tested(self.command, folder, given, fitted["best"] or fitted["last"])
+            value_on_test = finite_or_worst(_metric_of_test(on_test, self.metric), self.mode)
+            value = value_on_test if run.stage == "final" else value
+        # A run that was stopped and has gone on took longer than this process.
+        seconds = max(time.perf_counter() - began, fitted["training_seconds"])
+        return self._row(value, curve=curve, tested=on_test, seconds=seconds)
+
+    def _row(
+        self,
+        value: float,
+        *,
+        curve: Sequence[float] = (),
+        pruned: bool = False,
+        tested: Row | None = None,
+        seconds: float = 0.0,
+    ) -> Row:
+        judgement = {"metric": self.metric, "mode": self.mode, "value": value, "curve": list(curve), "pruned": pruned}
+        return {**judgement, "tested": tested or {}, "seconds": seconds, "commit": commit()}
+
+    def _check(self, run: Run, fitted: Row) -> None:
+        """Refuse a run that has not logged what it is judged by."""
         logged = set().union(*fitted["validations"])
-        if metric is None:
-            raise SystemExit(f"{run} keeps no checkpoint by a metric: name one, as in --metric val_loss --mode min")
-        for name in filter(None, (metric, fitted["monitor"])):
+        for name in filter(None, (self.metric, fitted["monitor"])):
             if name not in logged:
                 known = ", ".join(sorted(logged - {"step", "epoch"})) or "nothing"
-                raise SystemExit(
+                raise MisconfigurationException(
                     f"{run} has logged no {name} by the end of a validation, only {known}. If it ended before its "
                     "first one, make the epoch shorter with --trainer.limit_train_batches in place of "
                     "--trainer.max_steps"
                 )
-        value, on_test = value_of_kept(fitted, metric, mode), {}
-        is_first = (run.side, run.stage, run.trial, run.seed) == (WITHOUT, "search", 0, SEARCH_SEEDS[0])
-        # If there is nothing to test on, the search ends at its start, and not after its last trial.
-        if self.tests and (run.stage == "final" or is_first):
-            on_test = tested(self.command, folder, given, fitted["best"] or fitted["last"])
-            value_on_test = finite_or_worst(_metric_of_test(on_test, metric), mode)
-            value = value_on_test if run.stage == "final" else value
-        if run.stage == "search":
-            # With their optimizers, the checkpoints of all trials would fill a disk.
-            for file in folder.glob("fit/checkpoints/*.ckpt"):
-                file.unlink()
-        # A run that was stopped and has gone on took longer than this process.
-        seconds = max(time.perf_counter() - began, fitted["training_seconds"])
-        judgement = {"metric": metric, "mode": mode, "value": value, "tested": on_test}
-        return {**run.key(), "trial": run.trial, **judgement, "seconds": seconds, "commit": commit()}
-
-    def failed(self, run: Run) -> Row:
-        """Return the row of a failed run, which counts as one that diverged; another one has shown the metric."""
-        shown = {name: self.results.rows[0][name] for name in ("metric", "mode")}
-        judgement = {**shown, "value": finite_or_worst(math.nan, shown["mode"]), "tested": {}, "seconds": 0.0}
-        return {**run.key(), "trial": run.trial, **judgement, "commit": commit()}
 
 
 def _metric_of_test(tested: Row, metric: str) -> float:
@@ -260,7 +350,7 @@ def _metric_of_test(tested: Row, metric: str) -> float:
     """
     name = re.sub("(?<![a-z])(validation|valid|val|eval|dev)(?![a-z])", "test", metric, count=1)
     if name not in tested:
-        raise SystemExit(f"the test has logged no {name}, only {', '.join(sorted(tested))}")
+        raise MisconfigurationException(f"the test has logged no {name}, only {', '.join(sorted(tested))}")
     return float(tested[name])
 
 

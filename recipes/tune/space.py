@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.logging import WARNING, set_verbosity
+from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
-from optuna.study import create_study
-from optuna.trial import create_trial
+from optuna.study import Study, create_study
+from optuna.trial import TrialState, create_trial
 
 Config = dict[str, str]
 """The value of each setting, as it stands on the command line."""
@@ -16,20 +16,20 @@ Space = Mapping[str, Sequence[str]]
 """The values of each setting. Options that change together, as in "model.lora.r/model.lora.lora_alpha", are one."""
 
 RHO = "rho"
-_STARTUP = 4  # trials at random, before the sampler learns from them
+_BAD = 1e300
 _ATTEMPTS = 100  # to find a configuration that has not been tried
 
-_RATES = ["5e-5", "1e-4", "2e-4", "5e-4", "1e-3", "2e-3"]
+_RATES = ["5e-5", "1e-4", "3e-4", "1e-3", "3e-3"]
 _DROPOUTS = ["0", "0.1", "0.5", "0.9"]
 _RANK = "model.lora.r/model.lora.lora_alpha"
 # alpha follows the rank, so that the scaling s, and with it the size of an update, stays.
-_SPACE: Space = {"model.learning_rate": _RATES, "model.lora.lora_dropout": _DROPOUTS, _RANK: ["2/4", "8/16"]}
+_SPACE: Space = {"model.learning_rate": _RATES, "model.lora.lora_dropout": _DROPOUTS, _RANK: ["2/4", "8/16", "32/64"]}
 SPACES: Mapping[str, Space] = {
     "classification": {**_SPACE, "model.head_learning_rate": ["null", "1e-3", "4e-3"]},
     "instruction_tuning": _SPACE,
     "nlg": _SPACE,
     "vqa": _SPACE,
-    "clip_fewshot": {**_SPACE, _RANK: ["2/1", "8/2"]},  # its scaling is alpha / sqrt(r)
+    "clip_fewshot": {**_SPACE, _RANK: ["2/1", "8/2", "32/4"]},  # its scaling is alpha / sqrt(r)
     "clip_contrastive": _SPACE,
 }
 """What is searched in a recipe, besides rho, if the user does not say it."""
@@ -78,31 +78,75 @@ def short(config: Config) -> str:
     return ", ".join(f"{name}={value}" for name, value in zip(names, config.values(), strict=True))
 
 
-def suggestion(space: Space, tried: Sequence[tuple[Config, float]], number: int) -> Config:
-    """Return a configuration that has not been tried, by Optuna's tree-structured Parzen estimator.
+def suggestions(space: Space, tried: Sequence[tuple[Config, float]], number: int) -> list[Config]:
+    """Return configurations that have not been tried, by Optuna's tree-structured Parzen estimator.
 
-    Equal arguments give equal suggestions, so that a run that was stopped is found again.
+    Equal arguments give equal suggestions, so that all workers find the same. The first ones are drawn at random.
 
     Args:
         space: to search.
         tried: what has been tried, and what came of it; the less the better.
-        number: of the trial.
+        number: of configurations.
     """
-    set_verbosity(WARNING)
-    known = [config for config, _ in tried]
+    sampler = TPESampler(seed=len(tried), n_startup_trials=1, multivariate=True, constant_liar=True)
+    study = create_study(sampler=sampler)
     distributions: dict[str, BaseDistribution] = {}
     for name, values in space.items():
         distributions[name] = CategoricalDistribution(values)
-    for attempt in range(_ATTEMPTS):
-        sampler = TPESampler(seed=number * _ATTEMPTS + attempt, n_startup_trials=_STARTUP, multivariate=True)
-        study = create_study(sampler=sampler)
-        for config, value in tried:
-            study.add_trial(create_trial(params=config, distributions=distributions, value=value))
-        found: Config = study.ask(distributions).params
-        if found not in known:
-            return found
-    every = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
-    return next(config for config in every if config not in known)
+    for config, value in tried:
+        study.add_trial(create_trial(params=config, distributions=distributions, value=value))
+    taken = [config for config, _ in tried]
+    found: list[Config] = []
+    while len(found) < number:
+        config = _new(study, distributions, taken) or _first_new(space, taken)
+        taken.append(config)
+        found.append(config)
+    return found
+
+
+def _new(study: Study, distributions: dict[str, BaseDistribution], taken: Sequence[Config]) -> Config | None:
+    for _ in range(_ATTEMPTS):
+        config: Config = study.ask(distributions).params
+        if config not in taken:
+            return config
+    return None
+
+
+def _first_new(space: Space, taken: Sequence[Config]) -> Config:
+    every = (dict(zip(space, values, strict=True)) for values in product(*space.values()))
+    return next(config for config in every if config not in taken)
+
+
+def is_worse_than_most(values: Sequence[float], others: Sequence[Sequence[float]], mode: str) -> bool:
+    """Return whether a run's best value so far is worse than the median of others after as many validations.
+
+    By Optuna's median pruner, which says no before half of the others' validations: a low rate begins slowly.
+
+    Args:
+        values: of the run, after each validation.
+        others: of finished runs.
+        mode: "min" or "max" of the values.
+
+    Example:
+        >>> is_worse_than_most([2.0, 1.9], [[2.0, 1.5], [2.1, 1.8]], "min")
+        True
+    """
+    others = [other for other in others if other]
+    if not values or not others:
+        return False
+    pruner = MedianPruner(n_startup_trials=1, n_warmup_steps=max(map(len, others)) // 2)
+    study = create_study(direction="minimize" if mode == "min" else "maximize")
+    for other in others:
+        # Only what it was on its way counts.
+        study.add_trial(create_trial(value=0.0, intermediate_values=_finite(other, mode)))
+    running = create_trial(state=TrialState.RUNNING, intermediate_values=_finite(values, mode))
+    return pruner.prune(study, running)
+
+
+def _finite(values: Sequence[float], mode: str) -> dict[int, float]:
+    """Return values by their numbers, with a bad one, of which a median can be taken, for those that diverged."""
+    worst = _BAD if mode == "min" else -_BAD
+    return {number: value if math.isfinite(value) else worst for number, value in enumerate(values)}
 
 
 def size(space: Space) -> int:

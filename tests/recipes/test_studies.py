@@ -1,7 +1,6 @@
 """Studies: which setting is chosen, and where a run goes on. The rest is tested with the programs that do it."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from recipes.studies.choice import best
-from recipes.studies.process import resuming, written
+from recipes.studies.process import written
 from recipes.studies.result import RunResult
 from recipes.tune.search import value_of_kept
 
@@ -35,17 +34,6 @@ DIVERGED = [(0.9, 0.0), (math.nan, 0.0)]
 )
 def test_the_best_mean_is_chosen(trials: list[list[tuple[float, ...]]], place: int) -> None:
     assert best(trials) == place
-
-
-def test_a_run_goes_on_from_its_newest_last_checkpoint(tmp_path: Path) -> None:
-    """By time within a long epoch, or of an epoch's end."""
-    assert resuming(tmp_path) == []
-    (tmp_path / "checkpoints").mkdir()
-    for age, name in enumerate(("last_by_time", "last", "epoch=9")):
-        path = tmp_path / "checkpoints" / f"{name}.ckpt"
-        path.touch()
-        os.utime(path, (0, 1000 - age))
-    assert resuming(tmp_path) == [f"--ckpt_path={tmp_path / 'checkpoints' / 'last_by_time.ckpt'}"]
 
 
 class Validated(BoringModel):

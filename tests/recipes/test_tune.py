@@ -9,23 +9,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
+import pandas
 import pytest
 import yaml
-from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from optuna import Trial
 
 from recipes.command_line import precision
 from recipes.command_line.arguments import option
 from recipes.command_line.cli import RecipeCLI
 from recipes.command_line.configs import RECIPES
 from recipes.command_line.precision import SETTING
-from recipes.studies.ledger import Ledger, Row, StoppedError, read
-from recipes.studies.process import fit
-from recipes.tune.__main__ import Options, _perform, _space, main
-from recipes.tune.report import Answer, answer, draw, table
-from recipes.tune.search import CONTROL, KEY, SIDES, WITH, WITHOUT, Run, Search
-from recipes.tune.space import Space, arguments, suggestion
+from recipes.studies.process import EndedError, FailedError, StoppedError
+from recipes.studies.queue import Queue
+from recipes.studies.rows import Row
+from recipes.tune import verdict
+from recipes.tune.__main__ import Options, _space, main
+from recipes.tune.answer import Answer, answer, draw
+from recipes.tune.search import CONTROL, ROUND, SIDES, WITH, WITHOUT, Run, Search
+from recipes.tune.space import Space, arguments, is_worse_than_most, suggestions
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
@@ -55,14 +58,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """The commands that were run, in this process; the third one is stopped."""
     commands: list[Sequence[str]] = []
 
-    def run_here(command: Sequence[str]) -> None:
+    def run_here(command: Sequence[str], is_hopeless: Any = None) -> None:
         commands.append(command)
         assert os.environ[SETTING] == "bf16-mixed"  # in all runs, if no option says another
         if len(commands) == 3:
-            raise StoppedError(130)
+            raise StoppedError
         RecipeCLI(list(command[3:]))  # behind python -m recipes.classification
 
-    monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))  # for the process that writes best.yaml
+    monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))  # for the processes that print settings
     monkeypatch.setattr(precision, "_has_fast_bfloat16", lambda: True)
     monkeypatch.setenv(SETTING, "")  # so that it is put back
     monkeypatch.setattr("recipes.studies.process.run_process", run_here)
@@ -72,51 +75,71 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
 def test_a_search_is_run_once_resumed_and_answered(
     options: list[str], started: list[Sequence[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    folder = tmp_path / "search"
+    folder.mkdir()
+    (folder / "table.txt").write_text("somebody's")
     assert main([*options, "--test"]) == 130
     assert "The same command resumes" in capsys.readouterr().out
     assert main([*options, "--test"]) == 0
     # Four trials of one seed, each repeated with two more, the winners and maybe a control with two fresh seeds, their
     # tests and one of the first trial, and one stop.
-    rows = read(tmp_path / "search" / "results.jsonl")
-    finals = [row for row in rows if row["stage"] == "final"]
-    assert len(finals) == 2 * len({row["side"] for row in finals}) == len(rows) - 4 - 8
+    rows = pandas.read_csv(folder / "results.csv")
+    finals = rows[rows.stage == "final"]
+    sides = finals.groupby(["model.learning_rate", "model.head_learning_rate", "rho"], dropna=False)
+    assert len(finals) == 2 * len(sides) == len(rows) - 4 - 8
     assert len(started) == len(rows) + len(finals) + 1 + 1
     assert started[1][3] == "test"  # so that data without a test part end the search at its start
     assert list(started[2]) == list(started[3])
     assert {"--data.seed=101", "--data.shots_seed=101"} <= set(started[-1])
-    for side in SIDES:
-        of_side = [row for row in rows if row["side"] == side]
-        assert [row["seed"] for row in finals if row["side"] == side] == [100, 101]
-        assert {row["config"]["rho"] == "0" for row in of_side} == {side == WITHOUT}
-    assert {(row["metric"], row["mode"]) for row in rows} == {("val_score", "max")}
+    assert all(set(of_side.seed) == {100, 101} for _, of_side in sides)
     out = " ".join(capsys.readouterr().out.split())  # lines are wrapped
-    assert "on test data" in out
-    best = yaml.safe_load((tmp_path / "search" / "best.yaml").read_text())
+    assert "Searched: rho of 0, 0.1, 0.5" in out
+    assert "Precision: bf16-mixed" in out
+    assert "val_score, more is better" in out
+    assert "One more hour of one worker would buy" in out
+    best = yaml.safe_load((folder / "best.yaml").read_text())
     assert best["model"]["class_path"] == "recipes.classification.module.TextClassification"
-    assert (tmp_path / "search" / "trials.png").stat().st_size > 0
+    assert (folder / "trials.png").stat().st_size > 0
+    assert (folder / "table-1.txt").read_text() == "somebody's"
     assert not list(tmp_path.glob("search/search/**/*.ckpt"))
-    assert (tmp_path / "search" / "precision.txt").read_text() == "bf16-mixed\n"
-    # Nothing is run again, more seeds can be bought, and rows of other options can't be compared with those.
+    # The table and the study give the verdict of the search.
+    text = (folder / "table.txt").read_text()
+    for source in (folder / "results.csv", f"sqlite:///{folder / 'study.db'}"):
+        verdict.main([str(source), "--metric", "val_score", "--picture", str(tmp_path / "verdict.png")])
+        assert capsys.readouterr().out.startswith(text)
+    # Nothing is run again, more seeds can be bought, and runs of other options can't be compared with those.
     assert main([*options, "--test"]) == 0
     assert len(started) == len(rows) + len(finals) + 2
-    with pytest.raises(MisconfigurationException, match="name another folder"):
+    with pytest.raises(MisconfigurationException, match="test was True and is False"):
         main(options)
+
+
+def made(folder: Path, space: Space = SPACE, **settings: Any) -> Search:
+    queue = Queue(optuna.create_study(), lambda key: Run(**key))
+    return Search("my.cli", [], space, ["0.5", "5"], queue, folder, "val_loss", "min", **settings)
 
 
 def finished(folder: Path, rank_8: bool = False, space: Space = SPACE, **settings: Any) -> tuple[Search, list[Run]]:
     """A search whose runs take no time: without the perturbation 1e-2 and rank 2 are best, with it rho 5."""
-    search = Search("my.cli", [], space, ["0.5", "5"], Ledger(folder / "results.jsonl", KEY), **settings)
+    search = made(folder, space, **settings)
     runs: list[Run] = []
 
-    def perform(run: Run) -> Row:
+    def perform(run: Run, trial: Trial) -> Row:
         rate, rank = run.config.get("model.lr", "0"), run.config.get("model.r/model.alpha")
         value = 1.0 - 10 * float(rate) + (rank == "8/16") - 0.1 * float(run.config["rho"]) + run.seed / 1000
         value -= 2 * (rank_8 and rank == "8/16" and run.config["rho"] == "5")
-        judgement = {"trial": run.trial, "metric": "val_loss", "mode": "min", "value": value, "seconds": 36.0}
-        return {**run.key(), **judgement}
+        return search._row(value, curve=[value + 1, value], seconds=36.0)
 
-    search.results.perform_all(search.open_runs, perform, runs.append)
+    search.queue.work(search.open_runs, perform, runs.append)
     return search, runs
+
+
+def changed(search: Search, **values: float) -> list[Row]:
+    """The rows of a search with another value for the first final run of a side."""
+    rows = [dict(row) for row in search.queue.rows]
+    for side, value in values.items():
+        next(row for row in rows if row["stage"] == "final" and row["side"] == side)["value"] = value
+    return rows
 
 
 def test_both_sides_have_as_many_trials_and_the_best_are_chosen(tmp_path: Path) -> None:
@@ -126,22 +149,26 @@ def test_both_sides_have_as_many_trials_and_the_best_are_chosen(tmp_path: Path) 
     assert len({json.dumps(row["config"]) for row in tried[WITHOUT]}) == 6  # all that there are
     assert search.chosen(WITHOUT) == {"model.lr": "1e-2", "model.r/model.alpha": "2/4", "rho": "0"}
     assert len(runs) == 12 + 2 * 2 * 2 + 2 * 5  # both winners have rank 2, so there is no control
-    assert draw(search).axes[0].get_legend_handles_labels()[1] == ["rho 0", "rho 0.5", "rho 5"]
+    drawn = draw(search.queue.rows, "model.lr", "val_loss", "min").axes[0]
+    assert drawn.get_legend_handles_labels()[1] == ["rho 0", "rho 0.5", "rho 5"]
     assert arguments(search.chosen(WITHOUT) or {}) == ["--model.lr=1e-2", "--model.r=2", "--model.alpha=4"]
+    assert answer(search.queue.rows, "min").missing == []
+    assert (search.seconds_of_a_run(), search.seconds_saved()) == (36.0, 0.0)
 
 
 def test_rho_alone_can_be_searched(tmp_path: Path) -> None:
     search, runs = finished(tmp_path, space={}, trials=4)
     assert [search.trials_of(side) for side in SIDES] == [1, 2]
     assert len(runs) == 3 * 3 + 2 * 5
-    assert draw(search).axes[0].get_xlabel() == "rho"
-    contrastive = Search("clip_contrastive", [], {}, [], search.results)  # whose data's seed draws the parts
+    assert draw(search.queue.rows, "rho", "val_loss", "min").axes[0].get_xlabel() == "rho"
+    contrastive = replace(made(tmp_path), command="clip_contrastive")  # whose data's seed draws the parts
     assert contrastive.arguments({"rho": "0"}, 7) == ["--seed_everything=7", "--rho=0"]
 
 
 def test_winners_that_differ_in_more_than_rho_have_a_control(tmp_path: Path) -> None:
     search, runs = finished(tmp_path, rank_8=True, trials=12)
-    found = answer(search)
+    found = answer(search.queue.rows, "min")
+    assert found.configs == search.finalists()
     assert found.configs[CONTROL] == {**found.configs[WITH], "rho": "0"} != found.configs[WITHOUT]
     assert (len(runs), search.left()) == (12 + 2 * 2 * 2 + 3 * 5, 0)
     assert (found.rival, found.winner) == (WITHOUT, WITH)  # rank 8 alone is worse
@@ -149,29 +176,71 @@ def test_winners_that_differ_in_more_than_rho_have_a_control(tmp_path: Path) -> 
         values = {CONTROL: {seed: -sign * (1.0 + seed / 1e6) for seed in found.values[WITH]}}
         for side in SIDES:
             values[side] = {seed: sign * value for seed, value in found.values[side].items()}
-        against = Answer(found.configs, values, sign == 1)
+        against = replace(found, values=values, less_is_better=sign == 1)
         assert against.rival == against.winner == CONTROL
         assert against.verdict().startswith("Don't: it is worse than LoRA with the same other settings, by ")
-    assert "with - control, 95 % interval" in table(search, found)
+    assert "with - control, 95 % interval" in found.text("val_loss")
 
 
-def test_processes_share_the_sides_of_a_trial_and_all_later_runs(tmp_path: Path) -> None:
-    search = Search("my.cli", [], SPACE, ["0.5", "5"], Ledger(tmp_path / "results.jsonl", KEY), trials=8)
-    first, second = search.open_runs()
-    assert [(run.trial, run.side) for run in (first, second)] == [(0, WITHOUT), (0, WITH)]
-    with search.results.claimed(first):
-        done: list[Run] = []
-        assert search.results.perform_first(search.open_runs(), lambda run: None, done.append)
-    assert done == [second]
-    search, _ = finished(tmp_path, trials=8)
-    path = tmp_path / "results.jsonl"
-    rows = read(path)
-    path.write_text("\n".join(json.dumps(row) for row in rows if row["seed"] == 0))
-    search.results.reload()
-    assert len(search.open_runs()) == 2 * 2 * 2
-    path.write_text("\n".join(json.dumps(row) for row in rows if row["stage"] == "search"))
-    search.results.reload()
-    assert len(search.open_runs()) == len(search.finalists()) * 5
+def test_a_round_learns_from_the_rounds_before_it_only(tmp_path: Path) -> None:
+    """So that workers that race find the same, and so does a search whose budget grows."""
+    space = {"model.lr": [str(rate) for rate in range(9)], "model.r": ["1", "2"]}
+    configs = []
+    for trials in (12, 20):
+        search, _ = finished(tmp_path, space=space, trials=trials)
+        configs.append([search.tried(side)[number]["config"] for side in SIDES for number in range(6)])
+    assert configs[0] == configs[1]
+    search, done = made(tmp_path, space, trials=20), list[Run]()
+    assert [(run.trial, run.side) for run in search.open_runs()[:3]] == [(0, WITHOUT), (0, WITH), (1, WITHOUT)]
+    assert len(search.open_runs()) == 2 * ROUND
+
+    def last_ones() -> list[Run]:
+        return search.open_runs()[::-1] if len(done) < ROUND else []
+
+    search.queue.work(last_ones, lambda run, trial: search._row(1.0), done.append)
+    assert all(run.trial < ROUND for run in [*done, *search.open_runs()])
+
+
+def test_a_trial_ends_early_by_comparison_with_its_own_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    curves: dict[str, list[list[float]]] = {WITHOUT: [], WITH: []}
+    search = made(tmp_path, trials=12)
+
+    def fit(command: str, folder: Path, given: list[str], is_hopeless: Any) -> Row:
+        is_with = "--trainer.callbacks.rho=0" not in given
+        rows: list[Row] = []
+        for step in range(4):
+            rows.append({"val_loss": 100.0 * is_with + len(curves[WITH]) - step})
+            if is_hopeless(rows):
+                raise EndedError
+        return {"monitor": "val_loss", "mode": "min", "validations": rows, "training_seconds": 8.0}
+
+    monkeypatch.setattr("recipes.tune.search.fit", fit)
+
+    def perform(run: Run, trial: Trial) -> Row:
+        row = search.perform(run, trial)
+        curves[run.side].append(row["curve"])
+        return row
+
+    search.queue.work(search.open_runs, perform, lambda run: None)
+    for side in SIDES:
+        rows = search.tried(side)
+        assert [rows[number]["pruned"] for number in range(6)] == [False] * 4 + [True] * 2
+        assert [len(curve) for curve in curves[side]][:6] == [4] * 4 + [3] * 2
+        assert len(search.repeated(side)) == 2
+    assert search.seconds_saved() > 0
+    assert {trial.state.name for trial in search.queue.study.trials} == {"COMPLETE", "PRUNED"}
+
+
+def test_a_value_is_compared_after_as_many_validations() -> None:
+    others = [[3.0, 2.0, 1.0], [3.2, 2.2, 1.2], [9.0, 9.0, 9.0]]
+    assert not is_worse_than_most([9.0], others, "min")  # a low rate begins slowly
+    assert is_worse_than_most([9.0, 2.5], others, "min")
+    assert not is_worse_than_most([9.0, 2.1], others, "min")
+    assert is_worse_than_most([math.nan, math.nan], others, "min")
+    assert not is_worse_than_most([9.0, 2.5], [[math.nan, math.nan]], "min")
+    assert is_worse_than_most([0.1, 0.1], [[0.2, 0.5]], "max")
+    assert not is_worse_than_most([], others, "min")
+    assert not is_worse_than_most([1.0], [[]], "min")
 
 
 def test_a_run_has_a_folder_of_its_own() -> None:
@@ -185,55 +254,34 @@ def test_a_run_has_a_folder_of_its_own() -> None:
 
 def test_runs_that_diverged_are_no_traceback(tmp_path: Path) -> None:
     search, _ = finished(tmp_path, trials=4)
-    path = tmp_path / "results.jsonl"
-    rows = read(path)
     control, lora = "Not known yet: LoRA with the same other settings diverged", "Not known yet: LoRA diverged"
-    for side, verdict, winner in ((CONTROL, control, WITHOUT), (WITHOUT, lora, CONTROL), (WITH, "Don't: it", WITHOUT)):
-        now = [dict(row) for row in rows]
-        next(row for row in now if row["stage"] == "final" and row["side"] == side)["value"] = math.inf
-        path.write_text("\n".join(map(json.dumps, now)))
-        search.results.reload()
-        found = answer(search)
-        assert "nan" in table(search, found)
-        assert found.verdict().startswith(verdict)
+    for side, sentence, winner in ((CONTROL, control, WITHOUT), (WITHOUT, lora, CONTROL), (WITH, "Don't: it", WITHOUT)):
+        found = answer(changed(search, **{side: math.inf}), "min")
+        assert "nan" in found.text("val_loss")
+        assert found.verdict().startswith(sentence)
         assert "in 1 of its 5 final runs." in found.verdict()
         assert found.winner == winner
 
 
 def test_a_run_that_fails_twice_counts_as_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search, _ = finished(tmp_path, trials=4)
-    status = 1
 
-    def fails(run: Run) -> Row:
-        raise StoppedError(status)
+    def fails(*_: Any) -> Row:
+        raise FailedError(1)
 
-    monkeypatch.setattr(search, "perform", fails)
-    run = Run(WITH, {"rho": "5"}, 7, "search", 3)
-    control, final = Run(CONTROL, {"rho": "0"}, 7, "final", -1), run._replace(stage="final", seed=8)
-    # A winner's settings have worked, so that its final run which fails does so for another reason.
-    for each in (run, control, final, final):
-        with pytest.raises(StoppedError):
-            _perform(search, each)
-    for row in (_perform(search, run), _perform(search, control)):
+    monkeypatch.setattr("recipes.tune.search.fit", fails)
+    config = {"model.lr": "1e-4", "model.r/model.alpha": "8/16"}
+    run = Run(WITH, {**config, "rho": "5"}, 7, "search", 3)
+    control, final = Run(CONTROL, {**config, "rho": "0"}, 7, "final", -1), run._replace(stage="final", seed=8)
+    for each in (run, control):
+        search.queue.work(lambda each=each: [each] * (search.queue.find(each) is None), search.perform, print)
+        row = search.queue.find(each) or {}
         assert (row["value"], row["metric"], row["seed"]) == (math.inf, "val_loss", 7)
-    status = 130  # Ctrl-C
-    with pytest.raises(StoppedError):
-        _perform(search, run)
-
-
-def test_a_command_line_of_lightnings_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_here(command: Sequence[str]) -> None:
-        assert command[2] == "json.tool"
-        LightningCLI(BoringModel, BoringDataModule, args=list(command[3:]))
-
-    monkeypatch.setattr("recipes.studies.process.run_process", run_here)
-    options = ["--seed_everything=0", "--trainer.max_steps=1", "--trainer.accelerator=cpu"]
-    options += ["--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
-    stopped = tmp_path / "fit" / "config.yaml"
-    stopped.parent.mkdir()
-    stopped.touch()
-    assert fit("json.tool", tmp_path, options)["steps"] == 1
-    assert stopped.read_text()
+        assert search.queue.failures(each) == 2
+    # A winner's settings have worked, so that its final run which fails does so for another reason.
+    for _ in range(3):
+        with pytest.raises(MisconfigurationException, match="seed 8 has failed, with the error above"):
+            search.queue.work(lambda: [final], search.perform, print)
 
 
 def test_settings_that_are_given_are_not_searched(capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,18 +291,20 @@ def test_settings_that_are_given_are_not_searched(capsys: pytest.CaptureFixture[
     assert "--model.lora.lora_alpha is given, so model.lora.r/model.lora.lora_alpha is" in capsys.readouterr().out
 
 
-def test_a_suggestion_is_new_and_the_same_again() -> None:
+def test_suggestions_are_new_and_the_same_again() -> None:
     tried: list[tuple[dict[str, str], float]] = []
-    for number in range(6):
-        found = suggestion(SPACE, tried, number)
-        assert found == suggestion(SPACE, tried, number)
-        assert found not in [config for config, _ in tried]
-        tried.append((found, math.inf if number == 2 else float(number)))
+    for number in (2, 3, 1):  # of six
+        found = suggestions(SPACE, tried, number)
+        assert found == suggestions(SPACE, tried, number)
+        for config in found:
+            assert config not in [before for before, _ in tried]
+            tried.append((config, math.inf if number == 2 else float(number)))
 
 
 def answer_of(without: Sequence[float], perturbed: Sequence[float], less_is_better: bool = True) -> Answer:
     values = {WITHOUT: dict(enumerate(without)), WITH: dict(enumerate(perturbed))}
-    return Answer({WITHOUT: {"rho": "0"}, WITH: {"rho": "5"}}, values, less_is_better)
+    configs = {WITHOUT: {"rho": "0"}, WITH: {"rho": "5"}}
+    return Answer(configs, values, less_is_better, {WITHOUT: [1.0, 2.0], WITH: [1.0, 2.0]})
 
 
 def test_the_answer_is_one_sentence_with_its_doubt() -> None:
@@ -267,7 +317,8 @@ def test_the_answer_is_one_sentence_with_its_doubt() -> None:
     assert unknown.winner == WITHOUT
     # What is surely worse than LoRA may be anything against the control.
     worse = answer_of([1.0, 1.2, 1.1], [1.2, 1.4, 1.31])
-    worse.configs[CONTROL], worse.values[CONTROL] = {}, {0: 0.1, 1: 3.2, 2: 0.1}
+    values = {**worse.values, CONTROL: {0: 0.1, 1: 3.2, 2: 0.1}}
+    worse = replace(worse, configs={**worse.configs, CONTROL: {}}, values=values)
     assert worse.verdict().startswith("Don't: it is worse than LoRA, by ")
 
 
@@ -280,16 +331,15 @@ def test_equal_values_are_no_certainty() -> None:
         assert equal.winner == WITHOUT
     diverged = answer_of([0.5, 0.6, 0.7], [0.4, 0.4, math.inf])
     assert diverged.verdict().startswith("Don't: it diverged in 1 of its 3 final runs")
-    chance = replace(answer_of([1.0, 1.2, 1.1], [0.5, 0.71, 0.6]), trials=[0.5, 0.5, math.inf, 0.5])
+    chance = replace(answer_of([1.0, 1.2, 1.1], [0.5, 0.71, 0.6]), trials={WITH: [0.5, 0.5, math.inf, 0.5]})
     assert chance.verdict().startswith("No answer: all 3 trials gave 0.5. Nothing was learnt: train longer")
 
 
 def test_an_answer_tells_how_much_was_tried(tmp_path: Path) -> None:
-    search, _ = finished(tmp_path, trials=8)  # of 6 settings without rho, and 12 with it
-    found = answer(search)
-    assert (found.tried, len(found.trials)) == ((4, 12), 8)
+    search, _ = finished(tmp_path, trials=8)
+    found = answer(search.queue.rows, "min")
     worse = replace(found, less_is_better=not found.less_is_better)
-    assert worse.verdict().endswith("(95 % interval), with the best of the 4 settings tried, of 12.")
+    assert worse.verdict().endswith("(95 % interval), with the best of the 4 settings tried.")
 
 
 @pytest.mark.parametrize("is_proven", [True, False])
@@ -298,22 +348,29 @@ def test_a_failure_is_no_divergence(
 ) -> None:
     done = 0
 
-    def run_here(command: Sequence[str]) -> None:
+    def run_here(command: Sequence[str], is_hopeless: Any = None) -> None:
         nonlocal done
         done += 1
         if not is_proven or done == 2:
-            raise StoppedError(2)
+            raise FailedError(2)
         fitted = {"monitor": "val_score", "mode": "max", "validations": [{"val_score": 0.25}], "training_seconds": 1.0}
         folder = Path(option(command, "--trainer.callbacks.folder") or "")
         folder.mkdir(parents=True)
         (folder / "fit.json").write_text(json.dumps(fitted))
 
     monkeypatch.setattr("recipes.studies.process.run_process", run_here)
-    assert main(options) == 2
+    given = [*options, "--metric=val_score", "--mode=max"]
+    if not is_proven:
+        assert main(given) == 2
+        assert "The first run has failed, with the error above: fix its cause" in capsys.readouterr().out
+        return
+    monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))  # for the process that prints settings
+    assert main(given) == 0
     out = capsys.readouterr().out
-    assert ("counts as diverged" in out) == is_proven
-    assert ("The first run has failed, with the error above: fix its cause" in out) == (not is_proven)
-    assert ("seed 0: val_score 0.25" in out) == is_proven
+    assert "has failed, with the error above" in out
+    assert "counts as diverged" not in out
+    assert "seed 0: val_score 0.25" in out
+    assert "No answer: all 4 trials gave 0.25" in out
 
 
 @pytest.mark.parametrize(
@@ -340,3 +397,12 @@ def test_wrong_options_are_refused_before_the_first_run(wrong: list[str], messag
     with pytest.raises(MisconfigurationException, match=message):
         main(wrong)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_option_of_the_recipe_is_refused_before_the_first_run(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))
+    with pytest.raises(MisconfigurationException, match=r"(?s)the options of classification fit are wrong:.*max_stepz"):
+        main([*options, "--trainer.max_stepz=3"])
+    assert not (tmp_path / "search").exists()

@@ -1,0 +1,237 @@
+"""Runs that several workers share: trials of an Optuna study, each done by one of them.
+
+A worker is the same command started once more, on any machine that reaches the storage. A trial whose worker was killed
+loses its heartbeat, and its run is queued again.
+"""
+
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import optuna
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from optuna import Study, Trial
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
+from optuna.storages import RDBStorage, fail_stale_trials
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from recipes.studies.process import FailedError
+from recipes.studies.rows import Row
+
+HEARTBEAT = 15  # seconds
+GRACE = 60  # seconds without a heartbeat, after which a worker counts as killed
+_WAIT = 1.0  # seconds
+_ATTEMPTS = 5
+_DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+_QUEUED = (TrialState.WAITING, TrialState.RUNNING, *_DONE)
+
+
+class Run(Protocol):
+    """One piece of work; ``str(run)`` describes it to the user."""
+
+    @property
+    def name(self) -> str:
+        """That no other run of the study has."""
+
+    def key(self) -> Row:
+        """Return what the run is made of, as JSON takes it."""
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+
+class DroppedError(Exception):
+    """Two workers have met, and this one's trial has no run that is still to be done."""
+
+
+class Queue(Generic[AnyRun]):
+    """The runs of a study and what they have found.
+
+    Args:
+        study: whose trials are the runs.
+        restore: makes a run of its key, which another worker may have queued.
+
+    Attributes:
+        rows: what the finished runs have found, each with its run's key, in the order in which they were queued.
+    """
+
+    def __init__(self, study: Study, restore: Callable[[Row], AnyRun]) -> None:
+        self.study = study
+        self.restore = restore
+        self._rows: dict[str, Row] = {}
+        self.reload()
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows."""
+        return list(self._rows.values())
+
+    def find(self, run: Run) -> Row | None:
+        """Return the row of a run, or None while the run is not done."""
+        return self._rows.get(run.name)
+
+    def failures(self, run: Run) -> int:
+        """Count how often a run has failed."""
+        failed = self._trials(TrialState.FAIL)
+        return sum(_name(trial) == run.name and "failed" in trial.user_attrs for trial in failed)
+
+    def reload(self) -> None:
+        """Read what other workers have found."""
+        self._rows = {}
+        for trial in self._trials(*_DONE):
+            self._rows.setdefault(_name(trial), {**trial.user_attrs["run"], **trial.user_attrs["row"]})
+
+    def work(
+        self,
+        open_runs: Callable[[], Sequence[AnyRun]],
+        perform: Callable[[AnyRun, Trial], Row],
+        report: Callable[[AnyRun], None],
+    ) -> None:
+        """Do runs, or wait for other workers that do them, until none is left.
+
+        Args:
+            open_runs: returns those that may start now, by the rows that there are.
+            perform: does a run and returns what it has found; ``value`` is that of the trial, and with ``pruned`` the
+                run was ended early.
+            report: is called with the run before it starts.
+
+        Raises:
+            FailedError: the study's first run has failed. Later ones are queued again while ``open_runs`` has them.
+            StoppedError: the user has stopped a run; it is queued again by the next worker that looks.
+        """
+        is_waiting = False
+        while runs := open_runs():
+            if self._may_take(runs):
+                is_waiting = False
+                # If the first run fails, something is wrong that all of them share, such as an option.
+                survived = (DroppedError, FailedError) if self.rows else (DroppedError,)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ExperimentalWarning)
+                    self.study.optimize(partial(self._perform, perform, report), n_trials=1, catch=survived)
+            else:
+                if not is_waiting:
+                    print("\nThis worker waits for runs of others; Ctrl-C loses nothing", flush=True)
+                is_waiting = True
+                time.sleep(_WAIT)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ExperimentalWarning)
+                    fail_stale_trials(self.study)
+            self.reload()
+
+    def _may_take(self, runs: Iterable[AnyRun]) -> bool:
+        """Say whether a trial waits to be taken, and queue the first run that no trial has if there is none."""
+        if self._trials(TrialState.WAITING):
+            return True
+        queued = {_name(trial) for trial in self._trials(*_QUEUED)}
+        for run in runs:
+            if run.name not in queued:
+                self.study.enqueue_trial(run.key().get("config", {}), user_attrs={"name": run.name, "run": run.key()})
+                return True
+        return False
+
+    def _perform(
+        self, perform: Callable[[AnyRun, Trial], Row], report: Callable[[AnyRun], None], trial: Trial
+    ) -> float:
+        earlier = [other for other in self._trials(*_QUEUED) if other.number < trial.number]
+        names = [_name(other) for other in earlier]
+        # Another worker has taken the trial that waited, and this one is new; or both have queued the same run.
+        if trial.user_attrs.get("name") in (None, *names):
+            time.sleep(random.uniform(0, _WAIT))  # so that the two do not meet again
+            raise DroppedError
+        run = self.restore(trial.user_attrs["run"])
+        report(run)
+        try:
+            row = perform(run, trial)
+        except FailedError as failure:
+            trial.set_user_attr("failed", failure.status)
+            raise
+        trial.set_user_attr("row", row)
+        if row.get("pruned"):
+            raise optuna.TrialPruned
+        return float(row["value"])
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Return the trials that are runs; somebody may have added others to the study."""
+        trials = self.study.get_trials(deepcopy=False, states=states)
+        return [trial for trial in trials if "run" in trial.user_attrs]
+
+
+def open_study(url: str, name: str, mode: str, settings: Row, decided: Row) -> Study:
+    """Create a study, or load the one that another worker has created.
+
+    Args:
+        url: of Optuna's storage, as in "postgresql://user@host/database".
+        name: of the study.
+        mode: "min" or "max" of a run's value.
+        settings: that all runs share, since their results would not be comparable otherwise.
+        decided: what the worker that creates the study decides for all; it is found in ``study.user_attrs``.
+
+    Raises:
+        MisconfigurationException: the storage can't be reached, or the study was begun with other settings.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = _storage(url)
+    direction = StudyDirection.MINIMIZE if mode == "min" else StudyDirection.MAXIMIZE
+    try:
+        study = optuna.create_study(storage=storage, study_name=name, direction=direction)
+        for each, value in decided.items():
+            study.set_user_attr(each, value)
+        study.set_user_attr("settings", settings)
+    except DuplicatedStudyError:
+        study = optuna.load_study(storage=storage, study_name=name)
+    before = _settings_of(study)
+    differing = [each for each in {**before, **settings} if before.get(each) != settings.get(each)]
+    if differing:
+        changes = "; ".join(f"{each} was {before.get(each)} and is {settings.get(each)}" for each in differing)
+        raise MisconfigurationException(
+            f"the study {name!r} in {url} was begun with other options: {changes}. Give the ones that it was begun "
+            "with, or another --folder or --study"
+        )
+    return study
+
+
+def file_storage(folder: Path) -> str:
+    """Return the URL of the SQLite file that a folder's runs are kept in if nothing else is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder.absolute() / 'study.db'}"
+
+
+def _storage(url: str) -> RDBStorage:
+    """Connect; workers that start together may both try to make the tables, and one of them tries again."""
+    # SQLite's own wait for another process's transaction is 5 s.
+    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    problem: Exception | None = None
+    for _ in range(_ATTEMPTS):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                return RDBStorage(url, engine_kwargs=engine, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
+        except SQLAlchemyError as error:
+            problem = error
+            time.sleep(random.uniform(0, _WAIT))
+        except (ImportError, ValueError) as error:
+            problem = error
+            break
+    first_line = str(problem).partition("\n")[0]
+    raise MisconfigurationException(f"--storage: {url} can't be opened: {first_line}") from problem
+
+
+def _settings_of(study: Study) -> Row:
+    """Return a study's settings, which the worker that creates it writes a moment later."""
+    for _ in range(_ATTEMPTS):
+        if "settings" in study.user_attrs:
+            found: Row = study.user_attrs["settings"]
+            return found
+        time.sleep(_WAIT)
+    return {}
+
+
+def _name(trial: FrozenTrial) -> str:
+    name: str = trial.user_attrs["name"]
+    return name

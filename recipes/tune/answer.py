@@ -1,0 +1,243 @@
+"""What a search says: a table, a picture and one sentence."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from matplotlib.figure import Figure
+
+from recipes.studies.rows import Row
+from recipes.studies.statistics import Estimate, estimate, with_error
+from recipes.studies.tables import aligned
+from recipes.tune.search import CONTROL, WITH, WITHOUT
+from recipes.tune.space import RHO, Config, short
+
+_NAMES = {WITHOUT: "LoRA", CONTROL: "LoRA with the same other settings"}
+TITLES = {WITHOUT: "without (LoRA)", WITH: "with the perturbation", CONTROL: "control (LoRA)"}
+_NOT_LEARNT = "Nothing was learnt: train longer, or try higher rates, in another folder."
+_NO_SEEDS = "The seeds change nothing: check that --seed_everything sets the adapter's start and the order of the data."
+_OR_COARSE = "Or the metric is too coarse: take a loss, by --metric."
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The winners of both sides, and the control if there is one, on seeds that have chosen nothing.
+
+    Attributes:
+        configs: of these, by side.
+        values: of the metric, by side and seed.
+        less_is_better: of the metric.
+        trials: of each side without a control, the mean of each of the settings that were tried.
+        missing: what the runs lack for a better answer.
+    """
+
+    configs: Mapping[str, Config]
+    values: Mapping[str, Mapping[int, float]]
+    less_is_better: bool
+    trials: Mapping[str, Sequence[float]]
+    missing: Sequence[str] = ()
+
+    def difference(self, side: str) -> Estimate:
+        """Return with the perturbation minus another side, paired by seed."""
+        return estimate([self.values[WITH][seed] - value for seed, value in self.values[side].items()])
+
+    def gain(self, side: str) -> tuple[float, float]:
+        """Return the 95 % interval of the difference to another side, in which more is better."""
+        found = self.difference(side)
+        mean = -found.mean if self.less_is_better else found.mean
+        return mean - found.interval, mean + found.interval
+
+    def diverged(self, side: str) -> int:
+        """Count the runs of a side that have."""
+        return sum(not math.isfinite(value) for value in self.values[side].values())
+
+    @property
+    def no_answer(self) -> str:
+        """Why values that are all equal say nothing; empty if they differ."""
+        every = [value for values in self.trials.values() for value in values]
+        groups: list[tuple[str, Sequence[float], str]] = [("trials", every, _NOT_LEARNT)]
+        for side, found in self.values.items():
+            if not self.diverged(side):
+                groups.append((f"final runs {TITLES[side]}", list(found.values()), _NO_SEEDS))
+        for what, values, reason in groups:
+            # One that diverged has the worst number there is.
+            finite = [value for value in values if math.isfinite(value)]
+            if len(finite) > 1 and len(set(finite)) == 1:
+                return f"No answer: all {len(finite)} {what} gave {finite[0]:.4g}. {reason} {_OR_COARSE}"
+        return ""
+
+    @property
+    def others(self) -> list[str]:
+        """The sides without the perturbation."""
+        return [side for side in self.configs if side != WITH]
+
+    @property
+    def rival(self) -> str:
+        """The one of them that is hardest to beat: one that is better for sure, or else by the low end of the gain."""
+        finite = [side for side in self.others if not self.diverged(side)] or self.others
+        gains = {side: self.gain(side) for side in finite}
+        better = [side for side in gains if gains[side][1] < 0]
+        return min(better or gains, key=lambda side: gains[side][0])
+
+    @property
+    def winner(self) -> str:
+        """The side whose settings to take: with the perturbation if it is better for sure, else the better LoRA."""
+        if not self.no_answer and not any(map(self.diverged, self.configs)) and self.gain(self.rival)[0] > 0:
+            return WITH
+        sign = 1 if self.less_is_better else -1
+        return min(self.others, key=lambda side: sign * sum(self.values[side].values()))
+
+    def verdict(self) -> str:
+        """Return one sentence: use it, don't, not known yet, or why there is no answer."""
+        if self.no_answer:
+            return self.no_answer
+        low, high = self.gain(self.rival)
+        rho = self.configs[WITH][RHO]
+        than = f"than {_NAMES[self.rival]}"
+        if self.diverged(WITH):
+            return f"Don't: it diverged in {self.diverged(WITH)} of its {len(self.values[WITH])} final runs."
+        if high < 0:
+            tried = f"with the best of the {len(self.trials[WITH])} settings tried"
+            return f"Don't: it is worse {than}, by {-high:.3g} to {-low:.3g} (95 % interval), {tried}."
+        for side in self.others:
+            if self.diverged(side):
+                runs = f"{self.diverged(side)} of its {len(self.values[side])} final runs"
+                return f"Not known yet: {_NAMES[side]} diverged in {runs}. Search lower rates, in another folder."
+        if low > 0:
+            return f"Use it, with rho={rho}: it is better {than}, by {low:.3g} to {high:.3g} (95 % interval)."
+        between = f"it is between {abs(low):.3g} worse and {high:.3g} better {than} (95 % interval)"
+        return f"Not known yet: {between}. Until then, don't."
+
+    def text(self, metric: str) -> str:
+        """Make a table with a line for each side and one for each difference, and say what follows from it.
+
+        Args:
+            metric: its name.
+        """
+        lines = [["best", "settings tried", "mean"]]
+        for side in self.configs:
+            number = str(len(self.trials[side])) if side in self.trials else ""
+            lines.append([TITLES[side], number, with_error(estimate(list(self.values[side].values())), ".4f")])
+        for side in self.others:
+            difference = self.difference(side)
+            interval = f"{difference.mean:+.4f}" + ("" if self.no_answer else f" ± {difference.interval:.4f}")
+            lines.append([f"with - {side}, 95 % interval", "", interval])
+        notes = [f"{TITLES[side]}: {short(config)}" for side, config in self.configs.items()]
+        notes.append(
+            f"{metric}, {'less' if self.less_is_better else 'more'} is better; mean and standard error over seeds "
+            f"{', '.join(map(str, self.values[WITH]))}; differences are paired by seed"
+        )
+        if CONTROL in self.configs:
+            notes.append(
+                "The winners differ in more than rho, so the control has the settings of the one with the perturbation "
+                "and rho 0: the difference to it is the perturbation's own part. The answer is against the LoRA that "
+                "is harder to beat"
+            )
+        return "\n".join([aligned(lines), "", *notes, "", self.verdict(), *self.missing, ""])
+
+
+ConfigKey = tuple[tuple[str, str], ...]
+
+
+def answer(rows: Sequence[Row], mode: str) -> Answer:
+    """Return both winners, and the control if it was run, on the seeds that all of them share.
+
+    Args:
+        rows: runs, each with its ``config``, ``seed``, ``stage`` and ``value``. The stage is "final" for seeds that
+            have chosen nothing; if there are none, those that have chosen the winners also judge them.
+        mode: "min" or "max" of the value.
+
+    Raises:
+        MisconfigurationException: a side has no settings with two seeds, or the winners share fewer than two.
+    """
+    searched = _by_config(rows, "search")
+    final = _by_config(rows, "final")
+    runs = final or searched
+    configs: dict[str, Config] = {}
+    for side in (WITHOUT, WITH):
+        repeated = [key for key in runs if _side(key) == side and len(runs[key]) > 1]
+        if not repeated:
+            raise MisconfigurationException(
+                f"no settings {side} the perturbation have runs with two seeds: run the best ones of each side with "
+                "the same seeds"
+            )
+        # Of those on fresh seeds, the search has chosen the one that it has run most often; the control was not chosen.
+        most = max(len(searched.get(key, ())) for key in repeated) if final else 0
+        chosen = [key for key in repeated if len(searched.get(key, ())) >= most]
+        means = {key: mean((searched.get(key) or runs[key]).values()) for key in chosen}
+        winner = min(means, key=means.__getitem__) if mode == "min" else max(means, key=means.__getitem__)
+        configs[side] = dict(winner)
+    control = {**configs[WITH], RHO: "0"}
+    if control != configs[WITHOUT] and len(runs.get(_key(control), ())) > 1:
+        configs[CONTROL] = control
+    seeds = set.intersection(*(set(runs[_key(config)]) for config in configs.values()))
+    if len(seeds) < 2:
+        raise MisconfigurationException("the winners of both sides share fewer than two seeds: run both with the same")
+    values = {}
+    for side, config in configs.items():
+        found = runs[_key(config)]
+        values[side] = {seed: found[seed] for seed in sorted(seeds)}
+    trials: dict[str, list[float]] = {WITHOUT: [], WITH: []}
+    for key, found in (searched or final).items():
+        trials[_side(key)].append(mean(found.values()))
+    missing = []
+    if not final:
+        missing.append(
+            "The seeds that chose the winners also judge them, which favours the side with more settings: run both "
+            "winners with fresh seeds, and name these by --fresh."
+        )
+    if len(trials[WITH]) != len(trials[WITHOUT]):
+        missing.append(
+            f"The sides are unequal: {len(trials[WITHOUT])} settings were tried without the perturbation and "
+            f"{len(trials[WITH])} with it."
+        )
+    if control != configs[WITHOUT] and CONTROL not in configs:
+        missing.append(
+            f"There is no control: run LoRA with {short({**control, RHO: '0'})} and the same seeds, since a gain may "
+            "come from the other settings."
+        )
+    return Answer(configs, values, mode == "min", trials, missing)
+
+
+def _by_config(rows: Sequence[Row], stage: str) -> dict[ConfigKey, dict[int, float]]:
+    """Return the values of a stage's runs by their settings and seeds."""
+    found: dict[ConfigKey, dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        if row["stage"] == stage:
+            found[_key(row["config"])][row["seed"]] = row["value"]
+    return dict(found)
+
+
+def _key(config: Config) -> ConfigKey:
+    return tuple(sorted(config.items()))
+
+
+def _side(key: ConfigKey) -> str:
+    return WITH if float(dict(key)[RHO]) > 0 else WITHOUT
+
+
+def draw(rows: Sequence[Row], setting: str, metric: str, mode: str) -> Figure:
+    """Draw the value of all trials against a setting, in a colour for each rho."""
+    values = list(dict.fromkeys(row["config"][setting] for row in sorted(rows, key=lambda row: _number(row, setting))))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for rho in sorted({row["config"][RHO] for row in rows}, key=float):
+        of_rho = [row for row in rows if row["config"][RHO] == rho and math.isfinite(row["value"])]
+        indices = [values.index(row["config"][setting]) for row in of_rho]
+        axes.plot(indices, [row["value"] for row in of_rho], "o", label=f"rho {rho}", alpha=0.6)
+    axes.set_xticks(range(len(values)), values)
+    axes.set_xlabel(setting.rpartition(".")[2])
+    axes.set_ylabel(f"{metric} ({mode} is best)")
+    axes.legend()
+    return figure
+
+
+def _number(row: Row, setting: str) -> float:
+    """Return what a setting's values are sorted by; others than numbers stay as they come."""
+    try:
+        return float(row["config"][setting].partition("/")[0])
+    except ValueError:
+        return 0.0

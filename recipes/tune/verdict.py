@@ -1,0 +1,207 @@
+"""`python -m recipes.tune.verdict SOURCE --metric val_loss`: does the perturbation pay, by anybody's sweep?
+
+SOURCE is a table (.csv, .json, .jsonl or .parquet), as Weights & Biases exports it, the URL of an Optuna storage, or a
+folder of Hydra's multirun with the CSV logs of Lightning. A run with rho 0, or without one, counts as LoRA. On each
+side the settings with the best mean win; their runs are compared by seed. Example: python -m recipes.tune.verdict
+runs/tune/classification/results.csv --metric val_score
+"""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import optuna
+import pandas
+import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from optuna.trial import TrialState
+from pandas import DataFrame
+from sqlalchemy.exc import SQLAlchemyError
+
+from recipes.command_line.mistakes import without_traceback
+from recipes.command_line.options import parse_known_options
+from recipes.data.files import set_aside
+from recipes.studies.queue import Queue
+from recipes.studies.rows import Row
+from recipes.tune.answer import answer, draw
+from recipes.tune.search import Run, finite_or_worst
+from recipes.tune.space import RHO
+
+_LESS_IS_BETTER = ("loss", "error", "perplexity", "nll")
+
+
+@dataclass
+class Options:
+    """Which columns of a sweep mean what.
+
+    Attributes:
+        source: the sweep.
+        metric: the column to judge by, val_loss unless another is named; of an Optuna study of another program it is called value.
+        mode: of the metric; by default min for a loss, an error or a perplexity, and else max.
+        rho: the column of the radius; by default the one whose name ends in rho.
+        seed: the column of the seed; by default the one whose name ends in seed or seed_everything.
+        settings: columns of the other settings; by default those with a dot in their names, and what Optuna or Hydra
+            has set.
+        fresh: seeds that have chosen nothing; by default those of rows whose column stage is final.
+        study: name of the Optuna study, if the storage has several.
+        picture: a file to draw the trials into.
+    """
+
+    source: str
+    metric: str = "val_loss"
+    mode: Literal["min", "max"] | None = None
+    rho: str | None = None
+    seed: str | None = None
+    settings: list[str] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)
+    study: str | None = None
+    picture: Path = Path("verdict.png")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print table and sentence, and draw the picture; returns the exit status."""
+    options, others = parse_known_options(Options, arguments, "python -m recipes.tune.verdict", __doc__)
+    if others:
+        raise MisconfigurationException(f"there is no option {others[0]}; see --help")
+    is_loss = any(name in options.metric.lower() for name in _LESS_IS_BETTER)
+    mode = options.mode or ("min" if is_loss else "max")
+    rows = _rows(_sweep(options, mode), options, mode)
+    print(answer(rows, mode).text(options.metric))
+    set_aside(options.picture)
+    drawn = [row for row in rows if row["stage"] == "search"] or rows
+    draw(drawn, next(iter(rows[0]["config"])), options.metric, mode).savefig(options.picture, dpi=130)
+    print(f"The trials are drawn in {options.picture}")
+    return 0
+
+
+def _sweep(options: Options, mode: str) -> DataFrame:
+    """Read a sweep as one table with a line for each run."""
+    source = options.source
+    if "://" in source:
+        return _of_optuna(source, options)
+    path = Path(source)
+    if path.is_dir():
+        return _of_hydra(path, options.metric, mode)
+    readers = {
+        ".csv": lambda path: pandas.read_csv(path, dtype=str),  # 1e-2 stays what it was called
+        ".json": pandas.read_json,
+        ".jsonl": lambda path: pandas.read_json(path, lines=True),
+        ".parquet": pandas.read_parquet,
+    }
+    if path.suffix not in readers:
+        known = ", ".join(readers)
+        raise MisconfigurationException(f"{source} must be a file ({known}), a folder, or the URL of a storage")
+    if not path.exists():
+        raise MisconfigurationException(f"there is no {source}")
+    found: DataFrame = readers[path.suffix](path)
+    return found
+
+
+def _of_optuna(url: str, options: Options) -> DataFrame:
+    """Return settings, user attributes and values of a study's finished trials."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        names = optuna.get_all_study_names(url)
+        if options.study is None and len(names) != 1:
+            raise MisconfigurationException(f"{url} has the studies {names}: name one of them by --study")
+        study = optuna.load_study(study_name=options.study or names[0], storage=url)
+    except (KeyError, SQLAlchemyError) as error:
+        raise MisconfigurationException(f"{url} has no such study, or can't be opened: {error}") from error
+    trials = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+    if trials and "run" in trials[0].user_attrs:  # of recipes.tune
+        return table_of(Queue(study, restore=lambda key: Run(**key)).rows)
+    options.settings = options.settings or [
+        name for name in trials[0].params if name not in (options.rho, options.seed)
+    ]
+    return DataFrame([{**trial.params, **trial.user_attrs, "value": trial.value} for trial in trials])
+
+
+def _of_hydra(folder: Path, metric: str, mode: str) -> DataFrame:
+    """Return the overrides of each run and the best value that its CSV logs have."""
+    runs = []
+    for path in sorted(folder.rglob(".hydra/overrides.yaml")):
+        overrides = dict(each.lstrip("+~").split("=", 1) for each in yaml.safe_load(path.read_text()))
+        for log in path.parent.parent.rglob("metrics.csv"):
+            logged = pandas.read_csv(log)
+            if metric in logged:
+                values = logged[metric].dropna()
+                overrides[metric] = values.min() if mode == "min" else values.max()
+        runs.append(overrides)
+    return DataFrame(runs)
+
+
+def table_of(rows: Sequence[Row]) -> DataFrame:
+    """Return the rows of a search as a table: stage, trial, seed, the settings, the metric, and the rest."""
+    lines = []
+    for row in rows:
+        head = {name: row[name] for name in ("stage", "trial", "seed")}
+        rest = {name: row[name] for name in ("pruned", "seconds", "commit")}
+        lines.append({**head, **row["config"], row["metric"]: row["value"], **rest})
+    return DataFrame(lines)
+
+
+def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
+    """Return the runs of a sweep as :func:`recipes.tune.answer.answer` takes them.
+
+    Raises:
+        MisconfigurationException: a column is missing, or two runs have the same settings and seed.
+    """
+    if options.metric not in sweep:
+        raise MisconfigurationException(f"there is no column {options.metric}: {_columns(sweep)}")
+    rho = _column(sweep, "rho", options.rho)
+    seed = _column(sweep, "seed", options.seed, "seed_everything")
+    used = {rho, seed, options.metric}
+    settings = options.settings or [name for name in sweep if _is_setting(name) and name not in used]
+    unknown = [name for name in settings if name not in sweep]
+    if unknown:
+        raise MisconfigurationException(f"--settings: there is no column {', '.join(unknown)}: {_columns(sweep)}")
+    for name in (rho, seed, options.metric):
+        try:
+            sweep[name] = pandas.to_numeric(sweep[name])
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(f"the column {name} must hold numbers: {error}") from error
+    has_value = sweep[options.metric].notna()
+    if not has_value.all():
+        print(f"{(~has_value).sum()} runs have no {options.metric} and are left out")
+    rows: list[Row] = []
+    for line in sweep[has_value].to_dict("records"):
+        config = {name: "null" if pandas.isna(line[name]) else str(line[name]) for name in settings}
+        config[RHO] = f"{0.0 if pandas.isna(line[rho]) else float(line[rho]):g}"
+        is_final = line["stage"] == "final" if "stage" in line and not options.fresh else line[seed] in options.fresh
+        stage = "final" if is_final else "search"
+        value = finite_or_worst(float(line[options.metric]), mode)
+        rows.append({"config": config, "seed": int(line[seed]), "stage": stage, "value": value})
+    runs = [json.dumps([row["config"], row["seed"], row["stage"]]) for row in rows]
+    if len(set(runs)) < len(runs):
+        raise MisconfigurationException(
+            f"several runs have the same seed and the same settings ({', '.join(settings) or 'none'}): name by "
+            f"--settings what else differs. {_columns(sweep)}"
+        )
+    return rows
+
+
+def _column(sweep: DataFrame, option: str, given: str | None, *others: str) -> str:
+    """Return the name of a column: the one that is given, or the only one whose last part is the option's name."""
+    names = [name for name in sweep if re.split(r"[./]|params_|user_attrs_", name)[-1] in (option, *others)]
+    names = [name for name in sweep if name == given] if given else names
+    if len(names) != 1:
+        found = ", ".join(names) or "none"
+        raise MisconfigurationException(f"--{option} must name one column, found {found}: {_columns(sweep)}")
+    return str(names[0])
+
+
+def _columns(sweep: DataFrame) -> str:
+    return f"the columns are {', '.join(map(str, sweep))}"
+
+
+def _is_setting(name: str) -> bool:
+    return "." in name or name.startswith("params_")
+
+
+if __name__ == "__main__":
+    with without_traceback():
+        sys.exit(main())

@@ -1,0 +1,134 @@
+"""The verdict on anybody's sweep: tables, Hydra's folders and Optuna's storages, and what they lack."""
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas
+import pytest
+import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from recipes.tune.verdict import main
+
+
+def loss(rate: float, rho: float, seed: int) -> float:
+    """1e-2 and rho 0.5 are best, and rho 0.5 lowers the loss by 0.3."""
+    return 1.0 + abs(rate - 1e-2) * 10 - 0.3 * (rho == 0.5) + 0.01 * (seed % 3) + 0.003 * rho * (seed % 2)
+
+
+def sweep(seeds: Any = (0, 1, 2), radii: Any = (0.0, 0.5), rates: Any = (1e-3, 1e-2)) -> list[dict[str, Any]]:
+    """Runs as Weights & Biases exports them."""
+    runs = []
+    for rate in rates:
+        for rho in radii:
+            for seed in seeds:
+                settings = {"optimizer.lr": rate, "callbacks.efmlora.rho": rho or None, "seed": seed}
+                runs.append({"Name": f"run-{len(runs)}", **settings, "val_loss": loss(rate, rho, seed)})
+    return runs
+
+
+def said(source: Path | str, *options: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main([str(source), "--metric", "val_loss", "--picture", str(folder / "verdict.png"), *options]) == 0
+    assert (folder / "verdict.png").stat().st_size > 10_000
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_sweep_is_judged(ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / f"sweep.{ending}"
+    table = pandas.DataFrame(sweep())
+    if ending == "csv":
+        table.to_csv(path, index=False)
+    elif ending == "jsonl":
+        table.to_json(path, orient="records", lines=True)
+    else:
+        table.to_parquet(path)
+    out = said(path, folder=tmp_path, capsys=capsys)
+    assert "Use it, with rho=0.5: it is better than LoRA, by 0.29" in out
+    assert "with the perturbation: lr=0.01, rho=0.5" in out
+    assert "The seeds that chose the winners also judge them" in out
+    assert "unequal" not in out
+    assert "no control" not in out
+
+
+def test_fresh_seeds_judge_what_the_others_have_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [*sweep(rates=(1e-3, 1e-2, 1e-1)), *sweep(seeds=(10, 11), rates=(1e-2,))]
+    pandas.DataFrame(runs).to_csv(tmp_path / "sweep.csv", index=False)
+    out = said(tmp_path / "sweep.csv", "--fresh", "10", "11", folder=tmp_path, capsys=capsys)
+    assert "standard error over seeds 10, 11" in out
+    assert "The seeds that chose" not in out
+
+
+def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [*sweep(rates=(1e-2,), radii=(0.5,)), *sweep(rates=(1e-3, 1e-1), radii=(0.0,))]
+    runs.append({**runs[0], "seed": 9, "val_loss": None})
+    pandas.DataFrame(runs).to_csv(tmp_path / "sweep.csv", index=False)
+    out = said(tmp_path / "sweep.csv", folder=tmp_path, capsys=capsys)
+    assert "1 runs have no val_loss and are left out" in out
+    assert "The sides are unequal: 2 settings were tried without the perturbation and 1 with it." in out
+    assert "There is no control: run LoRA with lr=0.01, rho=0 and the same seeds" in out
+
+
+def test_hydras_folders_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, run in enumerate(sweep()):
+        folder = tmp_path / "multirun" / str(number)
+        (folder / ".hydra").mkdir(parents=True)
+        names = ("optimizer.lr", "callbacks.efmlora.rho", "seed")
+        overrides = [f"{name}={run[name] or 0}" for name in names]
+        (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+        (folder / "csv" / "version_0").mkdir(parents=True)
+        logged = pandas.DataFrame({"step": [1, 2, 2], "val_loss": [9.0, None, run["val_loss"]]})
+        logged.to_csv(folder / "csv" / "version_0" / "metrics.csv", index=False)
+    out = said(tmp_path / "multirun", folder=tmp_path, capsys=capsys)
+    assert "Use it, with rho=0.5: it is better than LoRA, by 0.29" in out
+
+
+def test_a_study_of_another_program_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"sqlite:///{tmp_path / 'optuna.db'}"
+    study = optuna.create_study(storage=url, study_name="mine")
+    for run in sweep():
+        frozen = optuna.trial.create_trial(
+            params={"lr": run["optimizer.lr"], "rho": run["callbacks.efmlora.rho"] or 0.0},
+            distributions={
+                "lr": optuna.distributions.FloatDistribution(1e-5, 1.0),
+                "rho": optuna.distributions.FloatDistribution(0.0, 8.0),
+            },
+            user_attrs={"seed": run["seed"]},
+            value=run["val_loss"],
+        )
+        study.add_trial(frozen)
+    options = ["--metric", "value", "--mode", "min", "--picture", str(tmp_path / "verdict.png")]
+    assert main([url, *options]) == 0
+    assert "Use it, with rho=0.5" in capsys.readouterr().out
+    optuna.create_study(storage=url, study_name="other")
+    with pytest.raises(MisconfigurationException, match=r"has the studies \['mine', 'other'\]: name one"):
+        main([url, *options])
+    assert main([url, "--study", "mine", *options]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, ["--metric", "loss"], "there is no column loss: the columns are Name, optimizer.lr"),
+        ({}, ["--rho", "radius"], "--rho must name one column, found none"),
+        ({"x.rho": 1.0}, [], "--rho must name one column, found callbacks.efmlora.rho, x.rho"),
+        ({"seed": 1}, [], r"several runs have the same seed and the same settings \(optimizer.lr\)"),
+        ({}, ["--settings", "lr"], "--settings: there is no column lr"),
+        ({"callbacks.efmlora.rho": 0.5}, ["--settings", "Name"], "no settings without the perturbation have runs with"),
+        ({"callbacks.efmlora.rho": "cosine"}, [], "the column callbacks.efmlora.rho must hold numbers"),
+        ({}, ["--setting", "lr"], "there is no option --setting"),
+    ],
+)
+def test_what_can_not_be_judged_is_said(
+    changes: dict[str, Any], options: list[str], message: str, tmp_path: Path
+) -> None:
+    pandas.DataFrame([{**run, **changes} for run in sweep()]).to_csv(tmp_path / "sweep.csv", index=False)
+    with pytest.raises(MisconfigurationException, match=message):
+        main([str(tmp_path / "sweep.csv"), "--metric", "val_loss", *options])
+
+
+@pytest.mark.parametrize("source", ["nothing.csv", "sweep.txt", "sqlite:////no/such/place.db"])
+def test_a_source_that_can_not_be_read_is_said(source: str) -> None:
+    with pytest.raises(MisconfigurationException, match=source):
+        main([source, "--metric", "val_loss"])
