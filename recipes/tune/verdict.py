@@ -40,7 +40,7 @@ class Options:
 
     Attributes:
         source: the sweep.
-        metric: the column to judge by, val_loss unless another is named; of an Optuna study of another program it is called value.
+        metric: the column to judge by; that of an Optuna study of another program is called value.
         mode: of the metric; by default min for a loss, an error or a perplexity, and else max.
         rho: the column of the radius; by default the one whose name ends in rho.
         seed: the column of the seed; by default the one whose name ends in seed or seed_everything.
