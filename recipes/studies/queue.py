@@ -19,6 +19,7 @@ from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Connection, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from recipes.studies.process import FailedError
@@ -211,7 +212,10 @@ def _storage(url: str) -> RDBStorage:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)
-                return RDBStorage(url, engine_kwargs=engine, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
+                storage = RDBStorage(url, engine_kwargs=engine, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
+            if storage.engine.name == "sqlite":
+                event.listen(storage.engine, "begin", _begin_immediately)
+            return storage
         except SQLAlchemyError as error:
             problem = error
             time.sleep(random.uniform(0, _WAIT))
@@ -220,6 +224,11 @@ def _storage(url: str) -> RDBStorage:
             break
     first_line = str(problem).partition("\n")[0]
     raise MisconfigurationException(f"--storage: {url} can't be opened: {first_line}") from problem
+
+
+def _begin_immediately(connection: Connection) -> None:
+    """Lock an SQLite file before a transaction reads, and not only before it writes: a trial is taken by one worker."""
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _settings_of(study: Study) -> Row:

@@ -30,8 +30,8 @@ from recipes.command_line.precision import SETTING, fast_precision
 from recipes.data.files import begin_folder, write_whole
 from recipes.studies.process import FailedError, StoppedError, module_of
 from recipes.studies.queue import Queue, file_storage, open_study
-from recipes.tune.answer import Answer, answer, draw
-from recipes.tune.search import WITH, Run, Search
+from recipes.tune.answer import WITH, Answer, answer, draw
+from recipes.tune.search import Run, Search
 from recipes.tune.space import RHO, SPACES, Space, parts, seeds_of
 from recipes.tune.verdict import table_of
 
@@ -96,11 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _announce(search: Search, run: Run) -> None:
     rows = search.queue.rows
     left = search.left()
-    left_for = ""
-    if rows:
-        hours = left * search.seconds_of_a_run() / 3600
-        left_for = f", about {hours:.1f} hours for one worker"
-    print(f"\nRuns left: {left}{left_for}. Next: {run}", flush=True)
+    left_for = f", about {left * search.seconds_of_a_run() / 3600:.1f} hours for one worker" if rows else ""
+    print(f"\nRuns left, at most: {left}{left_for}. Next: {run}", flush=True)
 
 
 def _write(search: Search) -> None:

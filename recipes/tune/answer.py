@@ -12,9 +12,12 @@ from matplotlib.figure import Figure
 from recipes.studies.rows import Row
 from recipes.studies.statistics import Estimate, estimate, with_error
 from recipes.studies.tables import aligned
-from recipes.tune.search import CONTROL, WITH, WITHOUT
 from recipes.tune.space import RHO, Config, short
 
+WITHOUT, WITH, CONTROL = "without", "with", "control"
+SIDES = (WITHOUT, WITH)
+"""What is compared; the control is LoRA with the settings that won with the perturbation."""
+ConfigKey = tuple[tuple[str, str], ...]
 _NAMES = {WITHOUT: "LoRA", CONTROL: "LoRA with the same other settings"}
 TITLES = {WITHOUT: "without (LoRA)", WITH: "with the perturbation", CONTROL: "control (LoRA)"}
 _NOT_LEARNT = "Nothing was learnt: train longer, or try higher rates, in another folder."
@@ -31,14 +34,14 @@ class Answer:
         values: of the metric, by side and seed.
         less_is_better: of the metric.
         trials: of each side without a control, the mean of each of the settings that were tried.
-        missing: what the runs lack for a better answer.
+        is_fresh: whether these seeds have chosen nothing.
     """
 
     configs: Mapping[str, Config]
     values: Mapping[str, Mapping[int, float]]
     less_is_better: bool
     trials: Mapping[str, Sequence[float]]
-    missing: Sequence[str] = ()
+    is_fresh: bool = True
 
     def difference(self, side: str) -> Estimate:
         """Return with the perturbation minus another side, paired by seed."""
@@ -111,6 +114,29 @@ class Answer:
         between = f"it is between {abs(low):.3g} worse and {high:.3g} better {than} (95 % interval)"
         return f"Not known yet: {between}. Until then, don't."
 
+    @property
+    def missing(self) -> list[str]:
+        """What the runs lack for a better answer."""
+        missing = []
+        if not self.is_fresh:
+            missing.append(
+                "The seeds that chose the winners also judge them, which favours the side with more settings: run both "
+                "winners with fresh seeds, and name these by --fresh."
+            )
+        numbers = {side: len(self.trials[side]) for side in SIDES}
+        if numbers[WITHOUT] != numbers[WITH]:
+            missing.append(
+                f"The sides are unequal: {numbers[WITHOUT]} settings were tried without the perturbation and "
+                f"{numbers[WITH]} with it."
+            )
+        control = {**self.configs[WITH], RHO: "0"}
+        if control not in self.configs.values():
+            missing.append(
+                f"There is no control: run LoRA with {short(control)} and the same seeds, since a gain may come from "
+                "the other settings."
+            )
+        return missing
+
     def text(self, metric: str) -> str:
         """Make a table with a line for each side and one for each difference, and say what follows from it.
 
@@ -139,9 +165,6 @@ class Answer:
         return "\n".join([aligned(lines), "", *notes, "", self.verdict(), *self.missing, ""])
 
 
-ConfigKey = tuple[tuple[str, str], ...]
-
-
 def answer(rows: Sequence[Row], mode: str) -> Answer:
     """Return both winners, and the control if it was run, on the seeds that all of them share.
 
@@ -151,55 +174,52 @@ def answer(rows: Sequence[Row], mode: str) -> Answer:
         mode: "min" or "max" of the value.
 
     Raises:
-        MisconfigurationException: a side has no settings with two seeds, or the winners share fewer than two.
+        MisconfigurationException: a side has no run, or the winners share fewer than two seeds.
     """
-    searched = _by_config(rows, "search")
-    final = _by_config(rows, "final")
-    runs = final or searched
-    configs: dict[str, Config] = {}
-    for side in (WITHOUT, WITH):
-        repeated = [key for key in runs if _side(key) == side and len(runs[key]) > 1]
-        if not repeated:
-            raise MisconfigurationException(
-                f"no settings {side} the perturbation have runs with two seeds: run the best ones of each side with "
-                "the same seeds"
-            )
-        # Of those on fresh seeds, the search has chosen the one that it has run most often; the control was not chosen.
-        most = max(len(searched.get(key, ())) for key in repeated) if final else 0
-        chosen = [key for key in repeated if len(searched.get(key, ())) >= most]
-        means = {key: mean((searched.get(key) or runs[key]).values()) for key in chosen}
-        winner = min(means, key=means.__getitem__) if mode == "min" else max(means, key=means.__getitem__)
-        configs[side] = dict(winner)
-    control = {**configs[WITH], RHO: "0"}
-    if control != configs[WITHOUT] and len(runs.get(_key(control), ())) > 1:
-        configs[CONTROL] = control
-    seeds = set.intersection(*(set(runs[_key(config)]) for config in configs.values()))
+    searched, final = _by_config(rows, "search"), _by_config(rows, "final")
+    judging = final or searched
+    choosing = {key: values for key, values in searched.items() if key in judging}
+    configs = finalists(choosing or judging, mode)
+    if _key(configs.get(CONTROL, {})) not in judging:
+        configs.pop(CONTROL, None)
+    seeds = set.intersection(*(set(judging[_key(config)]) for config in configs.values()))
     if len(seeds) < 2:
-        raise MisconfigurationException("the winners of both sides share fewer than two seeds: run both with the same")
+        raise MisconfigurationException(
+            "the winners of both sides share fewer than two seeds: run both with the same seeds"
+        )
     values = {}
     for side, config in configs.items():
-        found = runs[_key(config)]
-        values[side] = {seed: found[seed] for seed in sorted(seeds)}
-    trials: dict[str, list[float]] = {WITHOUT: [], WITH: []}
+        values[side] = {seed: judging[_key(config)][seed] for seed in sorted(seeds)}
+    trials: dict[str, list[float]] = {side: [] for side in SIDES}
     for key, found in (searched or final).items():
         trials[_side(key)].append(mean(found.values()))
-    missing = []
-    if not final:
-        missing.append(
-            "The seeds that chose the winners also judge them, which favours the side with more settings: run both "
-            "winners with fresh seeds, and name these by --fresh."
-        )
-    if len(trials[WITH]) != len(trials[WITHOUT]):
-        missing.append(
-            f"The sides are unequal: {len(trials[WITHOUT])} settings were tried without the perturbation and "
-            f"{len(trials[WITH])} with it."
-        )
-    if control != configs[WITHOUT] and CONTROL not in configs:
-        missing.append(
-            f"There is no control: run LoRA with {short({**control, RHO: '0'})} and the same seeds, since a gain may "
-            "come from the other settings."
-        )
-    return Answer(configs, values, mode == "min", trials, missing)
+    return Answer(configs, values, mode == "min", trials, is_fresh=bool(final))
+
+
+def chosen(rows: Sequence[Row], mode: str) -> dict[str, Config]:
+    """Return the winners of a search by :func:`finalists`."""
+    return finalists(_by_config(rows, "search"), mode)
+
+
+def finalists(runs: Mapping[ConfigKey, Mapping[int, float]], mode: str) -> dict[str, Config]:
+    """Return each side's settings with the most seeds and, of these, the best mean.
+
+    If they differ in more than rho, the control's are added: without it the difference would not be only the
+    perturbation's.
+    """
+    found: dict[str, Config] = {}
+    for side in SIDES:
+        of_side = {key: list(values.values()) for key, values in runs.items() if _side(key) == side}
+        if not of_side:
+            raise MisconfigurationException(f"there are no runs {side} the perturbation, with which to compare")
+        most = max(map(len, of_side.values()))
+        means = {key: mean(values) for key, values in of_side.items() if len(values) == most}
+        winner = min(means, key=means.__getitem__) if mode == "min" else max(means, key=means.__getitem__)
+        found[side] = dict(winner)
+    control = {**found[WITH], RHO: "0"}
+    if _key(control) != _key(found[WITHOUT]):
+        found[CONTROL] = control
+    return found
 
 
 def _by_config(rows: Sequence[Row], stage: str) -> dict[ConfigKey, dict[int, float]]:

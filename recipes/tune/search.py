@@ -15,15 +15,12 @@ from typing import NamedTuple
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna import Trial
 
-from recipes.studies.choice import best
 from recipes.studies.process import EndedError, FailedError, commit, fit, module_of, tested
 from recipes.studies.queue import Queue
 from recipes.studies.rows import Row
+from recipes.tune.answer import CONTROL, SIDES, WITH, WITHOUT, chosen
 from recipes.tune.space import RHO, Config, Space, arguments, is_worse_than_most, seeds_of, short, size, suggestions
 
-WITHOUT, WITH, CONTROL = "without", "with", "control"
-SIDES = (WITHOUT, WITH)
-"""The two searches; the control is LoRA with the settings that the one with the perturbation has chosen."""
 SEARCH_SEEDS = (0, 1, 2)
 """All trials are run with the first one, and the best third of them with the others."""
 FIRST_FRESH_SEED = 100
@@ -115,13 +112,12 @@ class Search:
         return repeats or [run for run in self._finals() if self.queue.find(run) is None]
 
     def left(self) -> int:
-        """Count the runs that are to be done; with those of a control, while it is not known whether there is one."""
-        most = len(SIDES) + bool(self.space)
-        runs = (len(self.finalists()) or most) * self.fresh
+        """Count the runs that are to be done, at most: a control may not be needed."""
+        runs = self.fresh * (len(SIDES) + bool(self.space))
         for side in SIDES:
             trials = self.trials_of(side)
             runs += trials + _repeated(trials) * (len(SEARCH_SEEDS) - 1)
-        return max(0, runs - len(self.queue.rows))
+        return max(1, runs - len(self.queue.rows))
 
     def seconds_of_a_run(self) -> float:
         """Return the mean over all finished runs."""
@@ -180,55 +176,16 @@ class Search:
         return runs
 
     def repeated(self, side: str) -> list[Row]:
-        """Return the best third of a side's trials, which are run with all seeds; none while trials are missing."""
-        if any(len(self.tried(each)) < self.trials_of(each) for each in SIDES):
-            return []
+        """Return the best third of a side's trials, which are run with all seeds, when all trials are done."""
         rows = list(self.tried(side).values())[: self.trials_of(side)]
         whole = [row for row in rows if not row["pruned"]]
         return sorted(whole, key=judged, reverse=True)[: _repeated(len(rows))]
 
-    def chosen(self, side: str) -> Config | None:
-        """Return the settings with the best mean over the seeds; None while a run is missing."""
-        trials, configs = [], []
-        for row in self.repeated(side):
-            rows = self.rows(side, row["config"], "search")
-            if len(rows) < len(SEARCH_SEEDS):
-                return None
-            trials.append([(judged(each),) for each in rows])
-            configs.append(row["config"])
-        return configs[best(trials)] if trials else None
-
-    def rows(self, side: str, config: Config, stage: str) -> list[Row]:
-        """Return the finished runs with these settings."""
-        seeds = SEARCH_SEEDS if stage == "search" else self.fresh_seeds()
-        rows = [self.queue.find(Run(side, config, seed, stage, 0)) for seed in seeds]
-        return [row for row in rows if row is not None]
-
-    def fresh_seeds(self) -> range:
-        """Return the seeds of the final runs."""
-        return range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + self.fresh)
-
-    def finalists(self) -> dict[str, Config]:
-        """Return the settings of the final runs; none while a side's winner is not known.
-
-        They are those of both winners and, if these differ in more than rho, of the control. Without it the difference
-        would not be only the perturbation's.
-        """
-        found = {}
-        for side in SIDES:
-            config = self.chosen(side)
-            if config is None:
-                return {}
-            found[side] = config
-        control = {**found[WITH], RHO: found[WITHOUT][RHO]}
-        if control != found[WITHOUT]:
-            found[CONTROL] = control
-        return found
-
     def _finals(self) -> list[Run]:
-        """Return the final runs, seed by seed."""
+        """Return the final runs, seed by seed, of both winners and, if they differ in more than rho, the control."""
+        seeds = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + self.fresh)
         runs = []
-        for seed, (side, config) in product(self.fresh_seeds(), self.finalists().items()):
+        for seed, (side, config) in product(seeds, chosen(self.queue.rows, self.mode).items()):
             runs.append(Run(side, config, seed, "final", -1))
         return runs
 

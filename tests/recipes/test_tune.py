@@ -26,8 +26,8 @@ from recipes.studies.queue import Queue
 from recipes.studies.rows import Row
 from recipes.tune import verdict
 from recipes.tune.__main__ import Options, _space, main
-from recipes.tune.answer import Answer, answer, draw
-from recipes.tune.search import CONTROL, ROUND, SIDES, WITH, WITHOUT, Run, Search
+from recipes.tune.answer import CONTROL, SIDES, WITH, WITHOUT, Answer, answer, chosen, draw
+from recipes.tune.search import ROUND, Run, Search
 from recipes.tune.space import Space, arguments, is_worse_than_most, suggestions
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
@@ -147,11 +147,11 @@ def test_both_sides_have_as_many_trials_and_the_best_are_chosen(tmp_path: Path) 
     tried = {side: list(search.tried(side).values()) for side in SIDES}
     assert [len(rows) for rows in tried.values()] == [6, 6]
     assert len({json.dumps(row["config"]) for row in tried[WITHOUT]}) == 6  # all that there are
-    assert search.chosen(WITHOUT) == {"model.lr": "1e-2", "model.r/model.alpha": "2/4", "rho": "0"}
+    assert chosen(search.queue.rows, "min")[WITHOUT] == {"model.lr": "1e-2", "model.r/model.alpha": "2/4", "rho": "0"}
     assert len(runs) == 12 + 2 * 2 * 2 + 2 * 5  # both winners have rank 2, so there is no control
     drawn = draw(search.queue.rows, "model.lr", "val_loss", "min").axes[0]
     assert drawn.get_legend_handles_labels()[1] == ["rho 0", "rho 0.5", "rho 5"]
-    assert arguments(search.chosen(WITHOUT) or {}) == ["--model.lr=1e-2", "--model.r=2", "--model.alpha=4"]
+    assert arguments(chosen(search.queue.rows, "min")[WITHOUT]) == ["--model.lr=1e-2", "--model.r=2", "--model.alpha=4"]
     assert answer(search.queue.rows, "min").missing == []
     assert (search.seconds_of_a_run(), search.seconds_saved()) == (36.0, 0.0)
 
@@ -168,9 +168,9 @@ def test_rho_alone_can_be_searched(tmp_path: Path) -> None:
 def test_winners_that_differ_in_more_than_rho_have_a_control(tmp_path: Path) -> None:
     search, runs = finished(tmp_path, rank_8=True, trials=12)
     found = answer(search.queue.rows, "min")
-    assert found.configs == search.finalists()
+    assert found.configs == chosen(search.queue.rows, "min")
     assert found.configs[CONTROL] == {**found.configs[WITH], "rho": "0"} != found.configs[WITHOUT]
-    assert (len(runs), search.left()) == (12 + 2 * 2 * 2 + 3 * 5, 0)
+    assert len(runs) == 12 + 2 * 2 * 2 + 3 * 5
     assert (found.rival, found.winner) == (WITHOUT, WITH)  # rank 8 alone is worse
     for sign in (1, -1):
         values = {CONTROL: {seed: -sign * (1.0 + seed / 1e6) for seed in found.values[WITH]}}

@@ -115,7 +115,7 @@ def test_a_study_of_another_program_is_judged(tmp_path: Path, capsys: pytest.Cap
         ({"x.rho": 1.0}, [], "--rho must name one column, found callbacks.efmlora.rho, x.rho"),
         ({"seed": 1}, [], r"several runs have the same seed and the same settings \(optimizer.lr\)"),
         ({}, ["--settings", "lr"], "--settings: there is no column lr"),
-        ({"callbacks.efmlora.rho": 0.5}, ["--settings", "Name"], "no settings without the perturbation have runs with"),
+        ({"callbacks.efmlora.rho": 0.5}, ["--settings", "Name"], "there are no runs without the perturbation"),
         ({"callbacks.efmlora.rho": "cosine"}, [], "the column callbacks.efmlora.rho must hold numbers"),
         ({}, ["--setting", "lr"], "there is no option --setting"),
     ],
