@@ -1,18 +1,19 @@
 """The published figures are what the published rows give: a change of rows, figures or statistics would show."""
 
-import json
 import re
 import runpy
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import create_trial
 
 from recipes.reproduce.__main__ import main as reproduce
-from recipes.studies.ledger import Ledger, read
-from recipes.tune.report import answer
-from recipes.tune.search import CONTROL, KEY, Search
+from recipes.reproduce.run import restored
+from recipes.studies.queue import file_storage, open_study
+from recipes.studies.rows import read
+from recipes.tune.answer import answer
+from recipes.tune.search import CONTROL
 
 DOCS = Path(__file__).parents[1] / "docs"
 PUBLISHED = DOCS / "results"
@@ -44,7 +45,12 @@ def test_a_figure_that_the_rows_do_not_give_is_written_over(figures: dict[str, A
 
 
 def test_table_1_offline(tmp_path: Path) -> None:
-    shutil.copy(PUBLISHED / "table1_offline.jsonl", tmp_path / "results.jsonl")
+    study = open_study(file_storage(tmp_path), "table1_offline", "max", {"options": []}, {"precision": "bf16-mixed"})
+    for row in read(PUBLISHED / "table1_offline.jsonl"):
+        run = restored({name: row[name] for name in ("table", "task", "method", "config", "seed", "part", "start")})
+        value = row["metrics"]["val_score" if run.part == "validation" else "test_score"]
+        known = {"name": run.name, "run": run.key(), "row": row}
+        study.add_trial(create_trial(value=value, user_attrs=known))
     assert reproduce(["table1_offline", f"--folder={tmp_path}"]) == 0
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     page = (DOCS / "recipes" / "reproduce.md").read_text(encoding="utf-8")
@@ -54,16 +60,9 @@ def test_table_1_offline(tmp_path: Path) -> None:
         assert re.sub(r" \(5\)", "", found) == shown
 
 
-def test_tune_does_not_take_the_ranks_gain_for_the_perturbations(tmp_path: Path) -> None:
-    """P1 and its control, as `recipes.tune` would have run them."""
-    rows = read(PUBLISHED / "p1.jsonl")
-    rows += [{**row, "side": CONTROL} for row in read(PUBLISHED / "p1_control.jsonl")]
-    (tmp_path / "results.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    space = {name: ["any"] * 12 for name in rows[0]["config"] if name != "rho"}
-    search = Search("instruction_tuning", [], space, ["0.2"], Ledger(tmp_path / "results.jsonl", KEY), 24, fresh=20)
-    assert search.is_finished
-    found = answer(search)
-    assert found is not None
+def test_tune_does_not_take_the_ranks_gain_for_the_perturbations() -> None:
+    """P1 and its control."""
+    found = answer(read(PUBLISHED / "p1.jsonl") + read(PUBLISHED / "p1_control.jsonl"), "min")
     difference = found.difference("without")
     assert difference.mean + difference.interval < 0  # which would have been "use it"
     assert found.winner == CONTROL

@@ -1,10 +1,11 @@
 """The arms beside P1 of protocol_p1_p2.md: other changes to LoRA, searched as P1's sides were.
 
 From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/arms.py ARM FOLDER``, where ARM is one of
-``ARMS``. Its rows are ``FOLDER/results.jsonl``, and ``rho`` in them is the arm's strength. P1's rows without a
-perturbation are put there first, so that the search is the one of P1 with another method in place of EFMLoRA. The same
-command goes on after it was stopped, and several processes may share the runs. The rows of all arms, without P1's and
-each with the name of its arm, are ``arms.jsonl``.
+``ARMS``. Its rows are ``FOLDER/results.jsonl`` when all runs are done, and ``rho`` in them is the arm's strength. P1's
+rows without a perturbation are put there first, so that the search is the one of P1 with another method in place of
+EFMLoRA. The same command goes on after it was stopped, and several processes may share the runs. The rows of all arms,
+without P1's and each with the name of its arm, are ``arms.jsonl``; these were made by an earlier search, at the commit
+that is in them, which suggested settings in another order.
 """
 
 import json
@@ -16,11 +17,14 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from p2 import OPTIONS, RECIPE  # beside this file
+from optuna.trial import create_trial
+from p1_control import queue_of, work  # beside this file
+from p2 import OPTIONS, RECIPE, run_of
 from torch import Tensor
 
-from recipes.studies.ledger import Ledger
-from recipes.tune.search import KEY, SIDES, WITHOUT, Search
+from recipes.studies.queue import Queue
+from recipes.studies.rows import read
+from recipes.tune.search import SIDES, WITHOUT, Run, Search
 from recipes.tune.space import RHO, Config, arguments
 
 SPACE = {
@@ -136,20 +140,29 @@ class ArmSearch(Search):
         return {side: config for side, config in super().finalists().items() if side in SIDES}
 
 
+def add_runs_of_p1(queue: Queue[Run]) -> None:
+    """Add P1's runs without a perturbation, those that are not there yet."""
+    for row in read(Path(__file__).with_name("p1.jsonl")):
+        run = run_of(row)
+        if run.side == WITHOUT and queue.find(run) is None:
+            found = {**row, "curve": [], "pruned": False}
+            known = {"name": run.name, "run": run.key(), "row": found}
+            queue.study.add_trial(create_trial(value=row["value"], user_attrs=known))
+    queue.reload()
+
+
 def main(name: str, folder: Path) -> None:
     """Search, and train and test the winner."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = folder / "results.jsonl"
-    if not rows.exists():
-        of_p1 = Path(__file__).with_name("p1.jsonl").read_text().splitlines()
-        rows.write_text("".join(f"{line}\n" for line in of_p1 if json.loads(line)["side"] == WITHOUT))
+    arm = ARMS[name]
     options = [option for option in OPTIONS if option not in ("--method", "efmlora")]
-    results = Ledger(folder / "results.jsonl", KEY)
+    queue = queue_of(folder, name, options)
+    add_runs_of_p1(queue)
+    # Without an early end of trials, as in P1.
     search = ArmSearch(
-        RECIPE, options, SPACE, ARMS[name].strengths, results, TRIALS, fresh=FRESH, metric="val_loss", tests=True
+        RECIPE, options, SPACE, arm.strengths, queue, folder, "val_loss", "min", TRIALS, FRESH, tests=True, prunes=False
     )
-    search.arm = ARMS[name]
-    results.perform_all(search.open_runs, search.perform, print)
+    search.arm = arm
+    work(search, search.open_runs)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from calibrated import Calibration  # beside this file
+from p2 import measure_all, runs_of_p1
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -21,9 +22,9 @@ from lightning_flatlora import flatness as flat
 from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.pairs.lora_pair import trained_factors
 from recipes.language.batches import pad, padded
-from recipes.studies.ledger import Ledger, Row, commit
 from recipes.studies.process import written
-from recipes.tune.search import KEY, Run
+from recipes.studies.rows import Row
+from recipes.tune.search import Run
 
 SEEDS = range(103, 111)
 QUESTIONS = 32
@@ -52,8 +53,9 @@ def losses(net: nn.Module, rows: Any, padding: int) -> list[Callable[[], Tensor]
     return [partial(loss_of, batch) for batch in batches]
 
 
-def measure(calibration: Calibration, run: Run, folder: Path) -> Row:
-    """Return the row of a run: loss, its rises in nats per token, and critical sharpness in nats per factor²."""
+def measure(calibration: Calibration, folder: Path, run: Run) -> Row:
+    """Return a run's loss, its rises in nats per token, and critical sharpness in nats per factor²."""
+    folder = folder / run.name
     adapter = folder / "fit" / "checkpoints" / Path(written(folder / "fit.json")["best"]).stem
     net = PeftModel.from_pretrained(calibration.base, str(adapter), is_trainable=True).eval()
     pairs = find_pairs(net).pairs
@@ -67,24 +69,14 @@ def measure(calibration: Calibration, run: Run, folder: Path) -> Row:
         "critical": float(flat.critical_sharpness(loss, at)),
     }
     calibration.base = net.unload()
-    return {**run.key(), "trial": run.trial, **row, "commit": commit()}
+    return row
 
 
 def main(folder: Path, path: Path) -> None:
     """Measure the final runs, seed by seed."""
-    runs = []
-    for row in Ledger(folder / "results.jsonl", KEY).rows:
-        run = Run(**{name: row[name] for name in Run._fields})
-        if run.stage == "final" and run.seed in SEEDS:
-            runs.append(run)
+    runs = [run for run in runs_of_p1() if run.stage == "final" and run.seed in SEEDS]
     runs.sort(key=lambda run: run.seed)
-    calibration = Calibration()
-    rows = Ledger(path, KEY)
-    while rows.perform_first(
-        [run for run in runs if rows.find(run) is None], lambda run: measure(calibration, run, folder / run.name), print
-    ):
-        print(rows.rows[-1], flush=True)
-        rows.reload()
+    measure_all(runs, partial(measure, Calibration(), folder), path)
 
 
 if __name__ == "__main__":

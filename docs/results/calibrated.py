@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from p2 import measure_all, runs_of_p1  # beside this file
 from peft import PeftModel
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from recipes.instruction_tuning.data import InstructionData
 from recipes.language.batches import pad, padded, padding_id
 from recipes.language.model import PACKAGED, load_base
-from recipes.studies.ledger import Ledger, Row, commit
 from recipes.studies.process import written
-from recipes.tune.search import KEY, SEARCH_SEEDS, Run
+from recipes.studies.rows import Row
+from recipes.tune.search import SEARCH_SEEDS, Run
 
 BATCH = 16
 LAST_SEED = 110  # not included
@@ -68,7 +69,7 @@ class Calibration:
         self.base: Any = load_base(PACKAGED, "float32", None, {"attn_implementation": "eager"})
 
     def measure(self, run: Run, folder: Path) -> Row:
-        """Return the row of a run: temperature, and the losses without and with it."""
+        """Return a run's temperature, and its losses without and with it."""
         adapter = folder / "fit" / "checkpoints" / Path(written(folder / "fit.json")["best"]).stem
         net = PeftModel.from_pretrained(self.base, str(adapter)).eval()
         validation = logits_and_targets(net, self.data.parts["validation"], self.padding)
@@ -78,27 +79,20 @@ class Calibration:
             test = logits_and_targets(net, self.data.parts["test"], self.padding)
             row["test"] = [loss_at(1, *test), loss_at(fit.x, *test)]
         self.base = net.unload()
-        return {**run.key(), "trial": run.trial, **row, "commit": commit()}
+        return row
 
 
 def main(folder: Path, path: Path) -> None:
     """Measure what the folder has."""
     runs = []
-    results = Ledger(folder / "results.jsonl", KEY)
-    for row in results.rows:
-        run = Run(**{name: row[name] for name in Run._fields})
+    for run in runs_of_p1():
         is_wanted = run.seed < LAST_SEED if run.stage == "final" else run.seed == SEARCH_SEEDS[0]
         if is_wanted and (folder / run.name / "fit.json").exists():
             runs.append(run)
     if not runs:
         raise SystemExit(f"{folder} has no runs whose folders are named as this version names them")
     calibration = Calibration()
-    rows = Ledger(path, KEY)
-    while rows.perform_first(
-        [run for run in runs if rows.find(run) is None], lambda run: calibration.measure(run, folder / run.name), print
-    ):
-        print(rows.rows[-1]["temperature"], rows.rows[-1].get("test"), flush=True)
-        rows.reload()
+    measure_all(runs, lambda run: calibration.measure(run, folder / run.name), path)
 
 
 if __name__ == "__main__":

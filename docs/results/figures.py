@@ -17,7 +17,7 @@ from typing import Any
 
 from scipy import stats
 
-from recipes.studies.ledger import Row, read
+from recipes.studies.rows import Row, read
 from recipes.studies.statistics import Estimate, estimate, with_interval
 
 RESULTS = Path(__file__).parent

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from recipes.studies.ledger import Row, read
+from recipes.studies.rows import Row, read
 
 ROWS = Path("docs/results/p2.jsonl")
 SIDES = {"without": ("LoRA", "tab:blue"), "with": ("EFMLoRA", "tab:orange")}

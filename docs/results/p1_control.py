@@ -1,16 +1,20 @@
 """The control of P1 in protocol_p1_p2.md: LoRA with the settings of the winner with EFMLoRA, and rho 0.
 
 From the root of a clone: ``PYTHONPATH=. python docs/results/p1_control.py FOLDER``. Its rows are
-``FOLDER/results.jsonl``. The same command goes on after it was stopped, and several processes may share the runs.
+``FOLDER/results.jsonl`` when all runs are done. The same command goes on after it was stopped, and several processes
+may share the runs.
 """
 
+import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from p2 import OPTIONS, RECIPE  # beside this file
 
-from recipes.studies.ledger import Ledger
-from recipes.tune.search import KEY, Run, Search
+from recipes.data.files import write_whole
+from recipes.studies.queue import Queue, file_storage, open_study
+from recipes.tune.search import Run, Search
 
 CONFIG = {
     "model.learning_rate": "3e-3",
@@ -21,13 +25,25 @@ CONFIG = {
 SEEDS = range(100, 120)
 
 
+def queue_of(folder: Path, name: str, options: Sequence[str]) -> Queue[Run]:
+    """Return the runs of a study in a folder."""
+    study = open_study(file_storage(folder), name, "min", {"options": options}, {})
+    return Queue(study, restore=lambda key: Run(**key))
+
+
+def work(search: Search, open_runs: Callable[[], list[Run]]) -> None:
+    """Do all runs, and write their rows."""
+    search.queue.work(open_runs, search.perform, print)
+    lines = [json.dumps(row) + "\n" for row in search.queue.rows]
+    write_whole(search.folder / "results.jsonl", "".join(lines))
+
+
 def main(folder: Path) -> None:
     """Train and test all seeds."""
-    results = Ledger(folder / "results.jsonl", KEY)
-    search = Search(RECIPE, OPTIONS, space={}, radii=[], results=results, metric="val_loss", tests=True)
+    queue = queue_of(folder, "p1_control", OPTIONS)
+    search = Search(RECIPE, OPTIONS, {}, [], queue, folder, "val_loss", "min", tests=True, prunes=False)
     runs = [Run("without", CONFIG, seed, "final", -1) for seed in SEEDS]
-    while results.perform_first([run for run in runs if results.find(run) is None], search.perform, print):
-        results.reload()
+    work(search, lambda: [run for run in runs if queue.find(run) is None])
 
 
 if __name__ == "__main__":

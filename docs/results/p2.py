@@ -1,11 +1,12 @@
 """P2 of protocol_p1_p2.md: how much general text the adapters of P1 have forgotten.
 
 From the root of a clone: ``PYTHONPATH=. python docs/results/p2.py FOLDER_OF_P1 ROWS``. Rows that are there are kept, so
-the same command goes on after it was stopped, and several processes may share the runs. An adapter that is not in P1's
-folder is trained again, as P1 trained it.
+the same command goes on after it was stopped. The runs are those of ``p1.jsonl`` and ``p1_control.jsonl``; an adapter
+that is not in P1's folder is trained again, as P1 trained it.
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from recipes.language.batches import padded, padding_id
 from recipes.language.model import PACKAGED, answer_log_likelihood, load_base, load_tokenizer
 from recipes.offline.texts import parts
-from recipes.studies.ledger import Ledger, Row, commit
-from recipes.studies.process import fit
-from recipes.tune.search import KEY, SEARCH_SEEDS, Run, Search
+from recipes.studies.process import commit, fit
+from recipes.studies.rows import Row, append, read
+from recipes.tune.search import SEARCH_SEEDS, Run
+from recipes.tune.space import RHO, arguments
 
 RECIPE = "instruction_tuning"
 OPTIONS = [
@@ -33,11 +35,34 @@ BATCH = 16
 MOST_TOKENS = 512
 
 
+def run_of(row: Row) -> Run:
+    """Return the run that a row is of."""
+    return Run(**{name: row[name] for name in Run._fields})
+
+
+def runs_of_p1() -> list[Run]:
+    """Return the published runs of P1 and of its control."""
+    published = Path(__file__).parent
+    rows = read(published / "p1.jsonl") + read(published / "p1_control.jsonl")
+    return [run_of(row) for row in rows]
+
+
+def measure_all(runs: Sequence[Run], measure: Callable[[Run], Row], path: Path) -> None:
+    """Append what is measured of each run whose row is not there yet."""
+    done = [run_of(row) for row in read(path)]
+    for run in runs:
+        if run not in done:
+            print(run, flush=True)
+            row = {**run.key(), **measure(run), "commit": commit()}
+            append(path, row)
+            print(row, flush=True)
+
+
 class Forgetting:
     """The base model, the texts, and what the base model's loss on them is."""
 
-    def __init__(self, search: Search) -> None:
-        self.search = search
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         tokenizer = load_tokenizer(PACKAGED)
         self.padding = padding_id(tokenizer)
         self.texts = {}
@@ -49,9 +74,10 @@ class Forgetting:
         self.untuned = self.losses(self.base)
 
     def measure(self, run: Run) -> Row:
-        """Return the row of a run of P1; ``val_loss`` is that of the adapter which is measured."""
-        folder = self.search.results.folder / run.name
-        fitted = fit(RECIPE, folder, self.search.arguments(run.config, run.seed))
+        """Return what a run of P1 has forgotten; ``val_loss`` is that of the adapter which is measured."""
+        folder = self.folder / run.name
+        given = [*OPTIONS, *arguments(run.config), f"--rho={run.config[RHO]}"]
+        fitted = fit(RECIPE, folder, [*given, f"--seed_everything={run.seed}", f"--data.seed={run.seed}"])
         # The folder of the adapter is named like the checkpoint beside it.
         adapter = folder / "fit" / "checkpoints" / Path(fitted["best"]).stem
         net = PeftModel.from_pretrained(self.base, str(adapter))
@@ -59,8 +85,7 @@ class Forgetting:
         self.base = net.unload()
         rise = sum(found[kind] - self.untuned[kind] for kind in KINDS) / len(KINDS)
         val_loss = min(validation["val_loss"] for validation in fitted["validations"])
-        losses = {"val_loss": val_loss, "losses": found, "untuned": self.untuned, "rise": rise}
-        return {**run.key(), "trial": run.trial, **losses, "commit": commit()}
+        return {"val_loss": val_loss, "losses": found, "untuned": self.untuned, "rise": rise}
 
     @torch.no_grad()
     def losses(self, net: nn.Module) -> dict[str, float]:
@@ -82,22 +107,11 @@ class Forgetting:
 
 def main(folder: Path, path: Path) -> None:
     """Measure the final runs and the trials with the first seed."""
-    results = Ledger(folder / "results.jsonl", KEY)
-    forgetting = Forgetting(Search(RECIPE, OPTIONS, space={}, radii=[], results=results))
+    forgetting = Forgetting(folder)
     print("The untuned model:", forgetting.untuned)
-    final, trials = [], []
-    for row in results.rows:
-        run = Run(**{name: row[name] for name in Run._fields})
-        if row["stage"] == "final":
-            final.append(run)
-        elif row["seed"] == SEARCH_SEEDS[0]:
-            trials.append(run)
-    rows = Ledger(path, KEY)
-    runs = [*final, *sorted(trials, key=lambda run: run.trial)]
-    # Several processes may share them: each takes the first run that no other one does.
-    while rows.perform_first([run for run in runs if rows.find(run) is None], forgetting.measure, print):
-        print(f"{rows.rows[-1]['rise']:.4f}", flush=True)
-        rows.reload()
+    runs = [run for run in runs_of_p1() if run.stage == "final" or run.seed == SEARCH_SEEDS[0]]
+    runs.sort(key=lambda run: run.trial)  # that of final runs is -1
+    measure_all(runs, forgetting.measure, path)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recipes.studies.ledger import read
+from recipes.studies.rows import read
 from recipes.tune.search import SEARCH_SEEDS
 
 RESULTS = Path(__file__).parent
