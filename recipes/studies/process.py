@@ -173,8 +173,6 @@ def run_process(command: Sequence[str], is_hopeless: Callable[[], bool] = lambda
                 process.wait(_LOOK)
             except subprocess.TimeoutExpired:
                 if not is_stopped and is_hopeless():
-                    process.terminate()
-                    process.wait()
                     raise EndedError from None
             except KeyboardInterrupt:
                 # The command got it too, and saves a checkpoint before it ends; a second one ends it at once.
@@ -182,6 +180,9 @@ def run_process(command: Sequence[str], is_hopeless: Callable[[], bool] = lambda
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if process.poll() is None:  # it is hopeless, or can't be judged
+            process.terminate()
+            process.wait()
     # Of a signal that ends a process, Python reports the negative number, and a shell 128 more than the number.
     status = process.returncode
     ended_by = -status if status < 0 else status - 128

@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import optuna
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna import Study, Trial
-from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -66,6 +66,7 @@ class Queue(Generic[AnyRun]):
         self.study = study
         self.restore = restore
         self._rows: dict[str, Row] = {}
+        self._was_given_away = False
         self.reload()
 
     @property
@@ -110,11 +111,7 @@ class Queue(Generic[AnyRun]):
         while runs := open_runs():
             if self._may_take(runs):
                 is_waiting = False
-                # If the first run fails, something is wrong that all of them share, such as an option.
-                survived = (DroppedError, FailedError) if self.rows else (DroppedError,)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ExperimentalWarning)
-                    self.study.optimize(partial(self._perform, perform, report), n_trials=1, catch=survived)
+                self._take(partial(self._perform, perform, report))
             else:
                 if not is_waiting:
                     print("\nThis worker waits for runs of others; Ctrl-C loses nothing", flush=True)
@@ -136,6 +133,19 @@ class Queue(Generic[AnyRun]):
                 return True
         return False
 
+    def _take(self, objective: Callable[[Trial], float]) -> None:
+        """Do the run of the first trial that waits."""
+        # If the first run fails, something is wrong that all of them share, such as an option.
+        survived = (DroppedError, FailedError) if self.rows else (DroppedError,)
+        self._was_given_away = False
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                self.study.optimize(objective, n_trials=1, catch=survived)
+        except ValueError:  # Optuna can't end a trial that has ended
+            if not self._was_given_away:
+                raise
+
     def _perform(
         self, perform: Callable[[AnyRun, Trial], Row], report: Callable[[AnyRun], None], trial: Trial
     ) -> float:
@@ -149,10 +159,14 @@ class Queue(Generic[AnyRun]):
         report(run)
         try:
             row = perform(run, trial)
+            trial.set_user_attr("row", row)
         except FailedError as failure:
             trial.set_user_attr("failed", failure.status)
             raise
-        trial.set_user_attr("row", row)
+        except UpdateFinishedTrialError:
+            print(f"\nThis worker was silent for {GRACE} s, so another does this run: {run}", flush=True)
+            self._was_given_away = True
+            raise
         if row.get("pruned"):
             raise optuna.TrialPruned
         return float(row["value"])

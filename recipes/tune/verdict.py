@@ -44,8 +44,8 @@ class Options:
         mode: of the metric; by default min for a loss, an error or a perplexity, and else max.
         rho: the column of the radius; by default the one whose name ends in rho.
         seed: the column of the seed; by default the one whose name ends in seed or seed_everything.
-        settings: columns of the other settings; by default those with a dot in their names, and what Optuna or Hydra
-            has set.
+        settings: columns of the other settings; by default what Optuna or Hydra has set, and in a table the columns
+            with a dot in their names.
         fresh: seeds that have chosen nothing; by default those of rows whose column stage is final.
         study: name of the Optuna study, if the storage has several.
         picture: a file to draw the trials into.
@@ -85,7 +85,7 @@ def _sweep(options: Options, mode: str) -> DataFrame:
         return _of_optuna(source, options)
     path = Path(source)
     if path.is_dir():
-        return _of_hydra(path, options.metric, mode)
+        return _of_hydra(path, options, mode)
     readers = {
         ".csv": lambda path: pandas.read_csv(path, dtype=str),  # 1e-2 stays what it was called
         ".json": pandas.read_json,
@@ -120,9 +120,9 @@ def _of_optuna(url: str, options: Options) -> DataFrame:
     return DataFrame([{**trial.params, **trial.user_attrs, "value": trial.value} for trial in trials])
 
 
-def _of_hydra(folder: Path, metric: str, mode: str) -> DataFrame:
+def _of_hydra(folder: Path, options: Options, mode: str) -> DataFrame:
     """Return the overrides of each run and the best value that its CSV logs have."""
-    runs = []
+    runs, metric = [], options.metric
     for path in sorted(folder.rglob(".hydra/overrides.yaml")):
         overrides = dict(each.lstrip("+~").split("=", 1) for each in yaml.safe_load(path.read_text()))
         for log in path.parent.parent.rglob("metrics.csv"):
@@ -131,7 +131,13 @@ def _of_hydra(folder: Path, metric: str, mode: str) -> DataFrame:
                 values = logged[metric].dropna()
                 overrides[metric] = values.min() if mode == "min" else values.max()
         runs.append(overrides)
-    return DataFrame(runs)
+    if not runs:
+        raise MisconfigurationException(f"{folder} has no run of Hydra, whose folder has .hydra/overrides.yaml")
+    found = DataFrame(runs)
+    varied = [name for name in found if name != metric and found[name].nunique(dropna=False) > 1]
+    ends = ("rho", "seed", "seed_everything")
+    options.settings = options.settings or [name for name in varied if name.rpartition(".")[2] not in ends]
+    return found
 
 
 def table_of(rows: Sequence[Row]) -> DataFrame:
@@ -164,11 +170,9 @@ def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
             sweep[name] = pandas.to_numeric(sweep[name])
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"the column {name} must hold numbers: {error}") from error
-    has_value = sweep[options.metric].notna()
-    if not has_value.all():
-        print(f"{(~has_value).sum()} runs have no {options.metric} and are left out")
+    sweep = _finished(sweep, options.metric)
     rows: list[Row] = []
-    for line in sweep[has_value].to_dict("records"):
+    for line in sweep.to_dict("records"):
         config = {name: "null" if pandas.isna(line[name]) else str(line[name]) for name in settings}
         config[RHO] = f"{0.0 if pandas.isna(line[rho]) else float(line[rho]):g}"
         is_final = line["stage"] == "final" if "stage" in line and not options.fresh else line[seed] in options.fresh
@@ -176,12 +180,31 @@ def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
         value = finite_or_worst(float(line[options.metric]), mode)
         rows.append({"config": config, "seed": int(line[seed]), "stage": stage, "value": value})
     runs = [json.dumps([row["config"], row["seed"], row["stage"]]) for row in rows]
-    if len(set(runs)) < len(runs):
+    again = next((run for run in runs if runs.count(run) > 1), None)
+    if again is not None:
+        equal = sweep[[run == again for run in runs]]
+        # Not what each run has of its own, such as its name.
+        differing = [name for name in sweep if equal[name].nunique() > 1 and sweep[name].nunique() < len(sweep) / 2]
         raise MisconfigurationException(
             f"several runs have the same seed and the same settings ({', '.join(settings) or 'none'}): name by "
-            f"--settings what else differs. {_columns(sweep)}"
+            f"--settings what else was set. They differ in {', '.join(differing) or 'nothing'}; {_columns(sweep)}"
         )
     return rows
+
+
+def _finished(sweep: DataFrame, metric: str) -> DataFrame:
+    """Leave out runs without the metric, and those that have crashed, say, by Weights & Biases' column State."""
+    has_value = sweep[metric].notna()
+    if not has_value.all():
+        print(f"{(~has_value).sum()} runs have no {metric} and are left out")
+    sweep = sweep[has_value]
+    if "State" in sweep:
+        is_finished = sweep["State"] == "finished"
+        if not is_finished.all():
+            states = ", ".join(sorted(set(sweep["State"][~is_finished])))
+            print(f"{(~is_finished).sum()} runs have not finished (State: {states}) and are left out")
+        sweep = sweep[is_finished]
+    return sweep
 
 
 def _column(sweep: DataFrame, option: str, given: str | None, *others: str) -> str:

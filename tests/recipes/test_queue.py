@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optuna
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna import Trial
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from recipes.studies import queue as queues
@@ -73,6 +74,48 @@ def test_a_run_that_two_workers_have_queued_is_done_once(tmp_path: Path) -> None
     queue.study.enqueue_trial({})  # of somebody else, who has put it into the study by hand
     assert work(queue, RUNS[:2]) == RUNS[:2]
     assert len(queue.rows) == 2
+
+
+def test_two_workers_never_take_the_same_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = queue_of(tmp_path), queue_of(tmp_path)
+    first.study.enqueue_trial({})
+    trial = first.study.trials[0]._trial_id
+    taken: list[bool] = []
+
+    def take(queue: Queue[Run]) -> None:
+        taken.append(queue.study._storage.set_trial_state_values(trial, TrialState.RUNNING))
+
+    other = Thread(target=take, args=(second,))
+
+    def check(*_: object) -> None:
+        if not other.ident:  # the first has read that the trial waits
+            other.start()
+            other.join(1)
+
+    monkeypatch.setattr(RDBStorage, "check_trial_is_updatable", check)
+    take(first)
+    other.join(60)
+    assert sorted(taken) == [False, True]
+
+
+def test_a_worker_that_was_silent_too_long_goes_on_with_other_runs(tmp_path: Path, capsys: Any) -> None:
+    queue, done = queue_of(tmp_path), []
+
+    def perform(run: Run, trial: Trial) -> Row:
+        if not done:  # as another worker does
+            queue.study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        done.append(run)
+        return found(run)
+
+    queue.work(lambda: [run for run in RUNS[:2] if queue.find(run) is None], perform, print)
+    assert done == [RUNS[0], RUNS[0], RUNS[1]]
+    assert "This worker was silent for 60 s, so another does this run: Run(seed=0)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="other"):
+        queue.work(lambda: [RUNS[2]], perform_badly, print)
+
+
+def perform_badly(run: Run, trial: Trial) -> Row:
+    raise ValueError("other")
 
 
 def test_the_run_of_a_killed_worker_is_done_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

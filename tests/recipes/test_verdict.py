@@ -24,7 +24,8 @@ def sweep(seeds: Any = (0, 1, 2), radii: Any = (0.0, 0.5), rates: Any = (1e-3, 1
         for rho in radii:
             for seed in seeds:
                 settings = {"optimizer.lr": rate, "callbacks.efmlora.rho": rho or None, "seed": seed}
-                runs.append({"Name": f"run-{len(runs)}", **settings, "val_loss": loss(rate, rho, seed)})
+                own = {"Name": f"run-{len(runs)}", "State": "finished"}
+                runs.append({**own, **settings, "val_loss": loss(rate, rho, seed)})
     return runs
 
 
@@ -63,9 +64,11 @@ def test_fresh_seeds_judge_what_the_others_have_chosen(tmp_path: Path, capsys: p
 def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [*sweep(rates=(1e-2,), radii=(0.5,)), *sweep(rates=(1e-3, 1e-1), radii=(0.0,))]
     runs.append({**runs[0], "seed": 9, "val_loss": None})
+    runs.append({**runs[0], "State": "crashed"})
     pandas.DataFrame(runs).to_csv(tmp_path / "sweep.csv", index=False)
     out = said(tmp_path / "sweep.csv", folder=tmp_path, capsys=capsys)
     assert "1 runs have no val_loss and are left out" in out
+    assert "1 runs have not finished (State: crashed) and are left out" in out
     assert "The sides are unequal: 2 settings were tried without the perturbation and 1 with it." in out
     assert "There is no control: run LoRA with lr=0.01, rho=0 and the same seeds" in out
 
@@ -74,14 +77,17 @@ def test_hydras_folders_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for number, run in enumerate(sweep()):
         folder = tmp_path / "multirun" / str(number)
         (folder / ".hydra").mkdir(parents=True)
-        names = ("optimizer.lr", "callbacks.efmlora.rho", "seed")
-        overrides = [f"{name}={run[name] or 0}" for name in names]
+        names = {"lr": "optimizer.lr", "callbacks.efmlora.rho": "callbacks.efmlora.rho", "seed": "seed"}
+        overrides = ["experiment=mine", *(f"{name}={run[column] or 0}" for name, column in names.items())]
         (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
         (folder / "csv" / "version_0").mkdir(parents=True)
         logged = pandas.DataFrame({"step": [1, 2, 2], "val_loss": [9.0, None, run["val_loss"]]})
         logged.to_csv(folder / "csv" / "version_0" / "metrics.csv", index=False)
     out = said(tmp_path / "multirun", folder=tmp_path, capsys=capsys)
+    assert "with the perturbation: lr=0.01, rho=0.5\n" in out
     assert "Use it, with rho=0.5: it is better than LoRA, by 0.29" in out
+    with pytest.raises(MisconfigurationException, match=r"csv has no run of Hydra, whose folder has .hydra/"):
+        main([str(tmp_path / "multirun" / "0" / "csv")])
 
 
 def test_a_study_of_another_program_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,10 +116,11 @@ def test_a_study_of_another_program_is_judged(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({}, ["--metric", "loss"], "there is no column loss: the columns are Name, optimizer.lr"),
+        ({}, ["--metric", "loss"], "there is no column loss: the columns are Name, State, optimizer.lr"),
         ({}, ["--rho", "radius"], "--rho must name one column, found none"),
         ({"x.rho": 1.0}, [], "--rho must name one column, found callbacks.efmlora.rho, x.rho"),
-        ({"seed": 1}, [], r"several runs have the same seed and the same settings \(optimizer.lr\)"),
+        ({"seed": 1}, [], r"the same seed and the same settings \(optimizer.lr\): .*They differ in nothing; the col"),
+        ({}, ["--settings", "State"], r"the same settings \(State\): .*They differ in optimizer.lr; the columns are"),
         ({}, ["--settings", "lr"], "--settings: there is no column lr"),
         ({"callbacks.efmlora.rho": 0.5}, ["--settings", "Name"], "there are no runs without the perturbation"),
         ({"callbacks.efmlora.rho": "cosine"}, [], "the column callbacks.efmlora.rho must hold numbers"),
