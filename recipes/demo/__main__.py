@@ -7,7 +7,6 @@ after Ctrl-C the same command resumes.
 
 import json
 import multiprocessing
-import signal
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -18,11 +17,10 @@ from jsonargparse import auto_cli
 
 from recipes.command_line.mistakes import without_traceback
 from recipes.command_line.precision import SETTING
-from recipes.command_line.progress import quiet
 from recipes.data.files import begin_folder, write_whole
 from recipes.demo.report import plot, sentences, table
-from recipes.demo.run import ARMS, RATES, SEEDS, DemoRun, perform
-from recipes.demo.training import Settings, on_one_thread
+from recipes.demo.run import ARMS, RATES, SEEDS, DemoRun, begin, perform
+from recipes.demo.training import Settings
 from recipes.studies.rows import Row, append, read
 
 _WRITTEN = ("table.txt", "demo.png")
@@ -64,23 +62,16 @@ def _done(results: Path, runs: list[DemoRun], processes: int) -> list[Row]:
         if processes > 1 and missing:
             start = multiprocessing.get_context("spawn")
             # They end with this one, and Ctrl-C is this one's.
-            performed = stack.enter_context(start.Pool(processes, _begin)).imap_unordered(perform, missing)
+            performed = stack.enter_context(start.Pool(processes, begin)).imap_unordered(perform, missing)
         else:
-            _begin()
+            begin()
             performed = map(perform, missing)
-        for row in performed:
+        for number, row in enumerate(performed, len(runs) - len(missing) + 1):
             append(results, row)
             rows[_name(row)] = row
             done = f"{row['arm']}, learning rate {row['rate']:g}, seed {row['seed']}"
-            print(f"[{len(rows)}/{len(runs)}] {done}", flush=True)
+            print(f"[{number}/{len(runs)}] {done}", flush=True)
     return [rows[_name(run.key())] for run in runs]
-
-
-def _begin() -> None:
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    quiet()
-    on_one_thread()
 
 
 def _name(row: Row) -> str:

@@ -1,7 +1,9 @@
 """One run of the demo: an adapter trained at one rate, its losses, and the loss around its weights."""
 
 import gc
+import multiprocessing
 import platform
+import signal
 import time
 from dataclasses import asdict
 from functools import cache
@@ -18,10 +20,11 @@ from lightning_flatlora.flatness import (
     loss_gradient,
     trained_factors,
 )
+from recipes.command_line.progress import quiet
 from recipes.demo.data import Batch, evaluation_batches
 from recipes.demo.encoder import CutEncoder
 from recipes.demo.module import TaskClassifier
-from recipes.demo.training import EFMLORA, LORA, Settings, kept, trained
+from recipes.demo.training import EFMLORA, LORA, Settings, kept, on_one_thread, trained
 from recipes.offline import texts
 from recipes.studies.process import commit
 from recipes.studies.rows import Row
@@ -53,12 +56,17 @@ class DemoRun(NamedTuple):
     seed: int
     settings: Settings
 
-    def __str__(self) -> str:
-        return f"{self.arm}, learning rate {self.rate:g}, seed {self.seed}"
-
     def key(self) -> Row:
         """Return the first entries of its row."""
         return {"arm": self.arm, "rate": self.rate, "seed": self.seed, "settings": asdict(self.settings)}
+
+
+def begin() -> None:
+    """Prepare a process for runs; Ctrl-C is left to the first one, with which the others end."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet()
+    on_one_thread()
 
 
 def perform(run: DemoRun) -> Row:

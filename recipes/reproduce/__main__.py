@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import optuna
+from optuna import Study
 
 from recipes.command_line.arguments import option
 from recipes.command_line.mistakes import without_traceback
@@ -21,9 +21,9 @@ from recipes.reproduce.methods import METHODS
 from recipes.reproduce.plan import Plan
 from recipes.reproduce.report import plan_text, table_text, time_left
 from recipes.reproduce.run import Context, Run, restored
-from recipes.reproduce.table import TABLES, Protocol, Table
+from recipes.reproduce.table import TABLES, Protocol
 from recipes.studies.process import FailedError, StoppedError
-from recipes.studies.queue import Queue, file_storage, open_study
+from recipes.studies.queue import Queue, file_storage, open_study, study_so_far
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Options:
             protocol, and chooses only a rho that the paper does not state.
         folder: output folder, which all workers share; by default runs/reproduce/TABLE.
         storage: URL of an Optuna storage for workers on several machines; by default a file in the folder.
+        study: the study's name in the storage; by default the table's.
     """
 
     table: str
@@ -50,22 +51,27 @@ class Options:
     protocol: Protocol = "tuned"
     folder: Path | None = None
     storage: str | None = None
+    study: str | None = None
+
+    def __post_init__(self) -> None:
+        table = TABLES[known_names("TABLE", [self.table], TABLES)[0]]
+        self.methods = known_names("--methods", self.methods, METHODS) or list(table.methods)
+        self.tasks = known_names("--tasks", self.tasks, table.tasks) or list(table.tasks)
+        self.seeds = list(dict.fromkeys(self.seeds or table.seeds))
+        # A seed that has chosen the settings would favour them in the test.
+        used = sorted(set(self.seeds) & set(table.tuning_seeds))
+        if used:
+            raise SystemExit(f"--seeds: the seeds {used} choose the settings, so they can't be used for testing")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing and print the table; returns the exit status."""
     # What is not one of these options is meant for the recipe, whose own parser refuses what is wrong.
     options, more = parse_known_options(Options, arguments, "python -m recipes.reproduce", __doc__)
-    table = TABLES[known_names("TABLE", [options.table], TABLES)[0]]
-    folder = options.folder or Path("runs/reproduce") / table.name
-    if options.plan and not (folder / "study.db").exists():
-        print(plan_text(_plan(options, table, Queue(optuna.create_study(), restored))))
-        return 0
-    if not any((folder / task).exists() for task in table.tasks):
-        set_aside(folder / "table.md")  # of somebody else
-    decided = {"precision": fast_precision(option(more, "--trainer.accelerator") or "auto")}
-    study = open_study(options.storage or file_storage(folder), table.name, "max", {"options": more}, decided)
-    plan = _plan(options, table, Queue(study, restored))
+    folder = options.folder or Path("runs/reproduce") / options.table
+    study = _study(options, folder, more)
+    table = TABLES[options.table]
+    plan = Plan(table, options.methods, options.tasks, options.seeds, options.protocol, Queue(study, restored))
     if options.plan:
         print(plan_text(plan))
         return 0
@@ -76,14 +82,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Stopped. The same command resumes, in {folder}")
         return 130
     except FailedError as failure:
+        print("The first run has failed, with the error above: fix its cause, and start again")
         return failure.status
     print(_write_table(folder, plan))
-    print(f"Runs, study.db and table.md are in {folder}")
-    if plan.failed:
-        names = "\n".join(f"  {run.name}" for run in plan.failed)
-        print(f"Failed, with the error above; the same command tries them again:\n{names}")
+    print(f"Runs and table.md are in {folder}")
+    # Another worker, which has more memory perhaps, may have done a run since.
+    failed = dict.fromkeys(f"  {run.name}" for run in plan.failed if plan.queue.find(run) is None)
+    if failed:
+        print("Failed, with the error above; the same command tries them again:", *failed, sep="\n")
         return 1
     return 0
+
+
+def _study(options: Options, folder: Path, more: list[str]) -> Study:
+    """Return the study of the table's runs, which begins now unless ``--plan`` only looks at it."""
+    name = options.study or options.table
+    if options.plan:
+        in_folder = file_storage(folder) if (folder / "study.db").exists() else None
+        return study_so_far(options.storage or in_folder, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any((folder / task).exists() for task in TABLES[options.table].tasks):
+        set_aside(folder / "table.md")  # of somebody else
+    decided = {"precision": fast_precision(option(more, "--trainer.accelerator") or "auto")}
+    return open_study(options.storage or file_storage(folder), name, "max", {"options": more}, decided)
 
 
 def _write_table(folder: Path, plan: Plan) -> str:
@@ -93,19 +114,9 @@ def _write_table(folder: Path, plan: Plan) -> str:
 
 
 def _announce(folder: Path, plan: Plan, run: Run) -> None:
-    _write_table(folder, plan)  # of what is there, for an early look
+    if plan.queue.rows:
+        _write_table(folder, plan)  # for an early look
     print(f"\n{run}; {len(plan.open_runs())} runs may start. {time_left(plan)}", flush=True)
-
-
-def _plan(options: Options, table: Table, queue: Queue[Run]) -> Plan:
-    methods = known_names("--methods", options.methods, METHODS) or table.methods
-    tasks = known_names("--tasks", options.tasks, table.tasks) or list(table.tasks)
-    seeds = list(dict.fromkeys(options.seeds or table.seeds))
-    # A seed that has chosen the settings would favour them in the test.
-    used = sorted(set(seeds) & set(table.tuning_seeds))
-    if used:
-        raise SystemExit(f"--seeds: the seeds {used} choose the settings, so they can't be used for testing")
-    return Plan(table, methods, tasks, seeds, options.protocol, queue)
 
 
 if __name__ == "__main__":

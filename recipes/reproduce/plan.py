@@ -1,6 +1,7 @@
 """The runs of a table: which there are, which may start now, and what is chosen; several workers may share them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from recipes.reproduce.methods import METHODS, Config, same_run
 from recipes.reproduce.run import Context, Part, Run, perform
@@ -11,41 +12,34 @@ from recipes.studies.queue import Queue
 from recipes.studies.rows import Row
 
 
+@dataclass
 class Plan:
     """All runs of a table for some methods, tasks and seeds.
 
     Each method has its configurations tried on the validation part, and the best one run with each seed and tested. A
     task's final runs wait for the choices of all its methods.
 
-    Args:
+    Attributes:
         table: to fill.
         methods: names of the methods.
         tasks: names of the tasks; those that they start from are added.
         seeds: of the final runs.
         protocol: "tuned", or "paper" with the learning rates of the tasks instead of a choice.
         queue: what is done.
-
-    Attributes:
         failed: the runs that ended with an error in this worker.
     """
 
-    def __init__(
-        self,
-        table: Table,
-        methods: Sequence[str],
-        tasks: Sequence[str],
-        seeds: Sequence[int],
-        protocol: Protocol,
-        queue: Queue[Run],
-    ) -> None:
-        self.table = table
-        self.methods = methods
-        self.tasks = table.with_starts(tasks)
-        self.seeds = seeds
-        self.protocol = protocol
-        self.queue = queue
-        self.failed: list[Run] = []
-        self._choices: dict[tuple[str, str], Config] = {}
+    table: Table
+    methods: Sequence[str]
+    tasks: Sequence[str]
+    seeds: Sequence[int]
+    protocol: Protocol
+    queue: Queue[Run]
+    failed: list[Run] = field(default_factory=list, init=False)
+    _choices: dict[tuple[str, str], Config] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.tasks = self.table.with_starts(self.tasks)
 
     def configurations(self, task: str, method: str) -> list[Config]:
         """Return what is tried for a method on a task; a single one needs no trial."""
@@ -71,11 +65,12 @@ class Plan:
 
     def trials(self, task: str, method: str) -> list[list[Run]] | None:
         """Return the runs of each configuration, none for a single one; None while they wait for another choice."""
+        start = self.table.tasks[task].start
+        if start is not None and None in [self.chosen(start, each) for each in self.methods]:
+            return None
         configs = self.configurations(task, method)
         if len(configs) == 1:
             return [[]]
-        if not self._may_start(task):
-            return None
         tried = []
         for config in configs:
             tried.append([self.run(task, method, config, seed, "validation") for seed in self.table.tuning_seeds])
@@ -83,20 +78,26 @@ class Plan:
 
     def chosen(self, task: str, method: str) -> Config | None:
         """Return the configuration that the validation part has chosen; None while unknown."""
-        if (task, method) not in self._choices:
-            # Kept once it is known: each look at the plan asks for every choice, and finished rows do not change.
-            choice = self._choose(task, method)
-            if choice is None:
+        if (task, method) in self._choices:  # each look at the plan asks often, and finished rows do not change
+            return self._choices[task, method]
+        trials = self.trials(task, method)
+        if trials is None:
+            return None
+        judged = []
+        for runs in trials:
+            rows = [self.queue.find(run) for run in runs]
+            if None in rows:
                 return None
-            self._choices[task, method] = choice
+            judged.append([_judgement(row) for row in rows if row is not None])
+        self._choices[task, method] = self.configurations(task, method)[best(judged)]
         return self._choices[task, method]
 
     def finals(self, task: str, method: str) -> list[Run] | None:
         """Return the runs that are tested; None while they wait for choices."""
-        if not self._may_start(task) or any(self.chosen(task, each) is None for each in self.methods):
+        choices = {each: self.chosen(task, each) for each in self.methods}
+        config = choices[method]
+        if config is None or None in choices.values():
             return None
-        config = self.chosen(task, method)
-        assert config is not None
         return [self.run(task, method, config, seed, "test") for seed in self.seeds]
 
     def runs(self) -> list[Run]:
@@ -118,17 +119,11 @@ class Plan:
         failed = {run.name for run in self.failed}
         runs: dict[str, Run] = {}
         for run in self.runs():
-            if self.queue.find(run) is None:
-                first = self.first_to_do(run)
-                if first.name not in failed:
-                    runs[first.name] = first
+            # What it starts from comes first, which has not been tried if its task has a single configuration.
+            missing = [each for each in (run.start, run) if each is not None and self.queue.find(each) is None]
+            if missing and missing[0].name not in failed:
+                runs[missing[0].name] = missing[0]
         return list(runs.values())
-
-    def first_to_do(self, run: Run) -> Run:
-        """Return the run itself, or the one that it starts from if that is not done."""
-        while run.start is not None and self.queue.find(run.start) is None:
-            run = run.start
-        return run
 
     def attempt(self, run: Run, context: Context) -> Row:
         """Do a run; one that fails is left out and the others are done, since it may need too much memory."""
@@ -137,27 +132,6 @@ class Plan:
         except FailedError:
             self.failed.append(run)
             raise
-
-    def _may_start(self, task: str) -> bool:
-        """Say whether the choices of the task that this one starts from are known, if there is one."""
-        start = self.table.tasks[task].start
-        return start is None or all(self.chosen(start, method) is not None for method in self.methods)
-
-    def _choose(self, task: str, method: str) -> Config | None:
-        configs = self.configurations(task, method)
-        if len(configs) == 1:
-            return configs[0]
-        trials = self.trials(task, method)
-        if trials is None:
-            return None
-        judged = []
-        for runs in trials:
-            rows = [self.queue.find(run) for run in runs]
-            done = [row for row in rows if row is not None]
-            if len(done) < len(rows):
-                return None
-            judged.append([_judgement(row) for row in done])
-        return configs[best(judged)]
 
 
 def _judgement(row: Row) -> Judgement:

@@ -124,8 +124,9 @@ def perform(run: Run, context: Context) -> Row:
         # The checkpoints of all the runs of a table, with their optimizers, would fill a disk.
         clear(kept, keep_adapter=run.part == "test" or _is_start(run))
     entries = {name: value for name, value in fitted.items() if name not in OF_THE_CHOICE}
-    # By which Optuna's own pictures compare the runs.
+    # By which Optuna's own pictures compare the runs. A trial whose value is no number would not count as done.
     value = found["score"] if "score" in found else next(iter(found["metrics"].values()), fitted["seconds_per_step"])
+    value = -math.inf if math.isnan(value) else value
     return {"value": value, **found, "options": list(context.options), "commit": commit(), **entries}
 
 

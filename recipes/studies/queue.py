@@ -8,6 +8,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -209,6 +210,23 @@ def open_study(url: str, name: str, mode: str, settings: Row, decided: Row) -> S
             "with, or another --folder or --study"
         )
     return study
+
+
+def study_so_far(url: str | None, name: str) -> Study:
+    """Load a study to look at, whatever its settings; an empty one if nobody has begun it.
+
+    Args:
+        url: of Optuna's storage; None if there is none yet.
+        name: of the study.
+
+    Raises:
+        MisconfigurationException: the storage can't be reached.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if url is not None:
+        with suppress(KeyError):
+            return optuna.load_study(storage=_storage(url), study_name=name)
+    return optuna.create_study()
 
 
 def file_storage(folder: Path) -> str:

@@ -1,18 +1,24 @@
 """The demo: its measurements on a tiny encoder, and what it reports, keeps and shares."""
 
+import multiprocessing
+import os
+import runpy
+import sys
+import time
 from collections.abc import Iterator
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
+import processes
 import pytest
 import torch
 import transformers
 
+from recipes.demo import __main__ as command
 from recipes.demo import run as running
-from recipes.demo.__main__ import main
 from recipes.demo.data import evaluation_batches, packed
 from recipes.demo.encoder import CutEncoder, pooled
 from recipes.demo.module import TaskClassifier
@@ -20,7 +26,7 @@ from recipes.demo.run import ARMS, DISTANCES, RATES, SEEDS, DemoRun, perform
 from recipes.demo.training import Settings
 from recipes.offline import packaged, texts
 from recipes.offline.texts import Example, Source
-from recipes.studies.ledger import Row
+from recipes.studies.rows import Row, append, read
 
 # What a task consists of is kept in a process, for other tests too: so this is a name that no other test uses.
 TASK = "demo_test"
@@ -85,45 +91,64 @@ def test_the_mean_loss_weighs_each_text_alike() -> None:
     torch.testing.assert_close(running._loss(module, batches)(), torch.nn.functional.cross_entropy(logits, labels))
 
 
-def test_the_demo_reports_resumes_and_shares(
+def invented(run: DemoRun) -> Row:
+    """A loss that LoRA's rate raises, by half as much with dropout and not at all with EFMLoRA."""
+    steepness = {"LoRA": 200.0, "LoRA, dropout 0.9": 100.0, "EFMLoRA": 0.0}[run.arm]
+    loss = 2.0 + steepness * run.rate + 0.01 * (run.seed % 3)
+    around = [loss + steepness * run.rate * distance for distance in DISTANCES]
+    return {**run.key(), "validation_loss": loss, "losses_around": around, "process": os.getpid()}
+
+
+def invented_by_two(begun: Path, run: DemoRun) -> Row:
+    """The same, once another process has begun a run, too."""
+    (begun / str(os.getpid())).touch()
+    while len(list(begun.iterdir())) < 2:
+        time.sleep(0.05)
+    return invented(run)
+
+
+def test_the_demo_reports_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[DemoRun] = []
 
-    def invented(run: DemoRun) -> Row:
-        """A loss that LoRA's rate raises, by half as much with dropout and not at all with EFMLoRA."""
+    def perform(run: DemoRun) -> Row:
         begun.append(run)
         if len(begun) == 5:
             raise KeyboardInterrupt
-        steepness = {"LoRA": 200.0, "LoRA, dropout 0.9": 100.0, "EFMLoRA": 0.0}[run.arm]
-        loss = 2.0 + steepness * run.rate + 0.01 * (run.seed % 3)
-        around = [loss + steepness * run.rate * distance for distance in DISTANCES]
-        return {**run.key(), "validation_loss": loss, "losses_around": around}
+        return invented(run)
 
-    monkeypatch.setattr(running, "perform", invented)
-    assert main(tmp_path, processes=1) == 130  # in the fifth run
+    monkeypatch.setattr(command, "perform", perform)
+    other = invented(DemoRun("LoRA", RATES[0], SEEDS[0], replace(Settings(), steps=1)))  # which does not count
+    append(tmp_path / "results.jsonl", other)
+    assert command.main(tmp_path, processes=1) == 130  # in the fifth run
     assert "The same command resumes" in capsys.readouterr().out
-    assert main(tmp_path, processes=1) == 0
+    assert command.main(tmp_path, processes=1) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert [(run.seed, run.rate, run.arm) for run in begun[5:]] == list(product(SEEDS, RATES, ARMS))[4:]
+    assert "[5/27] LoRA, dropout 0.9, learning rate 0.002, seed 40" in shown
+    assert "[27/27] EFMLoRA, learning rate 0.004, seed 42" in shown
     assert "to LoRA: validation loss -0.80 [-0.80, -0.80], rise -25.60 [-25.60, -25.60]" in shown
     assert "to LoRA, dropout 0.9: validation loss -0.40 [-0.40, -0.40], rise -12.80" in shown
     assert "2.410 ± 0.006" in (tmp_path / "table.txt").read_text()
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
-    # A second process finds everything done; without a stub, it would train.
     rows = (tmp_path / "results.jsonl").read_text()
-    assert main(tmp_path) == 0
+    assert command.main(tmp_path) == 0
+    assert len(begun) == 5 + 23  # a second start does nothing
     assert (tmp_path / "results.jsonl").read_text() == rows
 
 
-def test_a_run_of_another_process_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "perform", lambda run: run.key())
-    runs, found = [DemoRun("LoRA", 1e-3, seed, SETTINGS) for seed in (1, 2)], list[Row]()
-    thread = Thread(target=lambda: found.extend(running.share(tmp_path, runs)))
-    with running.ledger(tmp_path).claimed(runs[0]):
-        thread.start()
-        thread.join(timeout=0.3)
-        assert thread.is_alive()
-    thread.join(timeout=60)
-    assert found == [run.key() for run in runs]  # in their order, and done here once the other process has stopped
+def test_two_processes_share_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: processes.SERVER)  # faster than to import all anew
+    monkeypatch.setattr(running, "perform", partial(invented_by_two, begun))
+    monkeypatch.setattr("sys.argv", ["recipes.demo", f"--folder={tmp_path}/demo"])
+    monkeypatch.delitem(sys.modules, command.__name__)
+    with pytest.raises(SystemExit, match=r"^0$"):  # as the main program, of which the others can import nothing
+        runpy.run_module("recipes.demo", run_name="__main__", alter_sys=True)
+    rows = read(tmp_path / "demo" / "results.jsonl")
+    assert len({(row["arm"], row["rate"], row["seed"]) for row in rows}) == len(rows) == 27
+    assert {str(row["process"]) for row in rows} == {path.name for path in begun.iterdir()}
+    assert os.getpid() not in {row["process"] for row in rows}

@@ -1,6 +1,5 @@
 """The precision that a device computes fast: what is chosen, what overrides it, and that a run's file keeps it."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipes.command_line import precision
 from recipes.command_line.cli import RecipeCLI
 from recipes.command_line.configs import RECIPES
-from recipes.command_line.precision import fast_precision, precision_of_runs
+from recipes.command_line.precision import fast_precision
 from recipes.instruction_tuning.module import InstructionTuning
 
 
@@ -70,18 +69,6 @@ def test_the_setting_overrides(monkeypatch: pytest.MonkeyPatch, slow_bfloat16: N
     monkeypatch.setenv(precision.SETTING, "float7")
     with pytest.raises(MisconfigurationException, match=r"FLATLORA_PRECISION must hold one of 32-true, .*got 'float7'"):
         fast_precision()
-
-
-def test_runs_of_a_folder_keep_their_precision(
-    tmp_path: Path, fast_bfloat16: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "runs"
-    assert precision_of_runs(folder) == "bf16-mixed"
-    monkeypatch.setattr(precision, "_has_fast_bfloat16", lambda: False)  # another machine goes on
-    assert precision_of_runs(folder) == "bf16-mixed"
-    (folder / "precision.txt").write_text("float7")
-    with pytest.raises(MisconfigurationException, match=r"precision\.txt must hold one of 32-true"):
-        precision_of_runs(folder)
 
 
 # -- recipes

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from recipes.studies import queue as queues
 from recipes.studies.process import FailedError, StoppedError
-from recipes.studies.queue import Queue, file_storage, open_study
+from recipes.studies.queue import Queue, file_storage, open_study, study_so_far
 from recipes.studies.rows import Row
 
 
@@ -56,6 +56,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert queue.study.best_value == 0.0
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # threads can't ignore it by turns
 def test_workers_that_start_together_share_the_runs(tmp_path: Path) -> None:
     done: list[Run] = []
     workers = [Thread(target=lambda: done.extend(work(queue_of(tmp_path)))) for _ in range(3)]
@@ -174,6 +175,20 @@ def test_runs_of_other_options_are_not_mixed(tmp_path: Path) -> None:
     optuna.create_study(storage=file_storage(tmp_path), study_name="own")
     with pytest.raises(MisconfigurationException, match=r"'own' in sqlite.* rate was None and is 1"):
         open_study(file_storage(tmp_path), "own", "min", {"rate": 1}, {})
+
+
+def test_what_the_first_worker_has_decided_holds_for_all(tmp_path: Path) -> None:
+    """Another machine may compute another precision fast."""
+    for own in ("bf16-mixed", "32-true"):
+        study = open_study(file_storage(tmp_path), "runs", "min", {}, {"precision": own})
+        assert study.user_attrs["precision"] == "bf16-mixed"
+
+
+def test_a_study_can_be_looked_at_without_its_settings(tmp_path: Path) -> None:
+    assert not study_so_far(file_storage(tmp_path), "runs").trials  # not begun yet
+    assert not study_so_far(None, "runs").trials
+    work(queue_of(tmp_path), RUNS[:2])
+    assert len(study_so_far(file_storage(tmp_path), "runs").trials) == 2
 
 
 @pytest.mark.parametrize("url", ["nonsense", "nothing://host/database", "sqlite:////no/such/folder/study.db"])

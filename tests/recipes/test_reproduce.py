@@ -12,9 +12,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.command_line.cli import RecipeCLI
 from recipes.reproduce.__main__ import main
+from recipes.reproduce.run import restored
 from recipes.reproduce.table import TABLES
 from recipes.studies import process
-from recipes.studies.ledger import StoppedError, read
+from recipes.studies.process import StoppedError
+from recipes.studies.queue import Queue, file_storage, study_so_far
+from recipes.studies.rows import Row
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),  # a test logs into a folder of its own
@@ -49,7 +52,7 @@ def here(monkeypatch: pytest.MonkeyPatch, command_line: None, own_datasets: None
     """Runs in this process, with small grids; the commands that were run."""
     commands: list[list[str]] = []
 
-    def run_here(command: list[str]) -> None:
+    def run_here(command: list[str], is_hopeless: Any = None) -> None:
         commands.append(command)
         RecipeCLI(command[3:])
 
@@ -59,6 +62,10 @@ def here(monkeypatch: pytest.MonkeyPatch, command_line: None, own_datasets: None
         small = replace(TABLES[name], learning_rates=(1e-2,), grids=GRIDS, trial_steps=None)
         monkeypatch.setitem(TABLES, name, small)
     return commands
+
+
+def rows_of(folder: Path, table: str) -> list[Row]:
+    return Queue(study_so_far(file_storage(folder), table), restored).rows
 
 
 def kinds(commands: list[list[str]]) -> list[str]:
@@ -78,7 +85,7 @@ def test_a_table_from_plan_to_figures(
     assert not folder.exists()
 
     assert main([*given, *prompts]) == 0
-    rows = read(folder / "results.jsonl")
+    rows = rows_of(folder, "table1")
     tested = len(rows) - 3
     assert tested in (2, 4)  # two if EFMLoRA's best radius is 0
     assert kinds(here) == ["fit"] * 3 + ["fit", "test"] * tested
@@ -98,7 +105,12 @@ def test_a_table_from_plan_to_figures(
     here.clear()
     assert main([*given, *prompts]) == 0
     assert not here  # everything is done
-    with pytest.raises(MisconfigurationException, match="was begun with the options"):
+    capsys.readouterr()
+    assert main([*given, "--plan"]) == 0  # which needs no options to look
+    assert f"Done: {len(rows)}. 0 runs may start now." in capsys.readouterr().out
+    with pytest.raises(
+        MisconfigurationException, match=r"options was \[.* and is \[.*'--data.shots=4'\]. Give the ones"
+    ):
         main([*given, *prompts, "--data.shots=4"])
 
 
@@ -107,10 +119,10 @@ def test_a_stopped_run_resumes_where_it_was(
 ) -> None:
     complete = process.run_process
 
-    def stop_halfway(command: Any) -> None:
+    def stop_halfway(command: Any, is_hopeless: Any) -> None:
         complete([*command, "--trainer.max_steps=2"])
         next(tmp_path.rglob("fit.json")).unlink()
-        raise StoppedError(130)
+        raise StoppedError
 
     given = ["table1", "--tasks=sst2", "--methods=lora", "--protocol=paper", "--seeds=13", f"--folder={tmp_path}/table"]
     monkeypatch.setattr(process, "run_process", stop_halfway)
@@ -129,7 +141,7 @@ def test_later_tasks_start_from_the_adapter_of_the_same_method_and_seed(
     folder = tmp_path / "table"
     given = ["table2", "--tasks=rte", "--methods=efmlora", "--seeds=3", "--protocol=tuned", f"--folder={folder}"]
     assert main([*given, *options, "--trainer.max_epochs=1"]) == 0
-    rows = read(folder / "results.jsonl")
+    rows = rows_of(folder, "table2")
     assert [(row["task"], row["part"]) for row in rows] == [
         *[("mnli", "validation")] * 2,
         ("mnli", "test"),
@@ -141,4 +153,5 @@ def test_later_tasks_start_from_the_adapter_of_the_same_method_and_seed(
     starts = [argument for argument in arguments if argument.startswith("--model.start_from=")]
     assert f"--model.start_from={folder / by_name['mnli/test']['adapter']}" in starts
     assert "mnli/validation" in starts[0]
-    assert by_name["rte/test"]["start"].startswith("mnli/test/")
+    start = by_name["rte/test"]["start"]
+    assert (start["task"], start["part"]) == ("mnli", "test")
