@@ -109,7 +109,10 @@ class Queue(Generic[AnyRun]):
             StoppedError: the user has stopped a run; it is queued again by the next worker that looks.
         """
         is_waiting = False
-        while runs := open_runs():
+        while True:
+            runs = open_runs()
+            if not runs:
+                return
             if self._may_take(runs):
                 is_waiting = False
                 self._take(partial(self._perform, perform, report))
@@ -206,7 +209,7 @@ def open_study(url: str, name: str, mode: str, settings: Row, decided: Row) -> S
     if differing:
         changes = "; ".join(f"{each} was {before.get(each)} and is {settings.get(each)}" for each in differing)
         raise MisconfigurationException(
-            f"the study {name!r} in {url} was begun with other options: {changes}. Give the ones that it was begun "
+            f"the study {name!r} was begun with other options: {changes}. Give the ones that it was begun "
             "with, or another --folder or --study"
         )
     return study
@@ -255,7 +258,8 @@ def _storage(url: str) -> RDBStorage:
             problem = error
             break
     first_line = str(problem).partition("\n")[0]
-    raise MisconfigurationException(f"--storage: {url} can't be opened: {first_line}") from problem
+    # Without the URL, which may hold a password.
+    raise MisconfigurationException(f"the study's storage can't be opened: {first_line}") from problem
 
 
 def _begin_immediately(connection: Connection) -> None:

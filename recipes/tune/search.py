@@ -19,7 +19,8 @@ from recipes.studies.process import EndedError, FailedError, commit, fit, module
 from recipes.studies.queue import Queue
 from recipes.studies.rows import Row
 from recipes.tune.answer import CONTROL, SIDES, WITH, WITHOUT, chosen
-from recipes.tune.space import RHO, Config, Space, arguments, is_worse_than_most, seeds_of, short, size, suggestions
+from recipes.tune.pruning import Watch
+from recipes.tune.space import RHO, Config, Space, arguments, seeds_of, short, size, suggestions
 
 SEARCH_SEEDS = (0, 1, 2)
 """All trials are run with the first one, and the best third of them with the others."""
@@ -242,26 +243,21 @@ class Search:
         began = time.perf_counter()
         folder = self.folder / run.name
         given = self.arguments(run.config, run.seed)
-        curve: list[float] = []
-        others: list[list[float]] = []
         is_trial = run.stage == "search" and run.seed == SEARCH_SEEDS[0]
-        if is_trial and self.prunes:
-            others = [row["curve"] for row in self._before(run.side, run.trial)]
-
-        def is_hopeless(validations: list[Row]) -> bool:
-            for validation in validations[len(curve) :]:
-                curve.append(validation.get(self.metric, math.nan))
-                trial.report(curve[-1], len(curve) - 1)
-            return is_worse_than_most(curve, others, self.mode)
-
+        others = [row["curve"] for row in self._before(run.side, run.trial)] if is_trial and self.prunes else []
+        watch = Watch(trial, self.metric, self.mode, others)
         try:
-            fitted = fit(self.command, folder, given, is_hopeless)
+            fitted = fit(self.command, folder, given, watch.is_hopeless)
+            is_pruned = watch.is_hopeless(fitted["validations"])  # those that the last look has missed
         except EndedError:
-            best_value = (min if self.mode == "min" else max)(filter(math.isfinite, curve), default=math.nan)
-            seconds = time.perf_counter() - began
-            return self._row(finite_or_worst(best_value, self.mode), curve=curve, pruned=True, seconds=seconds)
+            is_pruned = True
+        seconds = time.perf_counter() - began
+        if is_pruned:
+            finite = filter(math.isfinite, watch.curve)
+            best = min(finite, default=math.nan) if self.mode == "min" else max(finite, default=math.nan)
+            value = finite_or_worst(best, self.mode)
+            return self._row(value, curve=watch.curve, pruned=True, seconds=seconds)
         self._check(run, fitted)
-        is_hopeless(fitted["validations"])  # which the last look has missed
         value, on_test = value_of_kept(fitted, self.metric, self.mode), {}
         is_first = is_trial and (run.side, run.trial) == (WITHOUT, 0)
         # If there is nothing to test on, the search ends at its start, and not after its last trial.
@@ -271,7 +267,7 @@ class Search:
             value = value_on_test if run.stage == "final" else value
         # A run that was stopped and has gone on took longer than this process.
         seconds = max(time.perf_counter() - began, fitted["training_seconds"])
-        return self._row(value, curve=curve, tested=on_test, seconds=seconds)
+        return self._row(value, curve=watch.curve, tested=on_test, seconds=seconds)
 
     def _row(
         self,

@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.study import Study, create_study
-from optuna.trial import TrialState, create_trial
+from optuna.trial import create_trial
 
 Config = dict[str, str]
 """The value of each setting, as it stands on the command line."""
@@ -16,7 +15,6 @@ Space = Mapping[str, Sequence[str]]
 """The values of each setting. Options that change together, as in "model.lora.r/model.lora.lora_alpha", are one."""
 
 RHO = "rho"
-_BAD = 1e300
 _ATTEMPTS = 100  # to find a configuration that has not been tried
 
 _RATES = ["5e-5", "1e-4", "3e-4", "1e-3", "3e-3"]
@@ -115,38 +113,6 @@ def _new(study: Study, distributions: dict[str, BaseDistribution], taken: Sequen
 def _first_new(space: Space, taken: Sequence[Config]) -> Config:
     every = (dict(zip(space, values, strict=True)) for values in product(*space.values()))
     return next(config for config in every if config not in taken)
-
-
-def is_worse_than_most(values: Sequence[float], others: Sequence[Sequence[float]], mode: str) -> bool:
-    """Return whether a run's best value so far is worse than the median of others after as many validations.
-
-    By Optuna's median pruner, which says no before half of the others' validations: a low rate begins slowly.
-
-    Args:
-        values: of the run, after each validation.
-        others: of finished runs.
-        mode: "min" or "max" of the values.
-
-    Example:
-        >>> is_worse_than_most([2.0, 1.9], [[2.0, 1.5], [2.1, 1.8]], "min")
-        True
-    """
-    others = [other for other in others if other]
-    if not values or not others:
-        return False
-    pruner = MedianPruner(n_startup_trials=1, n_warmup_steps=max(map(len, others)) // 2)
-    study = create_study(direction="minimize" if mode == "min" else "maximize")
-    for other in others:
-        # Only what it was on its way counts.
-        study.add_trial(create_trial(value=0.0, intermediate_values=_finite(other, mode)))
-    running = create_trial(state=TrialState.RUNNING, intermediate_values=_finite(values, mode))
-    return pruner.prune(study, running)
-
-
-def _finite(values: Sequence[float], mode: str) -> dict[int, float]:
-    """Return values by their numbers, with a bad one, of which a median can be taken, for those that diverged."""
-    worst = _BAD if mode == "min" else -_BAD
-    return {number: value if math.isfinite(value) else worst for number, value in enumerate(values)}
 
 
 def size(space: Space) -> int:

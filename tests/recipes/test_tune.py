@@ -27,8 +27,9 @@ from recipes.studies.rows import Row
 from recipes.tune import verdict
 from recipes.tune.__main__ import Options, _space, main
 from recipes.tune.answer import CONTROL, SIDES, WITH, WITHOUT, Answer, answer, chosen, draw
+from recipes.tune.pruning import is_worse_than_most
 from recipes.tune.search import ROUND, Run, Search
-from recipes.tune.space import Space, arguments, is_worse_than_most, suggestions
+from recipes.tune.space import Space, arguments, suggestions
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
