@@ -1,6 +1,7 @@
 """A recipe's command in its own process, and what it leaves."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from recipes.studies.rows import Row
 
 _STOPS = (signal.SIGTERM, signal.SIGUSR1)
 """Requests to end: SIGUSR1 is SLURM's, when the job's time is over."""
+OF_WORKER = "FLATLORA_OF_WORKER"
+"""The environment variable of a run that a worker has started."""
 _LOOK = 0.5  # seconds between two looks at what a run has validated
 
 
@@ -156,33 +159,34 @@ def run_process(command: Sequence[str], is_hopeless: Callable[[], bool] = lambda
         StoppedError: the user has stopped it.
         EndedError: it was hopeless.
     """
-    process = subprocess.Popen(command)
     is_stopped = False
+    # It ends when this process does, see recipes.studies.result.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, OF_WORKER: "1"}) as process:
 
-    def stop(number: int, _: Any) -> None:
-        # It may end with status 0, as a Trainer does.
-        nonlocal is_stopped
-        is_stopped = True
-        process.send_signal(number)
+        def stop(number: int, _: Any) -> None:
+            # It may end with status 0, as a Trainer does.
+            nonlocal is_stopped
+            is_stopped = True
+            process.send_signal(number)
 
-    # Ctrl-C reaches the command by itself, but a request to end this process would leave it running.
-    before = {number: signal.signal(number, stop) for number in _STOPS}
-    try:
-        while process.poll() is None:
-            try:
-                process.wait(_LOOK)
-            except subprocess.TimeoutExpired:
-                if not is_stopped and is_hopeless():
-                    raise EndedError from None
-            except KeyboardInterrupt:
-                # The command got it too, and saves a checkpoint before it ends; a second one ends it at once.
-                is_stopped = True
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if process.poll() is None:  # it is hopeless, or can't be judged
-            process.terminate()
-            process.wait()
+        # Ctrl-C reaches the command by itself, but a request to end this process would leave it running.
+        before = {number: signal.signal(number, stop) for number in _STOPS}
+        try:
+            while process.poll() is None:
+                try:
+                    process.wait(_LOOK)
+                except subprocess.TimeoutExpired:
+                    if not is_stopped and is_hopeless():
+                        raise EndedError from None
+                except KeyboardInterrupt:
+                    # The command got it too, and saves a checkpoint before it ends; a second one ends it at once.
+                    is_stopped = True
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if process.poll() is None:  # it is hopeless, or can't be judged
+                process.terminate()
+                process.wait()
     # Of a signal that ends a process, Python reports the negative number, and a shell 128 more than the number.
     status = process.returncode
     ended_by = -status if status < 0 else status - 128

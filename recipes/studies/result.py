@@ -4,7 +4,6 @@ import json
 import os
 import statistics
 import threading
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from recipes.data.files import write_whole
+from recipes.studies.process import OF_WORKER
 from recipes.studies.rows import Row
 from recipes.training.step_times import StepTimes
 
@@ -41,7 +41,8 @@ class RunResult(StepTimes):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        if OF_WORKER in os.environ:
+            threading.Thread(target=end_with_worker, daemon=True).start()
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -104,8 +105,12 @@ def _logged(trainer: L.Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def _end_with(parent: int) -> None:
-    """End this process when its parent has ended: an orphan gets another parent."""
-    while os.getppid() == parent:
-        time.sleep(1)
+def end_with_worker() -> None:
+    """End this process when the worker that started it has ended, however it did.
+
+    The worker holds the other end of this process's input, which the ranks of a run share.
+    """
+    # Not by sys.stdin, whose lock a thread must not hold when Python ends.
+    while os.read(0, 1):
+        pass
     os._exit(1)

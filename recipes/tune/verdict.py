@@ -147,7 +147,8 @@ def table_of(rows: Sequence[Row]) -> DataFrame:
         head = {name: row[name] for name in ("stage", "trial", "seed")}
         rest = {name: row[name] for name in ("pruned", "seconds", "commit")}
         lines.append({**head, **row["config"], row["metric"]: row["value"], **rest})
-    return DataFrame(lines)
+    # Not as they were done, so that equal searches have equal tables.
+    return DataFrame(lines).sort_values(["stage", "trial", "seed", RHO], ascending=[False, True, True, True])
 
 
 def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:

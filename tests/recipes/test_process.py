@@ -58,17 +58,22 @@ def test_a_hopeless_command_is_ended(tmp_path: Path) -> None:
     assert time.monotonic() - began < 50
 
 
-def test_a_run_ends_with_its_killed_worker(tmp_path: Path) -> None:
-    """Otherwise it would train on, beside the one that another worker begins."""
+@pytest.mark.parametrize("begins", [0, 1])
+def test_a_run_ends_with_its_killed_worker(begins: int, tmp_path: Path) -> None:
+    """Also one that is killed while the run still loads its libraries; otherwise it would train beside the next one."""
     run = "\n".join(
         [
-            "import os, threading",
-            "from recipes.studies.result import _end_with",
-            "threading.Thread(target=_end_with, args=(os.getppid(),)).start()",
+            "import threading, time",
             f"open({str(tmp_path / 'on')!r}, 'w').close()",
+            f"time.sleep({begins})",
+            "from recipes.studies.result import end_with_worker",
+            "threading.Thread(target=end_with_worker, daemon=True).start()",
+            "time.sleep(60)",
         ]
     )
-    worker = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {run!r}])"
+    worker = (
+        f"import sys; from recipes.studies.process import run_process; run_process([sys.executable, '-c', {run!r}])"
+    )
     with subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE) as process:
         while not (tmp_path / "on").exists():
             assert process.poll() is None

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,10 +64,25 @@ class Forked:
     To import it takes ten times as long as a run.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
-        run: Callable[..., None] = processes.run_module
-        self.process = get_context("fork").Process(target=run, args=(command[2], command[3:]))
+    def __init__(self, command: Sequence[str], stdin: int, env: dict[str, str]) -> None:
+        read, self.write = os.pipe()
+        start = get_context("fork").Process
+        self.process = start(target=self._run, args=(read, env, command[2:]))
         self.process.start()
+        os.close(read)
+
+    def _run(self, read: int, env: dict[str, str], command: Sequence[str]) -> None:
+        os.close(self.write)
+        os.dup2(read, 0)
+        os.environ.update(env)
+        processes.run_module(command[0], command[1:])
+
+    def __enter__(self) -> "Forked":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        os.close(self.write)
+        self.process.join()
 
     @property
     def returncode(self) -> int | None:
@@ -94,7 +109,7 @@ def work(arguments: Sequence[str]) -> None:
     from recipes.tune import __main__ as tune
 
     queue.HEARTBEAT, queue.GRACE = 1, 4
-    process.subprocess = SimpleNamespace(Popen=Forked, TimeoutExpired=subprocess.TimeoutExpired, run=subprocess.run)  # type: ignore[attr-defined]
+    process.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})  # type: ignore[attr-defined]
     tune._printed_settings = lambda command, arguments: ""  # which starts a process, and test_tune.py looks at
     sys.exit(tune.main(arguments))
 
