@@ -72,7 +72,7 @@ def is_worse_than_most(values: Sequence[float], others: Sequence[Sequence[float]
         # Only what it was on its way counts.
         study.add_trial(create_trial(value=0.0, intermediate_values=_finite(other, mode)))
     running = create_trial(state=TrialState.RUNNING, intermediate_values=_finite(values, mode))
-    return pruner.prune(study, running)
+    return bool(pruner.prune(study, running))
 
 
 def _finite(values: Sequence[float], mode: str) -> dict[int, float]:

@@ -27,7 +27,6 @@ from recipes.studies.rows import Row
 from recipes.tune import verdict
 from recipes.tune.__main__ import Options, _space, main
 from recipes.tune.answer import CONTROL, SIDES, WITH, WITHOUT, Answer, answer, chosen, draw
-from recipes.tune.pruning import is_worse_than_most
 from recipes.tune.search import ROUND, Run, Search
 from recipes.tune.space import Space, arguments, suggestions
 
@@ -230,18 +229,6 @@ def test_a_trial_ends_early_by_comparison_with_its_own_side(tmp_path: Path, monk
         assert len(search.repeated(side)) == 2
     assert search.seconds_saved() > 0
     assert {trial.state.name for trial in search.queue.study.trials} == {"COMPLETE", "PRUNED"}
-
-
-def test_a_value_is_compared_after_as_many_validations() -> None:
-    others = [[3.0, 2.0, 1.0], [3.2, 2.2, 1.2], [9.0, 9.0, 9.0]]
-    assert not is_worse_than_most([9.0], others, "min")  # a low rate begins slowly
-    assert is_worse_than_most([9.0, 2.5], others, "min")
-    assert not is_worse_than_most([9.0, 2.1], others, "min")
-    assert is_worse_than_most([math.nan, math.nan], others, "min")
-    assert not is_worse_than_most([9.0, 2.5], [[math.nan, math.nan]], "min")
-    assert is_worse_than_most([0.1, 0.1], [[0.2, 0.5]], "max")
-    assert not is_worse_than_most([], others, "min")
-    assert not is_worse_than_most([1.0], [[]], "min")
 
 
 def test_a_run_has_a_folder_of_its_own() -> None:
