@@ -23,7 +23,7 @@ from recipes.reproduce.report import plan_text, table_text, time_left
 from recipes.reproduce.run import Context, Run, restored
 from recipes.reproduce.table import TABLES, Protocol
 from recipes.studies.process import FailedError, StoppedError
-from recipes.studies.queue import Queue, file_storage, open_study, study_so_far
+from recipes.studies.queue import Queue, begin_runs, file_storage, open_study, study_so_far
 
 
 @dataclass
@@ -104,7 +104,9 @@ def _study(options: Options, folder: Path, more: list[str]) -> Study:
     if not any((folder / task).exists() for task in TABLES[options.table].tasks):
         set_aside(folder / "table.md")  # of somebody else
     decided = {"precision": fast_precision(option(more, "--trainer.accelerator") or "auto")}
-    return open_study(options.storage or file_storage(folder), name, "max", {"options": more}, decided)
+    study = open_study(options.storage or file_storage(folder), name, "max", {"options": more}, decided)
+    begin_runs(folder, {"options": more, "precision": study.user_attrs["precision"]})
+    return study
 
 
 def _write_table(folder: Path, plan: Plan) -> str:

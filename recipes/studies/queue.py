@@ -4,6 +4,7 @@ A worker is the same command started once more, on any machine that reaches the 
 loses its heartbeat, and its run is queued again.
 """
 
+import json
 import random
 import time
 import warnings
@@ -23,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import SQLAlchemyError
 
+from recipes.data.files import write_whole
 from recipes.studies.process import FailedError
 from recipes.studies.rows import Row
 
@@ -195,7 +197,7 @@ def open_study(url: str, name: str, mode: str, settings: Row, decided: Row) -> S
         MisconfigurationException: the storage can't be reached, or the study was begun with other settings.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = _storage(url)
+    storage = open_storage(url)
     direction = StudyDirection.MINIMIZE if mode == "min" else StudyDirection.MAXIMIZE
     try:
         study = optuna.create_study(storage=storage, study_name=name, direction=direction)
@@ -204,15 +206,27 @@ def open_study(url: str, name: str, mode: str, settings: Row, decided: Row) -> S
         study.set_user_attr("settings", settings)
     except DuplicatedStudyError:
         study = optuna.load_study(storage=storage, study_name=name)
-    before = _settings_of(study)
-    differing = [each for each in {**before, **settings} if before.get(each) != settings.get(each)]
-    if differing:
-        changes = "; ".join(f"{each} was {before.get(each)} and is {settings.get(each)}" for each in differing)
-        raise MisconfigurationException(
-            f"the study {name!r} was begun with other options: {changes}. Give the ones that it was begun "
-            "with, or another --folder or --study"
-        )
+    remedy = "another --folder; with --storage also another --study"
+    _refuse_others(f"the study {name!r} was", _settings_of(study), settings, remedy)
     return study
+
+
+def begin_runs(folder: Path, settings: Row) -> None:
+    """Write down what a folder's runs depend on: a run that is found there is not trained again, in whatever study.
+
+    Args:
+        folder: of the runs.
+        settings: that all of them share.
+
+    Raises:
+        MisconfigurationException: they were begun with other settings.
+    """
+    path = folder / "options.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        _refuse_others(f"the runs in {folder} were", before, settings, "another --folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
 def study_so_far(url: str | None, name: str) -> Study:
@@ -228,7 +242,7 @@ def study_so_far(url: str | None, name: str) -> Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url is not None:
         with suppress(KeyError):
-            return optuna.load_study(storage=_storage(url), study_name=name)
+            return optuna.load_study(storage=open_storage(url), study_name=name)
     return optuna.create_study()
 
 
@@ -238,8 +252,12 @@ def file_storage(folder: Path) -> str:
     return f"sqlite:///{folder.absolute() / 'study.db'}"
 
 
-def _storage(url: str) -> RDBStorage:
-    """Connect; workers that start together may both try to make the tables, and one of them tries again."""
+def open_storage(url: str) -> RDBStorage:
+    """Connect; workers that start together may both try to make the tables, and one of them tries again.
+
+    Raises:
+        MisconfigurationException: it can't be reached.
+    """
     # SQLite's own wait for another process's transaction is 5 s.
     engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
     problem: Exception | None = None
@@ -275,6 +293,16 @@ def _settings_of(study: Study) -> Row:
             return found
         time.sleep(_WAIT)
     return {}
+
+
+def _refuse_others(what: str, before: Row, settings: Row, remedy: str) -> None:
+    """Refuse settings that differ from those before."""
+    differing = [each for each in {**before, **settings} if before.get(each) != settings.get(each)]
+    if differing:
+        changes = "; ".join(f"{each} was {before.get(each)} and is {settings.get(each)}" for each in differing)
+        raise MisconfigurationException(
+            f"{what} begun with other options: {changes}. Give those of the beginning, or {remedy}"
+        )
 
 
 def _name(trial: FrozenTrial) -> str:

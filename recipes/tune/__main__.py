@@ -29,7 +29,7 @@ from recipes.command_line.options import parse_known_options
 from recipes.command_line.precision import SETTING, fast_precision
 from recipes.data.files import begin_folder, write_whole
 from recipes.studies.process import FailedError, StoppedError, module_of
-from recipes.studies.queue import Queue, file_storage, open_study
+from recipes.studies.queue import Queue, begin_runs, file_storage, open_study
 from recipes.tune.answer import WITH, Answer, answer, draw
 from recipes.tune.search import Run, Search
 from recipes.tune.space import RHO, SPACES, Space, parts, seeds_of
@@ -155,6 +155,8 @@ def _search(options: Options, more: list[str]) -> Search:
     decided = {"precision": fast_precision(option(more, "--trainer.accelerator") or "auto")}
     storage = options.storage or file_storage(folder)
     study = open_study(storage, options.study or options.recipe, mode, settings, decided)
+    shared = {"command": options.recipe, "options": more, "precision": study.user_attrs["precision"]}
+    begin_runs(folder, shared)
     # For the recipes' own processes, unless the options or a configuration choose one.
     os.environ[SETTING] = study.user_attrs["precision"]
     for name, values in {**space, RHO: ["0", *radii]}.items():

@@ -18,14 +18,14 @@ import optuna
 import pandas
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from pandas import DataFrame
-from sqlalchemy.exc import SQLAlchemyError
 
 from recipes.command_line.mistakes import without_traceback
 from recipes.command_line.options import parse_known_options
 from recipes.data.files import set_aside
-from recipes.studies.queue import Queue
+from recipes.studies.queue import Queue, open_storage
 from recipes.studies.rows import Row
 from recipes.tune.answer import answer, draw
 from recipes.tune.search import Run, finite_or_worst
@@ -41,7 +41,8 @@ class Options:
     Attributes:
         source: the sweep.
         metric: the column to judge by; that of an Optuna study of another program is called value.
-        mode: of the metric; by default min for a loss, an error or a perplexity, and else max.
+        mode: of the metric; by default a study's direction, and of a table min for a loss, an error or a perplexity,
+            and else max.
         rho: the column of the radius; by default the one whose name ends in rho.
         seed: the column of the seed; by default the one whose name ends in seed or seed_everything.
         settings: columns of the other settings; by default what Optuna or Hydra has set, and in a table the columns
@@ -67,9 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, others = parse_known_options(Options, arguments, "python -m recipes.tune.verdict", __doc__)
     if others:
         raise MisconfigurationException(f"there is no option {others[0]}; see --help")
-    is_loss = any(name in options.metric.lower() for name in _LESS_IS_BETTER)
-    mode = options.mode or ("min" if is_loss else "max")
-    rows = _rows(_sweep(options, mode), options, mode)
+    if "://" in options.source:
+        sweep, mode = _of_optuna(options.source, options)
+    else:
+        is_loss = any(name in options.metric.lower() for name in _LESS_IS_BETTER)
+        mode = options.mode or ("min" if is_loss else "max")
+        sweep = _of_files(options, mode)
+    rows = _rows(sweep, options, mode)
     print(answer(rows, mode).text(options.metric))
     set_aside(options.picture)
     drawn = [row for row in rows if row["stage"] == "search"] or rows
@@ -78,11 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _sweep(options: Options, mode: str) -> DataFrame:
+def _of_files(options: Options, mode: str) -> DataFrame:
     """Read a sweep as one table with a line for each run."""
     source = options.source
-    if "://" in source:
-        return _of_optuna(source, options)
     path = Path(source)
     if path.is_dir():
         return _of_hydra(path, options, mode)
@@ -101,23 +104,25 @@ def _sweep(options: Options, mode: str) -> DataFrame:
     return found
 
 
-def _of_optuna(url: str, options: Options) -> DataFrame:
-    """Return settings, user attributes and values of a study's finished trials."""
+def _of_optuna(url: str, options: Options) -> tuple[DataFrame, str]:
+    """Return settings, user attributes and values of a study's finished trials, and the mode of the values."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        names = optuna.get_all_study_names(url)
-        if options.study is None and len(names) != 1:
-            raise MisconfigurationException(f"{url} has the studies {names}: name one of them by --study")
-        study = optuna.load_study(study_name=options.study or names[0], storage=url)
-    except (KeyError, SQLAlchemyError) as error:
-        raise MisconfigurationException(f"{url} has no such study, or can't be opened: {error}") from error
+    storage = open_storage(url)
+    names = optuna.get_all_study_names(storage)
+    name = names[0] if options.study is None and len(names) == 1 else options.study
+    if name not in names:
+        raise MisconfigurationException(f"--study must be one of {names}, which the storage has, got {options.study}")
+    study = optuna.load_study(study_name=name, storage=storage)
+    mode = options.mode or ("min" if study.direction == StudyDirection.MINIMIZE else "max")
     trials = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
-    if trials and "run" in trials[0].user_attrs:  # of recipes.tune
-        return table_of(Queue(study, restore=lambda key: Run(**key)).rows)
+    if not trials:
+        raise MisconfigurationException(f"the study {name!r} has no finished trial yet")
+    if "run" in trials[0].user_attrs:  # of recipes.tune
+        return table_of(Queue(study, restore=lambda key: Run(**key)).rows), mode
     options.settings = options.settings or [
         name for name in trials[0].params if name not in (options.rho, options.seed)
     ]
-    return DataFrame([{**trial.params, **trial.user_attrs, "value": trial.value} for trial in trials])
+    return DataFrame([{**trial.params, **trial.user_attrs, "value": trial.value} for trial in trials]), mode
 
 
 def _of_hydra(folder: Path, options: Options, mode: str) -> DataFrame:
