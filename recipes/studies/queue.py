@@ -51,7 +51,7 @@ AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 class DroppedError(Exception):
-    """Two workers have met, and this one's trial has no run that is still to be done."""
+    """A trial has come to nothing, but its worker goes on: the run has failed, or another worker does it."""
 
 
 class Queue(Generic[AnyRun]):
@@ -70,6 +70,7 @@ class Queue(Generic[AnyRun]):
         self.restore = restore
         self._rows: dict[str, Row] = {}
         self._was_given_away = False
+        self._has_done = False  # any run
         self.reload()
 
     @property
@@ -107,7 +108,8 @@ class Queue(Generic[AnyRun]):
             report: is called with the run before it starts.
 
         Raises:
-            FailedError: the study's first run has failed. Later ones are queued again while ``open_runs`` has them.
+            FailedError: this worker's first run has failed, as none before. Later ones are queued again while
+                ``open_runs`` has them.
             StoppedError: the user has stopped a run; it is queued again by the next worker that looks.
         """
         is_waiting = False
@@ -133,7 +135,8 @@ class Queue(Generic[AnyRun]):
         if self._trials(TrialState.WAITING):
             return True
         queued = {_name(trial) for trial in self._trials(*_QUEUED)}
-        for run in runs:
+        failed = [_name(trial) for trial in self._trials(TrialState.FAIL) if "failed" in trial.user_attrs]
+        for run in sorted(runs, key=lambda run: failed.count(run.name)):
             if run.name not in queued:
                 self.study.enqueue_trial(run.key().get("config", {}), user_attrs={"name": run.name, "run": run.key()})
                 return True
@@ -141,13 +144,11 @@ class Queue(Generic[AnyRun]):
 
     def _take(self, objective: Callable[[Trial], float]) -> None:
         """Do the run of the first trial that waits."""
-        # If the first run fails, something is wrong that all of them share, such as an option.
-        survived = (DroppedError, FailedError) if self.rows else (DroppedError,)
         self._was_given_away = False
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)
-                self.study.optimize(objective, n_trials=1, catch=survived)
+                self.study.optimize(objective, n_trials=1, catch=(DroppedError,))
         except ValueError:  # Optuna can't end a trial that has ended
             if not self._was_given_away:
                 raise
@@ -166,8 +167,13 @@ class Queue(Generic[AnyRun]):
         try:
             row = perform(run, trial)
             trial.set_user_attr("row", row)
+            self._has_done = True
         except FailedError as failure:
+            # If its first run fails, a worker may lack what all of them need, and must not fail one after the other.
+            is_usual = self._has_done or (self.rows and self.failures(run))
             trial.set_user_attr("failed", failure.status)
+            if is_usual:
+                raise DroppedError from failure
             raise
         except UpdateFinishedTrialError:
             print(f"\nThis worker was silent for {GRACE} s, so another does this run: {run}", flush=True)
@@ -301,7 +307,7 @@ def _refuse_others(what: str, before: Row, settings: Row, remedy: str) -> None:
     if differing:
         changes = "; ".join(f"{each} was {before.get(each)} and is {settings.get(each)}" for each in differing)
         raise MisconfigurationException(
-            f"{what} begun with other options: {changes}. Give those of the beginning, or {remedy}"
+            f"{what} begun with other options: {changes}. Give the ones of the beginning, or {remedy}"
         )
 
 

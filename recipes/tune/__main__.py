@@ -30,9 +30,10 @@ from recipes.command_line.precision import SETTING, fast_precision
 from recipes.data.files import begin_folder, write_whole
 from recipes.studies.process import FailedError, StoppedError, module_of
 from recipes.studies.queue import Queue, begin_runs, file_storage, open_study
+from recipes.studies.statistics import Estimate
 from recipes.tune.answer import WITH, Answer, answer, draw
 from recipes.tune.search import Run, Search
-from recipes.tune.space import RHO, SPACES, Space, parts, seeds_of
+from recipes.tune.space import RHO, SPACES, Space, parts, seeds_of, size
 from recipes.tune.verdict import table_of
 
 
@@ -114,20 +115,29 @@ def _write(search: Search) -> None:
     method = "EFMLoRA's" if found.winner == WITH else "LoRA's"
     print(f"\n{text}\n{_one_more_hour(search, found)}")
     print(f"Everything is in {folder}: best.yaml, for fit --config, has {method} settings")
-    if search.seconds_saved():
+    if search.seconds_saved() > 0:
         print(f"Trials that ended early have saved about {search.seconds_saved() / 3600:.1f} hours")
 
 
 def _one_more_hour(search: Search, found: Answer) -> str:
-    """Return what one more hour of one worker would buy."""
-    runs = 3600 / search.seconds_of_a_run()
-    interval = found.difference(found.rival).interval
-    seeds = search.fresh + int(runs / len(found.configs))
-    narrower = interval * math.sqrt(search.fresh / seeds)
-    return (
-        f"One more hour of one worker would buy about {runs:.0f} runs: --fresh {seeds}, by which the interval would "
-        f"shrink from ± {interval:.3g} to about ± {narrower:.3g}, or --budget {search.trials + int(runs)}"
-    )
+    """Return what one more hour of one worker would buy, or as many as a seed of all winners takes."""
+    hours = max(1, math.ceil(search.seconds_of_a_run() * len(found.configs) / 3600))
+    runs = hours * 3600 / search.seconds_of_a_run()
+    offers = []
+    now = found.difference(found.rival)
+    if now.interval > 0 and not found.no_answer:
+        seeds = now.values + int(runs / len(found.configs))
+        then = Estimate(now.mean, now.error * math.sqrt(now.values / seeds), seeds)
+        offers.append(
+            f"--fresh {seeds}, by which the interval would shrink from ± {now.interval:.3g} to about "
+            f"± {then.interval:.3g}"
+        )
+    # A third of the trials is run with two more seeds.
+    budget = min(search.trials + int(runs * 3 / 5), 2 * size(search.space_of(WITH)))
+    if budget > search.trials:
+        offers.append(f"--budget {budget}")
+    time = "One more hour" if hours == 1 else f"{hours} more hours"
+    return f"{time} of one worker would buy about {runs:.0f} runs: {', or '.join(offers) or 'all has been tried'}"
 
 
 def _search(options: Options, more: list[str]) -> Search:

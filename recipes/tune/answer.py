@@ -207,6 +207,7 @@ def finalists(runs: Mapping[ConfigKey, Mapping[int, float]], mode: str) -> dict[
     If they differ in more than rho, the control's are added: without it the difference would not be only the
     perturbation's.
     """
+    sign = 1 if mode == "min" else -1
     found: dict[str, Config] = {}
     for side in SIDES:
         of_side = {key: list(values.values()) for key, values in runs.items() if _side(key) == side}
@@ -214,7 +215,8 @@ def finalists(runs: Mapping[ConfigKey, Mapping[int, float]], mode: str) -> dict[
             raise MisconfigurationException(f"there are no runs {side} the perturbation, with which to compare")
         most = max(map(len, of_side.values()))
         means = {key: mean(values) for key, values in of_side.items() if len(values) == most}
-        winner = min(means, key=means.__getitem__) if mode == "min" else max(means, key=means.__getitem__)
+        # Of equal ones not the first, since a run that was stopped comes later.
+        _, winner = min((sign * value, key) for key, value in means.items())
         found[side] = dict(winner)
     control = {**found[WITH], RHO: "0"}
     if _key(control) != _key(found[WITHOUT]):

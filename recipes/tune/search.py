@@ -121,16 +121,14 @@ class Search:
         return max(1, runs - len(self.queue.rows))
 
     def seconds_of_a_run(self) -> float:
-        """Return the mean over all finished runs."""
-        seconds: list[float] = [row["seconds"] for row in self.queue.rows]
+        """Return the mean over the runs that neither ended early nor failed."""
+        seconds: list[float] = [row["seconds"] for row in self.queue.rows if row["seconds"] and not row["pruned"]]
         return mean(seconds)
 
     def seconds_saved(self) -> float:
         """Estimate what the trials that were ended early would have taken to their end."""
-        rows = self.queue.rows
-        whole: list[float] = [row["seconds"] for row in rows if not row["pruned"]]
-        pruned: list[float] = [row["seconds"] for row in rows if row["pruned"]]
-        return mean(whole) * len(pruned) - sum(pruned)
+        pruned: list[float] = [row["seconds"] for row in self.queue.rows if row["pruned"]]
+        return self.seconds_of_a_run() * len(pruned) - sum(pruned)
 
     def trials_of(self, side: str) -> int:
         """Return the number of trials of a side: as many as the other has, or all settings that there are."""
@@ -219,7 +217,8 @@ class Search:
         """
         for name, values in {**self.space, RHO: ["0", *self.radii]}.items():
             trial.suggest_categorical(name, values)  # for Optuna's own pictures: what was queued is found again
-        if self.queue.failures(run) >= _FAILURES:
+        # While no run has ended well, the cause may be one that all of them share.
+        if self.queue.rows and self.queue.failures(run) >= _FAILURES:
             print(f"{run} has failed twice and counts as diverged", flush=True)
             return self._row(finite_or_worst(math.nan, self.mode))
         try:
@@ -262,7 +261,10 @@ class Search:
         is_first = is_trial and (run.side, run.trial) == (WITHOUT, 0)
         # If there is nothing to test on, the search ends at its start, and not after its last trial.
         if self.tests and (run.stage == "final" or is_first):
-            on_test = tested(self.command, folder, given, fitted["best"] or fitted["last"])
+            kept = fitted["best"] or fitted["last"]
+            if not kept:  # the test would be of weights that are not trained
+                raise MisconfigurationException(f"{run} has kept no checkpoint to test: keep one, or leave out --test")
+            on_test = tested(self.command, folder, given, kept)
             value_on_test = finite_or_worst(_metric_of_test(on_test, self.metric), self.mode)
             value = value_on_test if run.stage == "final" else value
         # A run that was stopped and has gone on took longer than this process.

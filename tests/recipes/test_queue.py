@@ -161,15 +161,16 @@ def test_a_later_failure_does_not_end_the_others(tmp_path: Path) -> None:
         return {**found(run), "pruned": run == RUNS[2]}
 
     queue.work(lambda: [run for run in RUNS[:3] if queue.find(run) is None], perform, print)
-    assert [row["seed"] for row in queue.rows] == [0, 1, 2]
-    assert [row["pruned"] for row in queue.rows] == [False, False, True]
+    assert [row["seed"] for row in queue.rows] == [0, 2, 1]  # the others come first
+    assert [row["pruned"] for row in queue.rows] == [False, True, False]
     assert queue.failures(RUNS[1]) == 2
 
 
 def test_runs_of_other_options_are_not_mixed(tmp_path: Path) -> None:
     work(queue_of(tmp_path))
     with pytest.raises(
-        MisconfigurationException, match=r"rate was 1e-3 and is 1e-4. Give those of the beginning, or another --folder"
+        MisconfigurationException,
+        match=r"rate was 1e-3 and is 1e-4. Give the ones of the beginning, or another --folder",
     ):
         queue_of(tmp_path, rate="1e-4")
     optuna.create_study(storage=file_storage(tmp_path), study_name="own")
