@@ -212,8 +212,13 @@ def open_study(url: str, name: str, mode: str, settings: Row, decided: Row) -> S
         study.set_user_attr("settings", settings)
     except DuplicatedStudyError:
         study = optuna.load_study(storage=storage, study_name=name)
+    before, trials = _settings_of(study), study.get_trials(deepcopy=False)
+    has_only_failed = bool(trials) and all(trial.state == TrialState.FAIL for trial in trials)
+    if before and has_only_failed and study.direction == direction:
+        study.set_user_attr("settings", settings)  # the options may have been the fault
+        return study
     remedy = "another --folder; with --storage also another --study"
-    _refuse_others(f"the study {name!r} was", _settings_of(study), settings, remedy)
+    _refuse_others(f"the study {name!r} was", before, settings, remedy)
     return study
 
 
@@ -228,7 +233,8 @@ def begin_runs(folder: Path, settings: Row) -> None:
         MisconfigurationException: they were begun with other settings.
     """
     path = folder / "options.json"
-    if path.exists():
+    has_runs = any(any(folder.rglob(left)) for left in ("*.ckpt", "validations.json", "fit.json"))
+    if path.exists() and has_runs:
         before = json.loads(path.read_text(encoding="utf-8"))
         _refuse_others(f"the runs in {folder} were", before, settings, "another --folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from optuna import Study
 
 from recipes.command_line.arguments import option
 from recipes.studies.process import FailedError
-from recipes.studies.queue import Queue, begin_runs
+from recipes.studies.queue import Queue, begin_runs, file_storage, open_study
 from recipes.studies.rows import Row
 from recipes.tune.__main__ import _one_more_hour
 from recipes.tune.answer import answer, chosen
@@ -23,7 +23,10 @@ NOT_KEPT: Row = {"best": "", "last": None}
 
 
 def test_a_folder_of_runs_with_other_options_is_not_used_again(tmp_path: Path) -> None:
+    begin_runs(tmp_path / "runs", {"options": ["--wrong=1"]})  # which no run has survived
     begin_runs(tmp_path / "runs", {"options": ["--a=1"]})
+    (tmp_path / "runs" / "seed-0").mkdir()
+    (tmp_path / "runs" / "seed-0" / "fit.json").touch()
     begin_runs(tmp_path / "runs", {"options": ["--a=1"]})
     # Whatever the study is called: a run that is found in the folder is not trained again.
     with pytest.raises(MisconfigurationException, match=r"options was \['--a=1'\] and is \[\].*another --folder"):
@@ -105,3 +108,16 @@ def test_of_equal_settings_the_same_win_in_whatever_order() -> None:
         rows.append({"stage": "search", "config": {"lr": rate, "rho": rho}, "seed": 0, "value": 1.0})
     for mode in ("min", "max"):
         assert chosen(rows, mode) == chosen(rows[::-1], mode)
+
+
+def test_options_with_which_all_has_failed_can_be_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = file_storage(tmp_path)
+    study = open_study(url, "runs", "min", {"options": []}, {})
+    monkeypatch.setattr("recipes.tune.search.fit", fit_badly)
+    with pytest.raises(FailedError):
+        work(search_in(tmp_path, study))
+    mended = open_study(url, "runs", "min", {"options": ["--model.model=a"]}, {})
+    monkeypatch.setattr("recipes.tune.search.fit", fit_well)
+    work(search_in(tmp_path, mended))
+    with pytest.raises(MisconfigurationException, match=r"options was \['--model.model=a'\] and is \[\]"):
+        open_study(url, "runs", "min", {"options": []}, {})
