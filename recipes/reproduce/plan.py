@@ -1,12 +1,12 @@
 """The runs of a table: which there are, which may start now, and what is chosen; several workers may share them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from recipes.reproduce.methods import METHODS, Config, same_run
 from recipes.reproduce.run import Context, Part, Run, perform
 from recipes.reproduce.table import Protocol, Table
-from recipes.studies.choice import Judgement, best
 from recipes.studies.process import FailedError
 from recipes.studies.queue import Queue
 from recipes.studies.rows import Row
@@ -63,33 +63,31 @@ class Plan:
         name, own = same_run(method, config, self.table.grids)
         return Run(task, name, own, seed, part, self.table, start)
 
-    def trials(self, task: str, method: str) -> list[list[Run]] | None:
-        """Return the runs of each configuration, none for a single one; None while they wait for another choice."""
+    def trials(self, task: str, method: str) -> list[Run] | None:
+        """Return the run of each configuration, none for a single one; None while they wait for another choice."""
         start = self.table.tasks[task].start
         if start is not None and None in [self.chosen(start, each) for each in self.methods]:
             return None
         configs = self.configurations(task, method)
         if len(configs) == 1:
-            return [[]]
-        tried = []
-        for config in configs:
-            tried.append([self.run(task, method, config, seed, "validation") for seed in self.table.tuning_seeds])
-        return tried
+            return []
+        return [self.run(task, method, config, self.table.tuning_seed, "validation") for config in configs]
 
     def chosen(self, task: str, method: str) -> Config | None:
-        """Return the configuration that the validation part has chosen; None while unknown."""
+        """Return the configuration that the validation part has chosen, of equal ones the first; None while unknown."""
         if (task, method) in self._choices:  # each look at the plan asks often, and finished rows do not change
             return self._choices[task, method]
         trials = self.trials(task, method)
         if trials is None:
             return None
         judged = []
-        for runs in trials:
-            rows = [self.queue.find(run) for run in runs]
-            if None in rows:
+        for run in trials:
+            row = self.queue.find(run)
+            if row is None:
                 return None
-            judged.append([_judgement(row) for row in rows if row is not None])
-        self._choices[task, method] = self.configurations(task, method)[best(judged)]
+            judged.append(judgement(row))
+        best = judged.index(max(judged)) if judged else 0
+        self._choices[task, method] = self.configurations(task, method)[best]
         return self._choices[task, method]
 
     def finals(self, task: str, method: str) -> list[Run] | None:
@@ -108,8 +106,7 @@ class Plan:
         runs: list[Run] = []
         for task in self.tasks:
             for method in self.methods:
-                for of_config in self.trials(task, method) or []:
-                    runs += of_config
+                runs += self.trials(task, method) or []
             for method in self.methods:
                 runs += self.finals(task, method) or []
         return runs
@@ -134,6 +131,14 @@ class Plan:
             raise
 
 
-def _judgement(row: Row) -> Judgement:
-    # Equal scores are common on small validation sets, and the loss still differs, where the recipe logs one.
-    return row["score"], -(row["loss"] or 0.0)
+def judgement(row: Row) -> tuple[float, float]:
+    """Return what a trial is judged by, of which more is better; a loss that is no number is the worst there is.
+
+    Equal scores are common on small validation sets, and the loss still differs, where the recipe logs one.
+
+    Example:
+        >>> judgement({"score": 0.5, "loss": 2.0}), judgement({"score": 0.5, "loss": math.nan})
+        ((0.5, -2.0), (0.5, -inf))
+    """
+    loss = row["loss"] or 0.0
+    return row["score"], -math.inf if math.isnan(loss) else -loss

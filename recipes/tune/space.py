@@ -1,12 +1,12 @@
 """What a search sets: options of `fit`, and the values that are tried."""
 
 import math
-from collections.abc import Mapping, Sequence
-from itertools import product
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, product
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import TPESampler
-from optuna.study import Study, create_study
+from optuna.study import create_study
 from optuna.trial import create_trial
 
 Config = dict[str, str]
@@ -88,31 +88,15 @@ def suggestions(space: Space, tried: Sequence[tuple[Config, float]], number: int
     """
     sampler = TPESampler(seed=len(tried), n_startup_trials=1, multivariate=True, constant_liar=True)
     study = create_study(sampler=sampler)
-    distributions: dict[str, BaseDistribution] = {}
-    for name, values in space.items():
-        distributions[name] = CategoricalDistribution(values)
+    distributions: dict[str, BaseDistribution] = {name: CategoricalDistribution(space[name]) for name in space}
     for config, value in tried:
         study.add_trial(create_trial(params=config, distributions=distributions, value=value))
     taken = [config for config, _ in tried]
-    found: list[Config] = []
-    while len(found) < number:
-        config = _new(study, distributions, taken) or _first_new(space, taken)
-        taken.append(config)
-        found.append(config)
-    return found
-
-
-def _new(study: Study, distributions: dict[str, BaseDistribution], taken: Sequence[Config]) -> Config | None:
-    for _ in range(_ATTEMPTS):
-        config: Config = study.ask(distributions).params
-        if config not in taken:
-            return config
-    return None
-
-
-def _first_new(space: Space, taken: Sequence[Config]) -> Config:
-    every = (dict(zip(space, values, strict=True)) for values in product(*space.values()))
-    return next(config for config in every if config not in taken)
+    for _ in range(number):
+        asked: Iterator[Config] = (study.ask(distributions).params for _ in range(_ATTEMPTS))
+        every = (dict(zip(space, values, strict=True)) for values in product(*space.values()))
+        taken.append(next(config for config in chain(asked, every) if config not in taken))
+    return taken[len(tried) :]
 
 
 def size(space: Space) -> int:

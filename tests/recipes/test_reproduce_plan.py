@@ -244,7 +244,7 @@ def test_every_method_has_as_many_trials(table: Table) -> None:
     for name, grid in table.grids.items():
         assert len(set(grid)) == len(grid)
         assert name == "lora_dropout" or 0.0 in grid or table.keeps == "nothing"
-    assert not set(table.seeds) & set(table.tuning_seeds)
+    assert table.tuning_seed not in table.seeds
     for task in table.tasks.values():
         assert task.start is None or task.start in table.tasks
 
@@ -319,7 +319,7 @@ def test_the_protocols_values_are_those_of_the_recipes_files(
     [
         (["table9"], "TABLE: there is no table9; there are table1, table1_offline"),
         (["table1", "--tasks", "cola"], "--tasks: there is no cola; there are sst2, sst5"),
-        (["table1", "--seeds", "7"], r"the seeds [7] choose the settings, so they can't be used for testing"),
+        (["table1", "--seeds", "7"], "--seeds: seed 7 chooses the settings, so it can't be used for testing"),
         (["table1", "--methods", "sam"], "--methods: there is no sam; there are lora, efmlora"),
         (["table1", "--seeds", "a"], "Expected a <class 'int'>. Got value: a"),
     ],
