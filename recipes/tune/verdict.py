@@ -113,7 +113,7 @@ def _of_optuna(url: str, options: Options) -> DataFrame:
         raise MisconfigurationException(f"{url} has no such study, or can't be opened: {error}") from error
     trials = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
     if trials and "run" in trials[0].user_attrs:  # of recipes.tune
-        return table_of(Queue(study, restore=lambda key: Run(**key)).rows)
+        return table_of(Queue(study, Run.restored).rows)
     options.settings = options.settings or [
         name for name in trials[0].params if name not in (options.rho, options.seed)
     ]
