@@ -97,7 +97,7 @@ def _study(options: Options, folder: Path, more: list[str]) -> Study:
     """Return the study of the table's runs, which begins now unless ``--plan`` only looks at it."""
     name = options.study or options.table
     if options.plan:
-        in_folder = file_storage(folder) if (folder / "study.db").exists() else None
+        in_folder = file_storage(folder) if (folder / "study.db").exists() else "sqlite://"
         return study_so_far(options.storage or in_folder, name)
     folder.mkdir(parents=True, exist_ok=True)
     if not any((folder / task).exists() for task in TABLES[options.table].tasks):

@@ -81,7 +81,6 @@ def work(plan: Plan, perform: Callable[[Run], Row]) -> None:
     plan.queue.work(plan.open_runs, lambda run, _: perform(run), print)
 
 
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # two threads can't ignore it by turns
 @pytest.mark.parametrize(("name", "tasks"), [("table1_offline", []), ("table2", ["rte"])])
 def test_workers_share_the_runs_and_finals_wait_for_all_choices(
     name: str, tasks: list[str], planned: Planned, monkeypatch: pytest.MonkeyPatch
