@@ -29,7 +29,7 @@ SEEDS = range(100, 120)
 def queue_of(folder: Path, name: str, options: Sequence[str]) -> Queue[Run]:
     """Return the runs of a study in a folder."""
     study = open_study(file_storage(folder), name, "min", {"options": options}, {})
-    return Queue(study, Run.restored)
+    return Queue(study, lambda key: Run(**key))
 
 
 def work(search: Search, open_runs: Callable[[], list[Run]]) -> None:

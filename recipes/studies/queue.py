@@ -116,7 +116,6 @@ class Queue(Generic[AnyRun]):
             if not runs:
                 return
             if self._may_take(runs):
-                is_waiting = False
                 self._take(partial(self._perform, perform, report))
             else:
                 if not is_waiting:

@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, more = parse_known_options(Options, given, "python -m recipes.tune", __doc__)
     search = _search(options, more)
     try:
-        search.queue.work(search.open_runs, search.perform, partial(_announce, search))
+        search.queue.work(search.open_runs, search.perform, search.announce)
     except (StoppedError, KeyboardInterrupt):
         print(f"\nThis worker stopped. The same command resumes the search in {search.folder}")
         return 130
@@ -52,12 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return failure.status
     _write(search)
     return 0
-
-
-def _announce(search: Search, run: Run) -> None:
-    left = search.left()
-    hours = f", about {left * search.seconds_of_a_run() / 3600:.1f} hours for one worker" if search.queue.rows else ""
-    print(f"\nRuns left, at most: {left}{hours}. Next: {run}", flush=True)
 
 
 def _write(search: Search) -> None:
@@ -111,7 +104,7 @@ def _search(options: Options, more: list[str]) -> Search:
     for name, values in space.items():
         print(f"Searched: {name} of {', '.join(values)}")
     print(f"Precision: {study.user_attrs['precision']}, unless an option sets another", flush=True)
-    return Search(options, more, space, Queue(study, Run.restored), folder, metric, mode)
+    return Search(options, more, space, Queue(study, lambda key: Run(**key)), folder, metric, mode)
 
 
 def _monitor(command: str, arguments: Sequence[str]) -> tuple[str, str]:
@@ -154,8 +147,7 @@ def _space(options: Options, more: Sequence[str]) -> Space:
         if fixed:
             print(f"--{fixed} is given, so {name} is not searched")
             del space[name]
-    of_data = seeds_of(options.recipe) if is_recipe else []
-    for name in ("seed_everything", "trainer.logger", *of_data):
+    for name in ("seed_everything", "trainer.logger", *seeds_of(options.recipe)):
         if option(more, f"--{name}") is not None:
             problems.append(f"--{name} is set by the search: leave it out")
     if options.metric is None and not is_recipe:

@@ -62,11 +62,6 @@ class Run(NamedTuple):
         """Return its attributes."""
         return self._asdict()
 
-    @classmethod
-    def restored(cls, key: Row) -> "Run":
-        """Return the run that has a key."""
-        return cls(**key)
-
 
 @dataclass
 class Options:
@@ -142,13 +137,15 @@ class Search:
         repeats = [run for run in self._repeats() if self.queue.find(run) is None]
         return repeats or [run for run in self._finals() if self.queue.find(run) is None]
 
-    def left(self) -> int:
-        """Count the runs that are to be done, at most: a control may not be needed."""
+    def announce(self, run: Run) -> None:
+        """Say which run starts now, and how many are left, at most: a control may not be needed."""
         runs = self.options.fresh * (len(SIDES) + (len(self.space) > 1))
         for side in SIDES:
             trials = self.trials_of(side)
             runs += trials + _repeated(trials) * (len(SEARCH_SEEDS) - 1)
-        return max(1, runs - len(self.queue.rows))
+        left = max(1, runs - len(self.queue.rows))
+        hours = f", about {left * self.seconds_of_a_run() / 3600:.1f} hours for one worker" if self.queue.rows else ""
+        print(f"\nRuns left, at most: {left}{hours}. Next: {run}", flush=True)
 
     def seconds_of_a_run(self) -> float:
         """Return the mean over all finished runs."""
@@ -182,14 +179,14 @@ class Search:
         tried, trials = self.tried(side), self.trials_of(side)
         first = len(tried) // ROUND * ROUND
         missing = [number for number in range(first, min(first + ROUND, trials)) if number not in tried]
-        if missing and (side, first) not in self._rounds:
+        if not missing:
+            return []
+        if (side, first) not in self._rounds:
             judgements = [(row["config"], judged(row)) for row in self._before(side, first)]
             number = min(ROUND, size(self.space_of(side)) - first)
             self._rounds[side, first] = suggestions(self.space_of(side), judgements, number)
-        return [self._trial(side, number) for number in missing]
-
-    def _trial(self, side: str, number: int) -> Run:
-        return Run(side, self._rounds[side, number // ROUND * ROUND][number % ROUND], SEARCH_SEEDS[0], "search", number)
+        configs = self._rounds[side, first]
+        return [Run(side, configs[number - first], SEARCH_SEEDS[0], "search", number) for number in missing]
 
     def _before(self, side: str, trial: int) -> list[Row]:
         """Return the trials of the rounds before a trial's."""
@@ -198,11 +195,8 @@ class Search:
 
     def _repeats(self) -> list[Run]:
         """Return the best third of each side's trials with the other seeds."""
-        runs = []
-        for side in SIDES:
-            for row, seed in product(self.repeated(side), SEARCH_SEEDS[1:]):
-                runs.append(Run(side, row["config"], seed, "search", row["trial"]))
-        return runs
+        repeated = product(self.repeated(WITHOUT) + self.repeated(WITH), SEARCH_SEEDS[1:])
+        return [Run(row["side"], row["config"], seed, "search", row["trial"]) for row, seed in repeated]
 
     def repeated(self, side: str) -> list[Row]:
         """Return the best third of a side's trials, which are run with all seeds, when all trials are done."""
@@ -270,8 +264,7 @@ class Search:
         began = time.perf_counter()
         folder = self.folder / run.name
         given = self.arguments(run.config, run.seed)
-        is_trial = run.stage == "search" and run.seed == SEARCH_SEEDS[0]
-        is_watched = is_trial and self.options.prune
+        is_watched = self.options.prune and run.stage == "search" and run.seed == SEARCH_SEEDS[0]
         others = [row["curve"] for row in self._before(run.side, run.trial)] if is_watched else []
         watch = Watch(trial, self.metric, self.mode, others)
         try:
@@ -285,9 +278,8 @@ class Search:
             return self._row(best, curve=watch.curve, pruned=True, seconds=seconds)
         self._check(run, fitted)
         value, on_test = value_of_kept(fitted, self.metric), {}
-        is_first = is_trial and (run.side, run.trial) == (WITHOUT, 0)
         # If there is nothing to test on, the search ends at its start, and not after its last trial.
-        if self.options.test and (run.stage == "final" or is_first):
+        if self.options.test and (run.stage == "final" or not self.queue.rows):
             on_test = tested(self.options.recipe, folder, given, fitted["best"] or fitted["last"])
             value_on_test = _metric_of_test(on_test, self.metric)
             value = value_on_test if run.stage == "final" else value

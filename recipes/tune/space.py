@@ -35,8 +35,8 @@ SPACES: Mapping[str, Space] = {
 
 def seeds_of(recipe: str) -> list[str]:
     """Return the options of a recipe that seed its data: the order of the batches, and which few examples are taken."""
-    if recipe == "clip_contrastive":
-        return []  # its seed also draws the parts, which all runs share
+    if recipe == "clip_contrastive" or recipe not in SPACES:
+        return []  # the contrastive recipe's seed also draws the parts, which all runs share
     return ["data.seed", "data.shots_seed"] if recipe == "classification" else ["data.seed"]
 
 

@@ -113,7 +113,7 @@ def _of_optuna(url: str, options: Options) -> DataFrame:
         raise MisconfigurationException(f"{url} has no such study, or can't be opened: {error}") from error
     trials = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
     if trials and "run" in trials[0].user_attrs:  # of recipes.tune
-        return table_of(Queue(study, Run.restored).rows)
+        return table_of(Queue(study, lambda key: Run(**key)).rows)
     options.settings = options.settings or list(trials[0].params)
     return DataFrame([{**trial.params, **trial.user_attrs, "value": trial.value} for trial in trials])
 

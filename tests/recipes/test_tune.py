@@ -115,7 +115,7 @@ def test_a_search_is_run_once_resumed_and_answered(
 
 
 def made(folder: Path, space: Space = SPACE, **settings: Any) -> Search:
-    queue = Queue(optuna.create_study(), Run.restored)
+    queue = Queue(optuna.create_study(), lambda key: Run(**key))
     space = {**space, "rho": ["0", "0.5", "5"]}
     return Search(Options("my.cli", **settings), [], space, queue, folder, "val_loss", "min")
 
