@@ -57,9 +57,7 @@ class Plan:
         """Return a run of a task that may start."""
         start_task, start = self.table.tasks[task].start, None
         if start_task is not None:
-            start_config = self.chosen(start_task, method)
-            assert start_config is not None  # the task may start
-            start = self.run(start_task, method, start_config, seed, part)
+            start = self.run(start_task, method, self._choices[start_task, method], seed, part)
         name, own = same_run(method, config, self.table.grids)
         return Run(task, name, own, seed, part, self.table, start)
 
@@ -80,23 +78,19 @@ class Plan:
         trials = self.trials(task, method)
         if trials is None:
             return None
-        judged = []
-        for run in trials:
-            row = self.queue.find(run)
-            if row is None:
-                return None
-            judged.append(judgement(row))
+        rows = [self.queue.find(run) for run in trials]
+        if None in rows:
+            return None
+        judged = [judgement(row) for row in rows if row is not None]
         best = judged.index(max(judged)) if judged else 0
         self._choices[task, method] = self.configurations(task, method)[best]
         return self._choices[task, method]
 
-    def finals(self, task: str, method: str) -> list[Run] | None:
-        """Return the runs that are tested; None while they wait for choices."""
-        choices = {each: self.chosen(task, each) for each in self.methods}
-        config = choices[method]
-        if config is None or None in choices.values():
-            return None
-        return [self.run(task, method, config, seed, "test") for seed in self.seeds]
+    def finals(self, task: str, method: str) -> list[Run]:
+        """Return the runs that are tested; none while they wait for choices."""
+        if None in [self.chosen(task, each) for each in self.methods]:
+            return []
+        return [self.run(task, method, self._choices[task, method], seed, "test") for seed in self.seeds]
 
     def runs(self) -> list[Run]:
         """Return the runs that do not wait for a choice, done or not, in a fixed order.
@@ -108,7 +102,7 @@ class Plan:
             for method in self.methods:
                 runs += self.trials(task, method) or []
             for method in self.methods:
-                runs += self.finals(task, method) or []
+                runs += self.finals(task, method)
         return runs
 
     def open_runs(self) -> list[Run]:

@@ -197,7 +197,7 @@ def _values(plan: Plan, task: str, method: str, metric: Metric) -> list[float]:
 
 def _found(plan: Plan, task: str, method: str, metric: Metric) -> list[float]:
     found = []
-    for run in plan.finals(task, method) or []:
+    for run in plan.finals(task, method):
         row = plan.queue.find(run)
         if row is None:
             continue

@@ -66,8 +66,6 @@ class Queue(Generic[AnyRun]):
     def __init__(self, study: Study, restore: Callable[[Row], AnyRun]) -> None:
         self.study = study
         self.restore = restore
-        self._rows: dict[str, Row] = {}
-        self._was_given_away = False
         _silence()
         self.reload()
 
@@ -87,7 +85,7 @@ class Queue(Generic[AnyRun]):
 
     def reload(self) -> None:
         """Read what other workers have found."""
-        self._rows = {}
+        self._rows: dict[str, Row] = {}
         for trial in self._trials(*_DONE):
             found = trial.user_attrs
             self._rows.setdefault(found["name"], {**found["run"], **found["row"]})
@@ -150,8 +148,8 @@ class Queue(Generic[AnyRun]):
     def _perform(
         self, perform: Callable[[AnyRun, Trial], Row], report: Callable[[AnyRun], None], trial: Trial
     ) -> float:
-        earlier = [other for other in self._trials(*_QUEUED) if other.number < trial.number]
-        names = [other.user_attrs["name"] for other in earlier]
+        others = self._trials(*_QUEUED)
+        names = [other.user_attrs["name"] for other in others if other.number < trial.number]
         # Another worker has taken the trial that waited, and this one is new; or both have queued the same run.
         if trial.user_attrs.get("name") in (None, *names):
             time.sleep(random.uniform(0, _WAIT))  # so that the two do not meet again

@@ -67,8 +67,6 @@ def _write(search: Search) -> None:
     method = "EFMLoRA's" if found.winner == WITH else "LoRA's"
     print(f"\n{text}\n{_one_more_hour(search, found)}")
     print(f"Everything is in {folder}: best.yaml, for fit --config, has {method} settings")
-    if search.seconds_saved():
-        print(f"Trials that ended early have saved about {search.seconds_saved() / 3600:.1f} hours")
 
 
 def _one_more_hour(search: Search, found: Answer) -> str:

@@ -139,25 +139,16 @@ class Search:
 
     def announce(self, run: Run) -> None:
         """Say which run starts now, and how many are left, at most: a control may not be needed."""
-        runs = self.options.fresh * (len(SIDES) + (len(self.space) > 1))
-        for side in SIDES:
-            trials = self.trials_of(side)
-            runs += trials + _repeated(trials) * (len(SEARCH_SEEDS) - 1)
-        left = max(1, runs - len(self.queue.rows))
+        trials = [self.trials_of(side) for side in SIDES]
+        repeats = sum(map(_repeated, trials)) * (len(SEARCH_SEEDS) - 1)
+        finals = self.options.fresh * (len(SIDES) + (len(self.space) > 1))
+        left = max(1, sum(trials) + repeats + finals - len(self.queue.rows))
         hours = f", about {left * self.seconds_of_a_run() / 3600:.1f} hours for one worker" if self.queue.rows else ""
         print(f"\nRuns left, at most: {left}{hours}. Next: {run}", flush=True)
 
     def seconds_of_a_run(self) -> float:
         """Return the mean over all finished runs."""
-        seconds: list[float] = [row["seconds"] for row in self.queue.rows]
-        return mean(seconds)
-
-    def seconds_saved(self) -> float:
-        """Estimate what the trials that were ended early would have taken to their end."""
-        rows = self.queue.rows
-        whole: list[float] = [row["seconds"] for row in rows if not row["pruned"]]
-        pruned: list[float] = [row["seconds"] for row in rows if row["pruned"]]
-        return mean(whole) * len(pruned) - sum(pruned)
+        return mean(float(row["seconds"]) for row in self.queue.rows)
 
     def trials_of(self, side: str) -> int:
         """Return the number of trials of a side: as many as the other has, or all settings that there are."""
@@ -269,13 +260,11 @@ class Search:
         watch = Watch(trial, self.metric, self.mode, others)
         try:
             fitted = fit(self.options.recipe, folder, given, watch.is_hopeless)
-            is_pruned = watch.is_hopeless(fitted["validations"])  # those that the last look has missed
+            if watch.is_hopeless(fitted["validations"]):  # those that the last look has missed
+                raise EndedError
         except EndedError:
-            is_pruned = True
-        seconds = time.perf_counter() - began
-        if is_pruned:
             best = min(watch.curve, key=lambda value: less_is_better(value, self.mode))
-            return self._row(best, curve=watch.curve, pruned=True, seconds=seconds)
+            return self._row(best, curve=watch.curve, pruned=True, seconds=time.perf_counter() - began)
         self._check(run, fitted)
         value, on_test = value_of_kept(fitted, self.metric), {}
         # If there is nothing to test on, the search ends at its start, and not after its last trial.
@@ -295,14 +284,14 @@ class Search:
     def _check(self, run: Run, fitted: Row) -> None:
         """Refuse a run that has not logged what it is judged by."""
         logged = set().union(*fitted["validations"])
-        for name in filter(None, (self.metric, fitted["monitor"])):
-            if name not in logged:
-                known = ", ".join(sorted(logged - {"step", "epoch"})) or "nothing"
-                raise MisconfigurationException(
-                    f"{run} has logged no {name} by the end of a validation, only {known}. If it ended before its "
-                    "first one, make the epoch shorter with --trainer.limit_train_batches in place of "
-                    "--trainer.max_steps"
-                )
+        missing = {self.metric, fitted["monitor"]} - {None, *logged}
+        if missing:
+            known = ", ".join(sorted(logged - {"step", "epoch"})) or "nothing"
+            raise MisconfigurationException(
+                f"{run} has logged no {' and no '.join(sorted(missing))} by the end of a validation, only {known}. "
+                "If it ended before its first one, make the epoch shorter with --trainer.limit_train_batches in place "
+                "of --trainer.max_steps"
+            )
 
 
 def _metric_of_test(tested: Row, metric: str) -> float:

@@ -50,13 +50,9 @@ def arguments(config: Config) -> list[str]:
     given = []
     for name, value in config.items():
         if name != RHO:
-            given += [f"--{option}={each}" for option, each in pairs(name, value)]
+            pairs = zip(name.split("/"), parts(name, value), strict=True)
+            given += [f"--{option}={each}" for option, each in pairs]
     return given
-
-
-def pairs(name: str, value: str) -> list[tuple[str, str]]:
-    """Return each option of a setting, with its value."""
-    return list(zip(name.split("/"), parts(name, value), strict=True))
 
 
 def parts(name: str, value: str) -> list[str]:

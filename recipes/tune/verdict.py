@@ -6,8 +6,6 @@ side the settings with the best mean win; their runs are compared by seed. Examp
 runs/tune/classification/results.csv --metric val_score
 """
 
-import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -103,7 +101,6 @@ def _sweep(options: Options, mode: str) -> DataFrame:
 
 def _of_optuna(url: str, options: Options) -> DataFrame:
     """Return settings, user attributes and values of a study's finished trials."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         names = optuna.get_all_study_names(url)
         if options.study is None and len(names) != 1:
@@ -126,8 +123,7 @@ def _of_hydra(folder: Path, options: Options, mode: str) -> DataFrame:
         for log in path.parent.parent.rglob("metrics.csv"):
             logged = pandas.read_csv(log)
             if metric in logged:
-                values = logged[metric].dropna()
-                overrides[metric] = values.min() if mode == "min" else values.max()
+                overrides[metric] = logged[metric].min() if mode == "min" else logged[metric].max()
         runs.append(overrides)
     if not runs:
         raise MisconfigurationException(f"{folder} has no run of Hydra, whose folder has .hydra/overrides.yaml")
@@ -173,7 +169,7 @@ def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
         stage = "final" if is_final else "search"
         value = finite_or_worst(float(line[options.metric]), mode)
         rows.append({"config": config, "seed": int(line[seed]), "stage": stage, "value": value})
-    runs = [json.dumps([row["config"], row["seed"], row["stage"]]) for row in rows]
+    runs = [str([row["config"], row["seed"], row["stage"]]) for row in rows]
     if len(set(runs)) < len(runs):
         equal = sweep.groupby(runs).nunique().max()
         # Not what each run has of its own, such as its name.
@@ -199,7 +195,7 @@ def _finished(sweep: DataFrame, metric: str) -> DataFrame:
 
 def _column(sweep: DataFrame, option: str, given: str | None, *others: str) -> str:
     """Return the name of a column: the one that is given, or the only one whose last part is the option's name."""
-    names = [name for name in sweep if re.split("[./]", name)[-1] in (option, *others)]
+    names = [name for name in sweep if name.replace("/", ".").rpartition(".")[2] in (option, *others)]
     names = [name for name in sweep if name == given] if given else names
     if len(names) != 1:
         found = ", ".join(names) or "none"
