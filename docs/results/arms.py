@@ -24,7 +24,7 @@ from torch import Tensor
 
 from recipes.studies.queue import Queue
 from recipes.studies.rows import read
-from recipes.tune.search import SIDES, WITHOUT, Run, Search
+from recipes.tune.search import SIDES, WITHOUT, Options, Run, Search
 from recipes.tune.space import RHO, Config, arguments
 
 SPACE = {
@@ -132,12 +132,12 @@ class ArmSearch(Search):
 
     def arguments(self, config: Config, seed: int) -> list[str]:
         """Of the recipe's ``fit``."""
-        given = [*self.options, *arguments(config), f"--seed_everything={seed}", f"--data.seed={seed}"]
+        given = [*self.more, *arguments(config), f"--seed_everything={seed}", f"--data.seed={seed}"]
         return [*given, *self.arm.options(config[RHO], seed)]
 
-    def finalists(self) -> dict[str, Config]:
-        """Without a control: `docs/results/p1_control.py` is one."""
-        return {side: config for side, config in super().finalists().items() if side in SIDES}
+    def _finals(self) -> list[Run]:
+        """Return the final runs without a control: `docs/results/p1_control.py` is one."""
+        return [run for run in super()._finals() if run.side in SIDES]
 
 
 def add_runs_of_p1(queue: Queue[Run]) -> None:
@@ -154,13 +154,12 @@ def add_runs_of_p1(queue: Queue[Run]) -> None:
 def main(name: str, folder: Path) -> None:
     """Search, and train and test the winner."""
     arm = ARMS[name]
-    options = [option for option in OPTIONS if option not in ("--method", "efmlora")]
-    queue = queue_of(folder, name, options)
+    more = [option for option in OPTIONS if option not in ("--method", "efmlora")]
+    queue = queue_of(folder, name, more)
     add_runs_of_p1(queue)
     # Without an early end of trials, as in P1.
-    search = ArmSearch(
-        RECIPE, options, SPACE, arm.strengths, queue, folder, "val_loss", "min", TRIALS, FRESH, tests=True, prunes=False
-    )
+    options = Options(RECIPE, TRIALS, fresh=FRESH, test=True, prune=False)
+    search = ArmSearch(options, more, {**SPACE, RHO: ["0", *arm.strengths]}, queue, folder, "val_loss", "min")
     search.arm = arm
     work(search, search.open_runs)
 

@@ -14,7 +14,8 @@ from p2 import OPTIONS, RECIPE  # beside this file
 
 from recipes.data.files import write_whole
 from recipes.studies.queue import Queue, file_storage, open_study
-from recipes.tune.search import Run, Search
+from recipes.tune.search import Options, Run, Search
+from recipes.tune.space import RHO
 
 CONFIG = {
     "model.learning_rate": "3e-3",
@@ -28,7 +29,7 @@ SEEDS = range(100, 120)
 def queue_of(folder: Path, name: str, options: Sequence[str]) -> Queue[Run]:
     """Return the runs of a study in a folder."""
     study = open_study(file_storage(folder), name, "min", {"options": options}, {})
-    return Queue(study, restore=lambda key: Run(**key))
+    return Queue(study, lambda key: Run(**key))
 
 
 def work(search: Search, open_runs: Callable[[], list[Run]]) -> None:
@@ -41,7 +42,8 @@ def work(search: Search, open_runs: Callable[[], list[Run]]) -> None:
 def main(folder: Path) -> None:
     """Train and test all seeds."""
     queue = queue_of(folder, "p1_control", OPTIONS)
-    search = Search(RECIPE, OPTIONS, {}, [], queue, folder, "val_loss", "min", tests=True, prunes=False)
+    options = Options(RECIPE, test=True, prune=False)
+    search = Search(options, OPTIONS, {RHO: ["0"]}, queue, folder, "val_loss", "min")
     runs = [Run("without", CONFIG, seed, "final", -1) for seed in SEEDS]
     work(search, lambda: [run for run in runs if queue.find(run) is None])
 

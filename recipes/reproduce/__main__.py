@@ -59,9 +59,8 @@ class Options:
         self.tasks = known_names("--tasks", self.tasks, table.tasks) or list(table.tasks)
         self.seeds = list(dict.fromkeys(self.seeds or table.seeds))
         # A seed that has chosen the settings would favour them in the test.
-        used = sorted(set(self.seeds) & set(table.tuning_seeds))
-        if used:
-            raise SystemExit(f"--seeds: the seeds {used} choose the settings, so they can't be used for testing")
+        if table.tuning_seed in self.seeds:
+            raise SystemExit(f"--seeds: seed {table.tuning_seed} chooses the settings, so it can't be used for testing")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,7 +97,7 @@ def _study(options: Options, folder: Path, more: list[str]) -> Study:
     """Return the study of the table's runs, which begins now unless ``--plan`` only looks at it."""
     name = options.study or options.table
     if options.plan:
-        in_folder = file_storage(folder) if (folder / "study.db").exists() else None
+        in_folder = file_storage(folder) if (folder / "study.db").exists() else "sqlite://"
         return study_so_far(options.storage or in_folder, name)
     folder.mkdir(parents=True, exist_ok=True)
     if not any((folder / task).exists() for task in TABLES[options.table].tasks):

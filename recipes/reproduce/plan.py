@@ -1,12 +1,12 @@
 """The runs of a table: which there are, which may start now, and what is chosen; several workers may share them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from recipes.reproduce.methods import METHODS, Config, same_run
 from recipes.reproduce.run import Context, Part, Run, perform
 from recipes.reproduce.table import Protocol, Table
-from recipes.studies.choice import Judgement, best
 from recipes.studies.process import FailedError
 from recipes.studies.queue import Queue
 from recipes.studies.rows import Row
@@ -57,48 +57,40 @@ class Plan:
         """Return a run of a task that may start."""
         start_task, start = self.table.tasks[task].start, None
         if start_task is not None:
-            start_config = self.chosen(start_task, method)
-            assert start_config is not None  # the task may start
-            start = self.run(start_task, method, start_config, seed, part)
+            start = self.run(start_task, method, self._choices[start_task, method], seed, part)
         name, own = same_run(method, config, self.table.grids)
         return Run(task, name, own, seed, part, self.table, start)
 
-    def trials(self, task: str, method: str) -> list[list[Run]] | None:
-        """Return the runs of each configuration, none for a single one; None while they wait for another choice."""
+    def trials(self, task: str, method: str) -> list[Run] | None:
+        """Return the run of each configuration, none for a single one; None while they wait for another choice."""
         start = self.table.tasks[task].start
         if start is not None and None in [self.chosen(start, each) for each in self.methods]:
             return None
         configs = self.configurations(task, method)
         if len(configs) == 1:
-            return [[]]
-        tried = []
-        for config in configs:
-            tried.append([self.run(task, method, config, seed, "validation") for seed in self.table.tuning_seeds])
-        return tried
+            return []
+        return [self.run(task, method, config, self.table.tuning_seed, "validation") for config in configs]
 
     def chosen(self, task: str, method: str) -> Config | None:
-        """Return the configuration that the validation part has chosen; None while unknown."""
+        """Return the configuration that the validation part has chosen, of equal ones the first; None while unknown."""
         if (task, method) in self._choices:  # each look at the plan asks often, and finished rows do not change
             return self._choices[task, method]
         trials = self.trials(task, method)
         if trials is None:
             return None
-        judged = []
-        for runs in trials:
-            rows = [self.queue.find(run) for run in runs]
-            if None in rows:
-                return None
-            judged.append([_judgement(row) for row in rows if row is not None])
-        self._choices[task, method] = self.configurations(task, method)[best(judged)]
+        rows = [self.queue.find(run) for run in trials]
+        if None in rows:
+            return None
+        judged = [judgement(row) for row in rows if row is not None]
+        best = judged.index(max(judged)) if judged else 0
+        self._choices[task, method] = self.configurations(task, method)[best]
         return self._choices[task, method]
 
-    def finals(self, task: str, method: str) -> list[Run] | None:
-        """Return the runs that are tested; None while they wait for choices."""
-        choices = {each: self.chosen(task, each) for each in self.methods}
-        config = choices[method]
-        if config is None or None in choices.values():
-            return None
-        return [self.run(task, method, config, seed, "test") for seed in self.seeds]
+    def finals(self, task: str, method: str) -> list[Run]:
+        """Return the runs that are tested; none while they wait for choices."""
+        if None in [self.chosen(task, each) for each in self.methods]:
+            return []
+        return [self.run(task, method, self._choices[task, method], seed, "test") for seed in self.seeds]
 
     def runs(self) -> list[Run]:
         """Return the runs that do not wait for a choice, done or not, in a fixed order.
@@ -108,10 +100,9 @@ class Plan:
         runs: list[Run] = []
         for task in self.tasks:
             for method in self.methods:
-                for of_config in self.trials(task, method) or []:
-                    runs += of_config
+                runs += self.trials(task, method) or []
             for method in self.methods:
-                runs += self.finals(task, method) or []
+                runs += self.finals(task, method)
         return runs
 
     def open_runs(self) -> list[Run]:
@@ -134,6 +125,14 @@ class Plan:
             raise
 
 
-def _judgement(row: Row) -> Judgement:
-    # Equal scores are common on small validation sets, and the loss still differs, where the recipe logs one.
-    return row["score"], -(row["loss"] or 0.0)
+def judgement(row: Row) -> tuple[float, float]:
+    """Return what a trial is judged by, of which more is better; a loss that is no number is the worst there is.
+
+    Equal scores are common on small validation sets, and the loss still differs, where the recipe logs one.
+
+    Example:
+        >>> judgement({"score": 0.5, "loss": 2.0}), judgement({"score": 0.5, "loss": math.nan})
+        ((0.5, -2.0), (0.5, -inf))
+    """
+    loss = row["loss"] or 0.0
+    return row["score"], -math.inf if math.isnan(loss) else -loss

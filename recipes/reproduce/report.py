@@ -28,7 +28,7 @@ def plan_text(plan: Plan) -> str:
     paragraphs = [
         f"{table.title}, by recipes.{table.recipe}.",
         f"Methods: {', '.join(plan.methods)}. Seeds: {', '.join(map(str, plan.seeds))}; "
-        f"those of the choice: {', '.join(map(str, table.tuning_seeds))}.",
+        f"that of the choice: {table.tuning_seed}.",
         markdown(lines),
         *_choice_paragraphs(plan),
         f"Done: {len(_done(plan))}. {len(plan.open_runs())} runs may start now. {time_left(plan)}",
@@ -125,7 +125,7 @@ def _choosing_runs(plan: Plan, task: str) -> int:
     is_shared = plan.table.tasks[task].start is None
     # A set of the texts, since configurations are dictionaries.
     different = {str(run) for run in runs} if is_shared else runs
-    return len(different) * len(plan.table.tuning_seeds)
+    return len(different)
 
 
 def _steps(plan: Plan, task: str, part: Part) -> int:
@@ -197,7 +197,7 @@ def _values(plan: Plan, task: str, method: str, metric: Metric) -> list[float]:
 
 def _found(plan: Plan, task: str, method: str, metric: Metric) -> list[float]:
     found = []
-    for run in plan.finals(task, method) or []:
+    for run in plan.finals(task, method):
         row = plan.queue.find(run)
         if row is None:
             continue

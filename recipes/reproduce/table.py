@@ -98,7 +98,7 @@ class Table:
             as many for each, 0 among them except for dropout, whose first value is the recipe's.
         seeds: of the runs that are tested.
         seed_options: what a seed decides: arguments of the recipe.
-        tuning_seeds: of the runs that choose, none of ``seeds``.
+        tuning_seed: of the runs that choose, none of ``seeds``.
         choice: what is logged as ``val_…`` and chosen by: the greatest value, or of "loss" the least.
         unit: what the table shows.
         keeps: which checkpoint is tested: the best one of the recipe's own monitor, which must be ``choice``, or the
@@ -118,7 +118,7 @@ class Table:
     grids: Mapping[str, Sequence[float]]
     seeds: Sequence[int]
     seed_options: Sequence[str]
-    tuning_seeds: Sequence[int] = (7,)
+    tuning_seed: int = 7
     choice: str = "score"
     unit: str = "accuracy in %"
     keeps: Literal["best", "last", "nothing"] = "best"

@@ -68,7 +68,7 @@ class Queue(Generic[AnyRun]):
     def __init__(self, study: Study, restore: Callable[[Row], AnyRun]) -> None:
         self.study = study
         self.restore = restore
-        self._rows: dict[str, Row] = {}
+        _silence()
         self._was_given_away = False
         self._has_done = False  # any run
         self.reload()
@@ -85,13 +85,14 @@ class Queue(Generic[AnyRun]):
     def failures(self, run: Run) -> int:
         """Count how often a run has failed."""
         failed = self._trials(TrialState.FAIL)
-        return sum(_name(trial) == run.name and "failed" in trial.user_attrs for trial in failed)
+        return sum(trial.user_attrs["name"] == run.name and "failed" in trial.user_attrs for trial in failed)
 
     def reload(self) -> None:
         """Read what other workers have found."""
-        self._rows = {}
+        self._rows: dict[str, Row] = {}
         for trial in self._trials(*_DONE):
-            self._rows.setdefault(_name(trial), {**trial.user_attrs["run"], **trial.user_attrs["row"]})
+            found = trial.user_attrs
+            self._rows.setdefault(found["name"], {**found["run"], **found["row"]})
 
     def work(
         self,
@@ -118,24 +119,21 @@ class Queue(Generic[AnyRun]):
             if not runs:
                 return
             if self._may_take(runs):
-                is_waiting = False
                 self._take(partial(self._perform, perform, report))
             else:
                 if not is_waiting:
                     print("\nThis worker waits for runs of others; Ctrl-C loses nothing", flush=True)
                 is_waiting = True
                 time.sleep(_WAIT)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ExperimentalWarning)
-                    fail_stale_trials(self.study)
+                fail_stale_trials(self.study)
             self.reload()
 
     def _may_take(self, runs: Iterable[AnyRun]) -> bool:
         """Say whether a trial waits to be taken, and queue the first run that no trial has if there is none."""
         if self._trials(TrialState.WAITING):
             return True
-        queued = {_name(trial) for trial in self._trials(*_QUEUED)}
-        failed = [_name(trial) for trial in self._trials(TrialState.FAIL) if "failed" in trial.user_attrs]
+        queued = {trial.user_attrs["name"] for trial in self._trials(*_QUEUED)}
+        failed = [trial.user_attrs["name"] for trial in self._trials(TrialState.FAIL) if "failed" in trial.user_attrs]
         for run in sorted(runs, key=lambda run: failed.count(run.name)):
             if run.name not in queued:
                 self.study.enqueue_trial(run.key().get("config", {}), user_attrs={"name": run.name, "run": run.key()})
@@ -146,9 +144,7 @@ class Queue(Generic[AnyRun]):
         """Do the run of the first trial that waits."""
         self._was_given_away = False
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)
-                self.study.optimize(objective, n_trials=1, catch=(DroppedError,))
+            self.study.optimize(objective, n_trials=1, catch=(DroppedError,))
         except ValueError:  # Optuna can't end a trial that has ended
             if not self._was_given_away:
                 raise
@@ -156,8 +152,8 @@ class Queue(Generic[AnyRun]):
     def _perform(
         self, perform: Callable[[AnyRun, Trial], Row], report: Callable[[AnyRun], None], trial: Trial
     ) -> float:
-        earlier = [other for other in self._trials(*_QUEUED) if other.number < trial.number]
-        names = [_name(other) for other in earlier]
+        others = self._trials(*_QUEUED)
+        names = [other.user_attrs["name"] for other in others if other.number < trial.number]
         # Another worker has taken the trial that waited, and this one is new; or both have queued the same run.
         if trial.user_attrs.get("name") in (None, *names):
             time.sleep(random.uniform(0, _WAIT))  # so that the two do not meet again
@@ -202,14 +198,12 @@ def open_study(url: str, name: str, mode: str, settings: Row, decided: Row) -> S
     Raises:
         MisconfigurationException: the storage can't be reached, or the study was begun with other settings.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = open_storage(url)
     direction = StudyDirection.MINIMIZE if mode == "min" else StudyDirection.MAXIMIZE
     try:
         study = optuna.create_study(storage=storage, study_name=name, direction=direction)
-        for each, value in decided.items():
+        for each, value in {**decided, "settings": settings}.items():
             study.set_user_attr(each, value)
-        study.set_user_attr("settings", settings)
     except DuplicatedStudyError:
         study = optuna.load_study(storage=storage, study_name=name)
     before, trials = _settings_of(study), study.get_trials(deepcopy=False)
@@ -245,13 +239,12 @@ def study_so_far(url: str | None, name: str) -> Study:
     """Load a study to look at, whatever its settings; an empty one if nobody has begun it.
 
     Args:
-        url: of Optuna's storage; None if there is none yet.
+        url: of Optuna's storage.
         name: of the study.
 
     Raises:
         MisconfigurationException: the storage can't be reached.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url is not None:
         with suppress(KeyError):
             return optuna.load_study(storage=open_storage(url), study_name=name)
@@ -270,26 +263,28 @@ def open_storage(url: str) -> RDBStorage:
     Raises:
         MisconfigurationException: it can't be reached.
     """
+    _silence()
     # SQLite's own wait for another process's transaction is 5 s.
     engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
     problem: Exception | None = None
     for _ in range(_ATTEMPTS):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)
-                storage = RDBStorage(url, engine_kwargs=engine, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
+            storage = RDBStorage(url, engine_kwargs=engine, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
             if storage.engine.name == "sqlite":
                 event.listen(storage.engine, "begin", _begin_immediately)
             return storage
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, ImportError, ValueError) as error:
             problem = error
             time.sleep(random.uniform(0, _WAIT))
-        except (ImportError, ValueError) as error:
-            problem = error
-            break
     first_line = str(problem).partition("\n")[0]
     # Without the URL, which may hold a password.
     raise MisconfigurationException(f"the study's storage can't be opened: {first_line}") from problem
+
+
+def _silence() -> None:
+    """Keep what Optuna says of itself from the user."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 
 def _begin_immediately(connection: Connection) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from recipes.data.files import write_whole
@@ -53,7 +52,9 @@ class RunResult(StepTimes):
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        monitored = _saver(trainer)
+        # What keeps the best checkpoint by a metric tells what the run is judged by.
+        savers: list[Any] = trainer.checkpoint_callbacks
+        monitored = next((each for each in savers if getattr(each, "monitor", None) is not None), None)
         saver: Any = monitored or trainer.checkpoint_callback
         cuda = pl_module.device.type == "cuda"
         fitted = {
@@ -91,14 +92,6 @@ class RunResult(StepTimes):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / f"{name}.json", json.dumps(found, indent=2) + "\n")
-
-
-def _saver(trainer: L.Trainer) -> ModelCheckpoint | None:
-    """Return the callback that keeps the best checkpoint by a metric, which tells what a run is judged by."""
-    for saver in trainer.checkpoint_callbacks:
-        if isinstance(saver, ModelCheckpoint) and saver.monitor is not None:
-            return saver
-    return None
 
 
 def _logged(trainer: L.Trainer) -> dict[str, float]:

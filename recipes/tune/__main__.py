@@ -14,10 +14,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -32,47 +30,9 @@ from recipes.studies.process import FailedError, StoppedError, module_of
 from recipes.studies.queue import Queue, begin_runs, file_storage, open_study
 from recipes.studies.statistics import Estimate
 from recipes.tune.answer import WITH, Answer, answer, draw
-from recipes.tune.search import Run, Search
+from recipes.tune.search import Options, Run, Search
 from recipes.tune.space import RHO, SPACES, Space, parts, seeds_of, size
 from recipes.tune.verdict import table_of
-
-
-@dataclass
-class Options:
-    """What is searched.
-
-    Attributes:
-        recipe: a recipe's name, or the module of a LightningCLI.
-        budget: trials of both sides together.
-        search: an option of fit and its values, in place of what the recipe searches; may be given several times, and
-            the picture is drawn against the first. Options that change together: model.lora.r/model.lora.lora_alpha
-            2/4 8/16.
-        rho: radii.
-        fresh: seeds on which the winners are compared.
-        test: compare them on the test data, not on validation data.
-        metric: that validation logs; by default the one by which checkpoints are kept.
-        mode: of the metric.
-        prune: end trials early that do worse than most.
-        folder: output folder; by default runs/tune/RECIPE.
-        storage: URL of an Optuna storage that several machines share; by default a file in the folder.
-        study: the study's name in the storage; by default the recipe's.
-    """
-
-    recipe: str
-    budget: int = 20
-    search: list[list[str]] = field(default_factory=list)
-    rho: list[float] = field(default_factory=lambda: [0.05, 0.5, 2.0, 8.0])
-    fresh: int = 5
-    test: bool = False
-    metric: str | None = None
-    mode: Literal["min", "max"] | None = None
-    prune: bool = True
-    folder: Path | None = None
-    storage: str | None = None
-    study: str | None = None
-
-    def __post_init__(self) -> None:
-        self.tried = {name: values for name, *values in self.search}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, more = parse_known_options(Options, given, "python -m recipes.tune", __doc__)
     search = _search(options, more)
     try:
-        search.queue.work(search.open_runs, search.perform, partial(_announce, search))
+        search.queue.work(search.open_runs, search.perform, search.announce)
     except (StoppedError, KeyboardInterrupt):
         print(f"\nThis worker stopped. The same command resumes the search in {search.folder}")
         return 130
@@ -94,13 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _announce(search: Search, run: Run) -> None:
-    rows = search.queue.rows
-    left = search.left()
-    left_for = f", about {left * search.seconds_of_a_run() / 3600:.1f} hours for one worker" if rows else ""
-    print(f"\nRuns left, at most: {left}{left_for}. Next: {run}", flush=True)
-
-
 def _write(search: Search) -> None:
     """Write ``results.csv``, ``table.txt``, ``trials.png`` and ``best.yaml``, and print what was found."""
     rows, folder = search.queue.rows, search.folder
@@ -109,8 +62,8 @@ def _write(search: Search) -> None:
     write_whole(folder / "results.csv", table_of(rows).to_csv(index=False))
     write_whole(folder / "table.txt", text)
     trials = [row for row in rows if row["stage"] == "search"]
-    draw(trials, next(iter(search.space), RHO), search.metric, search.mode).savefig(folder / "trials.png", dpi=130)
-    printed = _printed_settings(search.command, search.arguments(found.configs[found.winner], seed=0))
+    draw(trials, next(iter(search.space)), search.metric, search.mode).savefig(folder / "trials.png", dpi=130)
+    printed = _printed_settings(search.options.recipe, search.arguments(found.configs[found.winner], seed=0))
     write_whole(folder / "best.yaml", printed)
     method = "EFMLoRA's" if found.winner == WITH else "LoRA's"
     print(f"\n{text}\n{_one_more_hour(search, found)}")
@@ -133,34 +86,24 @@ def _one_more_hour(search: Search, found: Answer) -> str:
             f"± {then.interval:.3g}"
         )
     # A third of the trials is run with two more seeds.
-    budget = min(search.trials + int(runs * 3 / 5), 2 * size(search.space_of(WITH)))
-    if budget > search.trials:
+    budget = min(search.options.budget + int(runs * 3 / 5), 2 * size(search.space_of(WITH)))
+    if budget > search.options.budget:
         offers.append(f"--budget {budget}")
     time = "One more hour" if hours == 1 else f"{hours} more hours"
     return f"{time} of one worker would buy about {runs:.0f} runs: {', or '.join(offers) or 'all has been tried'}"
 
 
 def _search(options: Options, more: list[str]) -> Search:
-    is_recipe = options.recipe in SPACES
     space = _space(options, more)
-    if is_recipe and not names_method(options.recipe, more):
+    if options.recipe in SPACES and not names_method(options.recipe, more):
         more = ["--method=efmlora", *more]
     metric, mode = str(options.metric), str(options.mode)
     if options.metric is None:
         metric, mode = _monitor(options.recipe, [*more, f"--rho={options.rho[0]}"])
     folder = options.folder or Path("runs/tune") / options.recipe
-    radii = [f"{rho:g}" for rho in options.rho]
     # More trials or seeds may be asked for later, all else would make the rows incomparable.
-    settings = {
-        "command": options.recipe,
-        "options": more,
-        "metric": metric,
-        "mode": mode,
-        "test": options.test,
-        "prune": options.prune,
-        RHO: radii,
-        **space,
-    }
+    judged = {"metric": metric, "mode": mode, "test": options.test, "prune": options.prune}
+    settings = {"command": options.recipe, "options": more, **judged, **space}
     begin_folder(folder, "search", ["results.csv", "table.txt", "trials.png", "best.yaml"])
     decided = {"precision": fast_precision(option(more, "--trainer.accelerator") or "auto")}
     storage = options.storage or file_storage(folder)
@@ -169,24 +112,10 @@ def _search(options: Options, more: list[str]) -> Search:
     begin_runs(folder, shared)
     # For the recipes' own processes, unless the options or a configuration choose one.
     os.environ[SETTING] = study.user_attrs["precision"]
-    for name, values in {**space, RHO: ["0", *radii]}.items():
+    for name, values in space.items():
         print(f"Searched: {name} of {', '.join(values)}")
     print(f"Precision: {study.user_attrs['precision']}, unless an option sets another", flush=True)
-    queue = Queue(study, restore=lambda key: Run(**key))
-    return Search(
-        options.recipe,
-        more,
-        space,
-        radii,
-        queue,
-        folder,
-        metric,
-        mode,
-        trials=options.budget,
-        fresh=options.fresh,
-        tests=options.test,
-        prunes=options.prune,
-    )
+    return Search(options, more, space, Queue(study, lambda key: Run(**key)), folder, metric, mode)
 
 
 def _monitor(command: str, arguments: Sequence[str]) -> tuple[str, str]:
@@ -216,7 +145,8 @@ def _printed_settings(command: str, arguments: Sequence[str]) -> str:
 
 
 def _space(options: Options, more: Sequence[str]) -> Space:
-    given = options.tried
+    """Return the values of each setting, and last those of rho, the first of which is 0: without the perturbation."""
+    given = {name: values for name, *values in options.search}
     problems = _mistakes(options)
     is_recipe = options.recipe in SPACES
     space = dict(given or SPACES.get(options.recipe, {}))
@@ -228,8 +158,7 @@ def _space(options: Options, more: Sequence[str]) -> Space:
         if fixed:
             print(f"--{fixed} is given, so {name} is not searched")
             del space[name]
-    of_data = seeds_of(options.recipe) if is_recipe else []
-    for name in ("seed_everything", "trainer.logger", *of_data):
+    for name in ("seed_everything", "trainer.logger", *seeds_of(options.recipe)):
         if option(more, f"--{name}") is not None:
             problems.append(f"--{name} is set by the search: leave it out")
     if options.metric is None and not is_recipe:
@@ -241,7 +170,7 @@ def _space(options: Options, more: Sequence[str]) -> Space:
         )
     if problems:
         raise MisconfigurationException("; ".join(problems))
-    return space
+    return {**space, RHO: ["0", *(f"{rho:g}" for rho in options.rho)]}
 
 
 def _fixing(arguments: Sequence[str], name: str) -> str | None:

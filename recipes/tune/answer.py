@@ -1,13 +1,14 @@
 """What a search says: a table, a picture and one sentence."""
 
+import json
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
 
+import pandas
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from recipes.studies.rows import Row
 from recipes.studies.statistics import Estimate, estimate, with_error
@@ -17,7 +18,6 @@ from recipes.tune.space import RHO, Config, short
 WITHOUT, WITH, CONTROL = "without", "with", "control"
 SIDES = (WITHOUT, WITH)
 """What is compared; the control is LoRA with the settings that won with the perturbation."""
-ConfigKey = tuple[tuple[str, str], ...]
 _NAMES = {WITHOUT: "LoRA", CONTROL: "LoRA with the same other settings"}
 TITLES = {WITHOUT: "without (LoRA)", WITH: "with the perturbation", CONTROL: "control (LoRA)"}
 _NOT_LEARNT = "Nothing was learnt: train longer, or try higher rates, in another folder."
@@ -61,11 +61,11 @@ class Answer:
     def no_answer(self) -> str:
         """Why values that are all equal say nothing; empty if they differ."""
         every = [value for values in self.trials.values() for value in values]
-        groups: list[tuple[str, Sequence[float], str]] = [("trials", every, _NOT_LEARNT)]
+        groups: dict[str, tuple[Sequence[float], str]] = {"trials": (every, _NOT_LEARNT)}
         for side, found in self.values.items():
             if not self.diverged(side):
-                groups.append((f"final runs {TITLES[side]}", list(found.values()), _NO_SEEDS))
-        for what, values, reason in groups:
+                groups[f"final runs {TITLES[side]}"] = list(found.values()), _NO_SEEDS
+        for what, (values, reason) in groups.items():
             # One that diverged has the worst number there is.
             finite = [value for value in values if math.isfinite(value)]
             if len(finite) > 1 and len(set(finite)) == 1:
@@ -176,90 +176,86 @@ def answer(rows: Sequence[Row], mode: str) -> Answer:
     Raises:
         MisconfigurationException: a side has no run, or the winners share fewer than two seeds.
     """
-    searched, final = _by_config(rows, "search"), _by_config(rows, "final")
-    judging = final or searched
-    choosing = {key: values for key, values in searched.items() if key in judging}
-    configs = finalists(choosing or judging, mode)
-    if _key(configs.get(CONTROL, {})) not in judging:
-        configs.pop(CONTROL, None)
-    seeds = set.intersection(*(set(judging[_key(config)]) for config in configs.values()))
-    if len(seeds) < 2:
+    searched, final = by_config(rows, "search"), by_config(rows, "final")
+    judging = searched if final.empty else final
+    choosing = searched[searched.index.isin(judging.index)]
+    configs = finalists(judging if choosing.empty else choosing, mode)
+    keys = {side: _key(config) for side, config in configs.items() if _key(config) in judging.index}
+    shared = judging.loc[list(keys.values())].dropna(axis=1)
+    if shared.shape[1] < 2:
         raise MisconfigurationException(
             "the winners of both sides share fewer than two seeds: run both with the same seeds"
         )
-    values = {}
-    for side, config in configs.items():
-        values[side] = {seed: judging[_key(config)][seed] for seed in sorted(seeds)}
-    trials: dict[str, list[float]] = {side: [] for side in SIDES}
-    for key, found in (searched or final).items():
-        trials[_side(key)].append(mean(found.values()))
-    return Answer(configs, values, mode == "min", trials, is_fresh=bool(final))
+    tried = (final if searched.empty else searched).mean(axis=1)
+    return Answer(
+        {side: configs[side] for side in keys},
+        {side: shared.loc[key].to_dict() for side, key in keys.items()},
+        mode == "min",
+        {side: tried[tried.index.map(_side) == side].tolist() for side in SIDES},
+        is_fresh=not final.empty,
+    )
 
 
 def chosen(rows: Sequence[Row], mode: str) -> dict[str, Config]:
     """Return the winners of a search by :func:`finalists`."""
-    return finalists(_by_config(rows, "search"), mode)
+    return finalists(by_config(rows, "search"), mode)
 
 
-def finalists(runs: Mapping[ConfigKey, Mapping[int, float]], mode: str) -> dict[str, Config]:
+def finalists(runs: DataFrame, mode: str) -> dict[str, Config]:
     """Return each side's settings with the most seeds and, of these, the best mean.
 
     If they differ in more than rho, the control's are added: without it the difference would not be only the
     perturbation's.
+
+    Args:
+        runs: by :func:`by_config`.
+        mode: "min" or "max" of the values.
     """
     sign = 1 if mode == "min" else -1
     found: dict[str, Config] = {}
     for side in SIDES:
-        of_side = {key: list(values.values()) for key, values in runs.items() if _side(key) == side}
-        if not of_side:
+        of_side = runs[runs.index.map(_side) == side]
+        if of_side.empty:
             raise MisconfigurationException(f"there are no runs {side} the perturbation, with which to compare")
-        most = max(map(len, of_side.values()))
-        means = {key: mean(values) for key, values in of_side.items() if len(values) == most}
+        seeds = of_side.count(axis=1)
+        means = of_side[seeds == seeds.max()].mean(axis=1)
         # Of equal ones not the first, since a run that was stopped comes later.
         _, winner = min((sign * value, key) for key, value in means.items())
-        found[side] = dict(winner)
+        found[side] = json.loads(winner)
     control = {**found[WITH], RHO: "0"}
-    if _key(control) != _key(found[WITHOUT]):
+    if control != found[WITHOUT]:
         found[CONTROL] = control
     return found
 
 
-def _by_config(rows: Sequence[Row], stage: str) -> dict[ConfigKey, dict[int, float]]:
-    """Return the values of a stage's runs by their settings and seeds."""
-    found: dict[ConfigKey, dict[int, float]] = defaultdict(dict)
-    for row in rows:
-        if row["stage"] == stage:
-            found[_key(row["config"])][row["seed"]] = row["value"]
-    return dict(found)
+def by_config(rows: Sequence[Row], stage: str) -> DataFrame:
+    """Return the values of a stage's runs, with a line for each of the settings and a column for each seed."""
+    of_stage = [(_key(row["config"]), row["seed"], row["value"]) for row in rows if row["stage"] == stage]
+    return DataFrame(of_stage, columns=["config", "seed", "value"]).pivot(
+        index="config", columns="seed", values="value"
+    )
 
 
-def _key(config: Config) -> ConfigKey:
-    return tuple(sorted(config.items()))
+def _key(config: Config) -> str:
+    return json.dumps(config, sort_keys=True)
 
 
-def _side(key: ConfigKey) -> str:
-    return WITH if float(dict(key)[RHO]) > 0 else WITHOUT
+def _side(key: str) -> str:
+    return WITH if float(json.loads(key)[RHO]) > 0 else WITHOUT
 
 
 def draw(rows: Sequence[Row], setting: str, metric: str, mode: str) -> Figure:
     """Draw the value of all trials against a setting, in a colour for each rho."""
-    values = list(dict.fromkeys(row["config"][setting] for row in sorted(rows, key=lambda row: _number(row, setting))))
+    trials = DataFrame([{**row["config"], "value": row["value"]} for row in rows])
+    # By the first number of each value; others than numbers stay as they come.
+    trials["order"] = pandas.to_numeric(trials[setting].str.partition("/")[0], errors="coerce")
+    trials = trials.sort_values("order", kind="stable")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for rho in sorted({row["config"][RHO] for row in rows}, key=float):
-        of_rho = [row for row in rows if row["config"][RHO] == rho and math.isfinite(row["value"])]
-        indices = [values.index(row["config"][setting]) for row in of_rho]
-        axes.plot(indices, [row["value"] for row in of_rho], "o", label=f"rho {rho}", alpha=0.6)
-    axes.set_xticks(range(len(values)), values)
+    axes.xaxis.update_units(trials[setting].tolist())  # type: ignore[no-untyped-call]
+    for rho, of_rho in trials.groupby(trials[RHO].astype(float)):
+        axes.plot(of_rho[setting].tolist(), of_rho["value"].tolist(), "o", label=f"rho {rho:g}", alpha=0.6)
     axes.set_xlabel(setting.rpartition(".")[2])
     axes.set_ylabel(f"{metric} ({mode} is best)")
     axes.legend()
     return figure
-
-
-def _number(row: Row, setting: str) -> float:
-    """Return what a setting's values are sorted by; others than numbers stay as they come."""
-    try:
-        return float(row["config"][setting].partition("/")[0])
-    except ValueError:
-        return 0.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna import Trial
@@ -19,7 +19,7 @@ from recipes.studies.process import EndedError, FailedError, commit, fit, module
 from recipes.studies.queue import Queue
 from recipes.studies.rows import Row
 from recipes.tune.answer import CONTROL, SIDES, WITH, WITHOUT, chosen
-from recipes.tune.pruning import Watch
+from recipes.tune.pruning import Watch, less_is_better
 from recipes.tune.space import RHO, Config, Space, arguments, seeds_of, short, size, suggestions
 
 SEARCH_SEEDS = (0, 1, 2)
@@ -64,6 +64,41 @@ class Run(NamedTuple):
 
 
 @dataclass
+class Options:
+    """What is searched, as the command line says it.
+
+    Attributes:
+        recipe: a recipe's name, or the module of a LightningCLI.
+        budget: trials of both sides together.
+        search: an option of fit and its values, in place of what the recipe searches; may be given several times, and
+            the picture is drawn against the first. Options that change together: model.lora.r/model.lora.lora_alpha
+            2/4 8/16.
+        rho: radii.
+        fresh: seeds on which the winners are compared.
+        test: compare them on the test data, not on validation data.
+        metric: that validation logs; by default the one by which checkpoints are kept.
+        mode: of the metric.
+        prune: end trials early that do worse than most.
+        folder: output folder; by default runs/tune/RECIPE.
+        storage: URL of an Optuna storage that several machines share; by default a file in the folder.
+        study: the study's name in the storage; by default the recipe's.
+    """
+
+    recipe: str
+    budget: int = 20
+    search: list[list[str]] = field(default_factory=list)
+    rho: list[float] = field(default_factory=lambda: [0.05, 0.5, 2.0, 8.0])
+    fresh: int = 5
+    test: bool = False
+    metric: str | None = None
+    mode: Literal["min", "max"] | None = None
+    prune: bool = True
+    folder: Path | None = None
+    storage: str | None = None
+    study: str | None = None
+
+
+@dataclass
 class Search:
     """A search on each side, with as many trials, and the winners of both on fresh seeds, with a control.
 
@@ -71,32 +106,22 @@ class Search:
     comparison with these, so that the search finds the same with any number of workers.
 
     Attributes:
-        command: the name of a recipe's folder, or a module that is a LightningCLI.
-        options: of its ``fit``.
-        space: the settings of both sides.
-        radii: what the side with the perturbation may take as rho.
+        options: what is searched.
+        more: options of the command's ``fit``.
+        space: the values of each setting and last of rho, of which the first is 0, the one without the perturbation.
         queue: what is done.
         folder: of the runs.
         metric: on validation.
         mode: "min" or "max" of the metric.
-        trials: of both sides together.
-        fresh: seeds of the winners.
-        tests: judge the winners on the test data, and not on the validation data.
-        prunes: end hopeless trials early.
     """
 
-    command: str
-    options: Sequence[str]
+    options: Options
+    more: Sequence[str]
     space: Space
-    radii: Sequence[str]
     queue: Queue[Run]
     folder: Path
     metric: str
     mode: str
-    trials: int = 20
-    fresh: int = 5
-    tests: bool = False
-    prunes: bool = True
     _rounds: dict[tuple[str, int], list[Config]] = field(default_factory=dict, init=False)
 
     # -- what there is to do
@@ -112,54 +137,54 @@ class Search:
         repeats = [run for run in self._repeats() if self.queue.find(run) is None]
         return repeats or [run for run in self._finals() if self.queue.find(run) is None]
 
-    def left(self) -> int:
-        """Count the runs that are to be done, at most: a control may not be needed."""
-        runs = self.fresh * (len(SIDES) + bool(self.space))
-        for side in SIDES:
-            trials = self.trials_of(side)
-            runs += trials + _repeated(trials) * (len(SEARCH_SEEDS) - 1)
-        return max(1, runs - len(self.queue.rows))
+    def announce(self, run: Run) -> None:
+        """Say which run starts now, and how many are left, at most: a control may not be needed."""
+        trials = [self.trials_of(side) for side in SIDES]
+        repeats = sum(map(_repeated, trials)) * (len(SEARCH_SEEDS) - 1)
+        finals = self.options.fresh * (len(SIDES) + (len(self.space) > 1))
+        left = max(1, sum(trials) + repeats + finals - len(self.queue.rows))
+        hours = left * self.seconds_of_a_run() / 3600
+        time_left = f", about {hours:.1f} hours for one worker" if hours else ""
+        print(f"\nRuns left, at most: {left}{time_left}. Next: {run}", flush=True)
 
     def seconds_of_a_run(self) -> float:
-        """Return the mean over the runs that neither ended early nor failed."""
-        seconds: list[float] = [row["seconds"] for row in self.queue.rows if row["seconds"] and not row["pruned"]]
-        return mean(seconds)
+        """Return the mean over the runs that neither ended early nor failed; 0 if there is none yet."""
+        whole = [float(row["seconds"]) for row in self.queue.rows if row["seconds"] and not row["pruned"]]
+        return mean(whole) if whole else 0.0
 
     def seconds_saved(self) -> float:
         """Estimate what the trials that were ended early would have taken to their end."""
-        pruned: list[float] = [row["seconds"] for row in self.queue.rows if row["pruned"]]
+        pruned = [float(row["seconds"]) for row in self.queue.rows if row["pruned"]]
         return self.seconds_of_a_run() * len(pruned) - sum(pruned)
 
     def trials_of(self, side: str) -> int:
         """Return the number of trials of a side: as many as the other has, or all settings that there are."""
-        return min(self.trials // 2, size(self.space_of(side)))
+        return min(self.options.budget // 2, size(self.space_of(side)))
 
     def tried(self, side: str) -> dict[int, Row]:
         """Return the finished trials of a side with the first seed, by their numbers."""
-        found = {}
-        for row in self.queue.rows:
-            if row["side"] == side and row["stage"] == "search" and row["seed"] == SEARCH_SEEDS[0]:
-                found[row["trial"]] = row
-        return dict(sorted(found.items()))
+        with_first_seed = ("search", side, SEARCH_SEEDS[0])
+        rows = [row for row in self.queue.rows if (row["stage"], row["side"], row["seed"]) == with_first_seed]
+        return {row["trial"]: row for row in sorted(rows, key=lambda row: row["trial"])}
 
     def space_of(self, side: str) -> Space:
         """Return the settings of a side and its rho, which is 0 without the perturbation."""
-        return {**self.space, RHO: ["0"] if side == WITHOUT else self.radii}
+        radii = self.space[RHO]
+        return {**self.space, RHO: radii[:1] if side == WITHOUT else radii[1:]}
 
     def _open_trials(self, side: str) -> list[Run]:
         """Return what is not done of a side's first round that is not finished."""
         tried, trials = self.tried(side), self.trials_of(side)
-        missing = [number for number in range(trials) if number not in tried]
+        first = len(tried) // ROUND * ROUND
+        missing = [number for number in range(first, min(first + ROUND, trials)) if number not in tried]
         if not missing:
             return []
-        first = missing[0] // ROUND * ROUND
         if (side, first) not in self._rounds:
-            judgements = [(row["config"], -judged(row)) for row in self._before(side, first)]
+            judgements = [(row["config"], judged(row)) for row in self._before(side, first)]
             number = min(ROUND, size(self.space_of(side)) - first)
             self._rounds[side, first] = suggestions(self.space_of(side), judgements, number)
         configs = self._rounds[side, first]
-        of_round = [number for number in missing if number < first + ROUND]
-        return [Run(side, configs[number - first], SEARCH_SEEDS[0], "search", number) for number in of_round]
+        return [Run(side, configs[number - first], SEARCH_SEEDS[0], "search", number) for number in missing]
 
     def _before(self, side: str, trial: int) -> list[Row]:
         """Return the trials of the rounds before a trial's."""
@@ -168,34 +193,30 @@ class Search:
 
     def _repeats(self) -> list[Run]:
         """Return the best third of each side's trials with the other seeds."""
-        runs = []
-        for side in SIDES:
-            for row, seed in product(self.repeated(side), SEARCH_SEEDS[1:]):
-                runs.append(Run(side, row["config"], seed, "search", row["trial"]))
-        return runs
+        repeated = product(self.repeated(WITHOUT) + self.repeated(WITH), SEARCH_SEEDS[1:])
+        return [Run(row["side"], row["config"], seed, "search", row["trial"]) for row, seed in repeated]
 
     def repeated(self, side: str) -> list[Row]:
         """Return the best third of a side's trials, which are run with all seeds, when all trials are done."""
         rows = list(self.tried(side).values())[: self.trials_of(side)]
         whole = [row for row in rows if not row["pruned"]]
-        return sorted(whole, key=judged, reverse=True)[: _repeated(len(rows))]
+        return sorted(whole, key=judged)[: _repeated(len(rows))]
 
     def _finals(self) -> list[Run]:
         """Return the final runs, seed by seed, of both winners and, if they differ in more than rho, the control."""
-        seeds = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + self.fresh)
-        runs = []
-        for seed, (side, config) in product(seeds, chosen(self.queue.rows, self.mode).items()):
-            runs.append(Run(side, config, seed, "final", -1))
-        return runs
+        seeds = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + self.options.fresh)
+        seeds_and_winners = product(seeds, chosen(self.queue.rows, self.mode).items())
+        return [Run(side, config, seed, "final", -1) for seed, (side, config) in seeds_and_winners]
 
     # -- a run
 
     def arguments(self, config: Config, seed: int) -> list[str]:
         """Return the arguments of the command's ``fit``."""
-        given = [*self.options, *arguments(config), f"--seed_everything={seed}"]
-        if module_of(self.command) == self.command:  # a LightningCLI, which has no --rho
+        given = [*self.more, *arguments(config), f"--seed_everything={seed}"]
+        recipe = self.options.recipe
+        if module_of(recipe) == recipe:  # a LightningCLI, which has no --rho
             return [*given, "--trainer.callbacks+=lightning_flatlora.EFMLoRA", f"--trainer.callbacks.rho={config[RHO]}"]
-        return [*given, *(f"--{name}={seed}" for name in seeds_of(self.command)), f"--rho={config[RHO]}"]
+        return [*given, *(f"--{name}={seed}" for name in seeds_of(recipe)), f"--rho={config[RHO]}"]
 
     def perform(self, run: Run, trial: Trial) -> Row:
         """Do a run; one that has failed twice counts as diverged, so that the search can end.
@@ -215,12 +236,12 @@ class Search:
             StoppedError: the user has stopped it.
             MisconfigurationException: the run has not logged the metric.
         """
-        for name, values in {**self.space, RHO: ["0", *self.radii]}.items():
+        for name, values in self.space.items():
             trial.suggest_categorical(name, values)  # for Optuna's own pictures: what was queued is found again
         # While no run has ended well, the cause may be one that all of them share.
         if self.queue.rows and self.queue.failures(run) >= _FAILURES:
             print(f"{run} has failed twice and counts as diverged", flush=True)
-            return self._row(finite_or_worst(math.nan, self.mode))
+            return self._row(math.nan)
         try:
             row = self._trained(run, trial)
         except FailedError as failure:
@@ -242,58 +263,46 @@ class Search:
         began = time.perf_counter()
         folder = self.folder / run.name
         given = self.arguments(run.config, run.seed)
-        is_trial = run.stage == "search" and run.seed == SEARCH_SEEDS[0]
-        others = [row["curve"] for row in self._before(run.side, run.trial)] if is_trial and self.prunes else []
+        is_watched = self.options.prune and run.stage == "search" and run.seed == SEARCH_SEEDS[0]
+        others = [row["curve"] for row in self._before(run.side, run.trial)] if is_watched else []
         watch = Watch(trial, self.metric, self.mode, others)
         try:
-            fitted = fit(self.command, folder, given, watch.is_hopeless)
-            is_pruned = watch.is_hopeless(fitted["validations"])  # those that the last look has missed
+            fitted = fit(self.options.recipe, folder, given, watch.is_hopeless)
+            if watch.is_hopeless(fitted["validations"]):  # those that the last look has missed
+                raise EndedError
         except EndedError:
-            is_pruned = True
-        seconds = time.perf_counter() - began
-        if is_pruned:
-            finite = filter(math.isfinite, watch.curve)
-            best = min(finite, default=math.nan) if self.mode == "min" else max(finite, default=math.nan)
-            value = finite_or_worst(best, self.mode)
-            return self._row(value, curve=watch.curve, pruned=True, seconds=seconds)
+            best = min(watch.curve, key=lambda value: less_is_better(value, self.mode))
+            return self._row(best, curve=watch.curve, pruned=True, seconds=time.perf_counter() - began)
         self._check(run, fitted)
-        value, on_test = value_of_kept(fitted, self.metric, self.mode), {}
-        is_first = is_trial and (run.side, run.trial) == (WITHOUT, 0)
+        value, on_test = value_of_kept(fitted, self.metric), {}
         # If there is nothing to test on, the search ends at its start, and not after its last trial.
-        if self.tests and (run.stage == "final" or is_first):
+        if self.options.test and (run.stage == "final" or not self.queue.rows):
             kept = fitted["best"] or fitted["last"]
             if not kept:  # the test would be of weights that are not trained
                 raise MisconfigurationException(f"{run} has kept no checkpoint to test: keep one, or leave out --test")
-            on_test = tested(self.command, folder, given, kept)
-            value_on_test = finite_or_worst(_metric_of_test(on_test, self.metric), self.mode)
+            on_test = tested(self.options.recipe, folder, given, kept)
+            value_on_test = _metric_of_test(on_test, self.metric)
             value = value_on_test if run.stage == "final" else value
         # A run that was stopped and has gone on took longer than this process.
         seconds = max(time.perf_counter() - began, fitted["training_seconds"])
         return self._row(value, curve=watch.curve, tested=on_test, seconds=seconds)
 
-    def _row(
-        self,
-        value: float,
-        *,
-        curve: Sequence[float] = (),
-        pruned: bool = False,
-        tested: Row | None = None,
-        seconds: float = 0.0,
-    ) -> Row:
-        judgement = {"metric": self.metric, "mode": self.mode, "value": value, "curve": list(curve), "pruned": pruned}
-        return {**judgement, "tested": tested or {}, "seconds": seconds, "commit": commit()}
+    def _row(self, value: float, **found: Any) -> Row:
+        judgement = {"metric": self.metric, "mode": self.mode, "value": finite_or_worst(value, self.mode)}
+        unless_found = {"curve": [], "pruned": False, "tested": {}, "seconds": 0.0}
+        return {**judgement, **unless_found, **found, "commit": commit()}
 
     def _check(self, run: Run, fitted: Row) -> None:
         """Refuse a run that has not logged what it is judged by."""
         logged = set().union(*fitted["validations"])
-        for name in filter(None, (self.metric, fitted["monitor"])):
-            if name not in logged:
-                known = ", ".join(sorted(logged - {"step", "epoch"})) or "nothing"
-                raise MisconfigurationException(
-                    f"{run} has logged no {name} by the end of a validation, only {known}. If it ended before its "
-                    "first one, make the epoch shorter with --trainer.limit_train_batches in place of "
-                    "--trainer.max_steps"
-                )
+        missing = {self.metric, fitted["monitor"]} - {None, *logged}
+        if missing:
+            known = ", ".join(sorted(logged - {"step", "epoch"})) or "nothing"
+            raise MisconfigurationException(
+                f"{run} has logged no {' and no '.join(sorted(missing))} by the end of a validation, only {known}. "
+                "If it ended before its first one, make the epoch shorter with --trainer.limit_train_batches in place "
+                "of --trainer.max_steps"
+            )
 
 
 def _metric_of_test(tested: Row, metric: str) -> float:
@@ -315,29 +324,26 @@ def _repeated(trials: int) -> int:
 
 
 def judged(row: Row) -> float:
-    """Return what a run is judged by, of which more is better."""
-    value = float(row["value"])
-    return -value if row["mode"] == "min" else value
+    """Return what a run is judged by, of which less is better."""
+    return less_is_better(row["value"], row["mode"])
 
 
-def value_of_kept(fitted: Row, metric: str, mode: str) -> float:
-    """Return the metric of the weights that a run keeps, the best ones by its monitor; the worst number if it diverged.
+def value_of_kept(fitted: Row, metric: str) -> float:
+    """Return the metric of the weights that a run keeps: the best ones by its monitor or, without one, the last ones.
 
-    Without a monitor they are the last ones.
+    If the run has diverged, it is no number.
 
     Example:
         >>> fitted = {"monitor": "val_loss", "mode": "min", "validations": [{"val_loss": 2.0}, {"val_loss": 3.0}]}
-        >>> value_of_kept(fitted, "val_loss", "min")
+        >>> value_of_kept(fitted, "val_loss")
         2.0
-        >>> value_of_kept({**fitted, "validations": [{"val_loss": float("nan")}]}, "val_loss", "min")
-        inf
     """
     monitor, kept = fitted["monitor"], fitted["validations"][-1]
     if monitor is not None:
-        sign = 1 if fitted["mode"] == "min" else -1
-        finite = [each for each in fitted["validations"] if math.isfinite(each.get(monitor, math.nan))]
-        kept = min(finite, key=lambda each: sign * each[monitor], default={})
-    return finite_or_worst(kept.get(metric, math.nan), mode)
+        kept = min(fitted["validations"], key=lambda each: less_is_better(each.get(monitor, math.nan), fitted["mode"]))
+        if not math.isfinite(kept.get(monitor, math.nan)):
+            return math.nan
+    return float(kept.get(metric, math.nan))
 
 
 def finite_or_worst(value: float, mode: str) -> float:

@@ -1,12 +1,12 @@
 """What a search sets: options of `fit`, and the values that are tried."""
 
 import math
-from collections.abc import Mapping, Sequence
-from itertools import product
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, product
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import TPESampler
-from optuna.study import Study, create_study
+from optuna.study import create_study
 from optuna.trial import create_trial
 
 Config = dict[str, str]
@@ -35,8 +35,8 @@ SPACES: Mapping[str, Space] = {
 
 def seeds_of(recipe: str) -> list[str]:
     """Return the options of a recipe that seed its data: the order of the batches, and which few examples are taken."""
-    if recipe == "clip_contrastive":
-        return []  # its seed also draws the parts, which all runs share
+    if recipe == "clip_contrastive" or recipe not in SPACES:
+        return []  # the contrastive recipe's seed also draws the parts, which all runs share
     return ["data.seed", "data.shots_seed"] if recipe == "classification" else ["data.seed"]
 
 
@@ -50,13 +50,9 @@ def arguments(config: Config) -> list[str]:
     given = []
     for name, value in config.items():
         if name != RHO:
-            given += [f"--{option}={each}" for option, each in pairs(name, value)]
+            pairs = zip(name.split("/"), parts(name, value), strict=True)
+            given += [f"--{option}={each}" for option, each in pairs]
     return given
-
-
-def pairs(name: str, value: str) -> list[tuple[str, str]]:
-    """Return each option of a setting, with its value."""
-    return list(zip(name.split("/"), parts(name, value), strict=True))
 
 
 def parts(name: str, value: str) -> list[str]:
@@ -88,31 +84,15 @@ def suggestions(space: Space, tried: Sequence[tuple[Config, float]], number: int
     """
     sampler = TPESampler(seed=len(tried), n_startup_trials=1, multivariate=True, constant_liar=True)
     study = create_study(sampler=sampler)
-    distributions: dict[str, BaseDistribution] = {}
-    for name, values in space.items():
-        distributions[name] = CategoricalDistribution(values)
+    distributions: dict[str, BaseDistribution] = {name: CategoricalDistribution(space[name]) for name in space}
     for config, value in tried:
         study.add_trial(create_trial(params=config, distributions=distributions, value=value))
     taken = [config for config, _ in tried]
-    found: list[Config] = []
-    while len(found) < number:
-        config = _new(study, distributions, taken) or _first_new(space, taken)
-        taken.append(config)
-        found.append(config)
-    return found
-
-
-def _new(study: Study, distributions: dict[str, BaseDistribution], taken: Sequence[Config]) -> Config | None:
-    for _ in range(_ATTEMPTS):
-        config: Config = study.ask(distributions).params
-        if config not in taken:
-            return config
-    return None
-
-
-def _first_new(space: Space, taken: Sequence[Config]) -> Config:
-    every = (dict(zip(space, values, strict=True)) for values in product(*space.values()))
-    return next(config for config in every if config not in taken)
+    for _ in range(number):
+        asked: Iterator[Config] = (study.ask(distributions).params for _ in range(_ATTEMPTS))
+        every = (dict(zip(space, values, strict=True)) for values in product(*space.values()))
+        taken.append(next(config for config in chain(asked, every) if config not in taken))
+    return taken[len(tried) :]
 
 
 def size(space: Space) -> int:

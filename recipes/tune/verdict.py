@@ -6,8 +6,6 @@ side the settings with the best mean win; their runs are compared by seed. Examp
 runs/tune/classification/results.csv --metric val_score
 """
 
-import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from recipes.command_line.mistakes import without_traceback
 from recipes.command_line.options import parse_known_options
@@ -106,7 +104,6 @@ def _of_files(options: Options, mode: str) -> DataFrame:
 
 def _of_optuna(url: str, options: Options) -> tuple[DataFrame, str]:
     """Return settings, user attributes and values of a study's finished trials, and the mode of the values."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = open_storage(url)
     names = optuna.get_all_study_names(storage)
     name = names[0] if options.study is None and len(names) == 1 else options.study
@@ -118,10 +115,8 @@ def _of_optuna(url: str, options: Options) -> tuple[DataFrame, str]:
     if not trials:
         raise MisconfigurationException(f"the study {name!r} has no finished trial yet")
     if "run" in trials[0].user_attrs:  # of recipes.tune
-        return table_of(Queue(study, restore=lambda key: Run(**key)).rows), mode
-    options.settings = options.settings or [
-        name for name in trials[0].params if name not in (options.rho, options.seed)
-    ]
+        return table_of(Queue(study, lambda key: Run(**key)).rows), mode
+    options.settings = options.settings or list(trials[0].params)
     return DataFrame([{**trial.params, **trial.user_attrs, "value": trial.value} for trial in trials]), mode
 
 
@@ -133,27 +128,21 @@ def _of_hydra(folder: Path, options: Options, mode: str) -> DataFrame:
         for log in path.parent.parent.rglob("metrics.csv"):
             logged = pandas.read_csv(log)
             if metric in logged:
-                values = logged[metric].dropna()
-                overrides[metric] = values.min() if mode == "min" else values.max()
+                overrides[metric] = logged[metric].min() if mode == "min" else logged[metric].max()
         runs.append(overrides)
     if not runs:
         raise MisconfigurationException(f"{folder} has no run of Hydra, whose folder has .hydra/overrides.yaml")
     found = DataFrame(runs)
-    varied = [name for name in found if name != metric and found[name].nunique(dropna=False) > 1]
-    ends = ("rho", "seed", "seed_everything")
-    options.settings = options.settings or [name for name in varied if name.rpartition(".")[2] not in ends]
+    options.settings = options.settings or [name for name in found if found[name].nunique(dropna=False) > 1]
     return found
 
 
 def table_of(rows: Sequence[Row]) -> DataFrame:
     """Return the rows of a search as a table: stage, trial, seed, the settings, the metric, and the rest."""
-    lines = []
-    for row in rows:
-        head = {name: row[name] for name in ("stage", "trial", "seed")}
-        rest = {name: row[name] for name in ("pruned", "seconds", "commit")}
-        lines.append({**head, **row["config"], row["metric"]: row["value"], **rest})
+    lines = DataFrame([{**row, **row["config"], row["metric"]: row["value"]} for row in rows])
+    names = ["stage", "trial", "seed", *rows[0]["config"], rows[0]["metric"], "pruned", "seconds", "commit"]
     # Not as they were done, so that equal searches have equal tables.
-    return DataFrame(lines).sort_values(["stage", "trial", "seed", RHO], ascending=[False, True, True, True])
+    return lines[names].sort_values(["stage", "trial", "seed", RHO], ascending=[False, True, True, True])
 
 
 def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
@@ -166,8 +155,8 @@ def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
         raise MisconfigurationException(f"there is no column {options.metric}: {_columns(sweep)}")
     rho = _column(sweep, "rho", options.rho)
     seed = _column(sweep, "seed", options.seed, "seed_everything")
-    used = {rho, seed, options.metric}
-    settings = options.settings or [name for name in sweep if _is_setting(name) and name not in used]
+    settings = options.settings or [name for name in sweep if "." in name]
+    settings = [name for name in settings if name not in (rho, seed, options.metric)]
     unknown = [name for name in settings if name not in sweep]
     if unknown:
         raise MisconfigurationException(f"--settings: there is no column {', '.join(unknown)}: {_columns(sweep)}")
@@ -185,12 +174,11 @@ def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
         stage = "final" if is_final else "search"
         value = finite_or_worst(float(line[options.metric]), mode)
         rows.append({"config": config, "seed": int(line[seed]), "stage": stage, "value": value})
-    runs = [json.dumps([row["config"], row["seed"], row["stage"]]) for row in rows]
-    again = next((run for run in runs if runs.count(run) > 1), None)
-    if again is not None:
-        equal = sweep[[run == again for run in runs]]
+    runs = [str([row["config"], row["seed"], row["stage"]]) for row in rows]
+    if len(set(runs)) < len(runs):
+        equal = sweep.groupby(runs).nunique().max()
         # Not what each run has of its own, such as its name.
-        differing = [name for name in sweep if equal[name].nunique() > 1 and sweep[name].nunique() < len(sweep) / 2]
+        differing = [name for name in sweep if equal[name] > 1 and sweep[name].nunique() < len(sweep) / 2]
         raise MisconfigurationException(
             f"several runs have the same seed and the same settings ({', '.join(settings) or 'none'}): name by "
             f"--settings what else was set. They differ in {', '.join(differing) or 'nothing'}; {_columns(sweep)}"
@@ -200,22 +188,19 @@ def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
 
 def _finished(sweep: DataFrame, metric: str) -> DataFrame:
     """Leave out runs without the metric, and those that have crashed, say, by Weights & Biases' column State."""
-    has_value = sweep[metric].notna()
-    if not has_value.all():
-        print(f"{(~has_value).sum()} runs have no {metric} and are left out")
-    sweep = sweep[has_value]
-    if "State" in sweep:
-        is_finished = sweep["State"] == "finished"
-        if not is_finished.all():
-            states = ", ".join(sorted(set(sweep["State"][~is_finished])))
-            print(f"{(~is_finished).sum()} runs have not finished (State: {states}) and are left out")
-        sweep = sweep[is_finished]
-    return sweep
+    found = sweep[sweep[metric].notna()]
+    if len(found) < len(sweep):
+        print(f"{len(sweep) - len(found)} runs have no {metric} and are left out")
+    states = found.get("State", Series("finished", found.index))
+    others = states[states != "finished"]
+    if not others.empty:
+        print(f"{len(others)} runs have not finished (State: {', '.join(sorted(set(others)))}) and are left out")
+    return found[states == "finished"]
 
 
 def _column(sweep: DataFrame, option: str, given: str | None, *others: str) -> str:
     """Return the name of a column: the one that is given, or the only one whose last part is the option's name."""
-    names = [name for name in sweep if re.split(r"[./]|params_|user_attrs_", name)[-1] in (option, *others)]
+    names = [name for name in sweep if name.replace("/", ".").rpartition(".")[2] in (option, *others)]
     names = [name for name in sweep if name == given] if given else names
     if len(names) != 1:
         found = ", ".join(names) or "none"
@@ -225,10 +210,6 @@ def _column(sweep: DataFrame, option: str, given: str | None, *others: str) -> s
 
 def _columns(sweep: DataFrame) -> str:
     return f"the columns are {', '.join(map(str, sweep))}"
-
-
-def _is_setting(name: str) -> bool:
-    return "." in name or name.startswith("params_")
 
 
 if __name__ == "__main__":

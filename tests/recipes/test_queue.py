@@ -56,7 +56,6 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert queue.study.best_value == 0.0
 
 
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # threads can't ignore it by turns
 def test_workers_that_start_together_share_the_runs(tmp_path: Path) -> None:
     done: list[Run] = []
     workers = [Thread(target=lambda: done.extend(work(queue_of(tmp_path)))) for _ in range(3)]
@@ -187,7 +186,7 @@ def test_what_the_first_worker_has_decided_holds_for_all(tmp_path: Path) -> None
 
 def test_a_study_can_be_looked_at_without_its_settings(tmp_path: Path) -> None:
     assert not study_so_far(file_storage(tmp_path), "runs").trials  # not begun yet
-    assert not study_so_far(None, "runs").trials
+    assert not study_so_far("sqlite://", "runs").trials
     work(queue_of(tmp_path), RUNS[:2])
     assert len(study_so_far(file_storage(tmp_path), "runs").trials) == 2
 

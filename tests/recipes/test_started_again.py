@@ -17,7 +17,7 @@ from recipes.studies.queue import Queue, begin_runs, file_storage, open_study
 from recipes.studies.rows import Row
 from recipes.tune.__main__ import _one_more_hour
 from recipes.tune.answer import answer, chosen
-from recipes.tune.search import Run, Search
+from recipes.tune.search import Options, Run, Search
 
 NOT_KEPT: Row = {"best": "", "last": None}
 
@@ -33,11 +33,11 @@ def test_a_folder_of_runs_with_other_options_is_not_used_again(tmp_path: Path) -
         begin_runs(tmp_path / "runs", {"options": []})
 
 
-def search_in(folder: Path, study: Study, rates: int = 10) -> Search:
+def search_in(folder: Path, study: Study, rates: int = 10, **options: Any) -> Search:
     """A worker of a search of four trials."""
-    space = {"model.lr": [f"1e-{power}" for power in range(rates)]}
+    space = {"model.lr": [f"1e-{power}" for power in range(rates)], "rho": ["0", "0.5"]}
     queue = Queue(study, lambda key: Run(**key))
-    return Search("my.cli", [], space, ["0.5"], queue, folder, "val_loss", "min", trials=4)
+    return Search(Options("my.cli", budget=4, **options), [], space, queue, folder, "val_loss", "min")
 
 
 def work(search: Search) -> None:
@@ -75,8 +75,7 @@ def test_a_worker_that_lacks_something_ends_by_its_first_run(tmp_path: Path, mon
 
 def test_an_offer_is_what_there_is_to_buy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recipes.tune.search.fit", fit_well)
-    search = search_in(tmp_path, optuna.create_study(), rates=2)
-    search.fresh = 2
+    search = search_in(tmp_path, optuna.create_study(), rates=2, fresh=2)
     work(search)
     rows = search.queue.rows
     rows[0]["value"] += 0.1  # not all seeds do the same
@@ -89,15 +88,14 @@ def test_an_offer_is_what_there_is_to_buy(tmp_path: Path, monkeypatch: pytest.Mo
     rows[0].update(pruned=True, seconds=1.0)
     rows[1].update(seconds=0.0)  # has failed
     assert search.seconds_of_a_run() == 1800
-    search.space = {"model.lr": ["1", "2", "3", "4"]}
+    search.space = {"model.lr": ["1", "2", "3", "4"], "rho": ["0", "0.5"]}
     monkeypatch.setattr(search, "seconds_of_a_run", lambda: 7200)
     assert _one_more_hour(search, answer(rows, "min")).startswith("4 more hours of one worker would buy about 2 runs:")
 
 
 def test_weights_that_are_not_kept_are_not_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recipes.tune.search.fit", fit_well)
-    search = search_in(tmp_path, optuna.create_study())
-    search.tests = True
+    search = search_in(tmp_path, optuna.create_study(), test=True)
     with pytest.raises(MisconfigurationException, match="has kept no checkpoint to test"):
         work(search)
 

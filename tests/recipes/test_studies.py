@@ -1,39 +1,16 @@
-"""Studies: which setting is chosen, and where a run goes on. The rest is tested with the programs that do it."""
+"""Studies: by what a run is judged, and where it goes on. The rest is tested with the programs that do it."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from recipes.studies.choice import best
 from recipes.studies.process import written
 from recipes.studies.result import RunResult
 from recipes.tune.search import value_of_kept
-
-GOOD, EQUAL, WORSE = [(0.9, -3.0), (0.5, -3.0)], [(0.7, -2.0), (0.7, -2.0)], [(0.6, -0.1), (0.6, -0.1)]
-DIVERGED = [(0.9, 0.0), (math.nan, 0.0)]
-
-
-@pytest.mark.parametrize(
-    ("trials", "place"),
-    [
-        ([GOOD, EQUAL, WORSE], 1),  # equal means: the second number decides
-        ([WORSE, GOOD], 1),
-        ([EQUAL, EQUAL], 0),
-        ([DIVERGED, WORSE], 1),
-        ([WORSE, DIVERGED], 0),
-        ([[(0.7, math.nan)], [(0.7, -9.0)]], 1),  # no number is never better than one, wherever it stands
-        ([[(0.7, -9.0)], [(0.7, math.nan)]], 0),
-        ([[(-math.inf,), (-0.5,)], [(-2.0,), (-2.0,)]], 1),
-    ],
-)
-def test_the_best_mean_is_chosen(trials: list[list[tuple[float, ...]]], place: int) -> None:
-    assert best(trials) == place
 
 
 class Validated(BoringModel):
@@ -51,7 +28,7 @@ def test_a_run_is_judged_by_the_weights_that_its_monitor_keeps(tmp_path: Path) -
     fitted = written(tmp_path / "fit.json")
     assert (fitted["best"], fitted["monitor"]) == (kept.best_model_path, "epoch")
     first, last = (validation["loss/eval"] for validation in fitted["validations"])
-    assert value_of_kept(fitted, "loss/eval", "max") == first != last
+    assert value_of_kept(fitted, "loss/eval") == first != last
     resumed.load_state_dict(result.state_dict())
     assert resumed.validations == fitted["validations"]
     assert resumed.seconds == result.seconds
