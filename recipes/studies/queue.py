@@ -158,6 +158,7 @@ class Queue(Generic[AnyRun]):
         if trial.user_attrs.get("name") in (None, *names):
             time.sleep(random.uniform(0, _WAIT))  # so that the two do not meet again
             raise DroppedError
+        self.reload()  # another worker may have queued this run, and after it had seen more
         run = self.restore(trial.user_attrs["run"])
         report(run)
         try:
@@ -235,7 +236,7 @@ def begin_runs(folder: Path, settings: Row) -> None:
     write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
-def study_so_far(url: str | None, name: str) -> Study:
+def study_so_far(url: str, name: str) -> Study:
     """Load a study to look at, whatever its settings; an empty one if nobody has begun it.
 
     Args:
@@ -245,9 +246,8 @@ def study_so_far(url: str | None, name: str) -> Study:
     Raises:
         MisconfigurationException: the storage can't be reached.
     """
-    if url is not None:
-        with suppress(KeyError):
-            return optuna.load_study(storage=open_storage(url), study_name=name)
+    with suppress(KeyError):
+        return optuna.load_study(storage=open_storage(url), study_name=name)
     return optuna.create_study()
 
 
@@ -310,8 +310,3 @@ def _refuse_others(what: str, before: Row, settings: Row, remedy: str) -> None:
         raise MisconfigurationException(
             f"{what} begun with other options: {changes}. Give the ones of the beginning, or {remedy}"
         )
-
-
-def _name(trial: FrozenTrial) -> str:
-    name: str = trial.user_attrs["name"]
-    return name

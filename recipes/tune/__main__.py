@@ -123,7 +123,7 @@ def _monitor(command: str, arguments: Sequence[str]) -> tuple[str, str]:
     settings: dict[str, Any] = yaml.safe_load(_printed_settings(command, arguments))
     for callback in listed(settings["trainer"]["callbacks"]):
         given = callback.get("init_args", {})
-        if given.get("monitor") is not None and "save_last" in given:
+        if given.get("monitor") is not None and "save_last" in given:  # it saves, unlike EarlyStopping
             return given["monitor"], given["mode"]
     raise MisconfigurationException(
         f"{command} keeps no checkpoint by a metric: name one, as in --metric val_loss --mode min"

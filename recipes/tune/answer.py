@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import pandas
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -60,7 +61,7 @@ class Answer:
     @property
     def no_answer(self) -> str:
         """Why values that are all equal say nothing; empty if they differ."""
-        every = [value for values in self.trials.values() for value in values]
+        every = list(chain.from_iterable(self.trials.values()))
         groups: dict[str, tuple[Sequence[float], str]] = {"trials": (every, _NOT_LEARNT)}
         for side, found in self.values.items():
             if not self.diverged(side):

@@ -78,7 +78,7 @@ class Options:
         test: compare them on the test data, not on validation data.
         metric: that validation logs; by default the one by which checkpoints are kept.
         mode: of the metric.
-        prune: end trials early that do worse than most.
+        prune: end trials early that do worse than most; --no-prune lets all of them finish.
         folder: output folder; by default runs/tune/RECIPE.
         storage: URL of an Optuna storage that several machines share; by default a file in the folder.
         study: the study's name in the storage; by default the recipe's.

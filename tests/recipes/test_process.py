@@ -68,12 +68,13 @@ def test_a_run_ends_with_its_killed_worker(begins: int, tmp_path: Path) -> None:
             f"time.sleep({begins})",
             "from recipes.studies.result import end_with_worker",
             "threading.Thread(target=end_with_worker, daemon=True).start()",
-            "time.sleep(60)",
+            "time.sleep(240)",
         ]
     )
     worker = (
         f"import sys; from recipes.studies.process import run_process; run_process([sys.executable, '-c', {run!r}])"
     )
+    began = time.monotonic()
     with subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE) as process:
         while not (tmp_path / "on").exists():
             assert process.poll() is None
@@ -81,6 +82,7 @@ def test_a_run_ends_with_its_killed_worker(begins: int, tmp_path: Path) -> None:
         process.kill()
         assert process.stdout is not None
         assert process.stdout.read() == b""  # which the run holds open until it has ended
+    assert time.monotonic() - began < 120  # by itself it would sleep on
 
 
 @pytest.mark.usefixtures("command_line")

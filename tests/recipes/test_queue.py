@@ -67,6 +67,24 @@ def test_workers_that_start_together_share_the_runs(tmp_path: Path) -> None:
     assert [row["seed"] for row in sorted(queue_of(tmp_path).rows, key=lambda row: row["seed"])] == list(range(6))
 
 
+def test_a_run_that_another_worker_has_queued_finds_what_that_one_knew(tmp_path: Path) -> None:
+    """Such as the rounds before it, with which its trial is compared."""
+    queue, other = queue_of(tmp_path), queue_of(tmp_path)
+
+    def open_runs() -> list[Run]:
+        if not other.rows:  # between this worker's look and its taking of a trial
+            work(other, RUNS[:1])
+            other.study.enqueue_trial({}, user_attrs={"name": RUNS[1].name, "run": RUNS[1].key()})
+        return [run for run in RUNS[:2] if queue.find(run) is None]
+
+    def perform(run: Run, trial: Trial) -> Row:
+        assert (run, queue.find(RUNS[0])) == (RUNS[1], {"seed": 0, "value": 0.0})
+        return found(run)
+
+    queue.work(open_runs, perform, print)
+    assert len(queue.rows) == 2
+
+
 def test_a_run_that_two_workers_have_queued_is_done_once(tmp_path: Path) -> None:
     queue = queue_of(tmp_path)
     for _ in range(2):

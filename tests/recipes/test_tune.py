@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,8 @@ def test_a_round_learns_from_the_rounds_before_it_only(tmp_path: Path) -> None:
     configs = []
     for trials in (12, 20):
         search, _ = finished(tmp_path, space=space, budget=trials)
-        configs.append([search.tried(side)[number]["config"] for side in SIDES for number in range(6)])
+        tried = [search.tried(side)[number] for side, number in product(SIDES, range(6))]
+        configs.append([row["config"] for row in tried])
     assert configs[0] == configs[1]
     search, done = made(tmp_path, space, budget=20), list[Run]()
     assert [(run.trial, run.side) for run in search.open_runs()[:3]] == [(0, WITHOUT), (0, WITH), (1, WITHOUT)]
