@@ -25,7 +25,7 @@ from recipes.tune.space import RHO, Config, Space, arguments, seeds_of, short, s
 SEARCH_SEEDS = (0, 1, 2)
 """All trials are run with the first one, and the best third of them with the others."""
 FIRST_FRESH_SEED = 100
-ROUND = 4  # trials of a side that may run at once; those of the first round are drawn at random
+ROUND = 4  # trials of a side that may run at once; those of the first round are spread over the space
 _LEAST_REPEATED = 2  # trials of a side that are run with all seeds
 _FAILURES = 2  # of one run, after which it counts as diverged
 

@@ -1,18 +1,19 @@
 """What a search sets: options of `fit`, and the values that are tried."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, product
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import TPESampler
 from optuna.study import create_study
 from optuna.trial import create_trial
+from scipy.stats.qmc import LatinHypercube
 
 Config = dict[str, str]
 """The value of each setting, as it stands on the command line."""
 Space = Mapping[str, Sequence[str]]
-"""The values of each setting. Options that change together, as in "model.lora.r/model.lora.lora_alpha", are one."""
+"""The values of each setting, in order. Options that change together, as in "model.lora.r/model.lora.lora_alpha", are one."""
 
 RHO = "rho"
 _ATTEMPTS = 100  # to find a configuration that has not been tried
@@ -75,24 +76,42 @@ def short(config: Config) -> str:
 def suggestions(space: Space, tried: Sequence[tuple[Config, float]], number: int) -> list[Config]:
     """Return configurations that have not been tried, by Optuna's tree-structured Parzen estimator.
 
-    Equal arguments give equal suggestions, so that all workers find the same. The first ones are drawn at random.
+    The first ones are spread by a Latin hypercube, so that low and high rates are among them. They are the same for
+    both sides of a search, but for rho, and equal arguments give equal suggestions, so that all workers find the same.
 
     Args:
-        space: to search.
+        space: to search, with the values of each setting in order.
         tried: what has been tried, and what came of it; the less the better.
         number: of configurations.
     """
     sampler = TPESampler(seed=len(tried), n_startup_trials=1, multivariate=True, constant_liar=True)
     study = create_study(sampler=sampler)
-    distributions: dict[str, BaseDistribution] = {name: CategoricalDistribution(space[name]) for name in space}
+    places: dict[str, BaseDistribution] = {name: IntDistribution(0, len(space[name]) - 1) for name in space}
     for config, value in tried:
-        study.add_trial(create_trial(params=config, distributions=distributions, value=value))
+        params = {name: space[name].index(config[name]) for name in space}
+        study.add_trial(create_trial(params=params, distributions=places, value=value))
+    spread = [] if tried else _spread(space, number)
+    asked = (_config(space, study.ask(places).params.values()) for _ in range(_ATTEMPTS))
+    every = (dict(zip(space, values, strict=True)) for values in product(*space.values()))
     taken = [config for config, _ in tried]
-    for _ in range(number):
-        asked: Iterator[Config] = (study.ask(distributions).params for _ in range(_ATTEMPTS))
-        every = (dict(zip(space, values, strict=True)) for values in product(*space.values()))
-        taken.append(next(config for config in chain(asked, every) if config not in taken))
+    for config in chain(spread, asked, every):
+        if config not in taken:
+            taken.append(config)
+        if len(taken) == len(tried) + number:
+            break
     return taken[len(tried) :]
+
+
+def _spread(space: Space, number: int) -> list[Config]:
+    """Return configurations in which the values of each setting are spread over its whole range."""
+    points = LatinHypercube(len(space), scramble=False, rng=0).random(number)
+    sizes = [len(values) for values in space.values()]
+    return [_config(space, (point * sizes).astype(int)) for point in points]
+
+
+def _config(space: Space, places: Iterable[int]) -> Config:
+    """Return the values that stand at some places of each setting."""
+    return {name: space[name][place] for name, place in zip(space, places, strict=True)}
 
 
 def size(space: Space) -> int:
