@@ -106,7 +106,7 @@ def test_a_run_that_goes_on_may_have_another_name(checkpoint: str) -> None:
 
 def test_callbacks_take_the_place_of_a_runs_except_for_its_method(checkpoint: str) -> None:
     monitor = "--trainer.callbacks+=lightning_flatlora.FlatnessMonitor"
-    for given, rho in (([], 0.3), (["--method=efmlora"], 0.3), (["--rho=0.4"], 0.4), (["--method=fmlora"], 0.03)):
+    for given, rho in (([], 0.3), (["--method=efmlora"], 0.3), (["--rho=0.4"], 0.4), (["--method=fmlora"], 0.05)):
         method, added = parsed("fit", checkpoint, monitor, *given).trainer.callbacks[-2:]
         assert (is_method(method.class_path), method.init_args.rho) == (True, rho)
         assert added.class_path == "lightning_flatlora.FlatnessMonitor"

@@ -22,7 +22,7 @@ OVERLAYS = []
 for name in NAMES:
     OVERLAYS += [(name, method) for method in methods_of(name) if method not in ("lora", "full")]
 RHO = {"vqa": 0.2}
-"""The recipes whose radius is another one than the 0.03 of the shared overlays."""
+"""The recipes whose radius is another one than the 0.05 of the shared overlays."""
 
 Parse = Callable[[list[str]], dict[str, Any]]
 
@@ -83,7 +83,7 @@ def test_a_method_changes_what_its_overlay_names_and_nothing_else(recipe: str, m
     owner = f"trainer.callbacks.{callback}.init_args."
     assert changed.pop(f"trainer.callbacks.{callback}.class_path") == f"lightning_flatlora.{callback}"
     assert changed.get(f"{owner}beta", 0.9) == 0.9
-    assert changed[f"{owner}rho"] == RHO.get(recipe, 0.03)
+    assert changed[f"{owner}rho"] == RHO.get(recipe, 0.05)
     assert not [name for name in changed if not name.startswith(owner) or name in plain]
 
 
