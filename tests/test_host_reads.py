@@ -39,10 +39,12 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _what_meta_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give it an autocast and a random state, and let its buffers be put back as another device's are."""
+    """Give it an autocast, a random state and Adam, and let its buffers be put back as another device's are."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **settings: nullcontext())
     random = SimpleNamespace(get_rng_state=lambda device: None, set_rng_state=lambda state, device: None)
     monkeypatch.setattr(torch, "get_device_module", lambda device: random)
+    unfused = lambda parameters, fused, **settings: torch.optim.Adam(parameters, **settings)  # noqa: E731
+    monkeypatch.setattr("lightning_flatlora.baselines.bi_lora.Adam", unfused)
     monkeypatch.setattr("lightning_flatlora.methods.put_back._is_copyable", lambda buffer: buffer is not None)
 
 

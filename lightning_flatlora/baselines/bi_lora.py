@@ -123,20 +123,21 @@ class BiLoRAStep(FullWeightStep):
                 self._ascents[name] = _ascent(*self._drawn(term))
             ascent = self._ascents[name]
             term.A, term.B = ascent.param_groups[0]["params"]
-            for factor in (term.A, term.B):
-                factor.data = factor.data.to(term.weight.device)
-            ascent.load_state_dict(ascent.state_dict())  # moves its moments, too
+            if term.A.device != term.weight.device:
+                for factor in (term.A, term.B):
+                    factor.data = factor.data.to(term.weight.device)
+                ascent.load_state_dict(ascent.state_dict())  # moves its moments, too
             self.factors += [term.A, term.B]
 
     def _drawn(self, term: OutputTerm) -> tuple[Tensor, Tensor]:
-        """Draw A2 (r, m) and B2 (n, r) of a new pair, on the CPU."""
+        """Draw A2 (r, m) and B2 (n, r) of a new pair."""
         n, m = term.weight.shape
         dtype = torch.promote_types(term.weight.dtype, torch.float32)
         # By name, so that other layers may come or go; on the CPU, so that devices of every kind get the same.
         seed = derived_seed(self.seed, zlib.crc32(term.names[0].encode()))
         generator = torch.Generator().manual_seed(seed)
         A = nn.init.kaiming_uniform_(torch.empty(self.rank, m, dtype=dtype), a=5**0.5, generator=generator)
-        return A, torch.zeros(n, self.rank, dtype=dtype)
+        return A.to(term.weight.device), torch.zeros(n, self.rank, dtype=dtype, device=term.weight.device)
 
     @override
     def forget_gradients(self) -> None:
