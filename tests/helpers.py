@@ -42,10 +42,10 @@ BASELINES: dict[str, Any] = {
     "nBAR": BalancednessRegularization,
     "oBAR": partial(BalancednessRegularization, kind="oBAR"),
     "RandomPerturbation": partial(RandomPerturbation, seed=5),
-    "BiLoRA": partial(BiLoRA, step_size=0.3, seed=5),
+    "BiLoRA": partial(BiLoRA, rank=4, seed=5),
 }
 """Each is called with a size, and maybe other settings."""
-SIZES: dict[str, float] = defaultdict(lambda: 0.4, nBAR=2.0, oBAR=2.0, RandomPerturbation=0.3)
+SIZES: dict[str, float] = defaultdict(lambda: 0.4, nBAR=2.0, oBAR=2.0, RandomPerturbation=0.3, BiLoRA=0.1)
 """At which a baseline's run is clearly another one than plain LoRA's."""
 TWO_PASSES = ("fmlora", "module", "LoRASAM", "SAM")
 CALLBACKS: dict[str, Any] = {"efmlora": EFMLoRA, "fmlora": FMLoRA, **BASELINES}

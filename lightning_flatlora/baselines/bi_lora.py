@@ -1,5 +1,6 @@
 """Bi-LoRA: SAM's perturbation of the full weight as a second low-rank pair, which climbs while LoRA's pair descends."""
 
+import copy
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Adam
 from typing_extensions import override
 
 from lightning_flatlora.baselines.one_pass import FullWeightStep
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.full_weight.output_terms import OutputTerm
 from lightning_flatlora.full_weight.weight_noise import derived_seed
-from lightning_flatlora.functional import joint_ascent
 from lightning_flatlora.methods.checks import integer_problems
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
-from lightning_flatlora.schedules import RhoSchedule, is_size
+from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.sharding import average_gradients
 
 
@@ -28,24 +29,21 @@ class BiLoRA(MethodCallback["BiLoRAStep"]):
         \max_{A_2, B_2} L \text{ subject to } \lVert B_2 A_2 \rVert_F \le \rho \text{ over all layers}
 
     The pass that gives the gradients of A and B also gives those of A2 and B2. When the step's gradients are complete,
-    the auxiliary pairs take a step up, and are scaled back to the ball if they have left it:
+    the auxiliary pairs take a step of Adam uphill (Eq. 9), with the learning rate, betas and eps that B has in that
+    step, and are scaled back to the ball if they have left it (Eq. 10):
 
-    .. math:: (A_2, B_2) \leftarrow \sqrt c\, \left((A_2, B_2) + \eta\, \lVert (A_2, B_2) \rVert_F\,
-        \frac{(G_{A_2}, G_{B_2})}{\lVert (G_{A_2}, G_{B_2}) \rVert_F}\right), \qquad
+    .. math:: (A_2, B_2) \leftarrow \sqrt c\, (A_2, B_2), \qquad
         c = \min\!\left(1, \frac{\rho}{\lVert B_2 A_2 \rVert_F}\right)
 
-    The full text of the paper was not available; docs/baselines.md says what is taken from its abstract, what is a
-    choice of this package, and how the pairs fare under accumulation, clipping and DDP. The first step is plain LoRA's.
-    The auxiliary pairs are in no module, optimizer or state dict: this callback holds them, and saves them with its
-    state. They are on in the forward and the backward pass (so the logged loss includes them), and off in validation
-    and, under automatic optimization, in all hooks. Only Linear layers get a pair; others are named once.
+    docs/baselines.md says what is a choice of this package. The first step is plain LoRA's. The auxiliary pairs are in
+    no module, optimizer or state dict: this callback holds them, and saves them with its state. They are on in the
+    forward and the backward pass (so the logged loss includes them), and off in validation and, under automatic
+    optimization, in all hooks. Only Linear layers get a pair; others are named once.
 
     Args:
         rho: radius of the ball around the full weights, in the weights' units, >= 0; or a schedule over optimizer
-            steps. With 0 the run is LoRA's, bit for bit.
-        step_size: :math:`\eta`, the length of an ascent step relative to the norm of all A2 and B2, without a unit,
-            > 0.
-        rank: of the auxiliary pairs, >= 1; None takes that of the layer's adapters, their sum if it has several.
+            steps. With 0 the run is LoRA's, bit for bit. The paper searches 0.005 to 0.5.
+        rank: of the auxiliary pairs, >= 1.
         seed: of all A2, >= 0.
         adapter_name: the peft adapter next to which the pairs are put; None takes the active ones.
         finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`; of
@@ -55,7 +53,7 @@ class BiLoRA(MethodCallback["BiLoRAStep"]):
         MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work,
             such as FSDP (at the start of fit, before the first step).
 
-    Source: Liu et al., arXiv 2508.19564 (ICLR 2026), the abstract.
+    Source: Liu et al., arXiv 2508.19564 (ICLR 2026), Eqs. 9 and 10.
 
     Example:
         >>> import lightning as L
@@ -66,15 +64,12 @@ class BiLoRA(MethodCallback["BiLoRAStep"]):
         self,
         rho: float | RhoSchedule,
         *,
-        step_size: float = 0.1,
-        rank: int | None = None,
+        rank: int = 8,
         seed: int = 0,
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(
-            BiLoRAStep(rho=rho, step_size=step_size, rank=rank, seed=seed, adapter_name=adapter_name, finder=finder)
-        )
+        super().__init__(BiLoRAStep(rho=rho, rank=rank, seed=seed, adapter_name=adapter_name, finder=finder))
 
 
 class _AuxiliaryPair(OutputTerm):
@@ -102,23 +97,17 @@ class BiLoRAStep(FullWeightStep):
     fixed = ("rank", "seed")
     kind = _AuxiliaryPair
 
-    step_size: float
-    rank: int | None
+    rank: int
 
     @override
     def argument_problems(self) -> list[str]:
-        problems = super().argument_problems()
-        if not is_size(self.step_size) or self.step_size == 0:
-            problems.append(f"step_size must be a finite number > 0, got {self.step_size!r}")
-        if self.rank is not None:
-            problems += integer_problems("rank", self.rank, least=1)
-        return problems
+        return super().argument_problems() + integer_problems("rank", self.rank, least=1)
 
     @override
     def reset(self) -> None:
         super().reset()
-        # A2 and B2 by the layer's name, those of layers that are left out for a while included.
-        self._by_name: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        # What moves A2 and B2, by the layer's name, those of layers that are left out for a while included.
+        self._ascents: dict[str, Adam] = {}
         self.factors: list[nn.Parameter] = []
 
     @override
@@ -130,24 +119,25 @@ class BiLoRAStep(FullWeightStep):
         self.factors = []
         for term in self.terms:
             name = term.names[0]
-            if name not in self._by_name:
-                self._by_name[name] = self._drawn(term)
-            for factor in self._by_name[name]:
-                factor.data = factor.data.to(term.weight.device)
-            term.A, term.B = self._by_name[name]
-            self.factors += self._by_name[name]
+            if name not in self._ascents:
+                self._ascents[name] = _ascent(*self._drawn(term))
+            ascent = self._ascents[name]
+            term.A, term.B = ascent.param_groups[0]["params"]
+            if term.A.device != term.weight.device:
+                for factor in (term.A, term.B):
+                    factor.data = factor.data.to(term.weight.device)
+                ascent.load_state_dict(ascent.state_dict())  # moves its moments, too
+            self.factors += [term.A, term.B]
 
-    def _drawn(self, term: OutputTerm) -> tuple[nn.Parameter, nn.Parameter]:
+    def _drawn(self, term: OutputTerm) -> tuple[Tensor, Tensor]:
         """Draw A2 (r, m) and B2 (n, r) of a new pair."""
         n, m = term.weight.shape
-        rank = self.rank or len(term.factors()[0])
         dtype = torch.promote_types(term.weight.dtype, torch.float32)
         # By name, so that other layers may come or go; on the CPU, so that devices of every kind get the same.
         seed = derived_seed(self.seed, zlib.crc32(term.names[0].encode()))
         generator = torch.Generator().manual_seed(seed)
-        A = nn.init.kaiming_uniform_(torch.empty(rank, m, dtype=dtype), a=5**0.5, generator=generator)
-        B = torch.zeros(n, rank, dtype=dtype, device=term.weight.device)
-        return nn.Parameter(A.to(B.device)), nn.Parameter(B)
+        A = nn.init.kaiming_uniform_(torch.empty(self.rank, m, dtype=dtype), a=5**0.5, generator=generator)
+        return A.to(term.weight.device), torch.zeros(n, self.rank, dtype=dtype, device=term.weight.device)
 
     @override
     def forget_gradients(self) -> None:
@@ -163,15 +153,23 @@ class BiLoRAStep(FullWeightStep):
             return
         average_gradients(self.factors)
         happens = self.sharding.all_finite([*also_finite, *self.factors], self.factors[0].device)
-        gradients = [torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in self.factors]
-        length = nn.utils.get_total_norm(self.factors) * self.step_size * happens
-        for factor, direction in zip(self.factors, joint_ascent(gradients, 1.0), strict=True):
-            factor.addcmul_(direction, length.to(factor.device, factor.dtype))
+        for term in self.terms:
+            ascent: Any = self._ascents[term.names[0]]
+            ascent.param_groups[0].update(self._settings_of(term.pairs[0].B))
+            # As a loss scaler tells it: the kernel leaves all as it is.
+            ascent.found_inf = 1.0 - happens.to(term.weight.device, torch.float32)
+            ascent.step()
         # Not even rounded, if the step is skipped.
         shrinkage = torch.where(happens, (self.current_rho / self.norm()).clamp_max(1).sqrt(), 1.0)
         for factor in self.factors:
             factor.mul_(shrinkage.to(factor.device, factor.dtype))
         self.forget_gradients()
+
+    def _settings_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """Return what the optimizer that is about to step has for a parameter, of the settings that Adam has too."""
+        groups = self.optimizer.param_groups
+        group = next(group for group in groups if any(each is parameter for each in group["params"]))
+        return {name: group[name] for name in ("lr", "betas", "eps") if name in group}
 
     @torch.no_grad()
     def norm(self) -> Tensor:
@@ -186,12 +184,19 @@ class BiLoRAStep(FullWeightStep):
     @override
     def state_dict(self) -> dict[str, Any]:
         auxiliary = {}
-        for name, (A, B) in self._by_name.items():
-            auxiliary[name] = {"A": A.detach().clone(), "B": B.detach().clone()}
+        for name, ascent in self._ascents.items():
+            A, B = (factor.detach().clone() for factor in ascent.param_groups[0]["params"])
+            auxiliary[name] = {"A": A, "B": B, "ascent": copy.deepcopy(ascent.state_dict())}
         return {**super().state_dict(), "auxiliary": auxiliary}
 
     @override
     def restore(self, state: dict[str, Any], known: Iterable[str]) -> None:
         for name, saved in state["auxiliary"].items():
-            self._by_name[name] = nn.Parameter(saved["A"].clone()), nn.Parameter(saved["B"].clone())
+            self._ascents[name] = _ascent(saved["A"], saved["B"])
+            self._ascents[name].load_state_dict(saved["ascent"])
         self._give_pairs()
+
+
+def _ascent(A: Tensor, B: Tensor) -> Adam:
+    """Return what moves copies of A2 and B2 uphill."""
+    return Adam([nn.Parameter(A.clone()), nn.Parameter(B.clone())], maximize=True, fused=True)

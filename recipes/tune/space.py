@@ -13,7 +13,7 @@ from scipy.stats.qmc import LatinHypercube
 Config = dict[str, str]
 """The value of each setting, as it stands on the command line."""
 Space = Mapping[str, Sequence[str]]
-"""The values of each setting, in order. Options that change together, as in "model.lora.r/model.lora.lora_alpha", are one."""
+"""The values of each setting, in order. Options that change together are one: "model.lora.r/model.lora.lora_alpha"."""
 
 RHO = "rho"
 _ATTEMPTS = 100  # to find a configuration that has not been tried

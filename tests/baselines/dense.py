@@ -37,6 +37,7 @@ class Dense:
         self.step = 0
 
     def run(self, epochs: int, accumulate: int = 1) -> nn.Module:
+        self.accumulate = accumulate
         optimizer = optimizer_of(self.model)
         scheduler = scheduler_of(optimizer)
         batches = list(DataLoader(dataset(), batch_size=SIZE))
@@ -143,7 +144,7 @@ def dense_noise(merged: Tensor, sigma: float, seed: int, index: int) -> Tensor:
 class DenseBiLoRA(Dense):
     """arXiv 2508.19564 on weights W0 + s B A + B2 A2 that are really formed, in a forward pass written out."""
 
-    seed, step_size = 5, 0.3
+    seed = 5
 
     def __init__(self, size: Size) -> None:
         super().__init__(size)
@@ -151,10 +152,12 @@ class DenseBiLoRA(Dense):
         for index in (0, 2, 4):
             n, m = self.layer(index).base_layer.weight.shape
             seed = derived_seed(self.seed, zlib.crc32(f"net.base_model.model.{index}".encode()))
-            A = torch.empty(3, m, dtype=torch.float64)
+            A = torch.empty(4, m, dtype=torch.float64)
             A.uniform_(-(m**-0.5), m**-0.5, generator=torch.Generator().manual_seed(seed))
-            self.auxiliary[index] = (A.requires_grad_(), torch.zeros(n, 3, dtype=torch.float64, requires_grad=True))
+            self.auxiliary[index] = (A.requires_grad_(), torch.zeros(n, 4, dtype=torch.float64, requires_grad=True))
         self.uphill: list[tuple[Tensor, ...]] = []
+        self.moments: dict[int, tuple[Tensor, Tensor]] = {}
+        self.ascents = 0
         self.norms: list[float] = []
 
     def layer(self, index: int) -> Any:
@@ -180,11 +183,15 @@ class DenseBiLoRA(Dense):
         factors: list[Tensor] = []
         for pair in self.auxiliary.values():
             factors += pair
-        sums = [sum(grads[1:], grads[0]) for grads in zip(*self.uphill, strict=True)]
+        means = [sum(grads[1:], grads[0]) / self.accumulate for grads in zip(*self.uphill, strict=True)]
         self.uphill = []
-        length = self.step_size * frobenius(factors) / frobenius(sums)
-        for factor, grad in zip(factors, sums, strict=True):
-            factor.data = factor.data + length * grad
+        self.ascents += 1
+        for index, (factor, grad) in enumerate(zip(factors, means, strict=True)):
+            first, second = self.moments.get(index, (torch.zeros_like(grad), torch.zeros_like(grad)))
+            first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
+            self.moments[index] = first, second
+            size = (second / (1 - 0.999**self.ascents)).sqrt() + 1e-8
+            factor.data = factor.data + lr * first / (1 - 0.9**self.ascents) / size
         norm = frobenius([B2 @ A2 for A2, B2 in self.auxiliary.values()])
         rho = self.size(self.step)
         for factor in factors:
