@@ -29,7 +29,7 @@ from recipes.tune import verdict
 from recipes.tune.__main__ import _space, main
 from recipes.tune.answer import CONTROL, SIDES, WITH, WITHOUT, Answer, answer, chosen, draw
 from recipes.tune.search import ROUND, Options, Run, Search
-from recipes.tune.space import Space, arguments, suggestions
+from recipes.tune.space import Space, arguments
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
@@ -279,26 +279,6 @@ def test_settings_that_are_given_are_not_searched(capsys: pytest.CaptureFixture[
     for given in (["--model.lora.lora_alpha", "8"], ["--model.init_args.lora.r=8"], ["--model.lora={r: 8}"]):
         assert "model.lora.r/model.lora.lora_alpha" not in _space(options, given)
     assert "--model.lora.lora_alpha is given, so model.lora.r/model.lora.lora_alpha is" in capsys.readouterr().out
-
-
-def test_suggestions_are_new_and_the_same_again() -> None:
-    tried: list[tuple[dict[str, str], float]] = []
-    for number in (2, 3, 1):  # of six
-        found = suggestions(SPACE, tried, number)
-        assert found == suggestions(SPACE, tried, number)
-        for config in found:
-            assert config not in [before for before, _ in tried]
-            tried.append((config, math.inf if number == 2 else float(number)))
-
-
-def test_both_sides_begin_with_the_same_settings_spread_over_the_space() -> None:
-    rates = [f"{number}e-5" for number in range(1, 6)]
-    space: Space = {"model.learning_rate": rates, "model.lora.lora_dropout": ["0", "0.9"], "rho": ["0"]}
-    without = suggestions(space, [], 4)
-    assert {config["model.learning_rate"] for config in without} == {rates[0], rates[1], rates[3], rates[4]}
-    assert [config["model.lora.lora_dropout"] for config in without].count("0") == 2
-    perturbed = suggestions({**space, "rho": ["1", "2"]}, [], 4)
-    assert [{**config, "rho": "0"} for config in perturbed] == without
 
 
 def answer_of(without: Sequence[float], perturbed: Sequence[float], less_is_better: bool = True) -> Answer:
