@@ -15,6 +15,7 @@ from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from recipes.language.batches import padding_id
 from recipes.report.options import AdapterFolder, Options
+from recipes.report.rounding import check_roundable
 
 _MODELS = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
@@ -75,7 +76,10 @@ def load_adapter(folder: AdapterFolder, options: Options) -> Adapted:
             model = PeftModel.from_pretrained(model, str(folder.path), is_trainable=True)
             model.to(options.torch_device)
         _check_whole(saved, model)
-        search, noise = find_pairs(model), WeightNoise(model)
+        search = find_pairs(model)
+        if options.bits:
+            check_roundable(search.pairs)
+        noise = WeightNoise(model)
     except Exception as error:  # the readers of safetensors and pickles have types of their own, derived from nothing
         raise MisconfigurationException(
             f"--adapter {folder.path} on --base {base} can't be measured: {error!r:.400}"

@@ -8,10 +8,11 @@ from pathlib import Path
 from string import Template
 
 import torch
+from pandas import concat
 
 from recipes.report.numbers import Measured
 from recipes.report.options import FILES, Options
-from recipes.report.pictures import draw_curves, draw_surfaces
+from recipes.report.pictures import draw_curves, draw_rounding, draw_surfaces
 from recipes.studies.tables import markdown
 
 _LIBRARIES = ("lightning-flatlora", "torch", "transformers", "peft")
@@ -25,14 +26,22 @@ def write(results: Sequence[Measured], options: Options, command: str) -> None:
         options: of the report; its folder exists.
         command: the command line, which goes into it.
     """
-    report, curves, surface = [options.output / name for name in FILES]
+    report, curves, surface, rounding, layers = [options.output / name for name in FILES]
     draw_curves(results, options, curves)
     text = Path(__file__).with_name("template.md").read_text(encoding="utf-8")
     if options.surface:
         draw_surfaces(results, surface)
     else:
         surface.unlink(missing_ok=True)
-        text = re.sub("## Rise of the loss on a plane.*(?=## How)", "", text, flags=re.DOTALL)
+        text = re.sub("## Rise of the loss on a plane.*?(?=## )", "", text, flags=re.DOTALL)
+    if options.bits:
+        draw_rounding(results, rounding)
+        by_adapter = {result.label: result.rounding[1] for result in results}
+        concat(by_adapter, names=["adapter", "layer"]).to_csv(layers)
+    else:
+        rounding.unlink(missing_ok=True)
+        layers.unlink(missing_ok=True)
+        text = re.sub("## After rounding.*?(?=## )", "", text, flags=re.DOTALL)
     device = options.torch_device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
     libraries = [f"{library} {version(library)}" for library in _LIBRARIES]
@@ -40,6 +49,7 @@ def write(results: Sequence[Measured], options: Options, command: str) -> None:
         "labels": ", ".join(result.label for result in results),
         "adapters": _adapters(results),
         "numbers": _numbers(results),
+        "rounding": _rounding(results) if options.bits else "",
         "device": machine,
         "versions": ", ".join([*libraries, f"Python {platform.python_version()}"]),
         "command": command,
@@ -61,3 +71,10 @@ def _numbers(results: Sequence[Measured]) -> str:
     for quantities in zip(*(result.quantities for result in results), strict=True):
         rows.append([quantities[0].name, quantities[0].unit, *map(str, quantities)])
     return markdown(rows)
+
+
+def _rounding(results: Sequence[Measured]) -> str:
+    """Return a row for each number of bits of each adapter."""
+    losses = concat({result.label: result.rounding[0] for result in results}, names=["adapter", "bits"])
+    table = losses.map("{:.4g}".format).reset_index()
+    return markdown([list(table), *table.to_numpy().tolist()])

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from pandas import DataFrame
 
 from lightning_flatlora.flatness import MEASURES, Point
 from lightning_flatlora.flatness.measures import Values
@@ -65,6 +66,7 @@ class Measured:
         quantities: the instruments' numbers.
         landscape: losses around it.
         left_out: what could not be perturbed, and why.
+        rounding: losses and layers from :func:`recipes.report.rounding.measure_rounding`; empty without --bits.
     """
 
     label: str
@@ -73,6 +75,7 @@ class Measured:
     quantities: list[Quantity]
     landscape: Landscape
     left_out: list[str]
+    rounding: tuple[DataFrame, ...]
 
     def value(self, name: str) -> float:
         """Return a quantity by its name."""

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.command_line.options import parse_options
 
-FILES = ("report.md", "curves.png", "surface.png")
+FILES = ("report.md", "curves.png", "surface.png", "rounding.png", "layers.csv")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Options:
         dtype: of the base; bfloat16 rounds away small rises.
         curvature: measure the Hessian, in about the time of 100 points.
         surface: draw the loss over a plane, by points x points evaluations.
+        bits: numbers of bits from 2 to 24, as in --bits 8 4 3 2: measure the loss after rounding the adapted weights to
+            each. Adds rounding.png and layers.csv; takes memory for a second copy of these weights.
     """
 
     adapter: list[str]
@@ -86,6 +88,7 @@ class Options:
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     curvature: bool = True
     surface: bool = True
+    bits: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         labels = [adapter.label for adapter in self.adapters]
@@ -98,6 +101,8 @@ class Options:
                 "--rho and --sigma must be finite and > 0, --directions, --samples and --max_length 2 or more, "
                 f"--examples and --batch_size 1 or more, and --points 3 or more and odd: got {self}"
             )
+        if not all(2 <= bits <= 24 for bits in self.bits):
+            raise MisconfigurationException(f"--bits must be whole numbers from 2 to 24, got {self.bits}")
         others = sorted({path.name for path in self.output.glob("*")} - set(FILES))
         if others:
             raise MisconfigurationException(

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from recipes.report.numbers import LOSS, RADIUS, Measured, sam_name
 from recipes.report.options import Options
+from recipes.report.rounding import UPDATE, WAYS
 
 _LEVELS = 16
+_STYLES = ["o-", "s--", "^-.", "v:", "x:"]
 
 
 def draw_curves(results: Sequence[Measured], options: Options, path: Path) -> None:
@@ -58,6 +60,22 @@ def draw_surfaces(results: Sequence[Measured], path: Path) -> None:
     figure.supxlabel("along the adversarial direction (units of the weights)", fontsize="medium")
     figure.supylabel("along a random direction (relative to ‖W0‖)", fontsize="medium")
     figure.colorbar(drawn, ax=grid, label=f"rise of the loss ({_unit(results)})")
+    figure.savefig(path, dpi=130)
+
+
+def draw_rounding(results: Sequence[Measured], path: Path) -> None:
+    """Draw each layer's update against its base's step, and the rise of the loss after rounding, as a PNG."""
+    figure = Figure(figsize=(5.5 * len(results) + 1, 8.5), layout="constrained")
+    grid = figure.subplots(2, len(results), squeeze=False, sharex=True, sharey="row")
+    for sizes, rises, result in zip(*grid, results, strict=True):
+        losses, layers = result.rounding
+        ratios = layers.drop(columns=UPDATE).rdiv(layers[UPDATE], axis="index").T
+        ratios.plot(ax=sizes, style="o", color="C0", alpha=0.3, logy=True, grid=True, legend=False, title=_name(result))
+        rise = losses.loc[ratios.index, list(WAYS)] - result.value(LOSS)
+        rise.plot(ax=rises, style=_STYLES, xlabel="bits", grid=True, legend=result is results[0])
+        rises.set_yscale("symlog", linthresh=0.01)
+    grid[0, 0].set_ylabel("update / step, a dot for each layer")
+    grid[1, 0].set_ylabel(f"rise of the loss after rounding ({_unit(results)})")
     figure.savefig(path, dpi=130)
 
 

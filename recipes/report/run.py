@@ -16,6 +16,7 @@ from recipes.report.document import write
 from recipes.report.landscape import measure_landscape
 from recipes.report.numbers import NORM, UNITS, Measured, Quantity
 from recipes.report.options import AdapterFolder, Options, parse
+from recipes.report.rounding import measure_rounding
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,6 +66,7 @@ def _measure_one(folder: AdapterFolder, rows: list[Row], options: Options) -> Me
     quantities.append(Quantity(NORM, "weight", norm))
     print("Pictures", flush=True)
     around = measure_landscape(point, adapted.noise, norm, options)
+    rounding = measure_rounding(loss, pairs, options.bits) if options.bits else ()
     about = {
         "adapter": adapted.label,
         "folder": f"`{folder.path}`",
@@ -75,7 +77,7 @@ def _measure_one(folder: AdapterFolder, rows: list[Row], options: Options) -> Me
         "parameters": f"{sum(factor.numel() for factor in trained_factors(pairs)):,}",
         "loss over": f"{terms:,} {unit.removeprefix('nats per ')}s",
     }
-    return Measured(adapted.label, unit, about, quantities, around, adapted.left_out)
+    return Measured(adapted.label, unit, about, quantities, around, adapted.left_out, rounding)
 
 
 def _point(adapted: Adapted, loss: MeanLoss, options: Options) -> Point:

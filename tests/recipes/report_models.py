@@ -57,9 +57,8 @@ def save_adapter(
     torch.manual_seed(rank)
     model = kinds[task].from_pretrained(base, **extra)
     targets = more.pop("target_modules", ["q_proj", "v_proj", "down_proj"])
-    config = LoraConfig(
-        task_type=TaskType(task), r=rank, lora_alpha=4, lora_dropout=0.5, target_modules=targets, **more
-    )
+    given = {"task_type": TaskType(task), "r": rank, "lora_alpha": 4, "lora_dropout": 0.5, "target_modules": targets}
+    config = LoraConfig(**given | more)
     model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
