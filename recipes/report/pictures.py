@@ -64,18 +64,19 @@ def draw_surfaces(results: Sequence[Measured], path: Path) -> None:
 
 
 def draw_rounding(results: Sequence[Measured], path: Path) -> None:
-    """Draw each layer's update against its base's step, and the rise of the loss after rounding, as a PNG."""
-    figure = Figure(figsize=(5.5 * len(results) + 1, 8.5), layout="constrained")
+    """Draw each layer's update against its base's step, and the losses after rounding, as a PNG."""
+    figure = Figure(figsize=(5 * len(results) + 1, 8.5), layout="constrained")
     grid = figure.subplots(2, len(results), squeeze=False, sharex=True, sharey="row")
-    for sizes, rises, result in zip(*grid, results, strict=True):
+    for sizes, below, result in zip(*grid, results, strict=True):
         losses, layers = result.rounding
         ratios = layers.drop(columns=UPDATE).rdiv(layers[UPDATE], axis="index").T
-        ratios.plot(ax=sizes, style="o", color="C0", alpha=0.3, logy=True, grid=True, legend=False, title=_name(result))
-        rise = losses.loc[ratios.index, list(WAYS)] - result.value(LOSS)
-        rise.plot(ax=rises, style=_STYLES, xlabel="bits", grid=True, legend=result is results[0])
-        rises.set_yscale("symlog", linthresh=0.01)
+        shared: dict[str, Any] = {"xticks": range(len(ratios)), "grid": True, "legend": False}
+        ratios.plot(ax=sizes, style="o", color="C0", alpha=0.3, logy=True, title=_name(result), **shared)
+        losses.loc[ratios.index, list(WAYS)].plot(ax=below, style=_STYLES, xlabel="bits", **shared)
+        below.axhline(result.value(LOSS), color="#444444", linewidth=0.8, label="not rounded")
+    grid[1, 0].legend(loc="upper left")
     grid[0, 0].set_ylabel("update / step, a dot for each layer")
-    grid[1, 0].set_ylabel(f"rise of the loss after rounding ({_unit(results)})")
+    grid[1, 0].set_ylabel(f"loss after rounding ({_unit(results)})")
     figure.savefig(path, dpi=130)
 
 
