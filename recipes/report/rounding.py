@@ -63,7 +63,7 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
 
     Example:
         >>> rounded(torch.tensor([[0.1, 0.6, -1.0]]), bits=2)
-        tensor([[0., 1., -1.]])
+        tensor([[ 0.,  1., -1.]])
     """
     step, highest = steps(weight, bits), 2 ** (bits - 1) - 1
     zero = torch.zeros_like(step, dtype=torch.int32)
