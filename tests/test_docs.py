@@ -294,9 +294,7 @@ def test_callbacks_that_a_command_adds_leave_the_configurations(
 def test_the_table_names_what_exists_and_all_of_it() -> None:
     assert [row[0].strip("`") for row in INSTRUMENTS if row[0]] == list(flatness.MEASURES)
     for row in INSTRUMENTS:
-        assert hasattr(flatness, row[5].strip("`")), row
-        file, test = row[7].strip("`").split("::")
-        assert f"def {test}(" in (ROOT / "tests" / "flatness" / file).read_text(), row
+        assert hasattr(flatness, row[4].strip("`")), row
 
 
 PAGES = ("docs/architecture.md", "docs/glossary.md", "CONTRIBUTING.md", ".github/pull_request_template.md")
