@@ -1,4 +1,4 @@
-# Works on a fresh clone with Python >= 3.10: `make test`, `make demo`.
+# Works on a fresh clone with Python >= 3.11: `make test`, `make demo`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

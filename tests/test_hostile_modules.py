@@ -34,7 +34,6 @@ from torchmetrics import Metric
 from lightning_flatlora import AdapterCheckpoint, loops
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*BatchEncoding:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # of experts, by peft 0.18

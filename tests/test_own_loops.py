@@ -129,7 +129,6 @@ def test_compiled(name: str) -> None:
     assert not [pair.name for pair in flat.perturbation.pairs if "_orig_mod" in pair.name]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.:DeprecationWarning")  # torch's own
 def test_a_compiled_step_of_the_optimizer() -> None:
     flat, net, optimizer = started("EFMLoRA")
     torch._dynamo.reset()

@@ -8,6 +8,7 @@ import venv
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 import lightning_flatlora
@@ -72,8 +73,10 @@ def first_program(page: str) -> str:
     return next(program for program in programs if "import" in program)
 
 
-def test_the_wheel_works_in_a_clean_environment(tmp_path: Path) -> None:
+def test_the_wheel_works_in_a_clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment holds links to what is installed here rather than another copy of PyTorch."""
+    monkeypatch.setenv("REPOSITORY", "https://github.com/owner/name")
+    monkeypatch.setenv("GITHUB_REF_NAME", "v0.1.0")
     pip = (sys.executable, "-m", "pip")
     run(*pip, "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT), cwd=tmp_path)
     (wheel,) = tmp_path.glob("lightning_flatlora-*.whl")
@@ -87,6 +90,11 @@ def test_the_wheel_works_in_a_clean_environment(tmp_path: Path) -> None:
     python = str(clean / "bin" / "python")
     run(*pip, "--python", python, "install", "--quiet", "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
     (installed,) = clean.rglob("lightning_flatlora-*.dist-info")
+    # PyPI knows nothing of the files to which README links.
+    shown = Distribution.at(installed).read_text("METADATA") or ""
+    assert re.findall(r"\]\((?!https://)[^)]*", shown) == []
+    assert "](https://github.com/owner/name/raw/v0.1.0/docs/results/demo.png)" in shown
+    assert "](https://github.com/owner/name/blob/v0.1.0/docs/start.md)" in shown
     needed = dependencies(Distribution.at(installed))
     assert "torch" in needed
     assert "pytest" not in needed

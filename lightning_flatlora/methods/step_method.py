@@ -6,11 +6,11 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, InitVar, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import Tensor, nn
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from lightning_flatlora.methods import checks
 from lightning_flatlora.methods.optimizers import parameters_of

@@ -177,7 +177,6 @@ def test_lightning_s_own_checkpoints_beside_it_and_from_before_are_whole(tmp_pat
     assert same(weights(whole), weights(resumed))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_names_are_clean_and_peft_finds_its_layers_in_a_wrapped_model(tmp_path: Path) -> None:
     """Activation checkpointing and compilation put modules between; files and folders don't show it."""
     net = make_net()

@@ -35,9 +35,7 @@ from torchmetrics import MeanMetric
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA, find_pairs
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.jit:DeprecationWarning", "ignore:Found 1 module.* in eval mode at the start of training"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:Found 1 module.* in eval mode at the start of training")
 
 
 class Rich:
