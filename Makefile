@@ -43,7 +43,8 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# DOCS_LINKS=1 links to the documentation of PyTorch and Lightning, which needs a network.
+# DOCS_LINKS=1 links to the documentation of PyTorch and Lightning, which needs a network. REPOSITORY is the address to
+# which the front page leads.
 docs: $(DEV)
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
 
