@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -217,6 +218,24 @@ def anchors(page: str) -> set[str]:
     """Of each heading, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def blocks(page: Path) -> list[str]:
+    """The code and commands that a page or a notebook shows."""
+    text = page.read_text()
+    if page.suffix == ".ipynb":
+        return ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    return re.findall(r"^ *```[a-z]+\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+
+
+DOCS = ROOT / "docs"
+SITE = [*sorted(DOCS.glob("*.md")), *sorted((DOCS / "recipes").glob("*.md")), DOCS / "tutorial.ipynb"]
+
+
+@pytest.mark.parametrize("page", SITE, ids=lambda page: page.stem)
+def test_lines_of_code_fit_the_column_of_the_site(page: Path) -> None:
+    wide = [line for block in blocks(page) for line in block.splitlines() if len(line) > 88]
+    assert not wide
 
 
 def test_the_method_page_names_functions_and_tests_that_exist() -> None:
