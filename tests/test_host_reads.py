@@ -52,8 +52,12 @@ class UnfusedAdam(torch.optim.Adam):
 def _what_meta_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give it an autocast, a random state and Adam, and let its buffers be put back as another device's are."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **settings: nullcontext())
-    random = SimpleNamespace(get_rng_state=lambda device: None, set_rng_state=lambda state, device: None)
-    monkeypatch.setattr(torch, "get_device_module", lambda device: random)
+    device_module = SimpleNamespace(
+        get_rng_state=lambda device: None,
+        set_rng_state=lambda state, device: None,
+        is_available=lambda: False,  # PyTorch 2.15's optimizers ask
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: device_module)
     monkeypatch.setattr("lightning_flatlora.baselines.bi_lora.Adam", UnfusedAdam)
     monkeypatch.setattr("lightning_flatlora.methods.put_back._is_copyable", lambda buffer: buffer is not None)
 
