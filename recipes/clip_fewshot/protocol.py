@@ -14,6 +14,7 @@ from typing_extensions import override
 from recipes.clip_fewshot.evaluation import write_evaluation
 from recipes.data.files import set_aside, write_whole
 from recipes.studies.process import commit
+from recipes.training.modes import evaluating
 from recipes.training.predictions import run_folder
 from recipes.training.step_times import StepTimes
 
@@ -92,20 +93,15 @@ def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
     """
     module: Any = trainer.lightning_module
     data, strategy = trainer.datamodule, trainer.strategy  # type: ignore[attr-defined]
-    # Of each part, since frozen batch norms are in evaluation mode while the rest trains.
-    training = {part: part.training for part in module.modules()}
-    module.eval()
     loader = data.test_dataloader()
     total = getattr(trainer, "fast_dev_run", 0) or len(loader)
     shown = tqdm(islice(loader, total), desc=name, total=total, disable=not trainer.is_global_zero, leave=False)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(module):
         for number, batch in enumerate(shown):
             # Through the strategy, whose wrapped model gathers what is sharded; trainer.test would set all up
             # again in the middle of fit.
             strategy.test_step(strategy.batch_to_device(batch), number)
     values, confusion = module.metrics["test"].take()
-    for part, mode in training.items():
-        part.training = mode
     for logger in trainer.loggers:
         logger.log_metrics({f"{name}_{key}": value.item() for key, value in values.items()}, step=trainer.global_step)
     write_evaluation(trainer, name, values, confusion, module.classes)

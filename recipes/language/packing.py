@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 
 from recipes.language.chat import IGNORED
+from recipes.training.modes import evaluating
 
 _PROBE = 8  # tokens of each conversation that the check makes up
 
@@ -70,7 +71,7 @@ def check_packing(net: nn.Module, rows: int, device: torch.device) -> None:
     """Try whether a model keeps the conversations of a row apart, with the attention that it was loaded with.
 
     Args:
-        net: the model, as it is trained; it is in training mode afterwards.
+        net: the model, as it is trained.
         rows: of a batch. FlashAttention distinguishes conversations only in batches of one row.
         device: of its weights.
 
@@ -83,13 +84,12 @@ def check_packing(net: nn.Module, rows: int, device: torch.device) -> None:
     attention = getattr(config, "_attn_implementation", None)
     generator = torch.Generator().manual_seed(0)
     first, other, last = torch.randint(config.vocab_size, (3, rows, _PROBE), generator=generator).to(device)
-    net.eval()
     logits = []
-    for conversations in ([first, last], [other, last], [last]):
-        positions = torch.arange(_PROBE, device=device).repeat(len(conversations)).expand(rows, -1)
-        output = net(input_ids=torch.cat(conversations, dim=1), position_ids=positions, use_cache=False)
-        logits.append(output.logits[:, -_PROBE:])
-    net.train()
+    with evaluating(net):
+        for conversations in ([first, last], [other, last], [last]):
+            positions = torch.arange(_PROBE, device=device).repeat(len(conversations)).expand(rows, -1)
+            output = net(input_ids=torch.cat(conversations, dim=1), position_ids=positions, use_cache=False)
+            logits.append(output.logits[:, -_PROBE:])
     after_first, after_other, alone = logits
     # What is masked contributes exactly nothing; but sums of another length are rounded otherwise.
     rounding = 1e-4 if alone.dtype in (torch.float32, torch.float64) else 3e-2
