@@ -8,9 +8,11 @@ from itertools import chain
 
 import pandas
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
+from recipes.studies.colours import COLOURS
 from recipes.studies.rows import Row
 from recipes.studies.statistics import Estimate, estimate, with_error
 from recipes.studies.tables import aligned
@@ -246,7 +248,7 @@ def _side(key: str) -> str:
 
 
 def draw(rows: Sequence[Row], setting: str, metric: str, mode: str) -> Figure:
-    """Draw the value of all trials against a setting, in a colour for each rho."""
+    """Draw the value of all trials against a setting: LoRA in its colour, and each rho in a shade of EFMLoRA's."""
     trials = DataFrame([{**row["config"], "value": row["value"]} for row in rows])
     # By the first number of each value; others than numbers stay as they come.
     trials["order"] = pandas.to_numeric(trials[setting].str.partition("/")[0], errors="coerce")
@@ -254,8 +256,11 @@ def draw(rows: Sequence[Row], setting: str, metric: str, mode: str) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.xaxis.update_units(trials[setting].tolist())  # type: ignore[no-untyped-call]
-    for rho, of_rho in trials.groupby(trials[RHO].astype(float)):
-        axes.plot(of_rho[setting].tolist(), of_rho["value"].tolist(), "o", label=f"rho {rho:g}", alpha=0.6)
+    by_rho = trials.groupby(trials[RHO].astype(float))
+    for place, (rho, of_rho) in enumerate(by_rho, 1):
+        colour = colormaps["Oranges"](0.3 + 0.7 * place / len(by_rho)) if rho else COLOURS["LoRA"]
+        values = of_rho[setting].tolist(), of_rho["value"].tolist()
+        axes.plot(*values, "o", label=f"rho {rho:g}", color=colour, alpha=0.6)
     axes.set_xlabel(setting.rpartition(".")[2])
     axes.set_ylabel(f"{metric} ({mode} is best)")
     axes.legend()
