@@ -22,6 +22,7 @@ from recipes.command_line.arguments import option
 from recipes.command_line.cli import RecipeCLI
 from recipes.command_line.configs import RECIPES
 from recipes.command_line.precision import SETTING
+from recipes.studies.colours import COLOURS
 from recipes.studies.process import EndedError, FailedError, StoppedError
 from recipes.studies.queue import Queue
 from recipes.studies.rows import Row
@@ -152,7 +153,9 @@ def test_both_sides_have_as_many_trials_and_the_best_are_chosen(tmp_path: Path) 
     assert chosen(search.queue.rows, "min")[WITHOUT] == {"model.lr": "1e-2", "model.r/model.alpha": "2/4", "rho": "0"}
     assert len(runs) == 12 + 2 * 2 * 2 + 2 * 5  # both winners have rank 2, so there is no control
     drawn = draw(search.queue.rows, "model.lr", "val_loss", "min").axes[0]
-    assert drawn.get_legend_handles_labels()[1] == ["rho 0", "rho 0.5", "rho 5"]
+    lines, labels = drawn.get_legend_handles_labels()
+    assert labels == ["rho 0", "rho 0.5", "rho 5"]
+    assert lines[0].get_color() == COLOURS["LoRA"]
     assert arguments(chosen(search.queue.rows, "min")[WITHOUT]) == ["--model.lr=1e-2", "--model.r=2", "--model.alpha=4"]
     assert answer(search.queue.rows, "min").missing == []
     assert search.seconds_of_a_run() == 36.0

@@ -78,7 +78,7 @@ class Digits(L.LightningModule):
 # digits, in nats, from the weights to the worst-case perturbation of radius 1.
 
 # %%
-METHODS = {"LoRA": (0.0, []), "LoRA, dropout 0.5": (0.5, []), "EFMLoRA": (0.0, [EFMLoRA(rho=0.3)])}
+METHODS = {"LoRA": (0.0, []), "EFMLoRA": (0.0, [EFMLoRA(rho=0.3)]), "LoRA, dropout 0.5": (0.5, [])}
 RATES = (1e-3, 4e-3, 8e-3)
 EPOCHS = 40
 
