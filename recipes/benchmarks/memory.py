@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from pandas import DataFrame
 
-from recipes.benchmarks.methods import METHODS, train
+from recipes.benchmarks.methods import METHODS, OURS, train
 from recipes.benchmarks.workloads import WORKLOADS
 from recipes.command_line.options import known_names, parse_options
-from recipes.studies.methods import OURS
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import lightning as L
@@ -11,11 +10,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_flatlora import CosineRho
+from lightning_flatlora import CosineRho, EFMLoRA, FMLoRA
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 from recipes.benchmarks.workloads import Learner
-from recipes.studies.methods import OURS, callbacks_of
 from recipes.training.module import BARE
+
+OURS = ("LoRA", "EFMLoRA", "FMLoRA")
+"""What is compared unless others are named."""
 
 RHO = 0.5  # a step costs the same whatever it is
 
@@ -65,7 +66,9 @@ class Method:
 
 
 METHODS = {
-    **{title: Method(partial(callbacks_of, title, RHO)) for title in OURS},
+    "LoRA": Method(),
+    "EFMLoRA": Method(lambda: [EFMLoRA(RHO)]),
+    "FMLoRA": Method(lambda: [FMLoRA(RHO)]),
     "LoRA-SAM": Method(lambda: [LoRASAM(RHO)]),
     # Flat-LoRA's noise grows from nothing over the run, and the regularization of nBAR and oBAR fades out.
     "Flat-LoRA": Method(lambda: [RandomPerturbation(CosineRho(0.0, 0.05), seed=0)]),

@@ -25,10 +25,9 @@ from pandas import DataFrame
 from rich.progress import track
 from torch import nn
 
-from recipes.benchmarks.methods import METHODS, Method, train
+from recipes.benchmarks.methods import METHODS, OURS, Method, train
 from recipes.benchmarks.workloads import WORKLOADS, Stack, Workload
 from recipes.command_line.options import known_names, parse_options
-from recipes.studies.methods import OURS
 
 Row = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """`make demo`: what EFMLoRA's perturbation changes, next to a change of LoRA that costs nothing, in one picture.
 
 Adapters of the uppermost layer of a small sentence encoder are trained on few examples, with LoRA, LoRA with dropout
-0.9, and EFMLoRA, at three learning rates and with three seeds. Two processes share the runs. What is finished is kept:
+0.9, and EFMLoRA, at five learning rates and with four seeds. Two processes share the runs. What is finished is kept:
 after Ctrl-C the same command resumes.
 """
 
@@ -18,7 +18,7 @@ from jsonargparse import auto_cli
 from recipes.command_line.mistakes import without_traceback
 from recipes.command_line.precision import SETTING
 from recipes.data.files import begin_folder, write_whole
-from recipes.demo.report import plot, sentences, table
+from recipes.demo.report import plot, tables
 from recipes.demo.run import ARMS, RATES, SEEDS, DemoRun, begin, perform
 from recipes.demo.training import Settings
 from recipes.studies.rows import Row, append, read
@@ -43,10 +43,10 @@ def main(folder: Path = Path("runs/demo"), processes: int = 2) -> int:
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
         print("Stopped. The same command resumes: what is finished is kept")
         return 130
-    shown = table(rows)
+    shown = tables(rows)
     write_whole(folder / "table.txt", shown)
     plot(rows, folder / "demo.png")
-    print(f"\n{shown}\n{sentences(rows)}")
+    print(f"\n{shown}")
     print(f"{', '.join(['results.jsonl', *_WRITTEN])} are in {folder}")
     return 0
 

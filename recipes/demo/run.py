@@ -24,18 +24,18 @@ from recipes.command_line.progress import quiet
 from recipes.demo.data import Batch, evaluation_batches
 from recipes.demo.encoder import CutEncoder
 from recipes.demo.module import TaskClassifier
-from recipes.demo.training import EFMLORA, LORA, Settings, kept, on_one_thread, trained
+from recipes.demo.training import Settings, kept, on_one_thread, trained
 from recipes.offline import texts
 from recipes.studies.process import commit
 from recipes.studies.rows import Row
 
-WITH_DROPOUT = "LoRA, dropout 0.9"
+LORA, WITH_DROPOUT, EFMLORA = "LoRA", "LoRA, dropout 0.9", "EFMLoRA, rho 32"
 ARMS: dict[str, dict[str, Any]] = {LORA: {}, WITH_DROPOUT: {"dropout": 0.9}, EFMLORA: {"rho": 32.0}}
-"""LoRA, a change of it that costs nothing, and EFMLoRA; chosen with another seed, as the rates."""
+"""LoRA, a change of it that costs nothing, and EFMLoRA; dropout and rho were chosen with another seed."""
 
-RATES = (1e-3, 2e-3, 4e-3)
-SEEDS = (40, 41, 42)
-"""On which nothing was chosen."""
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+SEEDS = (40, 41, 42, 43)
+"""Which have chosen neither dropout nor rho."""
 
 DISTANCES = (0.0, 1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 20.0, 24.0, 28.0, 32.0)
 """From the weights, along the steepest direction that B can express, in the full weights' units."""
@@ -80,8 +80,7 @@ def perform(run: DemoRun) -> Row:
     began = time.perf_counter()
     settings = run.settings
     encoder = kept(settings.frozen_layers, settings.length)
-    config = {**ARMS[run.arm], "learning_rate": run.rate}
-    module = trained(settings, encoder, run.seed, run.arm, config)
+    module = trained(settings, encoder, run.seed, {**ARMS[run.arm], "learning_rate": run.rate})
     seconds = time.perf_counter() - began
     losses = _losses_around(module.eval(), _held_out(encoder, settings.task))
     return {

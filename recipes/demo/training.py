@@ -9,15 +9,13 @@ import lightning as L
 import torch
 import transformers
 
+from lightning_flatlora import EFMLoRA
 from recipes.command_line.precision import Precision, fast_precision
 from recipes.demo.data import training_batches
 from recipes.demo.encoder import CutEncoder, load_encoder
 from recipes.demo.module import TaskClassifier
 from recipes.offline import texts
-from recipes.studies.methods import callbacks_of
 from recipes.training.module import BARE
-
-LORA, EFMLORA = "LoRA", "EFMLoRA"
 
 kept = cache(load_encoder)
 """The encoder, loaded once in a process."""
@@ -53,18 +51,18 @@ def on_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def trained(settings: Settings, encoder: CutEncoder, seed: int, arm: str, config: Mapping[str, Any]) -> TaskClassifier:
+def trained(settings: Settings, encoder: CutEncoder, seed: int, config: Mapping[str, Any]) -> TaskClassifier:
     """Train a new adapter and head.
 
     Args:
         settings: of the run.
         encoder: whose upper layers get the adapter.
         seed: of the examples, the adapter's start, the order of the batches, and dropout.
-        arm: "EFMLoRA" adds its callback.
-        config: of the module, and perhaps ``rho``.
+        config: of the module, and ``rho`` if EFMLoRA is added.
     """
     own = dict(config)
-    callbacks = callbacks_of(arm, own.pop("rho", 0.0))
+    rho = own.pop("rho", None)
+    callbacks: list[L.Callback] = [] if rho is None else [EFMLoRA(rho)]
     # Again for each training, so that all adapters of a seed begin with one A, and all heads alike.
     L.seed_everything(seed, verbose=False)
     module = TaskClassifier(encoder, len(texts.TASKS[settings.task].classes), **own)

@@ -1,5 +1,6 @@
 """The demo: its measurements on a tiny encoder, and what it reports, keeps and shares."""
 
+import math
 import multiprocessing
 import os
 import runpy
@@ -18,6 +19,7 @@ import torch
 import transformers
 
 from recipes.demo import __main__ as command
+from recipes.demo import report
 from recipes.demo import run as running
 from recipes.demo.data import evaluation_batches, packed
 from recipes.demo.encoder import CutEncoder, pooled
@@ -91,11 +93,19 @@ def test_the_mean_loss_weighs_each_text_alike() -> None:
     torch.testing.assert_close(running._loss(module, batches)(), torch.nn.functional.cross_entropy(logits, labels))
 
 
+# The best rate of each method, the loss there, and how steeply it rises around the weights.
+INVENTED = {
+    "LoRA": (5e-4, 2.0, 0.2),
+    "LoRA, dropout 0.9": (1e-3, 1.9, 0.3),
+    "EFMLoRA, rho 32": (2e-3, 1.8, 0.1),
+}
+
+
 def invented(run: DemoRun) -> Row:
-    """A loss that LoRA's rate raises, by half as much with dropout and not at all with EFMLoRA."""
-    steepness = {"LoRA": 200.0, "LoRA, dropout 0.9": 100.0, "EFMLoRA": 0.0}[run.arm]
-    loss = 2.0 + steepness * run.rate + 0.01 * (run.seed % 3)
-    around = [loss + steepness * run.rate * distance for distance in DISTANCES]
+    """A loss that is larger by 0.1 with each doubling or halving of the best rate."""
+    best, lowest, steepness = INVENTED[run.arm]
+    loss = lowest + 0.1 * abs(math.log2(run.rate / best)) + 0.01 * (run.seed % 3)
+    around = [loss + steepness * distance for distance in DISTANCES]
     return {**run.key(), "validation_loss": loss, "losses_around": around, "process": os.getpid()}
 
 
@@ -124,19 +134,32 @@ def test_the_demo_reports_and_resumes(
     assert command.main(tmp_path, processes=1) == 130  # in the fifth run
     assert "The same command resumes" in capsys.readouterr().out
     assert command.main(tmp_path, processes=1) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    shown = " ".join(printed.split())
     assert [(run.seed, run.rate, run.arm) for run in begun[5:]] == list(product(SEEDS, RATES, ARMS))[4:]
-    assert "[5/27] LoRA, dropout 0.9, learning rate 0.002, seed 40" in shown
-    assert "[27/27] EFMLoRA, learning rate 0.004, seed 42" in shown
-    assert "to LoRA: validation loss -0.80 [-0.80, -0.80], rise -25.60 [-25.60, -25.60]" in shown
-    assert "to LoRA, dropout 0.9: validation loss -0.40 [-0.40, -0.40], rise -12.80" in shown
-    assert "2.410 ± 0.006" in (tmp_path / "table.txt").read_text()
+    assert "[5/60] LoRA, dropout 0.9, learning rate 0.0005, seed 40" in shown
+    assert "[60/60] EFMLoRA, rho 32, learning rate 0.004, seed 43" in shown
+    every = "2.110 ± 0.004 2.010 ± 0.004 2.110 ± 0.004 2.210 ± 0.004 2.310 ± 0.004"
+    assert f"LoRA {every} LoRA, dropout 0.9" in shown
+    # Each at its best rate, with EFMLoRA's differences.
+    assert "LoRA 0.0005 2.010 ± 0.004 -0.200 [-0.200, -0.200] 6.40 ± 0.00 -3.20 [-3.20, -3.20]" in shown
+    assert "LoRA, dropout 0.9 0.001 1.910 ± 0.004 -0.100 [-0.100, -0.100] 9.60 ± 0.00 -6.40 [-6.40, -6.40]" in shown
+    assert "EFMLoRA, rho 32 0.002 1.810 ± 0.004 3.20 ± 0.00" in shown
+    assert (tmp_path / "table.txt").read_text() in printed
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
     rows = (tmp_path / "results.jsonl").read_text()
     assert command.main(tmp_path) == 0
-    assert len(begun) == 5 + 23  # a second start does nothing
+    assert len(begun) == 5 + 56  # a second start does nothing
     assert (tmp_path / "results.jsonl").read_text() == rows
+
+
+def test_a_rate_at_which_a_run_has_diverged_is_not_the_best() -> None:
+    rows = [invented(DemoRun("LoRA", rate, seed, Settings())) for rate, seed in product(RATES, SEEDS)]
+    rows[0] = {**rows[0], "validation_loss": math.nan}  # at the lowest rate
+    assert report._best_rate(rows, "LoRA") == 5e-4
+    rows[4] = {**rows[4], "validation_loss": math.nan}
+    assert report._best_rate(rows, "LoRA") == 1e-3
 
 
 def test_two_processes_share_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +172,6 @@ def test_two_processes_share_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(SystemExit, match=r"^0$"):  # as the main program, of which the others can import nothing
         runpy.run_module("recipes.demo", run_name="__main__", alter_sys=True)
     rows = read(tmp_path / "demo" / "results.jsonl")
-    assert len({(row["arm"], row["rate"], row["seed"]) for row in rows}) == len(rows) == 27
+    assert len({(row["arm"], row["rate"], row["seed"]) for row in rows}) == len(rows) == 60
     assert {str(row["process"]) for row in rows} == {path.name for path in begun.iterdir()}
     assert os.getpid() not in {row["process"] for row in rows}
