@@ -229,7 +229,8 @@ def blocks(page: Path) -> list[str]:
 
 
 DOCS = ROOT / "docs"
-SITE = [*sorted(DOCS.glob("*.md")), *sorted((DOCS / "recipes").glob("*.md")), DOCS / "tutorial.ipynb"]
+SITE = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "recipes").glob("*.md"))]
+SITE.append(DOCS / "tutorial.ipynb")
 
 
 @pytest.mark.parametrize("page", SITE, ids=lambda page: page.stem)
