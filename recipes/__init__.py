@@ -1,8 +1,11 @@
 """Recipes: one folder a task, run from a clone."""
 
-import logging
+import sys
 
-# bitsandbytes says it when peft is imported, of 4-bit weights on a CPU, in commands that quantize nothing, too.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-    lambda record: "gemm_4bit_forward" not in record.getMessage()
-)
+if "bitsandbytes" not in sys.modules:
+    # peft imports it with itself, needed or not, which takes more than a second. Python takes None among its modules as
+    # one that can't be imported; a model in 4 or 8 bits imports it later.
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    import peft  # noqa: F401
+
+    del sys.modules["bitsandbytes"]

@@ -5,6 +5,8 @@ programs that drive recipes.
 """
 
 import ast
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -71,3 +73,16 @@ def test_a_recipes_module_has_at_most_three_own_classes_above_it(name: str) -> N
     (module,) = (kind for kind in modules if issubclass(kind, LightningModule))
     own = [kind for kind in module.__mro__[1:] if kind.__module__.startswith(("recipes.", "lightning_flatlora."))]
     assert len(own) <= 3, own
+
+
+def test_a_command_imports_bitsandbytes_only_if_it_needs_it() -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    program = (
+        "import sys\n"
+        "import recipes.command_line.cli, recipes.vqa.module, recipes.instruction_tuning.data\n"
+        "assert 'bitsandbytes' not in sys.modules\n"
+        "from peft.import_utils import is_bnb_4bit_available\n"
+        "from peft.tuners.lora import Linear4bit\n"
+        "assert is_bnb_4bit_available() and 'bitsandbytes' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT.parent)

@@ -39,6 +39,7 @@ class TextClassification(PretrainedModel):
         kwargs: of the next class: the optimizer's settings, and for FMLoRA's module rho and others.
     """
 
+    task = "text-classification"
     packaged_model = PACKAGED_ENCODER
 
     def __init__(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_flatlora import load_adapter_checkpoint
 from recipes.clip.model import export_open_clip, image_features, text_features
 from recipes.command_line.mistakes import without_traceback
+from recipes.command_line.model_card import model_card
 from recipes.command_line.taken import taken
 from recipes.data.files import refuse_unless_new
 
@@ -52,10 +53,13 @@ def export(checkpoint: Path, folder: Path, config: Path | None = None) -> float:
         MisconfigurationException: a file is missing, the two don't belong together, or the folder holds something.
     """
     refuse_unless_new(folder)
-    module = trained(checkpoint, config or checkpoint.parent.parent / "config.yaml")
+    config = config or checkpoint.parent.parent / "config.yaml"
+    module = trained(checkpoint, config)
     clip = module.clip
     expected = features(module.net, clip.preprocess_val, clip.tokenizer)
     write(module, folder)
+    run, _ = taken(yaml.safe_load(config.read_text(encoding="utf-8")))
+    model_card(module.model_name, module.lora, run, module.task, "open_clip").save(folder / "README.md")
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     actual = features(model.eval(), preprocess, open_clip.get_tokenizer(f"local-dir:{folder}"))
     difference = (actual - expected).abs().max().item()

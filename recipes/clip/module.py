@@ -22,6 +22,8 @@ class ClipModule(RecipeModule):
         kwargs: of :class:`recipes.training.module.RecipeModule`: the optimizer's settings.
     """
 
+    task = "zero-shot-image-classification"
+
     def __init__(
         self,
         model: str,

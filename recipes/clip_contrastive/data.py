@@ -127,6 +127,10 @@ class ContrastiveData(ResumableData):
         sampler = PictureBatchSampler(len(pictures), batch_size, self.seed, shuffle=training, **ranks)
         return self.whole_batches(batches, sampler)
 
+    @override
+    def sizes(self) -> str:
+        return f"{super().sizes()}, test {self.division.own('test') or len(self._chosen('test'))}"
+
     # -- which pictures
 
     @override

@@ -1,5 +1,6 @@
 """The command line that all recipes share."""
 
+import os
 import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
@@ -17,7 +18,7 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -25,12 +26,16 @@ from lightning_flatlora import Requeue
 from recipes.command_line.arguments import refuse_unknown_fields, taken_apart
 from recipes.command_line.checkpoints import LAST_IF_ANY, differing_settings, last_checkpoint, settings_of_run
 from recipes.command_line.configs import is_method, listed, methods_of, settings_help
+from recipes.command_line.model_card import model_card
 from recipes.command_line.precision import fast_precision
 from recipes.command_line.progress import progress_bar
 from recipes.command_line.taken import Settings
 from recipes.data.files import set_aside
 from recipes.training.module import RecipeModule
 from recipes.training.ranks import gathered
+
+_OF_FOLDERS = ("CSVLogger", "TensorBoardLogger")
+"""Loggers that write into save_dir/name/version."""
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -87,6 +92,7 @@ class RecipeCLI(LightningCLI):
         self._recipe = recipe
         self._run: Settings = {}
         self._goes_on = False
+        self._place: Path | None = None
         super().__init__(
             RecipeModule,
             L.LightningDataModule,
@@ -144,10 +150,22 @@ class RecipeCLI(LightningCLI):
         self._set_rho(settings)
         self._choose_precision(settings.trainer)
         refuse_unknown_fields(settings.model.get("init_args", {}).get("lora"))
+        self._place = self._place_in_run(settings)
         for logger in listed(settings.trainer.logger):
             arguments = getattr(logger, "init_args", {})
-            if "name" in arguments and arguments["name"] is None:
-                arguments["name"] = settings.run_name
+            if "name" not in arguments or arguments["name"] is not None:
+                continue
+            arguments["name"] = settings.run_name
+            if self._place and logger.class_path.endswith(_OF_FOLDERS):
+                *parents, arguments["name"], arguments["version"] = self._place.parts
+                arguments["save_dir"] = str(Path(*parents))
+
+    def _place_in_run(self, settings: Namespace) -> Path | None:
+        """Return the folder, within that of its run, of a checkpoint's evaluation; None if it can't be written."""
+        if self.subcommand == "fit" or not self._run:
+            return None
+        run = Path(settings.ckpt_path).expanduser().resolve().parent.parent
+        return run / str(self.subcommand) if os.access(run, os.W_OK) else None
 
     def _choose_precision(self, trainer: Namespace) -> None:
         # A precision with a plugin for it is an error of the Trainer's.
@@ -184,6 +202,8 @@ class RecipeCLI(LightningCLI):
         checkpoint: Any = self._get(self.config_init, "ckpt_path") if self._goes_on else None
         for saver in savers if checkpoint else []:
             saver.dirpath = saver.dirpath or str(Path(checkpoint).parent)
+        if self._place:
+            rank_zero_only(set_aside)(self._place)  # of an earlier evaluation, which a CSVLogger would delete
         # Each run has its own, in which Lightning under SLURM finds no checkpoint of another run.
         folders = [getattr(each, "log_dir", None) for each in listed(settings.logger)]
         folder = settings.default_root_dir or next(filter(None, folders), None)
@@ -208,16 +228,30 @@ class RecipeCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         self.model.chosen_optimizer = self._get(self.config_init, "optimizer")
         self.model.chosen_scheduler = self._get(self.config_init, "lr_scheduler")
-        if self.subcommand == "fit" and self._run:
-            self._compare_with_run()
+        if self.subcommand == "fit":
+            now = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False))
+            base = str(getattr(self.model, "model_name", type(self.model).__name__))
+            self.model.adapter_card = str(model_card(base, self.model.lora, now, self.model.task, "peft"))
+            if self._run:
+                self._compare_with_run(now)
 
     def after_fit(self) -> None:
-        """Say where the run is, and what comes next; Lightning calls it."""
+        """Say where the run is, which checkpoint is best, and what comes next; Lightning calls it."""
         folder = self.trainer.log_dir  # every rank has to ask
         saver: Any = self.trainer.checkpoint_callback
         path = saver and (saver.best_model_path or saver.last_model_path)
-        if path:
-            rank_zero_info(f"The run is in {folder}. To test it: {self.parser.prog} test --ckpt_path {path}")
+        if not path:
+            return
+        is_best = saver.monitor is not None and saver.best_model_score is not None
+        figure = f", {saver.monitor} {saver.best_model_score:.4g}" if is_best else ""
+        division = getattr(self.datamodule, "division", None)
+        option = "test_dataset" if getattr(division, "own_datasets", None) else "test_split"
+        more = "" if division is None or division.is_wanted("test") else f" --data.{option} FILE"
+        rank_zero_info(
+            f"The run is in {folder}\n"
+            f"Its {'best' if is_best else 'last'} checkpoint: {path}{figure}\n"
+            f"Next: {self.parser.prog} test --ckpt_path {path}{more}"
+        )
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -226,9 +260,8 @@ class RecipeCLI(LightningCLI):
         They may name any class, and the recipes save none.
         """
 
-    def _compare_with_run(self) -> None:
+    def _compare_with_run(self, now: Settings) -> None:
         """Name what a fit that goes on has otherwise than its run; an evaluation on other data is meant to."""
-        now = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
         differences = "; ".join(differing_settings(self._run, now))
         problem = f"--ckpt_path {self._get(self.config, 'ckpt_path')} is of a run with other settings: {differences}"
         if differences and self._goes_on:

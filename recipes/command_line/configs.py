@@ -1,5 +1,6 @@
 """The YAML files that come with the recipes: a base for each recipe, and overlays to lay over it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,15 @@ import yaml
 RECIPES = Path(__file__).parent.parent
 _NO_METHODS = ("AdapterCheckpoint", "FlatnessMonitor", "Requeue")
 """Callbacks of the package that leave the training as it is."""
+_MATTER = (
+    "data.dataset",
+    "model.model",
+    "model.lora.r",
+    "model.learning_rate",
+    "data.batch_size",
+    "trainer.max_epochs",
+)
+"""The settings that ``--help`` begins with, besides the method and its rho."""
 
 
 def base_file(recipe: str) -> Path:
@@ -31,17 +41,36 @@ def methods_of(recipe: str) -> list[str]:
 
 
 def settings_help(recipe: str) -> tuple[str, str]:
-    """Return texts for users: the settings of a recipe's model and data with defaults, and the files there are."""
-    base = base_file(recipe)
-    settings = base.read_text(encoding="utf-8").partition("\nmodel:")[2] if base.exists() else ""
+    """Return texts for users: what comes before the list of all options in ``--help``, and the files there are.
+
+    The first one has what the recipe is, three commands, the settings that matter, and all of the model and the data.
+    """
     files: list[Path] = []
     for folder in (RECIPES / recipe, RECIPES / "configs"):
         files += sorted(folder.rglob("*.yaml"))
     names = "\n  ".join(map(str, files))
-    return (
-        f"Settings, given as --model.NAME and --data.NAME, with their defaults:\n\nmodel:{settings}",
-        f"Configurations for --config; base.yaml is read first:\n  {names}",
-    )
+    return _about(recipe), f"Configurations for --config; base.yaml is read first:\n  {names}"
+
+
+def _about(recipe: str) -> str:
+    path = base_file(recipe)
+    if not path.exists():
+        return ""
+    base, rho = path.read_text(encoding="utf-8"), method_file(recipe, "efmlora").read_text(encoding="utf-8")
+    header = base.partition("seed_everything:")[0].replace("# ", "")
+    lines = [_described(base, name) for name in _MATTER]
+    lines += [f"  --{'method':<22} lora     one of {', '.join(methods_of(recipe))}", _described(rho, "rho")]
+    every = "\nAll settings of the model and the data, given as --model.NAME and --data.NAME:\n\nmodel:"
+    matter = f"{header}The settings that matter, with their defaults:"
+    return "\n".join([matter, *lines, every + base.partition("\nmodel:")[2]])
+
+
+def _described(text: str, option: str) -> str:
+    """Return a line with an option, its default and its comment, as a text in YAML has them."""
+    part, _, name = option.rpartition(".")
+    section = text[text.index(f"\n{part.partition('.')[0]}") :]
+    default, comment = re.findall(rf"\n +{name}: (\S+) # (.+)", section)[0]
+    return f"  --{option:<22} {default:<8} {comment}"
 
 
 def written_settings(saved: Path) -> dict[str, Any]:

@@ -21,7 +21,13 @@ _HINTS = (
     "The dirpath has changed",  # of every run that goes on
     r"\s*By default only one JsonargparseDeprecationWarning",
     r"\s*``instantiate_classes`` was deprecated",
+    "The '.*_dataloader' does not have many workers",  # the recipes' own numbers suit their data
+    "Checkpoint directory .* exists and is not empty",  # of a run that comes back
 )
+_REMARKS = ("💡 Tip", "TPU available", "Loading `train_dataloader` to estimate", "Failed to load CPU gemm_4bit_forward")
+"""How the lines begin that others log in every run, and that tell its user nothing."""
+_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "bitsandbytes.backends.cpu.ops")
+"""Who logs them: a logger's filter sees nothing of other loggers."""
 _FORM = "{desc}{n_fmt} of {total_fmt}, {elapsed}<{remaining}{postfix}"
 
 
@@ -83,14 +89,18 @@ def without_hints() -> None:
     """Silence what other libraries say in every run, and that tells its user nothing."""
     for message in _HINTS:
         warnings.filterwarnings("ignore", message=message)
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_tells_something)
+
+
+def _tells_something(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_REMARKS)
 
 
 def quiet() -> None:
-    """Silence in a demo also Lightning's remarks on devices, workers and folders."""
+    """Silence in a demo also Lightning's remarks on devices."""
     without_hints()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*exists and is not empty.*"):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def is_live() -> bool:

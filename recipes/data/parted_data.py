@@ -159,6 +159,11 @@ class PartedData(ResumableData):
         """Return rows of `predict` as a batch."""
         return columns(rows, list(rows[0]))
 
+    @override
+    def sizes(self) -> str:
+        # A fit does not set the test up, and reads no split of its own.
+        return f"{super().sizes()}, test {self.own_splits['test'] or len(self.rows('test'))}"
+
     # -- which rows
 
     @override

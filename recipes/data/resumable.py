@@ -64,6 +64,10 @@ class ResumableData(L.LightningDataModule):
         """Return the batches of a part."""
         raise NotImplementedError
 
+    def sizes(self) -> str:
+        """Return how many examples each part of a fit has, in words."""
+        return ", ".join(f"{part} {len(rows)}" for part, rows in self.parts.items())
+
     @override
     def train_dataloader(self) -> LateLoader:
         return self.resumed(self.loader("train"))

@@ -13,11 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from recipes.command_line.configs import written_settings
+from recipes.command_line.model_card import model_card
 from recipes.command_line.taken import runs_no_code
 from recipes.data.files import refuse_unless_new
 from recipes.language.joint_attention import join_attention, split_attention
 from recipes.language.model import DType, ending, load_pretrained, load_tokenizer
-from recipes.language.model_card import model_card
 from recipes.language.templates import TemplateEncoder, read_template
 
 
@@ -46,13 +46,15 @@ def export(adapter: Path, folder: Path, dtype: DType = "auto", base: str | None 
         # What the run was trained with has to be what others ask with.
         tokenizer.chat_template = _template(data["chat_template"])
     # Programs load a vision-language model together with its image processor.
-    if "image" in getattr(whole, "input_modalities", ()):
+    has_images = "image" in getattr(whole, "input_modalities", ())
+    if has_images:
         load_pretrained(AutoProcessor, base).save_pretrained(folder)
     if isinstance(tokenizer.chat_template, str):
         _end_answers(whole, tokenizer, data.get("template_arguments"))
     whole.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    model_card(base, model.peft_config["default"], run).save(folder / "README.md")
+    task = "image-text-to-text" if has_images else "text-generation"
+    model_card(base, vars(model.peft_config["default"]), run, task, "transformers").save(folder / "README.md")
     print(f"The merged model is in {folder}")
 
 

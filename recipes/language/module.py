@@ -133,6 +133,7 @@ class LanguageModel(PretrainedModel):
         kwargs: of :class:`PretrainedModel`: the model and the optimizer's settings.
     """
 
+    task = "text-generation"
     label_smoothing = 0.0  # of the loss of training only
 
     def __init__(

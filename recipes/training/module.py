@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.cli import LightningCLI, instantiate_class
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 from typing_extensions import override
 
+from recipes.data.resumable import ResumableData
 from recipes.training.predictions import PredictionWriter
 from recipes.training.sharding import check_strategy, shard
 
@@ -29,6 +30,8 @@ Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 BARE: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 """Arguments of a Trainer for programs that keep what they need themselves."""
 _SCHEDULE = "--lr_scheduler"
+_FEW = 20
+"""Optimizer steps, below which a fit warns that these are few."""
 
 
 def refuse_paths_outside(checkpoint: dict[str, Any]) -> None:
@@ -69,6 +72,8 @@ class RecipeModule(L.LightningModule):
         lora: fields of peft's LoraConfig.
         quantization: the format of the frozen weights.
         writer: what writes the file of predictions; None where nothing is predicted.
+        task: the Hub's name of what the model does.
+        adapter_card: what AdapterCheckpoint writes as README.md next to the adapter; None leaves that to peft.
         chosen_optimizer: in place of AdamW, as LightningCLI gives it: ``class_path`` and ``init_args``. It gets the
             same parameters; ``learning_rate``, ``weight_decay``, ``betas`` and ``eps`` have no effect then.
         chosen_scheduler: in place of the recipe's schedule, in the same form; LightningCLI's are stepped once an epoch.
@@ -77,6 +82,8 @@ class RecipeModule(L.LightningModule):
     lora: Any = None
     quantization: str | None = None
     writer: PredictionWriter | None = None
+    task: str | None = None
+    adapter_card: str | None = None
     chosen_optimizer: Any = None
     chosen_scheduler: Any = None
     _cut: Any = None
@@ -152,6 +159,20 @@ class RecipeModule(L.LightningModule):
             lora = self.net.active_peft_config
             settings = f"rank {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}"
             rank_zero_info(f"LoRA of {settings} on {len(self.net.base_model.targeted_module_names)} layers")
+        self._tell_size(steps)
+
+    def _tell_size(self, steps: float) -> None:
+        """Print how many optimizer steps the run has, and examples the parts of its data; warn of few steps."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ResumableData) and self.trainer.is_global_zero:
+            rank_zero_info(f"Data: {data.sizes()}")
+        done = f", {self.trainer.global_step} of them done" if self.trainer.global_step else ""
+        rank_zero_info(f"{'No limit of' if math.isinf(steps) else steps} optimizer steps{done}")
+        if steps < _FEW and not getattr(self.trainer, "fast_dev_run", False):
+            rank_zero_warn(
+                f"Only {steps} optimizer steps, in which little is learnt: lower --data.batch_size or "
+                "--trainer.accumulate_grad_batches, or raise --trainer.max_epochs"
+            )
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -35,6 +35,8 @@ class VQA(LanguageModel):
         MisconfigurationException: all weights are to be trained, in another dtype than float32 or quantized.
     """
 
+    task = "image-text-to-text"
+
     def __init__(
         self,
         model: str | None = None,

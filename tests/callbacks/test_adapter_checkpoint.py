@@ -205,6 +205,15 @@ def test_a_link_is_written_as_a_file(tmp_path: Path) -> None:
 # -- the peft folder next to a checkpoint
 
 
+def test_a_modules_card_takes_the_place_of_pefts_form(tmp_path: Path) -> None:
+    for card, expected in ((None, "More Information Needed"), ("# Mine", "# Mine")):
+        module, callbacks, _ = build("efmlora", net=wide_net())
+        module.adapter_card = card
+        fit(tmp_path / str(card), module, [*callbacks, saver(tmp_path / str(card))])
+        assert expected in (tmp_path / str(card) / "step=12" / "README.md").read_text()
+    assert (tmp_path / "# Mine" / "step=12" / "README.md").read_text() == "# Mine"
+
+
 def train(folder: Path, *callbacks: L.Callback, **kwargs: Any) -> Any:
     module = Classifier()
     fit(folder, module, [*callbacks], **kwargs)

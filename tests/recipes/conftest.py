@@ -33,8 +33,9 @@ OF_SHORT_RUNS = (
     ".*is smaller than the logging interval",
     ".*could not find the monitored key",
     "Precision bf16-mixed is not supported by the model summary",
+    "Only .* optimizer steps",  # the recipes' own
 )
-"""What Lightning remarks of runs of a few steps, and of those that go on in another folder."""
+"""What is remarked of runs of a few steps, and of those that go on in another folder."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

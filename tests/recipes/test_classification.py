@@ -149,7 +149,7 @@ def test_texts_are_classified(tiny: str, animals: str, tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
     file.write_text("\n".join(texts))
     model = run("predict", tiny, animals, f"--ckpt_path={saved}", f"--data.predict_file={file}").model
-    (found,) = tmp_path.glob("runs/classification/lora/*/predictions.jsonl")
+    (found,) = tmp_path.glob("runs/classification/lora/version_0/predict/predictions.jsonl")
     rows = [json.loads(line) for line in found.read_text().splitlines()]
     assert [row["text"] for row in rows] == texts
     for row in rows:
@@ -168,7 +168,7 @@ def test_numbers_are_predicted_for_pairs(tiny: str, jsonl: Any, tmp_path: Path) 
     file = tmp_path / "pairs.csv"
     file.write_text("one,other\nA,B\nC,D\n")
     run("predict", tiny, dataset, *options, f"--ckpt_path={saved}", f"--data.predict_file={file}")
-    (found,) = tmp_path.glob("runs/classification/*/*/predictions.jsonl")
+    (found,) = tmp_path.glob("runs/classification/*/version_0/predict/predictions.jsonl")
     first, second = (json.loads(line) for line in found.read_text().splitlines())
     assert (first["one"], first["other"], second["one"]) == ("A", "B", "C")
     assert isinstance(first["number"], float)

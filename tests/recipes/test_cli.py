@@ -250,11 +250,54 @@ def test_every_command_has_the_settings_of_the_checkpoints_run(config: str) -> N
 
 
 def test_a_fit_tells_where_it_is_and_what_comes_next(config: str, caplog: pytest.LogCaptureFixture) -> None:
-    run("fit", config)
-    (told,) = [message for message in caplog.messages if message.startswith("The run is in runs/tiny/version_0. To")]
-    file = told.rpartition("test --ckpt_path ")[2]
+    fitted = run("fit", config, "--trainer.callbacks.monitor=val_loss")
+    (told,) = [message for message in caplog.messages if message.startswith("The run is in runs/tiny/version_0")]
+    _, best, after = told.splitlines()
+    file = after.rpartition("test --ckpt_path ")[2]
+    assert best == f"Its best checkpoint: {file}, val_loss {fitted.trainer.callback_metrics['val_loss']:.4g}"
     tested = run("test", config, f"--ckpt_path={file}")
     assert tested.trainer.callback_metrics["test_loss"] > 0
+
+
+@pytest.mark.filterwarnings("default:Only .* optimizer steps:UserWarning")
+def test_a_fit_begins_with_its_steps_and_warns_of_few(config: str, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.warns(UserWarning, match="^Only 4 optimizer steps"):
+        run("fit", config)
+    run("fit", config, "--trainer.max_epochs=5", "--ckpt_path=last")
+    assert [each for each in caplog.messages if "optimizer" in each] == [
+        "4 optimizer steps",
+        "20 optimizer steps, 4 of them done",
+    ]
+    run("fit", config, "--trainer.fast_dev_run=true", "--trainer.enable_checkpointing=false")
+
+
+def test_an_evaluation_is_written_into_the_folder_of_its_run(config: str, tmp_path: Path) -> None:
+    run("fit", config)
+    folder = tmp_path / "runs/tiny/version_0"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    file = tmp_path / "free.yaml"
+    settings = json.loads(Path(config).read_text())
+    settings["trainer"]["logger"][0]["init_args"]["name"] = None
+    file.write_text(json.dumps({**settings, "run_name": "tiny"}))
+    for epochs in (1, 2):
+        run("test", str(file), "--ckpt_path=last", f"--trainer.max_epochs={epochs}")
+    assert {path.name for path in folder.iterdir()} == {*(path.relative_to(folder).parts[0] for path in before)} | {
+        "test",
+        "test-1",
+    }
+    assert [path.name for path in folder.parent.iterdir()] == ["version_0"]
+    assert all(path.read_bytes() == content for path, content in before.items())
+    for name, epochs in (("test", 2), ("test-1", 1)):
+        assert "test_loss" in (folder / name / "metrics.csv").read_text()
+        assert f"max_epochs: {epochs}" in (folder / name / "config.yaml").read_text()
+
+
+def test_the_adapters_folder_has_a_card_of_its_run(config: str) -> None:
+    run("fit", config, "--trainer.callbacks+=lightning_flatlora.EFMLoRA", "--trainer.callbacks.rho=0.125")
+    card = Path("runs/tiny/version_0/checkpoints/last/README.md").read_text()
+    for line in ("library_name: peft", "# Tiny, fine-tuned with EFMLoRA", "rho: 0.125", "learning_rate: 0.1"):
+        assert line in card
+    assert "More Information Needed" not in card
 
 
 def test_fast_dev_run_leaves_no_file(config: str, tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ def test_a_run_is_exported(method: str, small_clip: str, pictures: str, tmp_path
     checkpoint = folder / "checkpoints" / "last.ckpt"
     capsys.readouterr()
     export_main(checkpoint, Path("exported"))
+    assert "library_name: open_clip" in Path("exported/README.md").read_text()
     assert "local-dir:exported" in capsys.readouterr().out
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]
     plain = open_clip.create_model(small_clip).state_dict()

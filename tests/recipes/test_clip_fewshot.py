@@ -148,7 +148,7 @@ def test_a_run_follows_the_protocol(tiny_clip: str, images: Path, tmp_path: Path
     assert tested["test_calibration_error"].item() == pytest.approx(result["test"]["calibration_error"], rel=1e-5)
     # Stopped in its last test, a run has no validation after its resumption.
     run("fit", method, tiny_clip, images, fast, checkpoint)
-    resumed = json.loads((folder.parent / "version_2" / "result.json").read_text())
+    resumed = json.loads((folder.parent / "version_1" / "result.json").read_text())
     for part in ("zero_shot", "validation", "test"):
         assert resumed[part] == result[part] != {}
     assert export(folder / "checkpoints" / "last.ckpt", tmp_path / "plain") < 1e-5  # as open_clip loads it

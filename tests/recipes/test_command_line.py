@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from one_command import ParsingCLI
 from recipe_runs import config_arguments
 
 from recipes.command_line.arguments import names_method
-from recipes.command_line.configs import RECIPES, is_method, method_file
+from recipes.command_line.configs import RECIPES, base_file, is_method, method_file, settings_help
+
+RECIPE_NAMES = ("classification", "clip_contrastive", "clip_fewshot", "instruction_tuning", "nlg", "vqa")
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
@@ -159,6 +162,19 @@ def test_a_wrong_field_of_lora_is_refused_before_anything_is_loaded(wrong: str, 
     assert parsed("fit", "--model.lora.projections=[q]", recipe="clip_contrastive")
 
 
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+def test_a_base_has_every_setting_of_model_and_data(recipe: str) -> None:
+    """Since the help and the pages show it as all settings."""
+    settings = parsed("fit", recipe=recipe)
+    base = yaml.safe_load(base_file(recipe).read_text())
+    for part in ("model", "data"):
+        missing = vars(settings[part].init_args).keys() - base[part]["init_args"].keys()
+        # What VQA compares is its validation_answers.
+        assert missing <= ({"exact_match_examples"} if recipe == "vqa" else set())
+    matter = settings_help(recipe)[0].partition("\n\n")[0].splitlines()[-8:]
+    assert all(line.startswith("  --") for line in matter)
+
+
 # Help imports whatever may be an optimizer or a logger, also what lacks a library.
 @pytest.mark.filterwarnings("ignore")
 def test_help_has_the_settings_of_model_and_data_and_the_files(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +182,11 @@ def test_help_has_the_settings_of_model_and_data_and_the_files(capsys: pytest.Ca
         parsed("fit", "--help", recipe="vqa")
     shown = capsys.readouterr().out
     settings, _, others = shown.partition("options:")
-    for setting in ("learning_rate: ", "dataset: ", "r: 8"):
+    head = settings.partition("\n\nAll settings")[0].splitlines()
+    assert len(head) <= 15
+    for start in ("usage: ", "  python -m recipes.vqa fit", "  --data.dataset ", "  --rho                    0.2 "):
+        assert any(line.startswith(start) for line in head), start
+    for setting in ("learning_rate: ", "dataset: ", "r: 8", "chat_template: ", "questions: "):
         assert setting in settings
     assert "--trainer.max_epochs" in others
     for path in [*RECIPES.glob("vqa/**/*.yaml"), *RECIPES.glob("configs/**/*.yaml")]:

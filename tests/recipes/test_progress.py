@@ -1,7 +1,9 @@
 """What a log shows of long work: how far it is, and that it is done."""
 
+import logging
 import warnings
 
+import lightning as L
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar
 
@@ -47,3 +49,16 @@ def test_what_others_say_in_every_run_is_silent_and_nothing_else() -> None:
         warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated", UserWarning, stacklevel=1)
         with pytest.raises(UserWarning, match="is deprecated"):
             warnings.warn("This argument is deprecated", UserWarning, stacklevel=1)
+
+
+def test_a_trainers_tips_are_silent_and_its_other_lines_are_not(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch.utilities.rank_zero"), "filters", [])
+    L.Trainer(accelerator="cpu", logger=False)
+    assert any("Tip" in message for message in caplog.messages)
+    caplog.clear()
+    without_hints()
+    L.Trainer(accelerator="cpu", logger=False)
+    assert any(message.startswith("GPU available") for message in caplog.messages)
+    assert not any("Tip" in message or "TPU" in message for message in caplog.messages)

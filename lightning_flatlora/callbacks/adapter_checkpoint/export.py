@@ -102,6 +102,9 @@ def _save_adapters(module: nn.Module, state: Mapping[str, Any], folder: Path, fi
                 torch.save({"model": factors}, place / "lit_model.pth.lora")
             else:
                 _save_tensors(factors, place / "factors.safetensors")
+    card = getattr(module, "adapter_card", None)
+    if hosts and card is not None:  # in place of the form that peft leaves to be filled in
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _save_injected(host: Any, state: dict[str, Any], folder: Path) -> None:

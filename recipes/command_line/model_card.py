@@ -1,4 +1,4 @@
-"""The model card of an exported run."""
+"""The model card of a run's adapter, and of an exported model."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftConfig
 
 from recipes.command_line.configs import methods_of_run
 
@@ -15,34 +14,39 @@ _LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_mo
 _SETTINGS = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
 
 
-def model_card(base: str, adapter: PeftConfig, run: dict[str, Any]) -> ModelCard:
+def model_card(base: str, lora: Any, run: dict[str, Any], task: str | None, library: str) -> ModelCard:
     """Return a text in the Hub's form that says how a model was made.
 
     Args:
         base: the model that was trained on.
-        adapter: its LoRA.
+        lora: fields of its LoRA's configuration; None without an adapter.
         run: the run's settings, as LightningCLI writes them into ``config.yaml``; empty if they are not known.
+        task: the Hub's name of what the model does.
+        library: that loads the files: "peft" for the adapter itself, another one for a whole model.
     """
     methods = list(methods_of_run(run))
     if "rho" in (run.get("model", {}).get("init_args") or {}):
         methods.append("FMLoRA")  # of FMLoRAModule
     settings = {
-        "lora": {field: getattr(adapter, field, None) for field in _LORA},
+        "lora": {field: (lora or {}).get(field) for field in _LORA},
         **{part: run.get(part) for part in _SETTINGS},
-        "versions at the export": {package: version(package) for package in _PACKAGES},
+        "versions": {package: version(package) for package in _PACKAGES},
     }
     dataset = (run.get("data", {}).get("init_args") or {}).get("dataset") or ""
     header = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
+        library_name=library,
+        pipeline_tag=task,
         # Names that are not the Hub's would be links to nothing, or show folders of this machine.
         base_model=base if _is_on_hub(base) else None,
         datasets=[dataset] if _is_on_hub(dataset) else None,
         tags=["lora", "flatlora"],
     )
+    made = "The LoRA adapter, for" if library == "peft" else "The LoRA adapter, merged into the weights of"
+    if lora is None:
+        methods, made = methods or ["all weights"], "All weights, trained from"
     text = (
         f"# {Path(base).name}, fine-tuned with {' and '.join(methods) or 'LoRA'}\n\n"
-        f"The LoRA adapter of a run of lightning-flatlora, merged into the weights of `{_shown(base)}`.\n\n"
+        f"{made} `{_shown(base)}`, of a run of lightning-flatlora.\n\n"
         f"```yaml\n{yaml.safe_dump(_shown(settings), sort_keys=False)}```\n\n"
         "FMLoRA and EFMLoRA are the methods of [arXiv 2508.00522](https://arxiv.org/abs/2508.00522)."
     )
