@@ -165,9 +165,11 @@ def test_lightnings_own_files_resume_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [saver, ModelCheckpoint])
 def test_files_with_only_weights_have_the_averages(tmp_path: Path, make: Any) -> None:
-    module = Classifier()
+    module, plain = Classifier(), Classifier()
+    fit(tmp_path, plain, [])
     save = make(tmp_path, save_weights_only=True, save_last=True, every_n_train_steps=12, filename="{step}")
     fit(tmp_path, module, [AdapterAveraging(0.8), save])
+    assert not same(weights(module), weights(plain))
     for name in ("step=12.ckpt", "last.ckpt"):
         for key, value in state(tmp_path / name).items():
             assert same(value, module.state_dict()[key])
