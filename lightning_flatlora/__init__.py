@@ -1,5 +1,6 @@
 """Flat minima for LoRA fine-tuning in PyTorch Lightning: FMLoRA and EFMLoRA (arXiv 2508.00522)."""
 
+from lightning_flatlora.callbacks import AdapterAveraging as AdapterAveraging
 from lightning_flatlora.callbacks import AdapterCheckpoint as AdapterCheckpoint
 from lightning_flatlora.callbacks import EFMLoRA as EFMLoRA
 from lightning_flatlora.callbacks import FlatnessMonitor as FlatnessMonitor

@@ -14,7 +14,7 @@ from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_flatlora import baselines, callbacks
-from lightning_flatlora.callbacks.adapter_checkpoint import SavesAdapters
+from lightning_flatlora.callbacks.adapter_checkpoint.callback import SavesAdapters
 from lightning_flatlora.module import FMLoRASteps
 
 
@@ -24,6 +24,10 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
 
 class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
     """:class:`lightning_flatlora.AdapterCheckpoint` over ``pytorch_lightning``'s ModelCheckpoint."""
+
+
+class AdapterAveraging(callbacks.AdapterAveraging, Callback):
+    """:class:`lightning_flatlora.AdapterAveraging`."""
 
 
 class EFMLoRA(callbacks.EFMLoRA, Callback):

@@ -71,7 +71,7 @@ def wrapping_problems(model: nn.Module, unsynchronized: Sequence[str], *, takes_
     if megatron_runs or any(is_of("megatron", module) for module in modules):
         unsupported.append("Megatron")
     if not takes_fsdp1 and FullyShardedDataParallel.fsdp_modules(model):
-        unsupported.append("FSDP1 outside of Lightning's Trainer")
+        unsupported.append("FSDP1")
     if any(isinstance(module, DataParallel) for module in modules):
         unsupported.append("DataParallel")
     if sharded and not (by_fsdp and all(parameter.device_mesh.ndim == 1 for parameter in sharded)):

@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lightning_flatlora import Perturbation, find_pairs
-from lightning_flatlora.pairs import LoRAPair
+from lightning_flatlora.pairs.lora_pair import LoRAPair
 
 RHO = 0.3
 

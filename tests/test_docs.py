@@ -146,6 +146,7 @@ def test_the_configurations_of_a_page_make_its_callback(name: str, monkeypatch: 
 
 
 PROGRAMS = ("diff of plain PyTorch", "fabric", "transformers", "callback", "fused", "FMLoRA", "FMLoRA in transformers")
+PROGRAMS += ("unlearning",)
 
 
 @pytest.mark.parametrize("index", range(len(PROGRAMS)), ids=PROGRAMS)
@@ -182,7 +183,7 @@ def test_the_programs_for_other_loops_run(index: int, tmp_path: Path, monkeypatc
         return
     steps = {"transformers": 4}
     assert names["flat"].step == steps.get(PROGRAMS[index], 10)
-    assert names["flat"].perturbation.may_be_nonzero == (PROGRAMS[index] != "FMLoRA")
+    assert names["flat"].perturbation.may_be_nonzero == (PROGRAMS[index] not in ("FMLoRA", "unlearning"))
     assert (tmp_path / "out" / "checkpoint-4").exists() == (PROGRAMS[index] == "transformers")
 
 

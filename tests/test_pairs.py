@@ -23,7 +23,8 @@ from peft.tuners.xlora.model import convert_layers_to_xlora
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from lightning_flatlora.pairs import NoPairsError, find_pairs
+from lightning_flatlora.pairs import find_pairs
+from lightning_flatlora.pairs.lora_pair import NoPairsError
 from lightning_flatlora.wrappers import clean_name
 
 

@@ -8,7 +8,7 @@ from perturbation_models import RHO, backward, fresh, model_and_pairs, slices
 from torch import Tensor
 
 from lightning_flatlora import Perturbation, find_pairs
-from lightning_flatlora.pairs import LoRAPair
+from lightning_flatlora.pairs.lora_pair import LoRAPair
 
 
 def full(pair: LoRAPair, E: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_flatlora import Perturbation, loops
-from lightning_flatlora.pairs import LoRAPair
+from lightning_flatlora.pairs.lora_pair import LoRAPair
 
 
 def test_large_models_are_computed_in_parts_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:

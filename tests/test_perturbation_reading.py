@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from lightning_flatlora import Perturbation, find_pairs
-from lightning_flatlora.pairs import LoRAPair
-from lightning_flatlora.pairs.lora_pair import readers_of
+from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of
 from lightning_flatlora.perturbed_read import clean
 
 # Where a pair is rows of a parameter, its E has not the parameter's shape.

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from lightning_flatlora import find_pairs, loops
 from lightning_flatlora.flatness.landscape import loss_at, random_direction
 from lightning_flatlora.flatness.sharpness import read
-from lightning_flatlora.pairs import NoPairsError
 from lightning_flatlora.pairs.finders import PairsByName
+from lightning_flatlora.pairs.lora_pair import NoPairsError
 
 WORDS, WIDTH, GROUPS, CHANNELS, RANK = 7, 4, 2, 6, 4
 LORA: Any = {"r": RANK, "lora_alpha": 8, "init_lora_weights": False}

@@ -55,6 +55,7 @@ METHODS = {
     "RandomPerturbation": lambda ours, others: others.RandomPerturbation(0.3),
     "BiLoRA": lambda ours, others: others.BiLoRA(0.5),
     "BalancednessRegularization": lambda ours, others: others.BalancednessRegularization(1.0),
+    "AdapterAveraging": lambda ours, others: ours.AdapterAveraging(0.8),
 }
 
 
@@ -137,7 +138,7 @@ def test_the_other_librarys_checkpoint_callback_is_refused(tmp_path):
 def test_all_are_of_that_library():
     """A command line takes only callbacks of its own library, and checkpoints come last in a Trainer's list."""
     defined = [each for each in vars(flatlora).values() if getattr(each, "__module__", "") == flatlora.__name__]
-    assert len(defined) == 11
+    assert len(defined) == 12
     for each in defined:
         base = "LightningModule" if each is flatlora.FMLoRAModule else "Callback"
         assert issubclass(each, getattr(pytorch_lightning, base))

@@ -1,9 +1,9 @@
-"""Lightning callbacks: the methods, checkpoints of adapters, jobs that come back, and the monitor of flatness."""
+"""Lightning callbacks: the methods, checkpoints and averages of adapters, jobs that come back, the monitor."""
 
-from lightning_flatlora.callbacks.adapter_checkpoint.callback import AdapterCheckpoint
-from lightning_flatlora.callbacks.adapter_checkpoint.transfer import load_adapter_checkpoint
-from lightning_flatlora.callbacks.flatness_monitor import FlatnessMonitor
-from lightning_flatlora.callbacks.fmlora import EFMLoRA, FMLoRA
-from lightning_flatlora.callbacks.requeue import Requeue
-
-__all__ = ["AdapterCheckpoint", "EFMLoRA", "FMLoRA", "FlatnessMonitor", "Requeue", "load_adapter_checkpoint"]
+from lightning_flatlora.callbacks.adapter_checkpoint.callback import AdapterCheckpoint as AdapterCheckpoint
+from lightning_flatlora.callbacks.adapter_checkpoint.transfer import load_adapter_checkpoint as load_adapter_checkpoint
+from lightning_flatlora.callbacks.averaging import AdapterAveraging as AdapterAveraging
+from lightning_flatlora.callbacks.flatness_monitor import FlatnessMonitor as FlatnessMonitor
+from lightning_flatlora.callbacks.fmlora import EFMLoRA as EFMLoRA
+from lightning_flatlora.callbacks.fmlora import FMLoRA as FMLoRA
+from lightning_flatlora.callbacks.requeue import Requeue as Requeue

@@ -16,7 +16,7 @@ from lightning_flatlora.callbacks.passes import OnePass, TwoPasses, takes_no_ste
 from lightning_flatlora.callbacks.training_step import horizon_problems, takes_passes_itself
 from lightning_flatlora.methods.checks import optimizer_problems, refuse, say_start
 from lightning_flatlora.methods.step_method import StepMethod, TwoPassStep
-from lightning_flatlora.pairs import merge_problems
+from lightning_flatlora.pairs.peft_pairs import merge_problems
 from lightning_flatlora.perturbation.perturbation import Perturbation
 from lightning_flatlora.schedules import RhoSchedule
 

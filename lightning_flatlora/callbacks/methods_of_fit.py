@@ -13,7 +13,7 @@ from lightning_flatlora.callbacks.training_step import optimizer_steps
 from lightning_flatlora.methods.assignment import PairAssignment, assign_pairs
 from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.methods.step_method import StepMethod
-from lightning_flatlora.pairs import nothing_found, search_pairs
+from lightning_flatlora.pairs.find import nothing_found, search_pairs
 from lightning_flatlora.pairs.lora_pair import NoPairsError, PairSearch
 from lightning_flatlora.sharding import reshard
 

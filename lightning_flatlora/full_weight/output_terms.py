@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_flatlora.class_overlay import Overlay, set_class
-from lightning_flatlora.pairs import find_pairs, lora_layers
+from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, NoPairsError
+from lightning_flatlora.pairs.peft_pairs import lora_layers
 from lightning_flatlora.wrappers import bare, clean_name
 
 _TERMS = "_flatlora_terms"

@@ -19,8 +19,9 @@ from lightning_flatlora.methods.assignment import assign_pairs
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
 from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.methods.step_method import TwoPassStep
-from lightning_flatlora.pairs import find_pairs, merge_problems
+from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.pairs.lora_pair import readers_of
+from lightning_flatlora.pairs.peft_pairs import merge_problems
 from lightning_flatlora.patching import put_on_instance
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import clean

@@ -21,16 +21,13 @@ from torchmetrics import Metric
 
 PutBack = Callable[[], None]
 
+# The attributes that every module has: its parts, hooks and mode.
 _OF_TORCH = frozenset(vars(nn.Module()))
-"""The attributes that every module has: its parts, hooks and mode."""
-
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
-
+# Of buffers that are copied, in all.
 _MOST_BYTES = 2**26
-"""Of buffers that are copied, in all."""
-
+# Of a buffer of integers that is copied: larger ones are the packed weights of a quantizer, or a mask.
 _MOST_BYTES_OF_INTEGERS = 2**20
-"""Of a buffer of integers that is copied: larger ones are the packed weights of a quantizer, or a mask."""
 
 
 def random_state(device: torch.device) -> PutBack:

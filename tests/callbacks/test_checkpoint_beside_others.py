@@ -1,6 +1,8 @@
 """Checkpoints beside other callbacks, optimizers, ways to hold an adapter, and without a Trainer."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -12,7 +14,7 @@ from hostile_modules import of_hydra, two_linear, under_peft
 from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
 from pytorch_optimizer import Lookahead
 from quantized_bases import BASES
@@ -110,8 +112,27 @@ def test_what_would_fail_at_the_first_save_fails_at_the_start(tmp_path: Path) ->
         fit(tmp_path, module, [saver(tmp_path / "file" / "folder")])
 
 
-def test_lists_and_dicts_of_hydra_are_written_as_plain_ones(tmp_path: Path) -> None:
-    fit(tmp_path, Classifier(net=of_hydra()), [saver(tmp_path)])
+class Names(Sequence[str]):
+    """A list of another library."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.names[index]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def of_another_library() -> nn.Module:
+    config = LoraConfig(r=2, target_modules=Names(["0", "2"]), rank_pattern=MappingProxyType({"0": 3}))  # type: ignore[arg-type]
+    return get_peft_model(two_linear(), config)
+
+
+@pytest.mark.parametrize("make", [of_hydra, of_another_library])
+def test_other_lists_and_dicts_are_written_as_plain_ones(tmp_path: Path, make: Any) -> None:
+    fit(tmp_path, Classifier(net=make()), [saver(tmp_path)])
     config = LoraConfig.from_pretrained(str(tmp_path / "step=12"))
     assert (config.target_modules, config.rank_pattern, config.r) == ({"0", "2"}, {"0": 3}, 2)
 

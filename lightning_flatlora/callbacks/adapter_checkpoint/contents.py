@@ -17,8 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from lightning_flatlora.pairs import search_pairs
-from lightning_flatlora.pairs.find import pairs_from
+from lightning_flatlora.pairs.find import pairs_from, search_pairs
 from lightning_flatlora.pairs.lora_pair import Finder, all_factors
 from lightning_flatlora.wrappers import bare, clean_name
 

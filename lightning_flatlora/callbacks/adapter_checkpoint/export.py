@@ -7,7 +7,7 @@ nothing else is in it, and a folder that is not ours is never written into.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, MutableSequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -121,7 +121,8 @@ def _plain(value: Any) -> Any:
     """Replace other kinds of dicts and lists, such as OmegaConf's, which JSON can't write."""
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, MutableSequence) else value
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes | tuple)
+    return [_plain(each) for each in value] if is_list else value
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map_only
 from lightning_flatlora.callbacks.adapter_checkpoint import contents, export
 from lightning_flatlora.callbacks.both_lightnings import is_lightning
 from lightning_flatlora.methods.optimizers import parameters_of
-from lightning_flatlora.pairs import merge_problems
 from lightning_flatlora.pairs.lora_pair import Finder
+from lightning_flatlora.pairs.peft_pairs import merge_problems
 from lightning_flatlora.patching import put_on
 from lightning_flatlora.sharding import Sharding, is_sharded, sharding_of
 from lightning_flatlora.wrappers import clean_name

@@ -1,0 +1,112 @@
+"""AdapterAveraging: validate, save and return an average of the trained weights; the frozen base is never copied."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from typing_extensions import override
+
+from lightning_flatlora.methods.checks import integer_problems, refuse
+from lightning_flatlora.methods.optimizers import parameters_of
+from lightning_flatlora.schedules import is_size
+from lightning_flatlora.sharding import Sharding, reshard
+from lightning_flatlora.wrappers import wrapping_problems
+
+
+class AdapterAveraging(Callback):
+    """Average the weights that the optimizers train: adapters, ``modules_to_save``, heads.
+
+    A batch trains the training weights. At its end, after the optimizer's step, the module takes the averages until the
+    next batch starts. So validation, checkpoints and the folder of AdapterCheckpoint have the averages, and so has the
+    module after ``fit``. A checkpoint also holds the training weights, from which a run resumes exactly. After an error
+    the module has the training weights.
+
+    Averages are in float32 or float64, since 16 bits would round small changes away. Buffers, such as BatchNorm's
+    statistics, are not averaged. What changes trained weights between two batches, and not within one, is lost.
+
+    Args:
+        decay: the share of the old average in the new one, >= 0 and < 1: 0.99 averages about the last
+            ``1 / (1 - 0.99) = 100`` optimizer steps. None averages all steps with equal weights.
+        start_step: optimizer steps to leave out. Until then the module keeps the training weights.
+
+    Raises:
+        MisconfigurationException: values out of range (here); nothing is trained, or the strategy is not one device,
+            DDP or FSDP2 (when training starts).
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[AdapterAveraging(decay=0.99)], accelerator="cpu", logger=False)
+    """
+
+    def __init__(self, decay: float | None, start_step: int = 0) -> None:
+        problems = integer_problems("start_step", start_step, least=0)
+        if decay is not None and not (is_size(decay) and decay < 1):
+            problems.append(f"decay must be a number >= 0 and < 1, or None for equal weights, got {decay!r}")
+        refuse(self, problems)
+        self.decay, self.start_step = decay, start_step
+        self.load_state_dict({})
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a checkpoint's state, whole and on the CPU until training starts."""
+        self._step, self._count = state_dict.get("step", 0), state_dict.get("count", 0)
+        # By a parameter's place among those of the optimizers, by which these number their states, too.
+        self._averages: dict[int, Tensor] = state_dict.get("averages", {})
+        # The training weights while the module holds the averages, otherwise nothing.
+        self._aside: dict[int, Tensor] = state_dict.get("weights", {})
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what can't be averaged, and bring a state to where its parameters are."""
+        self._parameters = parameters_of(*trainer.optimizers)
+        problems = wrapping_problems(trainer.strategy.model or pl_module, [])
+        if not any(parameter.requires_grad for parameter in self._parameters):
+            problems.append("the optimizer has no parameter that requires a gradient: add an adapter, or unfreeze one")
+        refuse(self, problems)
+        # Of a later step is the state of another run, or of a checkpoint that was only evaluated.
+        if self._step > trainer.global_step:
+            self.load_state_dict({})
+        for values in (self._averages, self._aside):
+            for place, value in values.items():
+                parameter = self._parameters[place]
+                values[place] = Sharding().part(value.to(parameter.device), parameter)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._hold_averages(pl_module, False)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Average the weights if the batch has ended in an optimizer step, and put the averages into the module."""
+        if trainer.global_step > max(self._step, self.start_step):
+            self._step, self._parameters = trainer.global_step, parameters_of(*trainer.optimizers)
+            self._count += 1
+            share = 1 / self._count if self.decay is None else 1 - self.decay
+            for place, parameter in enumerate(self._parameters):
+                if parameter.requires_grad:
+                    weight = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+                    self._averages.setdefault(place, weight).lerp_(weight, share)
+        self._hold_averages(pl_module, True)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn == "fit":
+            self._hold_averages(pl_module, False)
+
+    def _hold_averages(self, pl_module: LightningModule, averages: bool) -> None:
+        """Let the module hold the averages, or else the training weights, unless it does already."""
+        if averages == bool(self._aside):
+            return
+        values = self._averages if averages else self._aside
+        self._aside = {place: self._parameters[place].detach().clone() for place in values} if averages else {}
+        reshard(pl_module)  # or the next pass would compute with the whole weights of before
+        for place, value in values.items():
+            self._parameters[place].data.copy_(value)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return averages and training weights, whole and on the CPU; under FSDP2 every rank must call this."""
+        state = {"step": self._step, "count": self._count, "averages": self._averages, "weights": self._aside}
+        return tree_map_only(Tensor, lambda value: Sharding().gather(value, value).cpu(), state)  # type: ignore[no-any-return]
