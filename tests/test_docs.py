@@ -18,10 +18,12 @@ from helpers import since_lightning
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from packaging.requirements import Requirement
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_flatlora
 from lightning_flatlora import EFMLoRA, flatness
 from recipes.command_line.cli import RecipeCLI
+from recipes.language.model import PACKAGED, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 API = ROOT / "docs" / "api"
@@ -145,10 +147,23 @@ def test_the_configurations_of_a_page_make_its_callback(name: str, monkeypatch: 
         assert any(isinstance(callback, EFMLoRA) for callback in cli.trainer.callbacks)
 
 
-PROGRAMS = ("diff of plain PyTorch", "fabric", "transformers", "callback", "fused", "FMLoRA", "FMLoRA in transformers")
-PROGRAMS += ("unlearning",)
+PROGRAMS = ("diff of plain PyTorch", "fabric", "transformers", "trl", "callback", "fused", "FMLoRA")
+PROGRAMS += ("FMLoRA in transformers", "unlearning")
 
 
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def tiny_of_hub(folder: Path) -> Path:
+    """A folder with the tokenizer of the page's model, and a smaller model."""
+    tokenizer = load_tokenizer(PACKAGED)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # trl's own
 @pytest.mark.parametrize("index", range(len(PROGRAMS)), ids=PROGRAMS)
 def test_the_programs_for_other_loops_run(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (API.parent / "other_loops.md").read_text(encoding="utf-8")
@@ -158,6 +173,9 @@ def test_the_programs_for_other_loops_run(index: int, tmp_path: Path, monkeypatc
     programs += re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(programs) == len(PROGRAMS)
     monkeypatch.chdir(tmp_path)
+    if PROGRAMS[index] == "trl":
+        pytest.importorskip("trl", reason="trl is not installed")
+        programs[index] = programs[index].replace(HUB_NAME, str(tiny_of_hub(tmp_path / "model")))
     names: dict[str, Any] = {}
     if PROGRAMS[index] == "fused":  # with the model of the first program
         exec(programs[0], names)
@@ -181,10 +199,10 @@ def test_the_programs_for_other_loops_run(index: int, tmp_path: Path, monkeypatc
             names["flat"] = trainer.flat
         assert names["flat"].step == 4
         return
-    steps = {"transformers": 4}
+    steps = {"transformers": 4, "trl": 4}
     assert names["flat"].step == steps.get(PROGRAMS[index], 10)
     assert names["flat"].perturbation.may_be_nonzero == (PROGRAMS[index] not in ("FMLoRA", "unlearning"))
-    assert (tmp_path / "out" / "checkpoint-4").exists() == (PROGRAMS[index] == "transformers")
+    assert (tmp_path / "out" / "checkpoint-4").exists() == (PROGRAMS[index] in ("transformers", "trl"))
 
 
 def test_litgpts_line_is_the_one_that_the_tests_insert() -> None:
