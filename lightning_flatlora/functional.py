@@ -2,7 +2,7 @@
 
 Notation (arXiv 2508.00522): a LoRA layer's weight is ``W = W0 + s B A`` with ``W0`` of shape (n, m), ``B`` (n, r),
 ``A`` (r, m) and ``s`` the LoRA scaling. ``G = dL/dW`` is never formed: LoRA gives ``grad_B = s G A^T`` (n, r) and
-``grad_A = s B^T G`` (r, m), and everything below is written in those and in the r x r Gram matrices ``K_A = A A^T``,
+``grad_A = s B^T G`` (r, m), and everything below is expressed by these and the r x r Gram matrices ``K_A = A A^T``,
 ``K_B = B^T B``. Leading dimensions (written L) batch over layers. No function here makes an (n, m) tensor, moves data
 to the host, or keeps state.
 """
@@ -21,7 +21,7 @@ DAMPING = 1e-6
 
 
 class Ascent(NamedTuple):
-    """What one layer knows of the ascent before the norm of all layers is known.
+    """A layer's part of the ascent, before the norm over all layers is known.
 
     Attributes:
         direction: ``(1/s) G_hat A⁺``, shape (L, n, r); Eq. 15 without its factor rho / ||G_hat||.
@@ -33,16 +33,16 @@ class Ascent(NamedTuple):
 
 
 def damped_inverse_root(X: Tensor) -> Tensor:
-    r"""Compute a square root of the damped inverse that stands for the pseudo-inverse of a factor's Gram matrix.
+    r"""Compute a square root of the damped inverse that replaces the pseudo-inverse of a factor's Gram matrix.
 
     .. math:: K = X^\top X,\qquad K^+ = (K + \delta\,\mathrm{tr}(K)\,I)^{-1} = R^\top R,\qquad \delta = 10^{-6}
 
-    The paper's pseudo-inverse jumps where the rank changes, and Adam's first update makes the columns of B parallel, so
-    the literal definition would hang on rounding. The damped one is smooth. The damping is at least the smallest normal
-    number of the factor's dtype, so ``X = 0`` (B at the start) needs no branch: R is large but finite, and multiplied
-    by zeros wherever it is used. Applying R twice loses far less than applying K⁺ once in float32, and the Gram matrix,
-    its Cholesky factor and the factor's inverse are taken in float64 where the device has it: together they keep
-    float32 good to 1e-5 whatever the condition of B. Cholesky's error code is not read, so the host does not wait.
+    The paper's pseudo-inverse jumps when the rank changes, and Adam's first update makes the columns of B parallel, so
+    the literal definition would depend on rounding. The damped one is smooth. The damping is at least the smallest
+    normal number of the factor's dtype, so ``X = 0`` (B at the start) needs no branch: R is large but finite, and only
+    ever multiplied by zeros. In float32, applying R twice is far more accurate than applying K⁺ once, and the Gram
+    matrix, its Cholesky factor and that factor's inverse are computed in float64 if the device has it. Together they
+    keep float32 accurate to 1e-5 for any condition of B. Cholesky's error code is not read, so the host does not wait.
 
     Args:
         X: a factor with r columns, shape (..., k, r), float32 or float64.
@@ -60,7 +60,7 @@ def damped_inverse_root(X: Tensor) -> Tensor:
 
 
 def _root_and_damping(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Return R of :func:`damped_inverse_root` and the damping of the Gram matrix, in float64 where a device has it."""
+    """Return R of :func:`damped_inverse_root` and the damping of the Gram matrix, in float64 if the device has it."""
     wide_X = X if X.device.type == "mps" else X.double()
     gram = wide_X.mT @ wide_X
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
@@ -77,9 +77,9 @@ def pseudo_inverse_roots(A: Tensor) -> tuple[Tensor, Tensor]:
     .. math:: S_A R_A = K_A^+ K_A K_A^+,\qquad K_A^+ = R_A^\top R_A,\qquad
         S_A = K_A^+ K_A R_A^\top = R_A^\top (I - d\, R_A R_A^\top),\qquad d = \delta\,\mathrm{tr}(K_A)
 
-    For a true pseudo-inverse :math:`K^+ K K^+ = K^+`. The damped inverse alone is 1/d in the null space of K, of which
-    there is one wherever A has more rows than columns. B's gradient is zero there up to rounding, and E would consist
-    of this rounding, a million times enlarged. The weight s E A would not show it, but the gradient of A would.
+    For a true pseudo-inverse :math:`K^+ K K^+ = K^+`. The damped inverse itself is 1/d in the null space of K, which
+    exists if A has more rows than columns. There B's gradient is only rounding error, and E would be this error,
+    enlarged a million times. It would not show in the weight s E A, but in the gradient of A.
 
     Args:
         A: shape (..., r, m), float32 or float64.
@@ -114,11 +114,11 @@ def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling
     .. math::
         w = \frac{\|R_B C S_A\|^2}{\|R_B C S_A\|^2 + \|R_B (C - C_A) S_A\|^2}
 
-    Gradients of a loss that knows A and B through W alone have :math:`C = C_A`, at the very A and B at which they were
-    taken. Then w = 1 and this is Eq. 12. A penalty on a factor breaks the equality, and in the square brackets the
-    gradient of A counts for less: the part of it in A's row space is known from B's gradient, and the rest is
-    believed as far as the two agree. Where B is near zero an honest :math:`G_A` is near zero with it, and a penalty's
-    share, of the size of :math:`G_A / B`, would be all of the norm. The direction is B's gradient's alone.
+    If the loss depends on A and B only through W, then :math:`C = C_A` for gradients taken at this A and B; so w = 1,
+    and this is Eq. 12. A penalty on a factor breaks the equality, and A's gradient then counts less in the square
+    brackets: its part in A's row space is known from B's gradient, and the rest is trusted as far as the two agree.
+    Otherwise, if B is near zero, where the loss's :math:`G_A` is also near zero, a penalty's share, of the size of
+    :math:`G_A / B`, would dominate the norm. The direction comes only from B's gradient.
 
     Args:
         A: shape (L, r, m).
@@ -142,7 +142,7 @@ def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling
     seen_A = root_B @ grad_A
     from_B = root_B @ (B.mT @ half)
     from_A = seen_A @ A.mT @ first_root_A
-    # sqrt(w) goes into R_B G_A, not into its norm: at B = 0, R_B is so large that the norm of a penalty would overflow.
+    # sqrt(w) multiplies R_B G_A, not its norm: at B = 0, R_B is so large that a penalty's norm would overflow.
     agreement = _agreement(from_B, from_A)[:, None, None]
     beyond_A = _squared_norm(seen_A.mul_(agreement)) - _squared_norm(agreement * from_A)
     squares = _squared_norm(half) + 3 * _squared_norm(from_B) + beyond_A
@@ -160,14 +160,14 @@ def _agreement(one: Tensor, other: Tensor) -> Tensor:
 
 
 def ascent_projected(A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
-    r"""Compute the ascent from only B's gradient: the estimator ``"projected"`` (first half of Eq. 10, 14).
+    r"""Compute the ascent from B's gradient only: the estimator ``"projected"`` (first half of Eq. 10, 14).
 
     .. math:: \hat G = \tfrac1s G_B (A^\top)^+ = G P_A,\qquad
         \hat G A^+ = \tfrac1s G_B S_A R_A,\qquad
         \|\hat G\|^2 = \tfrac{1}{s^2} \|G_B S_A\|^2
 
-    It is the exact solution of Eq. 14's inner problem among the perturbations that B can express, and the only estimate
-    there is where A is frozen (LoRA-FA).
+    It solves Eq. 14's inner problem exactly among the perturbations that B can express, and is the only possible
+    estimate if A is frozen (LoRA-FA).
 
     Args:
         A: shape (L, r, m).
@@ -189,12 +189,12 @@ def ascent_projected(A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
 
 
 def perturbation_scale(squared_norm: Tensor, rho: float | Tensor) -> Tensor:
-    r"""Compute the factor rho / ||G_hat|| of Eq. 13, zero where the gradient is zero.
+    r"""Compute the factor rho / ||G_hat|| of Eq. 13, zero if the gradient is zero.
 
-    The paper's Eqs. 9 and 13 carry a further factor sign(g), a misprint: Eqs. 3, 16, 27 and both proofs have none.
+    The paper's Eqs. 9 and 13 have another factor sign(g), a misprint: Eqs. 3, 16, 27 and both proofs lack it.
 
     Args:
-        squared_norm: ``||G_hat||^2`` of the ball that shares rho: one layer or all of them, any shape.
+        squared_norm: ``||G_hat||^2`` of the ball that shares rho, one layer's or all layers', any shape.
         rho: radius of the ball in the full weight space, in the units of the weights.
 
     Returns:
@@ -204,7 +204,7 @@ def perturbation_scale(squared_norm: Tensor, rho: float | Tensor) -> Tensor:
         >>> perturbation_scale(torch.tensor([4.0, 0.0]), rho=0.5)
         tensor([0.2500, 0.0000])
     """
-    # Where the norm is 0, rsqrt gives inf, which is never chosen.
+    # For a norm of 0, rsqrt gives inf, which is never chosen.
     return torch.where(squared_norm > 0, rho * squared_norm.rsqrt(), torch.zeros_like(squared_norm))
 
 
@@ -218,8 +218,8 @@ def joint_ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
         rho: radius of the ball over all of them, in the parameters' units.
 
     Returns:
-        The perturbations, in float32 or wider; zero if the gradient is zero, and all zero if one is not finite.
-        The host does not wait.
+        The perturbations, in float32 or wider; zero if the gradient is zero, and all zero if one is not finite. The
+        host does not wait.
 
     Source: Foret et al., arXiv 2010.01412, Eq. 2 with p = 2.
 
@@ -227,16 +227,16 @@ def joint_ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
         >>> joint_ascent([torch.tensor([3.0]), torch.tensor([0.0, 4.0])], rho=0.5)
         [tensor([0.3000]), tensor([0.0000, 0.4000])]
     """
-    # Dense, since an embedding's may be sparse, and wide, since the squares of 16 bits may over- or underflow.
+    # Dense, since an embedding's gradient may be sparse, and wide, since 16-bit squares may over- or underflow.
     dense = [wide(gradient.to_dense()) for gradient in gradients]
     norm = nn.utils.get_total_norm(dense)
-    # 0 for a norm that is not finite as well; only entries that are not finite themselves give nan with it.
+    # Also 0 if the norm is not finite; only entries that are not finite themselves then give nan.
     scale = torch.where(norm > 0, rho / norm, 0.0)
     return [(gradient * scale.to(gradient.device, gradient.dtype)).nan_to_num_(0.0) for gradient in dense]
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32 at least."""
+    """Return a tensor in at least float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

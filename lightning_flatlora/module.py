@@ -26,24 +26,24 @@ from lightning_flatlora.schedules import RhoSchedule, is_size
 if TYPE_CHECKING:
     _Base = LightningModule
 else:
-    # The LightningModule comes with the classes that users subclass.
+    # The classes that users subclass add the LightningModule.
     _Base = object
 
 
 _NOT_CALLED = {
-    "optimizer_step": "warm up by an LR scheduler",
-    "optimizer_zero_grad": "leave it out, as gradients are cleared at the start of each window",
-    "on_before_zero_grad": "use on_train_batch_start, before which nothing clears the gradients",
+    "optimizer_step": "warm up with an LR scheduler",
+    "optimizer_zero_grad": "leave it out, since gradients are cleared at the start of each window",
+    "on_before_zero_grad": "use on_train_batch_start, which runs before gradients are cleared",
 }
-"""Hooks that a subclass would override in vain, and what to do in their place."""
+"""Hooks that a subclass would override in vain, and the alternatives."""
 
 
 class FMLoRAModuleStep(FMLoRAStep):
-    """FMLoRA's step under the module's name."""
+    """FMLoRA's step, named after the module in messages."""
 
 
 class FMLoRASteps(_Base):
-    """What an FMLoRAModule does, over the LightningModule of either name of Lightning; see :class:`FMLoRAModule`."""
+    """The work of an FMLoRAModule, for the LightningModule of either name of Lightning; see :class:`FMLoRAModule`."""
 
     _takes_passes_itself = True
 
@@ -86,10 +86,10 @@ class FMLoRASteps(_Base):
         self.gradient_clip_algorithm = gradient_clip_algorithm
 
     def compute_loss(self, batch: Any, batch_idx: int) -> Tensor | Mapping[str, Any] | None:
-        """Compute the loss of one batch: this method is yours to write, and may log as training_step does.
+        """Compute the loss of one batch: you write this method, which may log like training_step.
 
         A step with an ascent calls it twice. Logging, buffers, torchmetrics and the module's own numbers, lists, dicts
-        and sets count the first call only. What lies deeper sees both: move it to on_train_batch_end.
+        and sets count only the first call. Deeper side effects happen twice: move them to on_train_batch_end.
 
         Args:
             batch: from the training dataloader.
@@ -101,20 +101,20 @@ class FMLoRASteps(_Base):
         raise NotImplementedError(f"{type(self).__name__} must define compute_loss(batch, batch_idx)")
 
     def _subclass_problems(self) -> list[str]:
-        """List what can't work about a subclass, one line for each problem."""
+        """List why a subclass can't work, one line for each problem."""
         name = type(self).__name__
         problems = []
         if self.automatic_optimization:
             problems.append(
-                "automatic_optimization must be False, as FMLoRAModule sets it, got True: it takes its optimizer steps "
-                "itself. Leave it alone, or subclass LightningModule and use the FMLoRA callback"
+                "automatic_optimization must be False, as FMLoRAModule sets it, got True: the module takes its "
+                "optimizer steps itself. Don't set it, or subclass LightningModule and use the FMLoRA callback"
             )
         if is_overridden("training_step", self, FMLoRASteps):
             problems.append(
-                f"{name} defines training_step, in place of FMLoRAModule's, which takes the passes and the optimizer's "
-                "step: rename it to compute_loss, and let it return the loss. Other work belongs in on_train_batch_end"
+                f"{name} overrides FMLoRAModule's training_step, which runs the passes and the optimizer's step: "
+                "rename it to compute_loss, and let it return the loss. Other work belongs in on_train_batch_end"
             )
-        # Of either name of Lightning.
+        # Lightning's own hooks, under either of its names.
         lightnings = next(kind for kind in type(self).__mro__ if kind.__name__ == "LightningModule")
         for hook, instead in _NOT_CALLED.items():
             if is_overridden(hook, self, lightnings):
@@ -126,12 +126,12 @@ class FMLoRASteps(_Base):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        """Give the callback of the perturbation; when you override this, keep ``super().configure_callbacks()``."""
+        """Return the callback of the perturbation; if you override this, include ``super().configure_callbacks()``."""
         return [self._callback]
 
     @override
     def on_validation_model_zero_grad(self) -> None:
-        """Keep the gradients of an open accumulation window, which Lightning does not know of."""
+        """Keep the gradients of an open accumulation window, which Lightning does not know about."""
         if ends_window(self.trainer):
             super().on_validation_model_zero_grad()
 
@@ -139,7 +139,7 @@ class FMLoRASteps(_Base):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Run one or two passes and, at the end of an accumulation window, the optimizer step (Algorithm 1)."""
         callback, trainer = self._callback, self.trainer
-        # Weight averaging runs such batches through the module only to update BatchNorm's statistics.
+        # Weight averaging runs such batches only to update BatchNorm's statistics.
         if takes_no_step(trainer):
             return recursive_detach(self.compute_loss(batch, batch_idx))
         if not callback.is_set_up:
@@ -149,7 +149,7 @@ class FMLoRASteps(_Base):
             )
         optimizer: Any = self.optimizers()  # one, as was checked in on_fit_start
         if batch_idx % self.accumulate_grad_batches == 0:
-            # At the start of a window and not after the step, as Lightning does: hooks may read the last gradients.
+            # Like Lightning, at the start of a window and not after the step: hooks may read the last gradients.
             optimizer.zero_grad()
             callback.perturbing_method.forget_gradients()
         last = ends_window(trainer)
@@ -157,7 +157,7 @@ class FMLoRASteps(_Base):
             output = self.compute_loss(batch, batch_idx)
             loss = loss_of(output, "compute_loss")
             if loss is not None:
-                # If the step has a second pass, it comes within this call: callbacks/passes.py wraps the strategy's.
+                # This call contains the step's second pass, if any: callbacks/passes.py wraps the strategy's method.
                 self.manual_backward(loss / self.accumulate_grad_batches)
             elif trainer.world_size > 1:
                 raise RuntimeError(f"compute_loss returned None on one of several ranks while others wait: {ZERO_LOSS}")
@@ -177,22 +177,23 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
     """A LightningModule that takes FMLoRA's two passes itself: perturb, project into B, step (Algorithm 1).
 
     Subclass it, call ``super().__init__(rho=...)``, and write ``compute_loss`` and ``configure_optimizers`` (one
-    optimizer). ``training_step`` is defined already, and one of your own is refused. The module itself does what the
-    Trainer refuses under manual optimization: gradient accumulation, clipping, and stepping of LR schedulers (their
-    interval and frequency are honoured; step a ReduceLROnPlateau yourself). An :class:`~lightning_flatlora.EFMLoRA`
-    callback next to it schedules the two passes (cost 1 + 1/every_n_steps) and perturbs by Ê in between.
+    optimizer). ``training_step`` is already defined; overriding it is refused. The module also handles what the Trainer
+    does not under manual optimization: gradient accumulation, clipping, and LR schedulers (with their interval and
+    frequency; step a ReduceLROnPlateau yourself). Next to it, an :class:`~lightning_flatlora.EFMLoRA` callback
+    schedules the two passes (cost 1 + 1/every_n_steps) and perturbs by Ê in between.
 
     Args:
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
-            It has no default: None is refused.
-        estimator: "average" of both gradients' estimates (Eq. 12), or "projected", from B's gradient alone.
+            Required: None is refused.
+        estimator: "average" of both gradients' estimates (Eq. 12), or "projected", from B's gradient only.
         norm_scope: "global", one ball over all pairs, or "layer", one of radius rho for each.
         start_step: optimizer steps of plain LoRA before the first ascent.
         every_n_steps: optimizer steps between ascents; the others are plain LoRA steps.
         adapter_name: the peft adapter to perturb; None takes the active ones.
-        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
-        sync_ascent: average the ascent's gradient over the ranks; False leaves each rank its own E and sends nothing.
-        accumulate_grad_batches: batches of one optimizer step.
+        finder: finds the pairs of layers that are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
+        sync_ascent: average the ascent's gradient over the ranks; with False each rank keeps its own E and sends
+            nothing.
+        accumulate_grad_batches: batches per optimizer step.
         gradient_clip_val: largest norm, or absolute value, of the gradient; None does not clip.
         gradient_clip_algorithm: "norm" or "value".
 
@@ -205,7 +206,7 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
         >>> from peft import LoraConfig, get_peft_model
         >>> class Regression(FMLoRAModule):
         ...     def __init__(self):
-        ...         super().__init__(rho=0.1)
+        ...         super().__init__(rho=0.05)
         ...         net = torch.nn.Sequential(torch.nn.Linear(4, 3))
         ...         self.net = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
         ...     def compute_loss(self, batch, batch_idx):

@@ -6,14 +6,14 @@ from typing import Any
 
 
 def put_on_instance(owner: Any, name: str, method: Any) -> Callable[[], None]:
-    """Replace a method, or another attribute, on one object, whether it comes from the class or not.
+    """Replace a method, or another attribute, on one object, wherever it comes from.
 
     Returns:
-        A function that restores the former method; calling it again does nothing. If another method has been put over
-        this one in the meantime, that one stays.
+        A function that restores the former method; calling it again does nothing. If another method has replaced this
+        one in the meantime, that one stays.
     """
     attributes = owner.__dict__
-    # Patches may end in any order, so all of them are kept, under them what the object itself had, or None.
+    # Patches may end in any order, so all of them are kept, above the object's original attribute or None.
     place = f"_replaced_{name}"
     layers = attributes.setdefault(place, [attributes.get(name)])
     layers.append(method)
@@ -22,7 +22,7 @@ def put_on_instance(owner: Any, name: str, method: Any) -> Callable[[], None]:
     def put_back() -> None:
         if method not in layers:
             return
-        # What somebody else has put on top without this function stays.
+        # A replacement made without this function stays.
         is_on_top = attributes.get(name) is method
         layers.remove(method)
         if is_on_top and layers[-1] is None:
@@ -36,7 +36,7 @@ def put_on_instance(owner: Any, name: str, method: Any) -> Callable[[], None]:
 
 
 def put_on(owner: Any, methods: dict[str, Any]) -> ExitStack:
-    """Replace methods on one object, until the stack that is returned is closed."""
+    """Replace methods on one object until the returned stack is closed."""
     patches = ExitStack()
     for name, method in methods.items():
         patches.callback(put_on_instance(owner, name, method))
@@ -44,4 +44,4 @@ def put_on(owner: Any, methods: dict[str, Any]) -> ExitStack:
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:
-    """Do nothing: it stands in for a method, or where there is nothing to put back."""
+    """Do nothing, in place of a method, or if there is nothing to put back."""

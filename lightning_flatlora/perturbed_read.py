@@ -1,10 +1,9 @@
-"""Let a LoRA layer read B + E while the parameter B stays as it is.
+"""Let a LoRA layer read B + E without changing the parameter B.
 
-The module that holds B is given a subclass of its own class, in which the attribute that is B (``weight`` of a
-``lora_B`` module, or a bare parameter ``lora_B`` of the layer) returns the perturbed value while a perturbation is set.
-Parameters, names and state dicts are untouched, so the stored weights are the clean ones at every moment. (A
-``forward`` override would be a silent no-op wherever peft reads ``lora_B.weight`` itself: attention that merges, DoRA
-convolutions.)
+The module that holds B gets a subclass of its class, in which B's attribute (``weight`` of a ``lora_B`` module, or a
+bare parameter ``lora_B`` of the layer) returns the perturbed value while a perturbation is set. Parameters, names and
+state dicts are untouched, so the stored weights are always clean. (Overriding ``forward`` would have no effect if peft
+reads ``lora_B.weight`` itself, as in attention that merges and in DoRA convolutions.)
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,11 +20,11 @@ from typing_extensions import override
 from lightning_flatlora.class_overlay import Overlay, set_class
 
 READINGS = "_flatlora_readings"
-"""The attribute of a module that holds what it reads perturbed."""
+"""The attribute in which a module keeps its perturbed readings."""
 
 
 class Switch:
-    """One flag for all readers of one owner, which need not walk over them twice in every step.
+    """One flag for all readers of an owner, which would otherwise have to loop over them twice per step.
 
     Attributes:
         is_on: whether the owner's readers add its perturbation.
@@ -42,7 +41,7 @@ class ParameterRef:
     Attributes:
         module: has the factor as its own parameter.
         name: the parameter's name in the module.
-        rows: those of the factor, where several are stacked in one parameter; None for the whole parameter.
+        rows: the factor's rows, if several factors are stacked in one parameter; None for the whole parameter.
 
     Example:
         A fused layer whose rows 0 to 3 are the queries' B:
@@ -59,24 +58,24 @@ class ParameterRef:
 
     @property
     def parameter(self) -> Any:
-        """The parameter that the module has now, never perturbed; None where it is gone."""
+        """The module's current parameter, never perturbed; None if it is gone."""
         return self.module._parameters.get(self.name)
 
 
 AnyRef = ParameterRef | nn.Module
-"""A reader; a module stands for its weight."""
+"""A reader; a module means its weight."""
 
 
 Parts = dict[range | None, Tensor]
-"""E by the rows of the parameter that it is added to."""
+"""E, by the rows of the parameter to which it is added."""
 
 
 class _Reading:
-    """What one attribute of a module adds to the parameter.
+    """The perturbations that one attribute of a module adds to the parameter.
 
     Attributes:
         only_views: see :func:`perturb`.
-        sources: the E of each owner; that of the last one that is switched on is read.
+        sources: the E of each owner; the last one that is switched on is read.
     """
 
     def __init__(self, only_views: bool) -> None:
@@ -84,14 +83,14 @@ class _Reading:
         self.sources: list[tuple[Switch, Parts]] = []
 
     def parts(self) -> Parts:
-        """Return what is added now, nothing for the clean value."""
+        """Return the currently added parts; none for the clean value."""
         for switch, parts in reversed(self.sources):
             if switch.is_on:
                 return parts
         return {}
 
     def take(self, switch: Switch) -> Parts:
-        """Remove what an owner has given, and return it."""
+        """Remove an owner's parts, and return them."""
         for source in self.sources:
             if source[0] is switch:
                 self.sources.remove(source)
@@ -99,7 +98,7 @@ class _Reading:
         return {}
 
     def added_to(self, value: Tensor, parts: Parts) -> Tensor:
-        """Return B + E, out of place, so that autograd gives the gradient at B + E to the parameter B."""
+        """Return B + E out of place, so that autograd gives the parameter B the gradient at B + E."""
         perturbed = value
         for rows, perturbation in parts.items():
             if rows is not None:
@@ -110,7 +109,7 @@ class _Reading:
 
 
 class _Perturbed(Overlay):
-    """Mixin of modules some of whose parameters are properties."""
+    """Mixin of modules in which some parameters are properties."""
 
     _overlay_state = READINGS
 
@@ -121,10 +120,10 @@ class _Perturbed(Overlay):
 
 
 def _property_of(attribute: str) -> property:
-    """Return a parameter as a property: B, or B + E while E is set and switched on."""
+    """Make a property for a parameter: it returns B, or B + E while E is set and switched on."""
 
     def read(self: Any) -> Tensor | None:
-        # FSDP1 takes the parameter away in forward and sets a view of the gathered values in its place.
+        # In forward FSDP1 replaces the parameter by a view of the gathered values.
         value: Tensor | None = self.__dict__.get(attribute)
         if value is None:
             if attribute not in self._parameters:
@@ -139,11 +138,11 @@ def _property_of(attribute: str) -> property:
             # Outside of forward FSDP2 and FSDP1 look at the parameter itself, which must stay clean.
             return value
         if not value.requires_grad and not reading.only_views:
-            # Frozen, maybe for one pass alone, as by toggle_optimizer, or the values of a teacher that functional_call
-            # has put here. Only what is being trained is perturbed.
+            # Frozen, maybe for only one pass, as by toggle_optimizer, or a teacher's values that functional_call has
+            # put here. Only trained values are perturbed.
             return value
         perturbed: Tensor = reading.added_to(value, parts)
-        # For hooks that look at the gradient of what they read here, or change it in place; the sum itself has none.
+        # For hooks that read this tensor's gradient or change it in place; the sum itself keeps no gradient.
         if is_parameter and not torch.compiler.is_compiling():
             gradient = value.grad
             if gradient is not None and gradient.dtype == perturbed.dtype:
@@ -161,7 +160,7 @@ def _property_of(attribute: str) -> property:
 
 
 def as_ref(reader: AnyRef) -> ParameterRef:
-    """Return a reader as a reference; a module stands for its weight."""
+    """Return a reader as a reference; a module means its weight."""
     return reader if isinstance(reader, ParameterRef) else ParameterRef(reader)
 
 
@@ -169,12 +168,12 @@ def perturb(reader: AnyRef, perturbation: Tensor, switch: Switch, only_views: bo
     """Let a reader add E to its parameter while a switch is on, until :func:`release`.
 
     Args:
-        reader: what reads the parameter; a module stands for its weight.
-        perturbation: E, of the shape of the reader's rows, any floating dtype (the sum is taken in the wider of the
-            two and rounded once).
-        switch: the owner's. If several owners are on, the last that has called this is read.
+        reader: reads the parameter; a module means its weight.
+        perturbation: E, of the shape of the reader's rows, any floating dtype (the sum is computed in the wider of the
+            two dtypes and rounded once).
+        switch: the owner's. If several owners are on, the last one to call this is read.
         only_views: never perturb the parameter itself, only a tensor that has replaced it. FSDP1 replaces it in
-            forward, and takes what it reads at other times to be the parameter's new value.
+            forward, and at other times would take a perturbed value for the parameter's new value.
 
     Example:
         >>> import torch
@@ -198,7 +197,7 @@ def perturb(reader: AnyRef, perturbation: Tensor, switch: Switch, only_views: bo
 
 
 def release(reader: AnyRef, switch: Switch) -> None:
-    """Let a reader no longer add what an owner has given; without any owner the module has its own class again."""
+    """Let a reader stop adding an owner's E; without any owner the module gets its own class back."""
     reading = _reading_of(reader)
     if reading is not None:
         reading.take(switch)
@@ -215,14 +214,14 @@ def _reading_of(reader: AnyRef) -> _Reading | None:
 
 
 def shown(reader: AnyRef) -> Tensor | None:
-    """Return what a reader adds to its parameter now; None for the clean value."""
+    """Return the E that a reader currently adds to its parameter; None for the clean value."""
     reading = _reading_of(reader)
     return None if reading is None else reading.parts().get(as_ref(reader).rows)
 
 
 @contextmanager
 def perturbed(perturbations: Mapping[AnyRef, Tensor], only_views: bool = False) -> Iterator[None]:
-    """Let each reader add its E inside; afterwards, whatever happens, readers add what they added before."""
+    """Let each reader add its E inside; afterwards, even after an error, restore the former state."""
     switch = Switch(is_on=True)
     try:
         for reader, perturbation in perturbations.items():
@@ -235,7 +234,7 @@ def perturbed(perturbations: Mapping[AnyRef, Tensor], only_views: bool = False) 
 
 @contextmanager
 def clean(readers: Iterable[AnyRef]) -> Iterator[None]:
-    """Switch everything off that readers add to their parameters; afterwards, whatever happens, it is on again."""
+    """Let readers read clean parameters inside; afterwards, even after an error, restore the former state."""
     switches: set[Switch] = set()
     for reader in readers:
         reading = _reading_of(reader)
@@ -251,12 +250,12 @@ def clean(readers: Iterable[AnyRef]) -> Iterator[None]:
 
 
 GATES_CLOSED = Switch()
-"""On inside of :func:`gates_closed`."""
+"""On inside :func:`gates_closed`."""
 
 
 @contextmanager
 def gates_closed() -> Iterator[None]:
-    """Let no layer inside switch a perturbation on around its own call, as in a measurement at the clean weights."""
+    """Keep layers inside from switching on a perturbation when called, as for a measurement at the clean weights."""
     before, GATES_CLOSED.is_on = GATES_CLOSED.is_on, True
     try:
         yield

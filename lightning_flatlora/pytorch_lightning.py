@@ -1,13 +1,13 @@
-"""FMLoRAModule and all callbacks for projects that import ``pytorch_lightning``, as subclasses of that library's.
+"""FMLoRAModule and all callbacks, as subclasses of ``pytorch_lightning``'s classes, for projects that import it.
 
-Each of Lightning's two names has its own classes, and a Trainer accepts only a LightningModule of its own name.
-Everything else is as in the package itself, checkpoints included: a run can be resumed under the other name. Errors
+Each of Lightning's two names has its own classes, and a Trainer accepts only a LightningModule of its own library.
+Everything else is as in the package itself, including checkpoints: a run can be resumed under the other name. Errors
 are of ``lightning.pytorch``'s class ``MisconfigurationException``.
 
 Example:
     >>> import pytorch_lightning as pl
     >>> from lightning_flatlora.pytorch_lightning import EFMLoRA
-    >>> trainer = pl.Trainer(callbacks=[EFMLoRA(rho=0.03)], accelerator="cpu", logger=False)
+    >>> trainer = pl.Trainer(callbacks=[EFMLoRA(rho=0.05)], accelerator="cpu", logger=False)
 """
 
 from pytorch_lightning import Callback, LightningModule

@@ -1,6 +1,6 @@
 """The radius rho as a function of the optimizer step.
 
-A schedule is a pure function of the step, the horizon and the learning rate, so it needs no state in a checkpoint.
+A schedule is a pure function of the step, the horizon and the learning rate, so checkpoints need no state of it.
 """
 
 import math
@@ -13,18 +13,17 @@ import torch
 
 
 class RhoSchedule(ABC):
-    """rho over time: for your own schedule, subclass this and define :meth:`__call__`.
+    """A schedule of rho: for your own, subclass this and define :meth:`__call__`.
 
     A schedule may be among the hyper-parameters that a module saves (``save_hyperparameters()``), and so in its
-    checkpoints. ``torch.load`` creates objects from a file only if it knows their class, and every subclass of
-    RhoSchedule is made known to it when it is defined. So import the module that defines yours before you load such a
-    file, keep the class at the top level of that module, and let its attributes be numbers, strings, and lists or dicts
-    of them. A dataclass is a good form, but not a frozen one: if omegaconf is installed, Lightning's loggers refuse
-    frozen ones.
+    checkpoints. ``torch.load`` accepts only classes that it knows, and every subclass of RhoSchedule is registered when
+    it is defined. So import the module that defines yours before you load such a file, define the class at that
+    module's top level, and use only numbers, strings, and lists or dicts of them as attributes. Dataclasses work well,
+    but not frozen ones: if omegaconf is installed, Lightning's loggers refuse them.
 
     Attributes:
-        needs_horizon: the schedule spreads over the whole run, so training without an end is refused.
-        needs_learning_rate: the schedule follows the learning rate of the parameter group that holds the pairs.
+        needs_horizon: whether the schedule spreads over the whole run; training without an end is then refused.
+        needs_learning_rate: whether it follows the learning rate of the parameter group that holds the pairs.
 
     Example:
         >>> @dataclass
@@ -42,7 +41,7 @@ class RhoSchedule(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # So that torch.load(weights_only=True) accepts a checkpoint whose hyper-parameters hold a schedule.
+        # So that torch.load(weights_only=True) accepts checkpoints with a schedule among their hyper-parameters.
         torch.serialization.add_safe_globals([cls])
 
     @abstractmethod
@@ -52,7 +51,7 @@ class RhoSchedule(ABC):
         Args:
             step: optimizer steps taken so far, from 0; steps that a loss scaler skipped count.
             horizon: optimizer steps of the whole run.
-            learning_rate: the group's learning rate divided by its initial value: a ratio, without a unit.
+            learning_rate: the group's learning rate divided by its initial value, without a unit.
 
         Returns:
             The radius of the ball in the full weight space, >= 0.
@@ -66,25 +65,25 @@ def is_size(value: object) -> bool:
         >>> is_size(0.5), is_size(-1), is_size(float("nan")), is_size(True), is_size("1")
         (True, False, False, False, False)
     """
-    # Also NumPy's numbers, of which only float64 is a float.
+    # Accepts NumPy's numbers, of which only float64 is a float.
     number = not isinstance(value, bool) and isinstance(value, Real)
     return number and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]
 
 
 def is_integer(value: object, least: int) -> bool:
-    """Tell whether a value is an integer of at least some size.
+    """Tell whether a value is an integer >= ``least``.
 
     Example:
         >>> is_integer(1, least=1), is_integer(0, least=1), is_integer(True, least=1), is_integer(1.0, least=1)
         (True, False, False, False)
     """
-    # Also NumPy's integers, which are not of the class int.
+    # Accepts NumPy's integers, which are not of class int.
     number = not isinstance(value, bool) and isinstance(value, Integral)
     return number and value >= least  # type: ignore[operator]
 
 
 def _check_fields(schedule: Any) -> None:
-    """Refuse values of a schedule's fields, which are radii apart from ``total_steps``, in one error."""
+    """Check a schedule's fields, all radii except ``total_steps``, and report all problems in one error."""
     problems = []
     for field in fields(schedule):
         value = getattr(schedule, field.name)
@@ -96,7 +95,7 @@ def _check_fields(schedule: Any) -> None:
         raise ValueError(f"{type(schedule).__name__}: " + "; ".join(problems))
 
 
-# Not frozen, see RhoSchedule; and without unsafe_hash a dataclass that is not frozen has no hash.
+# Not frozen, see RhoSchedule; without unsafe_hash such a dataclass has no hash.
 @dataclass(unsafe_hash=True)
 class _FromStartToEnd(RhoSchedule):
     """Base of the schedules between two radii."""
@@ -110,7 +109,7 @@ class _FromStartToEnd(RhoSchedule):
         _check_fields(self)
 
     def _fraction(self, step: int, horizon: float) -> float:
-        """Return how much of the run is over: 0 at step 0, 1 at its last step and after, as in PyTorch's schedulers."""
+        """Return how much of the run is over: 0 at step 0, 1 at its end and after, as in PyTorch's schedulers."""
         return min(step / (self.total_steps or horizon), 1.0)
 
 
@@ -125,7 +124,7 @@ class _FromOneRadius(RhoSchedule):
 
 
 class ConstantRho(_FromOneRadius):
-    """A constant rho, as a plain number means it.
+    """A constant rho, like a plain number.
 
     Example:
         >>> ConstantRho(2.0)(step=100)
@@ -140,7 +139,7 @@ class ConstantRho(_FromOneRadius):
 
 
 class LinearRho(_FromStartToEnd):
-    """From ``start`` to ``end`` in a straight line.
+    """Rho changes from ``start`` to ``end`` in a straight line.
 
     Args:
         start: rho at step 0.
@@ -157,7 +156,7 @@ class LinearRho(_FromStartToEnd):
 
 
 class CosineRho(_FromStartToEnd):
-    """From ``start`` to ``end`` along half a cosine wave.
+    """Rho changes from ``start`` to ``end`` along half a cosine wave.
 
     Args:
         start: rho at step 0.
@@ -187,11 +186,11 @@ class InverseSqrtRho(_FromOneRadius):
 
 
 class LearningRateRho(_FromOneRadius):
-    """rho in proportion to the learning rate of the group that holds the pairs, ``rho`` at its initial value.
+    """Rho in proportion to the learning rate of the pairs' parameter group, ``rho`` at the rate's initial value.
 
     The initial value is the group's ``initial_lr``, which every PyTorch scheduler sets (so warm-up starts small), or
-    the first learning rate above 0 if there is no scheduler. OneCycleLR sets ``initial_lr`` to its lowest value, so
-    there rho is reached at the start and surpassed by ``div_factor`` at the top: divide rho by that.
+    the first learning rate above 0 if there is no scheduler. OneCycleLR sets ``initial_lr`` to the low rate at its
+    start, so ``rho`` applies there and is multiplied by ``div_factor`` at the top: divide rho by that factor.
 
     Example:
         >>> LearningRateRho(2.0)(step=7, learning_rate=0.25)

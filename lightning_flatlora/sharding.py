@@ -1,4 +1,4 @@
-"""How the ranks share factors and gradients, and how these are made whole again: every collective of the engine."""
+"""How the ranks share factors and gradients, and how to gather them: all collectives of the engine."""
 
 from collections import ChainMap
 from collections.abc import Iterable, Sequence
@@ -15,8 +15,8 @@ from typing_extensions import override
 class Sharding:
     """Factors that each rank holds whole (one device, DDP), or as DTensors (FSDP2).
 
-    What its methods return is the same on every rank, and never read from a local shard. Under FSDP the methods
-    communicate, so every rank must call them in the same order.
+    Its methods return equal values on every rank, never those of a local shard. Under FSDP they communicate, so every
+    rank must call them in the same order.
 
     Attributes:
         only_views: whether layers compute with views of the parameters, see :func:`perturbed_read.perturb`.
@@ -25,15 +25,15 @@ class Sharding:
     only_views = False
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Return the full shape, whatever this rank holds."""
+        """Return the full shape, independent of this rank's part."""
         return parameter.shape
 
     def stack(self, parameters: Sequence[nn.Parameter], *, gradients: bool = False) -> Tensor:
-        """Stack parameters of one shape, or their gradients (zero where one is missing), as a plain tensor.
+        """Stack parameters of one shape, or their gradients (zero if one is missing), as a plain tensor.
 
         Returns:
-            Shape (L, rows, columns), a kernel's dimensions among the columns; dtype of the parameters; for a single
-            parameter it may share its memory, as a copy of a large factor costs as much as a product with it.
+            Shape (L, rows, columns), with a kernel's dimensions among the columns, in the parameters' dtype. A single
+            parameter's stack may share its memory, since copying a large factor costs as much as a product with it.
         """
         tensors: Sequence[Tensor] = parameters
         if gradients:
@@ -43,13 +43,13 @@ class Sharding:
             return whole(stacked.flatten(2))
 
     def gather(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
-        """Gather the exact whole of a tensor split like a parameter: of the parameter, or of an optimizer's average."""
+        """Gather a tensor that is split like a parameter, bit for bit: the parameter, or an optimizer's average."""
         tensor = tensor.detach()
         # Not whole(), whose sum over the ranks may turn -0.0 into 0.0.
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def part(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
-        """Return what this rank keeps of a whole value, equal on every rank; the inverse of :meth:`gather`."""
+        """Return this rank's part of a whole value, which is equal on every rank; the inverse of :meth:`gather`."""
         if isinstance(parameter, DTensor):
             return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
         return value
@@ -59,11 +59,11 @@ class Sharding:
         return isinstance(parameter, DTensor)
 
     def merged(self, table: dict[Any, Any]) -> dict[Any, Any]:
-        """Unite all ranks' small tables, in the same order everywhere; the first rank with an entry decides."""
+        """Merge all ranks' small tables, in one order everywhere; the first rank with an entry decides."""
         return table
 
     def have_gradients(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
-        """Say which parameters have a gradient, known to the host, the same on every rank."""
+        """Say which parameters have a gradient, known to the host and equal on every rank."""
         return [parameter.grad is not None for parameter in parameters]
 
     def all_finite(self, parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
@@ -76,10 +76,10 @@ class Sharding:
             if isinstance(parameter.grad, DTensor):
                 sharded.append(parameter.grad)
             elif parameter.grad is not None:
-                # Of a sparse one, as an embedding's may be, the entries that are not 0.
+                # For a sparse gradient, as an embedding's may be, the nonzero entries.
                 plain.append(parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad)
         total = torch.zeros((), device=device)
-        # PyTorch takes no norm over both kinds at once.
+        # PyTorch can't compute one norm over both kinds.
         for gradients in (sharded, plain):
             if gradients:
                 total = total + whole(nn.utils.get_total_norm(gradients, norm_type=torch.inf)).to(device)
@@ -87,13 +87,13 @@ class Sharding:
 
 
 class FlatShards(Sharding):
-    """Factors of which each rank holds a part of the flattened values, maybe none (FSDP1 between its passes).
+    """Factors of which each rank holds a part of the flattened values, maybe none (FSDP1 between passes).
 
-    Ranks write what they have into a tensor of zeros and add these up. This is exact and takes one all-reduce for each
-    stack, whatever the wrapping policy has put where.
+    Each rank writes its part into a tensor of zeros, and these are summed. This is exact and takes one all-reduce per
+    stack, for any wrapping policy.
 
     Args:
-        model: its FSDP units hold the parameters.
+        model: the model whose FSDP units hold the parameters.
         group: the ranks over which the model is sharded.
     """
 
@@ -105,10 +105,10 @@ class FlatShards(Sharding):
         self._offsets: dict[int, int] = {}
         handles: list[Any] = [unit._handle for unit in FullyShardedDataParallel.fsdp_modules(model)]
         for flat in [handle.flat_param for handle in handles if handle is not None]:
-            # FSDP's own record, as nothing public says where the part of each rank begins.
+            # FSDP's internal record, since no public one says where each rank's part begins.
             for parameter, shape, part in zip(flat._params or [], flat._shapes, flat._shard_param_infos, strict=False):
                 self._shapes[id(parameter)] = shape
-                self._offsets[id(parameter)] = part.intra_param_start_idx or 0  # None where the rank has no part
+                self._offsets[id(parameter)] = part.intra_param_start_idx or 0  # None if the rank has no part
 
     @override
     def shape(self, parameter: nn.Parameter) -> torch.Size:
@@ -120,14 +120,14 @@ class FlatShards(Sharding):
         for parameter in parameters:
             tensor = parameter.grad if gradients else parameter.detach()
             part = parameter.new_empty(0) if tensor is None else tensor.to(parameter.dtype)
-            # A gradient in FSDP's no_sync is whole, and of this rank's samples alone.
+            # A gradient in FSDP's no_sync is whole, and of this rank's samples only.
             rows.append(part.flatten() / self._group.size() if part.ndim > 1 else self._among_zeros(part, parameter))
         full = torch.stack(rows)
         dist.all_reduce(full, group=self._group)
         return full.view(len(rows), *matrix_shape(self.shape(parameters[0])))
 
     def _among_zeros(self, part: Tensor, parameter: nn.Parameter) -> Tensor:
-        """Put this rank's part of a tensor, split as a parameter is, into a flattened whole of zeros."""
+        """Put this rank's part of a tensor, split like a parameter, into a flattened whole of zeros."""
         full = torch.zeros(self.shape(parameter).numel(), dtype=part.dtype, device=part.device)
         offset = self._offsets[id(parameter)]
         full[offset : offset + part.numel()].copy_(part.detach().flatten())
@@ -138,7 +138,7 @@ class FlatShards(Sharding):
         if not self.splits(parameter):
             return super().gather(tensor, parameter)
         full = self._among_zeros(tensor, parameter)
-        # Added up as bytes, because a sum of floats would turn -0.0 into 0.0.
+        # Summed as bytes, because a sum of floats would turn -0.0 into 0.0.
         dist.all_reduce(full.view(torch.uint8), group=self._group)
         return full.view(self.shape(parameter))
 
@@ -161,7 +161,7 @@ class FlatShards(Sharding):
 
     @override
     def have_gradients(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
-        """Say so of all that are trained, since a rank without a part of a parameter can't know of its gradient."""
+        """Say so for all trained ones, since a rank without a part of a parameter can't know about its gradient."""
         if self._group.size() == 1:
             return super().have_gradients(parameters)
         return [parameter.requires_grad for parameter in parameters]
@@ -178,7 +178,7 @@ class FlatShards(Sharding):
 
 
 def sharding_of(model: nn.Module | None) -> Sharding:
-    """Say how the ranks share the parameters of a model, as the strategy has wrapped it."""
+    """Return how the ranks share the parameters of a model, as the strategy has wrapped it."""
     units = FullyShardedDataParallel.fsdp_modules(model) if model is not None else []
     if units:  # the model itself, or modules that its configure_model wrapped
         return FlatShards(model, units[0].process_group)  # type: ignore[arg-type]
@@ -193,14 +193,14 @@ def is_sharded(model: nn.Module | None) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2's modules have their sharded parameters, for which a pass without a backward leaves whole stand-ins."""
+    """Give FSDP2's modules their sharded parameters back, which a pass without a backward leaves gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def matrix_shape(shape: torch.Size) -> torch.Size:
-    """Return (rows, columns) of a factor, a kernel's dimensions among the columns."""
+    """Return (rows, columns) of a factor, with a kernel's dimensions among the columns."""
     return torch.Size([shape[0], shape[1:].numel()])
 
 
@@ -209,18 +209,18 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     mesh, placement = tensor.device_mesh, tensor.placements[0]
-    # full_tensor pads uneven shards, which for a factor of few rows sends several times its size.
+    # full_tensor pads uneven shards, which sends several times the size of a factor with few rows.
     if mesh.ndim == 1 and isinstance(placement, Shard) and tensor.shape[placement.dim] % mesh.size():
         return _sum_of_shards(tensor, placement.dim)
     return tensor.full_tensor()
 
 
 def _sum_of_shards(tensor: DTensor, dim: int) -> Tensor:
-    """Return what full_tensor gives, without its padding."""
+    """Compute full_tensor's result, without its padding."""
     group, rows = tensor.device_mesh.get_group(), tensor.shape[dim]
     local = tensor.to_local()
     full = local.new_zeros(tensor.shape)
-    # As torch.chunk cuts: pieces of the same size, rounded up, except that the last ones are shorter or empty.
+    # Cut like torch.chunk: pieces of equal size, rounded up, except that the last ones are shorter or empty.
     start = min(-(-rows // group.size()) * group.rank(), rows)
     full.narrow(dim, start, local.shape[dim]).copy_(local)
     dist.all_reduce(full, group=group)
@@ -228,9 +228,9 @@ def _sum_of_shards(tensor: DTensor, dim: int) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each parameter's gradient by its mean over the ranks, in one all-reduce for each dtype and device.
+    """Replace each parameter's gradient by its mean over the ranks, in one all-reduce per dtype and device.
 
-    A missing gradient counts as zero and stays missing only where no process group is running. Every rank must call it
+    A missing gradient counts as zero; it stays missing only if no process group is running. Every rank must call it
     with the same parameters in the same order.
     """
     if not _has_ranks():
@@ -244,7 +244,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def average(tensors: Sequence[Tensor]) -> None:
-    """Replace each floating tensor by its mean over the ranks, in place, in one all-reduce for each dtype and device.
+    """Replace each floating tensor by its mean over the ranks, in place, in one all-reduce per dtype and device.
 
     Every rank must call it with the same shapes in the same order; without a process group it does nothing.
     """

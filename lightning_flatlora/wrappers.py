@@ -1,4 +1,4 @@
-"""What is put around a model and its layers: what is inside, and wrappers under which no perturbation is exact."""
+"""Wrappers around a model and its layers: look inside them, and name those that rule out an exact perturbation."""
 
 import re
 import sys
@@ -16,7 +16,7 @@ _WRAPPER_NAMES = re.compile(rf"(^|\.)({'|'.join(_WRAPPED)})(?=\.)")
 
 
 def clean_name(name: str) -> str:
-    """Give a parameter's name without what FSDP, torch.compile and activation checkpointing put in.
+    """Return a parameter's name without the parts that FSDP, torch.compile and activation checkpointing insert.
 
     Example:
         >>> clean_name("model._orig_mod.layer._checkpoint_wrapped_module.lora_B.default.weight")
@@ -26,7 +26,7 @@ def clean_name(name: str) -> str:
 
 
 def bare(module: Any) -> Any:
-    """Give a module without what a wrapping policy, compilation, checkpointing or Fabric has put around it."""
+    """Return a module without the wrappers of a wrapping policy, compilation, checkpointing or Fabric."""
     while True:
         children = getattr(module, "_modules", {})
         inner = next((children[name] for name in (*_WRAPPED, "_original_module") if name in children), None)
@@ -36,7 +36,7 @@ def bare(module: Any) -> Any:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Give the model itself, without what Fabric, torch.compile, DDP and DataParallel have put around it."""
+    """Return the model itself, without the wrappers of Fabric, torch.compile, DDP and DataParallel."""
     model = bare(model)
     while isinstance(model, (DistributedDataParallel, DataParallel)):
         model = bare(model._modules["module"])
@@ -45,7 +45,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def without_sync(model: nn.Module) -> Iterator[None]:
-    """Let no backward of DDP inside average gradients over the ranks."""
+    """Keep DDP's backwards inside from averaging gradients over the ranks."""
     with ExitStack() as stack:
         for wrapper in _of_ddp(model):
             stack.enter_context(wrapper.no_sync())
@@ -56,9 +56,9 @@ def wrapping_problems(model: nn.Module, unsynchronized: Sequence[str], *, takes_
     """List why a perturbation can't be exact in a model as it is wrapped, one line for each reason.
 
     Args:
-        model: as the loop or Lightning's strategy calls it.
-        unsynchronized: settings with which some backward passes leave DDP's average out, as the user wrote them.
-        takes_fsdp1: whether FSDP1 works, as it does under Lightning's Trainer.
+        model: the module that the loop or Lightning's strategy calls.
+        unsynchronized: settings with which some backward passes skip DDP's averaging, as the user wrote them.
+        takes_fsdp1: whether FSDP1 works, as under Lightning's Trainer.
     """
     modules = list(model.modules())
     megatron = sys.modules.get("megatron.core.parallel_state")
@@ -76,7 +76,7 @@ def wrapping_problems(model: nn.Module, unsynchronized: Sequence[str], *, takes_
         unsupported.append("DataParallel")
     if sharded and not (by_fsdp and all(parameter.device_mesh.ndim == 1 for parameter in sharded)):
         unsupported.append(
-            "a model that is split otherwise than by fully_shard over one dimension (tensor parallel, HSDP)"
+            "a model split in another way than by fully_shard over one dimension (tensor parallel, HSDP)"
         )
     if any(parameter.device.type != parameter.device_mesh.device_type for parameter in sharded):
         unsupported.append("fully_shard's offload_policy")
@@ -94,5 +94,5 @@ def _of_ddp(model: nn.Module) -> list[DistributedDataParallel]:
 
 
 def is_of(library: str, thing: object) -> bool:
-    """Say whether a thing's class, or one that it inherits from, is defined by a library, which is not imported."""
+    """Say whether an object's class, or a base class, comes from a library, without importing the library."""
     return any(kind.__module__.split(".")[0] == library for kind in type(thing).__mro__)

@@ -51,7 +51,7 @@ def test_float64_on_the_device_equals_the_cpu(tmp_path: Path, front_end: str) ->
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-@pytest.mark.filterwarnings("ignore:.*is kept in torch.bfloat16")
+@pytest.mark.filterwarnings("ignore:.*is stored in torch.bfloat16")
 def test_every_precision_trains_flat(tmp_path: Path, front_end: str, precision: str) -> None:
     module, callbacks, more = build(front_end)
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32

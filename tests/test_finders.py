@@ -91,7 +91,7 @@ def test_pairs_that_are_not_trained_are_known_and_named() -> None:
     search = find_pairs(model, finder=litgpt_pairs)
     assert [pair.name for pair in search.pairs] == ["2.lora_B"]
     assert [pair.name for pair in search.resting] == ["0.lora_B"]
-    with pytest.raises(NoPairsError, match=r"2 are not trained, 0\.lora_B among them: unfreeze their B"):
+    with pytest.raises(NoPairsError, match=r"2 are not trained, such as 0\.lora_B: unfreeze their B"):
         find_pairs(model.requires_grad_(False), finder=litgpt_pairs)
 
 
@@ -110,7 +110,7 @@ def rows(which: range) -> Any:
 
 
 BARE: tuple[Any, Any] = (2, 6), (6, 2)
-NOT_A_RANGE = "rows must be a range of rows one after another"
+NOT_A_RANGE = "rows must be a range of consecutive rows"
 REFUSED: list[tuple[tuple[Any, Any], Any, str]] = [
     (((2, 6), (6, 3)), {}, r"perturbed: A must be \(r, m\) and B \(n, r\), got \(2, 6\) and \(6, 3\)"),
     (((6, 2), (2, 6)), {}, "which look transposed"),
@@ -124,7 +124,7 @@ REFUSED: list[tuple[tuple[Any, Any], Any, str]] = [
         {"B_rows": range(3)},
         r"lora_B .* is read in the rows None, but the pair's are range\(0, 3\)",
     ),
-    (BARE, rows(range(4, 9)), "the rows .* are not all there: the parameter has 6"),
+    (BARE, rows(range(4, 9)), "some of the rows .* don't exist: the parameter has 6"),
     (BARE, rows(range(0, 6, 2)), NOT_A_RANGE),
     (BARE, rows(range(-1, 3)), NOT_A_RANGE),
     (BARE, rows(range(3, 3)), NOT_A_RANGE),
@@ -167,7 +167,8 @@ def test_a_parameter_that_two_pairs_share_is_left_out_with_both() -> None:
     search = find_pairs(one, finder=lambda model: [pair_of(each, name=name) for name, each in layers.items()])
     assert [pair.name for pair in search.pairs] == ["alone"]
     assert search.left_out == [
-        "a factor is shared with another pair or scaling, so its gradient is of several products (2 in all, first one)"
+        "a factor is shared with another pair or scaling, so its gradient belongs to several products "
+        "(2 in all, first one)"
     ]
     assert search.resting == []
 

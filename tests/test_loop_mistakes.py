@@ -60,7 +60,7 @@ REFUSED = {
     ),
     "each other's place": Case("must be a model and its torch.optim.Optimizer", optimizer=lambda net: net),
     "an optimizer of other parameters": Case("are not in the optimizer", optimizer=of_a_part),
-    "LBFGS": Case("LBFGS takes several gradients", optimizer=lambda net: torch.optim.LBFGS(net.parameters())),
+    "LBFGS": Case("LBFGS needs several gradients", optimizer=lambda net: torch.optim.LBFGS(net.parameters())),
     "maximize": Case("the optimizer has maximize=True", optimizer=lambda net: sgd(net, maximize=True)),
     "a merged adapter": Case("the adapter is merged into its base", merged),
     "DeepSpeed": Case("DeepSpeed is not supported: use one device", lambda: of_library("deepspeed")),
@@ -97,7 +97,7 @@ def test_the_start_names_what_is_perturbed_and_what_is_not(width: int, caplog: p
     model.base_model.model["small"].scaling["default"] = 0.0
     share = 8 / (8 + 2 * width)
     line = (
-        "EFMLoRA leaves unperturbed: its scaling is 0, so that no perturbation of B moves its weight (1 in all, first "
+        "EFMLoRA leaves unperturbed: its scaling is 0, so no perturbation of B moves its weight (1 in all, first "
         f"base_model.model.small.lora_B.default.weight); in all {share:.1%} of the adapters' trained parameters"
     )
     warns = pytest.warns(UserWarning, match=re.escape(line)) if width == 4 else nullcontext()

@@ -265,7 +265,9 @@ def test_pairs_that_the_optimizer_lacks_are_named_and_perturbed_once_they_join_i
     optimizer = torch.optim.AdamW(of_last, lr=1e-2)
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         flat = method_of("EFMLoRA", net, optimizer, 0.3)
-    assert "EFMLoRA leaves unperturbed: 2 pairs that the optimizer lacks, as base_model.model.0.lora_B" in caplog.text
+    assert (
+        "EFMLoRA leaves unperturbed: 2 pairs that the optimizer lacks, such as base_model.model.0.lora_B" in caplog.text
+    )
     run(flat, net, optimizer, batches()[:2])
     before = flat.state_dict()["perturbation"]["E"]
     assert len(before) == 1
@@ -304,8 +306,8 @@ def test_a_foreign_state_is_refused_in_words() -> None:
     flat, net, optimizer = started("EFMLoRA")
     run(flat, net, optimizer, batches()[:2])
     for state in ({"lr": 0.1}, {"step": 2}, {**flat.state_dict(), "perturbation": {"F": {}}}):
-        with pytest.raises(MisconfigurationException, match="the state is not one that EFMLoRA has saved"):
+        with pytest.raises(MisconfigurationException, match="the state was not saved by EFMLoRA"):
             flat.load_state_dict(state)
-    with pytest.raises(MisconfigurationException, match="the state is not one that EFMLoRA has saved"):
+    with pytest.raises(MisconfigurationException, match="the state was not saved by EFMLoRA"):
         EFMLoRA(0.3).per_optimizer.load_state_dict({"lr": 0.1})
     assert flat.step == 2

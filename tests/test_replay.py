@@ -116,5 +116,5 @@ def test_a_copy_shares_nothing(form: str) -> None:
 
 
 def test_what_can_be_read_only_once_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="batch, a list_iterator, once more: let the loader give lists"):
+    with pytest.raises(RuntimeError, match="batch, a list_iterator, again: let the loader return lists"):
         copied_batch({"parts": [iter([torch.ones(1)])]})

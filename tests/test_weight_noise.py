@@ -187,8 +187,8 @@ def test_layers_that_get_no_noise_are_named() -> None:
     noise = WeightNoise(net)
     assert noise.names == ["base_model.model.linear"]
     text = "\n".join(noise.left_out)
-    assert "Conv2d: its base, a Conv2d, is no plain Linear (1 in all, first base_model.model.conv)" in text
-    assert "its base, a MultiheadAttention, is no plain Linear" in text
+    assert "Conv2d: its base, a Conv2d, is not a plain Linear (1 in all, first base_model.model.conv)" in text
+    assert "its base, a MultiheadAttention, is not a plain Linear" in text
     assert "nn.MultiheadAttention reads the weight itself" in text
 
 

@@ -28,26 +28,26 @@ class BiLoRA(MethodCallback["BiLoRAStep"]):
     .. math:: \text{gradient at } W_0 + s B A + B_2 A_2, \qquad
         \max_{A_2, B_2} L \text{ subject to } \lVert B_2 A_2 \rVert_F \le \rho \text{ over all layers}
 
-    The pass that gives the gradients of A and B also gives those of A2 and B2. When the step's gradients are complete,
-    the auxiliary pairs take a step of Adam uphill (Eq. 9), with the learning rate, betas and eps that B has in that
-    step, and are scaled back to the ball if they have left it (Eq. 10):
+    One backward pass gives the gradients of A, B, A2 and B2. When they are complete, the auxiliary pairs take an Adam
+    step uphill (Eq. 9), with B's current learning rate, betas and eps, and are scaled back into the ball if they have
+    left it (Eq. 10):
 
     .. math:: (A_2, B_2) \leftarrow \sqrt c\, (A_2, B_2), \qquad
         c = \min\!\left(1, \frac{\rho}{\lVert B_2 A_2 \rVert_F}\right)
 
-    docs/baselines.md says what is a choice of this package. The first step is plain LoRA's. The auxiliary pairs are in
-    no module, optimizer or state dict: this callback holds them, and saves them with its state. They are on in the
-    forward and the backward pass (so the logged loss includes them), and off in validation and, under automatic
-    optimization, in all hooks. Only Linear layers get a pair; others are named once.
+    docs/baselines.md lists the choices that this package makes. The first step is plain LoRA's. The auxiliary pairs
+    belong to this callback, which saves them with its state, not to a module, optimizer or state dict. They act in the
+    forward and the backward pass (so the logged loss includes them), but not in validation nor, under automatic
+    optimization, in hooks. Only Linear layers get a pair; other layers are named once.
 
     Args:
         rho: radius of the ball around the full weights, in the weights' units, >= 0; or a schedule over optimizer
-            steps. With 0 the run is LoRA's, bit for bit. The paper searches 0.005 to 0.5.
-        rank: of the auxiliary pairs, >= 1.
-        seed: of all A2, >= 0.
+            steps. With 0 the run equals LoRA bit for bit. The paper searches 0.005 to 0.5.
+        rank: rank of the auxiliary pairs, >= 1.
+        seed: random seed of all A2, >= 0.
         adapter_name: the peft adapter next to which the pairs are put; None takes the active ones.
-        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`; of
-            those, ``litgpt_pairs`` and a ``PairsByName`` with ``base`` know the weight that is perturbed.
+        finder: finds the pairs of layers that are not peft's, see :mod:`lightning_flatlora.pairs.finders`. The
+            perturbed weight is known only to ``litgpt_pairs`` and to a ``PairsByName`` with ``base``.
 
     Raises:
         MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work,
@@ -57,7 +57,7 @@ class BiLoRA(MethodCallback["BiLoRAStep"]):
 
     Example:
         >>> import lightning as L
-        >>> trainer = L.Trainer(callbacks=[BiLoRA(rho=0.5)], accelerator="cpu", logger=False)
+        >>> trainer = L.Trainer(callbacks=[BiLoRA(rho=0.05)], accelerator="cpu", logger=False)
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class _AuxiliaryPair(OutputTerm):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class BiLoRAStep(FullWeightStep):
-    """The step of :class:`BiLoRA`, whose terms are the pairs that climb.
+    """The step of :class:`BiLoRA`, whose terms are the auxiliary pairs.
 
     A2 is drawn as LoRA's A is, and B2 starts at 0, both in float32 or wider. A layer that is left out for a while keeps
     its pair.
@@ -106,7 +106,7 @@ class BiLoRAStep(FullWeightStep):
     @override
     def reset(self) -> None:
         super().reset()
-        # What moves A2 and B2, by the layer's name, those of layers that are left out for a while included.
+        # The optimizers of A2 and B2 by layer name, also of layers that are left out for a while.
         self._ascents: dict[str, Adam] = {}
         self.factors: list[nn.Parameter] = []
 
@@ -133,7 +133,7 @@ class BiLoRAStep(FullWeightStep):
         """Draw A2 (r, m) and B2 (n, r) of a new pair."""
         n, m = term.weight.shape
         dtype = torch.promote_types(term.weight.dtype, torch.float32)
-        # By name, so that other layers may come or go; on the CPU, so that devices of every kind get the same.
+        # Seeded by name, so that other layers may come or go; drawn on the CPU, so that all devices agree.
         seed = derived_seed(self.seed, zlib.crc32(term.names[0].encode()))
         generator = torch.Generator().manual_seed(seed)
         A = nn.init.kaiming_uniform_(torch.empty(self.rank, m, dtype=dtype), a=5**0.5, generator=generator)
@@ -141,14 +141,14 @@ class BiLoRAStep(FullWeightStep):
 
     @override
     def forget_gradients(self) -> None:
-        # A window that did not end in a step has left its gradients.
+        # An accumulation window that did not end in a step has left its gradients.
         for factor in self.factors:
             factor.grad = None
 
     @override
     @torch.no_grad()
     def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
-        """Take one step up the gradient of this step's passes, and return to the ball; the host does not wait."""
+        """Take one step up the gradient of this step's passes, then return to the ball; the host does not wait."""
         if not self.perturbs:
             return
         average_gradients(self.factors)
@@ -156,17 +156,17 @@ class BiLoRAStep(FullWeightStep):
         for term in self.terms:
             ascent: Any = self._ascents[term.names[0]]
             ascent.param_groups[0].update(self._settings_of(term.pairs[0].B))
-            # As a loss scaler tells it: the kernel leaves all as it is.
+            # As a loss scaler does: the kernel then changes nothing.
             ascent.found_inf = 1.0 - happens.to(term.weight.device, torch.float32)
             ascent.step()
-        # Not even rounded, if the step is skipped.
+        # If the step is skipped, values are not even rounded.
         shrinkage = torch.where(happens, (self.current_rho / self.norm()).clamp_max(1).sqrt(), 1.0)
         for factor in self.factors:
             factor.mul_(shrinkage.to(factor.device, factor.dtype))
         self.forget_gradients()
 
     def _settings_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Return what the optimizer that is about to step has for a parameter, of the settings that Adam has too."""
+        """Return a parameter's settings in the optimizer that is about to step, as far as Adam has them too."""
         groups = self.optimizer.param_groups
         group = next(group for group in groups if any(each is parameter for each in group["params"]))
         return {name: group[name] for name in ("lr", "betas", "eps") if name in group}
@@ -175,7 +175,7 @@ class BiLoRAStep(FullWeightStep):
     def norm(self) -> Tensor:
         """Compute the Frobenius norm of B2 A2 over all layers, shape (), from r x r matrices."""
         squares = []
-        # A manual training_step may be inside of autocast, which would round the products to 16 bits.
+        # A manual training_step may run inside autocast, which would round the products to 16 bits.
         with torch.autocast(self.factors[0].device.type, enabled=False):
             for term in self.terms:
                 squares.append(((term.B.mT @ term.B) * (term.A @ term.A.mT)).sum().to(self.factors[0].device))
@@ -198,5 +198,5 @@ class BiLoRAStep(FullWeightStep):
 
 
 def _ascent(A: Tensor, B: Tensor) -> Adam:
-    """Return what moves copies of A2 and B2 uphill."""
+    """Return an Adam that moves copies of A2 and B2 uphill."""
     return Adam([nn.Parameter(A.clone()), nn.Parameter(B.clone())], maximize=True, fused=True)

@@ -27,17 +27,17 @@ class RandomPerturbation(MethodCallback["RandomPerturbationStep"]):
         \varepsilon_{ij} \sim \mathcal N\!\left(0,\; \frac{\sigma^2}{m}\,\lVert W'_{i,:}\rVert^2\right)
 
     The noise is a function of (seed, optimizer step, layer), see :class:`~lightning_flatlora.full_weight.WeightNoise`:
-    all micro-batches of an accumulation window and all ranks share it, and a resumed run draws what the uninterrupted
-    one would have drawn. It is on in the forward and the backward pass (so the logged loss includes it), and off in
-    validation and, under automatic optimization, in all hooks. Only Linear layers get noise; others are named once.
+    all micro-batches of an accumulation window and all ranks share it, and a resumed run draws the noise of the
+    uninterrupted one. It acts in the forward and the backward pass (so the logged loss includes it), but not in
+    validation nor, under automatic optimization, in hooks. Only Linear layers get noise; other layers are named once.
 
     Args:
         sigma: size of the noise relative to the norms of the weights' rows, without a unit, >= 0; or a schedule over
             optimizer steps. The paper raises it, ``CosineRho(0, sigma)``, to 0.05 on language and 0.15 on CLIP.
-        seed: of all noise, >= 0.
+        seed: random seed of all noise, >= 0.
         adapter_name: the peft adapter that enters W'; None takes the active ones.
-        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`; of
-            those, ``litgpt_pairs`` and a ``PairsByName`` with ``base`` know the weight that gets noise.
+        finder: finds the pairs of layers that are not peft's, see :mod:`lightning_flatlora.pairs.finders`. The weight
+            that gets noise is known only to ``litgpt_pairs`` and to a ``PairsByName`` with ``base``.
 
     Raises:
         MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work,
@@ -64,12 +64,12 @@ class RandomPerturbation(MethodCallback["RandomPerturbationStep"]):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class FullWeightStep(OnePassStep):
-    """Base of methods that perturb whole weights, by terms of the layers' outputs.
+    """Base of methods that perturb whole weights, by adding terms to the layers' outputs.
 
     Attributes:
-        kind: of the terms.
-        terms: one for each layer that is adapted now.
-        drawn_at: the step for which they have been drawn, if so.
+        kind: class of the terms.
+        terms: one for each currently adapted layer.
+        drawn_at: the step for which they were drawn, if they were.
     """
 
     works_sharded = False
@@ -92,7 +92,7 @@ class FullWeightStep(OnePassStep):
         self.off()
         self.terms = []
         self.drawn_at: int | None = None
-        # Nothing is searched if no pair is trained now.
+        # If no pair is trained now, there is nothing to search for.
         if any(pair.B.requires_grad for pair in pairs):
             self.terms, self.left_out = output_terms(self.kind, module, self.adapter_name, self.finder)
             perturbed = set(trained_factors(chain.from_iterable(term.pairs for term in self.terms)))
@@ -102,7 +102,7 @@ class FullWeightStep(OnePassStep):
 
     @override
     def install(self) -> None:
-        # Nothing to prepare, and no parameter is changed that could be rounded.
+        # Nothing to prepare: no parameter is changed, so nothing can be rounded away.
         pass
 
     @property
@@ -132,7 +132,7 @@ class RandomPerturbationStep(FullWeightStep):
     @override
     def on(self) -> None:
         if self.drawn_at != self.step:
-            # From the step, so that a resumed run and every rank draw the same noise without any state.
+            # Derived from the step, so that a resumed run and every rank draw identical noise without any state.
             draw_noise(self.terms, self.current_rho, derived_seed(self.seed, self.step))
             self.drawn_at = self.step
         super().on()
@@ -151,15 +151,15 @@ class BalancednessRegularization(MethodCallback["BalancednessRegularizationStep"
 
     oBAR always shrinks the balancedness :math:`|\lVert B \rVert^2 - \lVert A \rVert^2| / 2`, nBAR moves it as SAM's
     flow would. The scaling takes place when the gradients of the step are complete, averaged over the ranks and
-    unscaled, but not yet clipped. Each factor takes the learning rate of its own parameter group. A pair whose factors
-    have no gradient stays as it is, and so do all pairs in a step that a loss scaler is about to skip.
+    unscaled, but not yet clipped. Each factor takes the learning rate of its parameter group. A pair without gradients
+    stays unchanged, and so do all pairs in a step that a loss scaler is about to skip.
 
     Args:
         alpha: strength, relative to the learning rate, without a unit, >= 0; or a schedule over optimizer steps. The
             paper lets it decrease: ``LinearRho(alpha, 0)`` or ``CosineRho(alpha, 0)``.
         kind: "nBAR" compares the norms of the gradients, "oBAR" those of the factors.
         adapter_name: the peft adapter to balance; None takes the active ones.
-        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
+        finder: finds the pairs of layers that are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
 
     Raises:
         MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work,
@@ -187,7 +187,7 @@ class BalancednessRegularization(MethodCallback["BalancednessRegularizationStep"
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class BalancednessRegularizationStep(OnePassStep):
-    """The step of :class:`BalancednessRegularization`: no pass is perturbed, and the factors are scaled before it."""
+    """The step of :class:`BalancednessRegularization`: the factors are scaled before it, and no pass is perturbed."""
 
     rho_name = "alpha"
     works_sharded = False
@@ -206,7 +206,7 @@ class BalancednessRegularizationStep(OnePassStep):
         if frozen:
             problems.append(f"A of {len(frozen)} pairs is frozen, as in {frozen[0]}, and can't be scaled: train it")
         if any(pair.experts > 1 for pair in self.pairs):
-            problems.append("a pair holds factors of several experts: leave experts out of the adapter")
+            problems.append("a pair holds the factors of several experts: leave experts out of the adapter")
         return problems
 
     @override
@@ -230,7 +230,7 @@ class BalancednessRegularizationStep(OnePassStep):
                 B_grows = norm(rows_of(pair.B.grad, pair.B_rows)) >= norm(rows_of(pair.A.grad, pair.A_rows))
             else:
                 B_grows = norm(B) < norm(A)
-            # A sign of 0 changes nothing: the scaler is about to skip the step, and the host need not wait to know it.
+            # If the scaler is about to skip the step, the sign is 0, which changes nothing: the host need not wait.
             sign = torch.where(B_grows, 1.0, -1.0).to(B.dtype) * happens.to(B.device)
             B.mul_(1 + strength[id(pair.B)] * sign)
             A.mul_(1 - strength[id(pair.A)] * sign)

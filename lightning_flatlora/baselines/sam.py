@@ -22,18 +22,19 @@ class SAM(MethodCallback["SAMStep"]):
 
     .. math:: e = \rho\, \frac{g}{\lVert g \rVert_2}, \qquad \text{gradient at } w + e
 
-    It perturbs everything that the one optimizer trains, with LoRA also heads and norms; the model needs no LoRA layer.
-    The weights are moved in place and restored exactly, from copies: in the second pass, and in the hooks that fire
-    around its backward, the stored weights are not clean. Memory: two copies of the trained weights. In all other
-    respects (dropout, logging, accumulation, ranks) the two passes are those of :class:`~lightning_flatlora.FMLoRA`.
-    Under DDP with accumulation each ascent sends every gradient.
+    It perturbs every parameter that the optimizer trains, including heads and norms; the model needs no LoRA layer. The
+    weights are moved in place and restored exactly from copies, so the stored weights are not clean during the second
+    pass and in the hooks around its backward. Memory: two copies of the trained weights. In all other respects
+    (dropout, logging, accumulation, ranks) the passes are those of :class:`~lightning_flatlora.FMLoRA`. Under DDP with
+    accumulation every ascent sends all gradients.
 
     Args:
         rho: radius of the ball over all trained parameters, in the weights' units, >= 0; or a schedule over optimizer
             steps.
         start_step: plain optimizer steps before the first ascent.
         every_n_steps: optimizer steps between ascents; the others are plain steps.
-        sync_ascent: average the ascent's gradient over the ranks; False leaves each rank its own e and sends nothing.
+        sync_ascent: average the ascent's gradient over the ranks; with False each rank keeps its own e and sends
+            nothing.
 
     Raises:
         MisconfigurationException: values out of range (here), or optimizers or a strategy that can't work, such as FSDP
@@ -58,7 +59,7 @@ class SAM(MethodCallback["SAMStep"]):
 
 
 class SAMStep(TwoPassStep):
-    """The step of :class:`SAM`: it perturbs what the optimizer trains at the moment."""
+    """The step of :class:`SAM`: it perturbs the parameters that the optimizer currently trains."""
 
     needs_pairs = False
     works_sharded = False
@@ -66,7 +67,7 @@ class SAMStep(TwoPassStep):
     @override
     def pair_problems(self) -> list[str]:
         if not self.ascent_parameters:
-            return ["the optimizer holds no parameter that is trained: unfreeze what it should learn"]
+            return ["the optimizer holds no trainable parameter: unfreeze those that it should train"]
         return super().pair_problems()
 
     @property
@@ -86,7 +87,7 @@ class SAMStep(TwoPassStep):
         parameters = [parameter for parameter in self.ascent_parameters if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for parameter in self.ascent_parameters:
-            # A graph of the clean weights that outlives its pass must fail, not take the moved ones silently.
+            # A graph of the clean weights that outlives its pass must fail, not silently use the moved weights.
             torch.autograd.graph.increment_version(parameter)
         return moved(parameters, joint_ascent(gradients, self.current_rho))
 
@@ -97,9 +98,9 @@ class LoRASAM(MethodCallback["LoRASAMStep"]):
     .. math:: (E_A, E_B) = \rho\, \frac{(G_A, G_B)}{\lVert (G_A, G_B) \rVert_F},
         \qquad \text{gradient at } (A + E_A,\; B + E_B)
 
-    The norm is over all pairs. The product s (B + E_B)(A + E_A) has cross terms, so this is not a ball around W: the
-    perturbation of W changes under (B M, M⁻¹ A). Only the layers read the moved factors; the stored ones are clean at
-    every moment. In all other respects (dropout, logging, accumulation, ranks) the passes are those of
+    The norm is over all pairs. The product s (B + E_B)(A + E_A) has cross terms, so this is not a ball around W:
+    rewriting W by (B M, M⁻¹ A) changes its perturbation. Only the layers see the moved factors; the stored ones always
+    stay clean. In all other respects (dropout, logging, accumulation, ranks) the passes are those of
     :class:`~lightning_flatlora.FMLoRA`.
 
     Args:
@@ -107,8 +108,9 @@ class LoRASAM(MethodCallback["LoRASAMStep"]):
         start_step: optimizer steps of plain LoRA before the first ascent.
         every_n_steps: optimizer steps between ascents; the others are plain LoRA steps.
         adapter_name: the peft adapter to perturb; None takes the active ones.
-        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
-        sync_ascent: average the ascent's gradient over the ranks; False leaves each rank its own E and sends nothing.
+        finder: finds the pairs of layers that are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
+        sync_ascent: average the ascent's gradient over the ranks; with False each rank keeps its own E and sends
+            nothing.
 
     Raises:
         MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work (at the
@@ -118,7 +120,7 @@ class LoRASAM(MethodCallback["LoRASAMStep"]):
 
     Example:
         >>> import lightning as L
-        >>> trainer = L.Trainer(callbacks=[LoRASAM(rho=0.1)], accelerator="cpu", logger=False)
+        >>> trainer = L.Trainer(callbacks=[LoRASAM(rho=0.05)], accelerator="cpu", logger=False)
     """
 
     def __init__(
@@ -154,11 +156,11 @@ class LoRASAMStep(TwoPassStep):
     @override
     @torch.no_grad()
     def perturb(self) -> AbstractContextManager[None]:
-        # Factors that stack, in the same order on every rank.
+        # Factors that can be stacked, in the same order on every rank.
         groups: dict[object, list[nn.Parameter]] = defaultdict(list)
         for factor in self.ascent_parameters:
             groups[self.sharding.shape(factor), factor.dtype, factor.device].append(factor)
-        # A gradient that is missing counts as zero.
+        # A missing gradient counts as zero.
         gradients = [self.sharding.stack(group, gradients=True) for group in groups.values()]
         E: dict[nn.Parameter, Tensor] = {}
         for group, stack in zip(groups.values(), joint_ascent(gradients, self.current_rho), strict=True):
@@ -166,8 +168,8 @@ class LoRASAMStep(TwoPassStep):
         moves: dict[AnyRef, Tensor] = {}
         for pair in self.pairs:
             for factor, readers in ((pair.A, pair.A_readers), (pair.B, pair.readers)):
-                # A factor that is frozen is not perturbed.
+                # A frozen factor is not perturbed.
                 for reader in readers if factor in E else ():
-                    # A pair may be some rows of the parameter.
+                    # A pair may cover only some rows of the parameter.
                     moves[reader] = rows_of(E[factor].view(self.sharding.shape(factor)), as_ref(reader).rows)
         return perturbed(moves, self.sharding.only_views)

@@ -1,4 +1,4 @@
-"""Lightning callbacks: the methods, checkpoints and averages of adapters, jobs that come back, the monitor."""
+"""Lightning callbacks: the methods, adapter checkpoints and averages, requeued jobs, and the flatness monitor."""
 
 from lightning_flatlora.callbacks.adapter_checkpoint.callback import AdapterCheckpoint as AdapterCheckpoint
 from lightning_flatlora.callbacks.adapter_checkpoint.transfer import load_adapter_checkpoint as load_adapter_checkpoint

@@ -18,18 +18,18 @@ from lightning_flatlora.wrappers import wrapping_problems
 class AdapterAveraging(Callback):
     """Average the weights that the optimizers train: adapters, ``modules_to_save``, heads.
 
-    A batch trains the training weights. At its end, after the optimizer's step, the module takes the averages until the
-    next batch starts. So validation, checkpoints and the folder of AdapterCheckpoint have the averages, and so has the
-    module after ``fit``. A checkpoint also holds the training weights, from which a run resumes exactly. After an error
-    the module has the training weights.
+    During a batch the module holds the training weights; from its end, after the optimizer's step, until the next batch
+    starts it holds the averages. So validation, checkpoints, AdapterCheckpoint's folder and the module after ``fit``
+    have the averages. A checkpoint also holds the training weights, so a run resumes exactly. After an error the module
+    has the training weights.
 
     Averages are in float32 or float64, since 16 bits would round small changes away. Buffers, such as BatchNorm's
-    statistics, are not averaged. What changes trained weights between two batches, and not within one, is lost.
+    statistics, are not averaged. Changes of trained weights between two batches are lost.
 
     Args:
-        decay: the share of the old average in the new one, >= 0 and < 1: 0.99 averages about the last
-            ``1 / (1 - 0.99) = 100`` optimizer steps. None averages all steps with equal weights.
-        start_step: optimizer steps to leave out. Until then the module keeps the training weights.
+        decay: share of the old average in the new one, >= 0 and < 1: 0.99 averages about the last ``1 / (1 - 0.99) =
+            100`` optimizer steps. None averages all steps with equal weights.
+        start_step: optimizer steps to leave out, during which the module keeps the training weights.
 
     Raises:
         MisconfigurationException: values out of range (here); nothing is trained, or the strategy is not one device,
@@ -50,22 +50,22 @@ class AdapterAveraging(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a checkpoint's state, whole and on the CPU until training starts."""
+        """Take a checkpoint's state, which stays whole and on the CPU until training starts."""
         self._step, self._count = state_dict.get("step", 0), state_dict.get("count", 0)
-        # By a parameter's place among those of the optimizers, by which these number their states, too.
+        # By a parameter's place among those of the optimizers, as in their own states.
         self._averages: dict[int, Tensor] = state_dict.get("averages", {})
-        # The training weights while the module holds the averages, otherwise nothing.
+        # The training weights while the module holds the averages; otherwise empty.
         self._aside: dict[int, Tensor] = state_dict.get("weights", {})
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what can't be averaged, and bring a state to where its parameters are."""
+        """Refuse weights that can't be averaged, and move a loaded state to its parameters' devices."""
         self._parameters = parameters_of(*trainer.optimizers)
         problems = wrapping_problems(trainer.strategy.model or pl_module, [])
         if not any(parameter.requires_grad for parameter in self._parameters):
             problems.append("the optimizer has no parameter that requires a gradient: add an adapter, or unfreeze one")
         refuse(self, problems)
-        # Of a later step is the state of another run, or of a checkpoint that was only evaluated.
+        # A state from a later step is of another run, or of a checkpoint that was only evaluated.
         if self._step > trainer.global_step:
             self.load_state_dict({})
         for values in (self._averages, self._aside):
@@ -79,7 +79,7 @@ class AdapterAveraging(Callback):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Average the weights if the batch has ended in an optimizer step, and put the averages into the module."""
+        """Average the weights if the batch ended in an optimizer step, and put the averages into the module."""
         if trainer.global_step > max(self._step, self.start_step):
             self._step, self._parameters = trainer.global_step, parameters_of(*trainer.optimizers)
             self._count += 1
@@ -96,12 +96,12 @@ class AdapterAveraging(Callback):
             self._hold_averages(pl_module, False)
 
     def _hold_averages(self, pl_module: LightningModule, averages: bool) -> None:
-        """Let the module hold the averages, or else the training weights, unless it does already."""
+        """Let the module hold the averages, or else the training weights, unless it already does."""
         if averages == bool(self._aside):
             return
         values = self._averages if averages else self._aside
         self._aside = {place: self._parameters[place].detach().clone() for place in values} if averages else {}
-        reshard(pl_module)  # or the next pass would compute with the whole weights of before
+        reshard(pl_module)  # otherwise the next pass would compute with the gathered old weights
         for place, value in values.items():
             self._parameters[place].data.copy_(value)
 

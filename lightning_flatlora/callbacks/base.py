@@ -1,4 +1,4 @@
-"""The callback under every method: when its hooks are called, the method does its work."""
+"""The base callback of every method: its hooks let the method do its work."""
 
 from contextlib import ExitStack
 from itertools import chain
@@ -24,19 +24,19 @@ from lightning_flatlora.schedules import RhoSchedule
 class MethodCallback(Callback, Generic[S]):
     """Train the LoRA pairs of a LightningModule by a method.
 
-    Every product s B A that the model holds is known, and a pair takes part in a step if its B has a gradient. The
-    model is searched at the start of a fit and of each epoch: a scaling or an adapter that changes inside an epoch acts
-    from the next one.
+    A pair takes part in a step if its B has a gradient. The model is searched for pairs at the start of a fit and of
+    each epoch, so a scaling or an adapter that changes within an epoch takes effect in the next one.
 
-    Settings other than rho are those of :attr:`method`, as ``callback.method.every_n_steps``; here they are refused.
+    Settings other than rho belong to :attr:`method`, as ``callback.method.every_n_steps``; assigning them here is
+    refused.
 
     Attributes:
-        per_optimizer: the methods of the optimizers, and the pairs that they train.
-        passes: what wraps the strategy's methods; None outside of a fit.
-        patches: end with the fit what is put on the trainer for it.
+        per_optimizer: one method for each optimizer, with the pairs that it trains.
+        passes: wraps the strategy's methods; None outside of a fit.
+        patches: undo at the end of the fit everything that was put on the trainer for it.
 
     Args:
-        method: with its settings.
+        method: the method, with its settings.
     """
 
     def __init__(self, method: S) -> None:
@@ -44,20 +44,20 @@ class MethodCallback(Callback, Generic[S]):
         self._begin()
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Refuse what is the method's, such as ``beta``, and would change nothing here."""
+        """Refuse settings of the method, such as ``beta``, which would change nothing here."""
         owner = vars(self).get("per_optimizer")
         if owner is not None and hasattr(owner.first, name) and not hasattr(type(self), name):
             raise AttributeError(f"{name} belongs to the method: assign to callback.method.{name}")
         super().__setattr__(name, value)
 
     def _begin(self) -> None:
-        """Set everything that belongs to one fit to what it is before the fit."""
+        """Reset everything that belongs to one fit."""
         self._loaded: dict[str, Any] | None = None
         self.passes: Any = None
         self.patches = ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give settings and state: a copy or pickle that is made in the middle of a fit has no part in that fit."""
+        """Return settings and state without the fit: a copy or pickle made in mid-fit takes no part in that fit."""
         blank = object.__new__(type(self))
         blank.__dict__.update(self.__dict__)
         blank._begin()
@@ -67,7 +67,7 @@ class MethodCallback(Callback, Generic[S]):
 
     @property
     def methods(self) -> list[S]:
-        """For each optimizer, what trains its pairs; nearly every run has one."""
+        """The method of each optimizer; nearly every run has only one."""
         return self.per_optimizer.methods
 
     @property
@@ -82,7 +82,7 @@ class MethodCallback(Callback, Generic[S]):
 
     @property
     def rho(self) -> float | RhoSchedule | None:
-        """The size of the perturbation as it was given; one that is assigned acts from the next step on."""
+        """The size of the perturbation as it was given; a newly assigned one takes effect in the next step."""
         return self.method.rho
 
     @rho.setter
@@ -93,7 +93,7 @@ class MethodCallback(Callback, Generic[S]):
 
     @property
     def current_rho(self) -> float:
-        """The number that rho is in the coming optimizer step."""
+        """The value of rho in the coming optimizer step."""
         return self.method.current_rho
 
     @property
@@ -107,26 +107,26 @@ class MethodCallback(Callback, Generic[S]):
         return self.method.perturbation
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse transformers' Trainer, which calls this first and has other hooks."""
+        """Refuse transformers' Trainer, which calls this hook first and has different ones."""
         problem = (
-            "this is a callback of Lightning's Trainer. With that of transformers write, after the Trainer is made and "
-            "before train(): lightning_flatlora.loops.EFMLoRA(trainer.model, trainer.create_optimizer(), rho=...)"
+            "this is a callback for Lightning's Trainer. With transformers' Trainer write, after it is made and before "
+            "train(): lightning_flatlora.loops.EFMLoRA(trainer.model, trainer.create_optimizer(), rho=...)"
         )
         refuse(self.method, [problem])
 
-    # -- the start: everything that is wrong is reported in one message, before anything is changed
+    # -- the start: all problems are reported in one message, before anything is changed
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """End, when a fit or an evaluation begins, what an interrupted fit has left, and start a new one."""
+        """Clean up after an interrupted fit when a fit or an evaluation begins, and start a new fit."""
         if self._visits(trainer):
             return
-        # A fit that was killed between hooks, as in a notebook, may have left something behind.
+        # A fit that was interrupted between hooks, as in a notebook, may have left something behind.
         self.uninstall()
         if stage != "fit":
             return
         self._begin()
-        # A further fit of the same Trainer continues. A checkpoint comes later, and brings its own count.
+        # Another fit of the same Trainer continues the count. A checkpoint is loaded later, and brings its own.
         self.per_optimizer.begin(continues=trainer.global_step > 0)
         refuse(self.method, strategies.problems_before_wrapping(trainer))
 
@@ -135,7 +135,7 @@ class MethodCallback(Callback, Generic[S]):
         """Find the pairs when a fit starts, report all problems in one error, and prepare the layers."""
         self.per_optimizer.take_optimizers(trainer.optimizers)
         alike = [each for each in callbacks_of(trainer) if type(each) is type(self)]
-        # Adapters that have a callback each may be activated in turn.
+        # If each adapter has its callback, they may be activated one after another.
         self.per_optimizer.may_come = len(alike) > 1 or unfreezes_later(trainer)
         problems = self.configuration_problems(trainer, pl_module)
         try:
@@ -159,7 +159,7 @@ class MethodCallback(Callback, Generic[S]):
         self.patches.callback(strategies.skip_clipping_without_gradients(trainer))
 
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        """List what can't work about the trainer and its other callbacks; subclasses add their own."""
+        """List why the method can't work with the trainer and its other callbacks; subclasses add their reasons."""
         method = self.methods[0]
         takes_two_passes = isinstance(method, TwoPassStep)
         sync_ascent = not isinstance(method, TwoPassStep) or method.sync_ascent
@@ -167,18 +167,18 @@ class MethodCallback(Callback, Generic[S]):
         others = [each for each in callbacks_of(trainer) if isinstance(each, MethodCallback) and each is not self]
         rivals = [type(each).__name__ for each in others if not (self.works_beside(each) or each.works_beside(self))]
         if rivals:
-            problems.append(f"it perturbs the weights that {', '.join(rivals)} perturbs too: keep one")
+            problems.append(f"it perturbs the same weights as {', '.join(rivals)}: keep one")
         if takes_two_passes and not takes_passes_itself(pl_module):
             problems += two_pass_problems(pl_module)
         return problems + optimizer_problems(trainer.optimizers)
 
     def works_beside(self, other: "MethodCallback[Any]") -> bool:
-        """Say whether another of these callbacks may run in the same trainer; one of the two must say so."""
+        """Say whether another method's callback may run in the same trainer; it suffices if one of the two says so."""
         return False
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take a checkpoint's state and the length of the run when training starts, with loaders set up."""
+        """Take a checkpoint's state and the length of the run when training starts, once the loaders are set up."""
         if self._loaded is not None:
             state, self._loaded = self._loaded, None
             self.per_optimizer.load_state_dict(state)
@@ -190,8 +190,8 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the model searched again in the first batch of an epoch that starts."""
-        # Searched at the first pass, since hooks of others may still change the model.
+        """Let the first batch of the epoch search the model again."""
+        # The search waits for the first pass, since other callbacks' hooks may still change the model.
         self.passes.is_stale = True
 
     def look_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -212,11 +212,11 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Let the method use and count the gradients, which are complete, before an optimizer steps."""
+        """Let the method use the complete gradients, and count the step, before an optimizer steps."""
         self.passes.check_gradient_is_first(optimizer)
         method = self.methods[trainer.optimizers.index(optimizer)]
         is_used = method is self.method or method.takes_several_optimizers
-        # Counted here, since no later hook says that the step was taken: steps that a scaler skips count, too.
+        # Counted here, since no later hook says that the step was taken: steps that a scaler skips count too.
         if is_used and not takes_no_step(trainer):
             method.before_step()
 
@@ -224,27 +224,27 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn, when an epoch ends, if nothing was perturbed."""
+        """Warn at the end of an epoch if nothing was perturbed."""
         self.per_optimizer.warn_without_effect()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn, when training ends, of pairs that came into no optimizer."""
-        # What another callback was to give to an optimizer.
+        """Warn at the end of training about pairs that never came into an optimizer."""
+        # Another callback was expected to give these to an optimizer.
         left = [pair.name for pair in self.per_optimizer.assignment.orphans]
         if left and self.per_optimizer.may_come and self.method.pairs:
-            self.method.warn(f"{len(left)} pairs, {left[0]} among them, came into no optimizer and were not perturbed")
+            self.method.warn(f"{len(left)} pairs, such as {left[0]}, came into no optimizer and were not perturbed")
 
     def uninstall(self) -> None:
-        """Leave no trace on the model and the trainer; what a checkpoint needs stays."""
+        """Leave no trace on the model and the trainer, but keep the state that a checkpoint needs."""
         self.patches.close()
-        # They hold the trainer, and with it the model and a batch.
+        # The passes hold the trainer, and with it the model and a batch.
         self.passes = None
         for method in self.methods:
             method.close()
 
     def _visits(self, trainer: Trainer) -> bool:
-        """Say whether another Trainer evaluates the module in the middle of this fit, as from one of its hooks."""
+        """Say whether another Trainer evaluates the module in the middle of this fit, such as from a hook."""
         return self.passes is not None and self.passes.trainer is not trainer and trainer.state.fn != "fit"
 
     @override
@@ -264,7 +264,7 @@ class MethodCallback(Callback, Generic[S]):
     @property
     @override
     def state_key(self) -> str:
-        """The class's name, with that of the adapter if one was named: callbacks of one class may share a Trainer."""
+        """The class's name, and the adapter's if given, since several callbacks of one class may share a Trainer."""
         adapter_name = self.methods[0].adapter_name
         if adapter_name is None:
             return type(self).__qualname__
@@ -272,8 +272,8 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Forget how far the last fit came: the checkpoint brings its own count, or none if it is another method's."""
-        # Called in an evaluation too, after which a fit may go on from where the last one was.
+        """Reset the count of the last fit: the checkpoint brings its own, or none if it is of another method."""
+        # Also called in an evaluation, after which a fit may continue from where the last one ended.
         if trainer.state.fn != "fit":
             return
         for method in self.methods:
@@ -282,8 +282,8 @@ class MethodCallback(Callback, Generic[S]):
         unclaimed = saved.difference(each.state_key for each in callbacks_of(trainer))
         if unclaimed and self.state_key not in saved:
             problem = (
-                f"the checkpoint holds the state of {min(unclaimed)}, and this is {self.state_key}: give the "
-                "adapter_name that it had, or start a new run from the weights"
+                f"the checkpoint holds the state of {min(unclaimed)}, but this is {self.state_key}: give that run's "
+                "adapter_name, or start a new run from the weights"
             )
             refuse(self.method, [problem])
 
@@ -294,8 +294,8 @@ class MethodCallback(Callback, Generic[S]):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state of a checkpoint that is loaded until training starts."""
-        # The pairs are known in a fit only, in the middle of which a tuner restores the state that it began with.
+        """Keep a loaded checkpoint's state until training starts."""
+        # The pairs are known only in a fit. In the middle of one a tuner restores the state from before it began.
         if self.passes is not None:
             self.per_optimizer.load_state_dict(state_dict)
         else:

@@ -1,16 +1,16 @@
 """Objects of Lightning under both of its names, ``lightning.pytorch`` and ``pytorch_lightning``.
 
-The code under them is the same, but each has its own classes.
+Their code is identical, but each has its own classes.
 
-The package imports only the first. The objects of a user's Trainer may come from either, so objects of Lightning are
-recognized here by the names of their classes, without an import of a library that the user does not have.
+The package imports only the first. A user's Trainer may come from either, so Lightning's objects are recognized by the
+names of their classes, without importing a library that the user may not have.
 """
 
 from typing import Any, TypeGuard, TypeVar
 
 from lightning.pytorch import Callback, Trainer
 
-# The other names of libraries that are parts of ``lightning``, too.
+# The other names of libraries that are also part of ``lightning``.
 _PARTS = {"pytorch_lightning": "lightning.pytorch", "lightning_fabric": "lightning.fabric"}
 
 T = TypeVar("T")
@@ -20,7 +20,7 @@ def is_lightning(value: object, *kinds: type[T]) -> TypeGuard[T]:
     """Tell whether an object is an instance of a class of Lightning, under either of the library's names.
 
     Args:
-        value: anything.
+        value: any object.
         kinds: classes of ``lightning.pytorch`` or ``lightning.fabric``; one of them suffices.
 
     Example:
@@ -43,6 +43,6 @@ def callback_of(trainer: Trainer, kind: type[T]) -> T | None:
 
 
 def _name(kind: type[Any]) -> str:
-    """Return a class's full name, the same under both names of Lightning."""
+    """Return a class's full name, equal under both names of Lightning."""
     library, _, rest = kind.__module__.partition(".")
     return f"{_PARTS.get(library, library)}.{rest}.{kind.__qualname__}"

@@ -32,36 +32,35 @@ class FlatnessMonitor(Callback):
     """Measure how flat the loss is around the weights, every few steps or epochs, on the same probe batches.
 
     The loss is the module's own ``training_step`` (``compute_loss`` of an :class:`~lightning_flatlora.FMLoRAModule`) in
-    eval mode, at the clean weights, with the same random draws in every pass. Training goes on as if nothing had been
-    measured; docs/flatness.md says what is put back. Other side effects of a step belong behind ``if self.training``.
-    The numbers go to every logger of the trainer and into ``trainer.callback_metrics``, as ``flatness/sharpness``.
+    eval mode, at the clean weights, with the same random draws in every pass. Training continues as if nothing had been
+    measured, see docs/flatness.md. Other side effects of a step belong behind ``if self.training``. The numbers go to
+    every logger of the trainer and into ``trainer.callback_metrics``, as ``flatness/sharpness``.
 
     The monitor works under plain LoRA, and next to EFMLoRA, FMLoRA or FMLoRAModule. Under DDP each rank measures on its
     own batches, and losses and gradients are averaged, so that all ranks log the same numbers.
 
     A measurement costs 4 passes over the probe batches with the default measures (forward, backward, two forwards), and
-    6 next to EFMLoRA, where "ema" (Theorem 2) is measured too, of several averages the first; for the others see
-    :func:`~lightning_flatlora.flatness.measure`. It needs memory for one batch's graph, the probe batches, and a copy
-    of the buffers, of 64 MB at most.
+    6 next to EFMLoRA, where "ema" (Theorem 2) is measured too, of the first average if there are several; for other
+    measures see :func:`~lightning_flatlora.flatness.measure`. It needs memory for one batch's graph, the probe batches,
+    and a copy of the buffers, of 64 MB at most.
 
     Args:
-        rho: radius of the ball that is searched, in the weights' units, > 0; the estimate is then the "average" one
-            under the global norm, so that runs of different methods can be compared. None takes the current rho, the
-            estimator and the norm scope of the EFMLoRA, FMLoRA or FMLoRAModule beside it.
+        rho: radius of the ball that is searched, in the weights' units, > 0, with the "average" estimator and the
+            global norm, so that runs of different methods can be compared. None takes the current rho, the estimator
+            and the norm scope of the run's EFMLoRA, FMLoRA or FMLoRAModule.
         every_n_steps: optimizer steps between measurements; None measures by epochs.
         every_n_epochs: epochs between measurements, at their ends; None, without every_n_steps, means 1. A run that is
             too short for one measurement ends with a warning.
-        batches: how many batches are kept on each rank: the first that pass by in an epoch. They are the same at every
-            measurement of a fit, except that one which comes before so many have passed by takes those that have. A
-            run that is resumed takes new ones.
-        data: "train" or "val", which batches these are; a validation batch has to be of the form that training_step
-            takes. With "val" nothing is measured before the first of them, which may be of the sanity check.
-        measures: names in :data:`~lightning_flatlora.flatness.MEASURES`; None takes DEFAULT_MEASURES, and beside
-            EFMLoRA "ema".
+        batches: how many batches are kept on each rank: the first ones of an epoch, for all measurements of the fit. An
+            early measurement uses those seen so far, and a resumed run keeps new ones.
+        data: whether these are "train" or "val" batches; training_step has to accept the latter. With "val" nothing is
+            measured before the first validation batch, which may be the sanity check's.
+        measures: names in :data:`~lightning_flatlora.flatness.MEASURES`; None takes DEFAULT_MEASURES, and next to
+            EFMLoRA also "ema".
         per_layer: also log balancedness, condition numbers, radius and residual of each pair.
         sigma: size of the noise of "expected_sharpness", relative to the rows' norms.
         samples: draws of noise, and of vectors for "hessian_trace".
-        finder: says what the pairs are where the layers are not peft's; None takes that of the method beside it.
+        finder: finds the pairs of layers that are not peft's; None takes the finder of the run's method.
 
     Raises:
         MisconfigurationException: values out of range (here), or a model or strategy that can't be measured (at the
@@ -69,7 +68,7 @@ class FlatnessMonitor(Callback):
 
     Example:
         >>> import lightning as L
-        >>> monitor = FlatnessMonitor(rho=0.5, every_n_steps=100)
+        >>> monitor = FlatnessMonitor(rho=0.05, every_n_steps=100)
         >>> trainer = L.Trainer(callbacks=[monitor], accelerator="cpu", logger=False)
     """
 
@@ -105,31 +104,31 @@ class FlatnessMonitor(Callback):
         refuse(self, problems)
         if self.every_n_steps is None and self.every_n_epochs is None:
             self.every_n_epochs = 1
-        # None outside of a fit, and after a step that can't be measured.
+        # None outside of a fit, and once a step can't be measured.
         self._held: ProbeBatches | None = None
-        # The step or epoch of the last measurement; at first that at which training started.
+        # The step or epoch of the last measurement; at first, of the start of training.
         self._measured_at = 0
         self._has_measured = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give the settings: a copy or pickle that is made in the middle of a fit has no part in that fit."""
+        """Return the settings without the fit: a copy or pickle made in mid-fit takes no part in that fit."""
         return without_logging(self) | {"_held": None}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # By itself: what follows takes weights to be whole, and would report a sharded model as another problem.
+        # Refused first: the checks below expect whole weights, and would report a sharded model as another problem.
         refuse(self, monitor_problems(trainer.strategy))
         method, measures, problems = _method_of(trainer), self.measures or (), []
         if method is None and self.rho is None:
-            problems.append("rho must be given where no EFMLoRA, FMLoRA or FMLoRAModule has one: as rho=0.5")
+            problems.append("rho must be given without an EFMLoRA, FMLoRA or FMLoRAModule: for example rho=0.05")
         if "ema" in measures and not isinstance(method, EFMLoRAStep):
-            problems.append("the measure 'ema' needs an EFMLoRA callback, whose average it is: leave it out")
+            problems.append("the measure 'ema' needs an EFMLoRA callback, whose average it measures: leave it out")
         if self.data == "val" and not trainer.enable_validation:
-            problems.append("data='val' gives no batch to hold: choose the other, or give the loader")
+            problems.append("data='val', but this fit has no validation: give a validation loader, or choose 'train'")
         try:
             self._targets(pl_module, method)
         except ValueError as error:
-            # Without pairs only if none may come later in the fit.
+            # An error only if no pair may come later in the fit.
             if not isinstance(error, NoPairsError) or not unfreezes_later(trainer):
                 problems.append(str(error))
         try:
@@ -139,10 +138,10 @@ class FlatnessMonitor(Callback):
         refuse(self, problems)
 
     def _targets(self, pl_module: LightningModule, method: Any) -> tuple[Perturbation, WeightNoise | None]:
-        """Find what is perturbed: the pairs that the model trains now and, where noise is measured, their weights.
+        """Find the pairs that the model trains now and, if noise is measured, their weights.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there are none.
         """
         finder = self.finder or (method.finder if method else None)
         adapter_name = method.adapter_name if method is not None and finder is None else None
@@ -171,12 +170,12 @@ class FlatnessMonitor(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         held = self._held
         if held and held.tried == 0:
-            # At once, so that a run whose step can't be measured says so at its start.
+            # At once, so that the user learns at the start if the step can't be measured.
             with held.undisturbed():
                 can_measure = held.try_out()
             self._held = held if can_measure else None
         if self.every_n_steps is not None:
-            # As Lightning counts, minus one at the end of an epoch: global_step counts each of several optimizers.
+            # Lightning's own count, minus one at the end of an epoch: global_step counts each of several optimizers.
             self._measure(trainer, pl_module, trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     @override
@@ -188,12 +187,12 @@ class FlatnessMonitor(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         held = self._held
-        # A step that can't be measured has been told of already.
+        # If the step can't be measured, the user has been warned already.
         if held is None or self._has_measured or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         unit, every = ("epoch", self.every_n_epochs) if self.every_n_steps is None else ("step", self.every_n_steps)
         rank_zero_warn(
-            f"FlatnessMonitor: nothing was measured: every_n_{unit}s is {every}, and training went from {unit} "
+            f"FlatnessMonitor: nothing was measured: every_n_{unit}s is {every}, but training only went from {unit} "
             f"{self._measured_at} to {self._count(trainer)}"
         )
 
@@ -207,16 +206,16 @@ class FlatnessMonitor(Callback):
         self._held = None
 
     def _count(self, trainer: Trainer) -> int:
-        """Return the steps or epochs trained so far, whichever unit the measurements go by."""
+        """Return the steps or epochs trained so far, in the unit of the measurements."""
         return trainer.current_epoch if self.every_n_steps is None else trainer.global_step
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, count: int, step: int) -> None:
-        """Measure if enough steps or epochs have passed, and log at the step at which Lightning logs the rest."""
+        """Measure if enough steps or epochs have passed, and log under the step that Lightning logs under."""
         held, every = self._held, self.every_n_steps or self.every_n_epochs or 1
         method = _method_of(trainer)
         if not held or (method is not None and not method.pairs):
             return
-        # Multiples are counted, since count % every == 0 would hold in every batch of an accumulation window, and
+        # Multiples are compared, since count % every == 0 would hold in every batch of an accumulation window, and
         # several optimizers skip numbers.
         if count // every == self._measured_at // every:
             return
@@ -233,14 +232,14 @@ class FlatnessMonitor(Callback):
             except NoPairsError:  # none is trained now
                 return
             except Exception as error:
-                # This may be hours after the start, and the training itself is right. But other ranks may be waiting
-                # for this one's loss.
+                # This may be hours after the start, and the training itself is fine. But other ranks may be waiting for
+                # this one's loss.
                 if trainer.world_size > 1:
                     raise
-                rank_zero_warn(f"FlatnessMonitor: a measurement was left out: {type(error).__name__}: {error}")
+                rank_zero_warn(f"FlatnessMonitor: skipped a measurement: {type(error).__name__}: {error}")
                 return
         values = {f"flatness/{name}": value.detach().cpu() for name, value in numbers.items()}
-        # Not by the property trainer.callback_metrics: reading it would compute the module's own metrics too early.
+        # Not through trainer.callback_metrics: reading that property would compute the module's own metrics too early.
         trainer._logger_connector._callback_metrics.update(values)
         for logger in trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in values.items()}, step=step)
@@ -251,7 +250,7 @@ class FlatnessMonitor(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return Point(
             held.loss,
-            # Without a radius of the monitor's own the method's estimator and scope are taken, too.
+            # If the monitor has no rho, it takes the method's estimator and scope too.
             method.perturbation if self.rho is None else perturbation,
             size if self.rho is None else self.rho,  # type: ignore[arg-type]
             average=method.perturbation if isinstance(method, EFMLoRAStep) else None,
@@ -264,7 +263,7 @@ class FlatnessMonitor(Callback):
 
 
 def _method_of(trainer: Trainer) -> Any:
-    """Find the method whose settings are taken, or None; EFMLoRA also schedules an FMLoRAModule, so it comes first."""
+    """Find the method whose settings apply, or None. EFMLoRA comes first, since it also schedules an FMLoRAModule."""
     callback: Any = (
         callback_of(trainer, EFMLoRA) or callback_of(trainer, FMLoRA) or callback_of(trainer, FMLoRAModuleCallback)
     )

@@ -20,24 +20,23 @@ from lightning_flatlora.schedules import RhoSchedule
 class FMLoRA(MethodCallback[FMLoRAStep]):
     """Seek flat minima with a fresh perturbation at every step (Algorithm 1), in two passes.
 
-    The gradient of the first pass gives E. The optimizer sees the gradient of the second, which is taken at B + E. Both
-    passes draw the same dropout masks and see the same batch. The loss is logged and returned from the first pass, at
-    clean weights, and buffers (BatchNorm's statistics) and torchmetrics are afterwards as that pass left them. Hooks
-    around backward fire in each pass, with its gradient. Side effects that lie deeper than the module's own numbers,
-    lists, dicts and sets happen twice: move them to on_train_batch_end. Under gradient accumulation each micro-batch
-    has its own ascent.
+    The gradient of the first pass gives E; the optimizer sees the gradient of the second pass, taken at B + E. Both
+    passes see the same batch and dropout masks. The logged and returned loss is the first pass's, at clean weights;
+    buffers (BatchNorm's statistics) and torchmetrics also count only that pass. Hooks around backward fire in each
+    pass, with its gradient. Side effects deeper than the module's own numbers, lists, dicts and sets happen twice: move
+    them to on_train_batch_end. Under gradient accumulation each micro-batch has its own ascent.
 
     Args:
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
-            It has no default: None is refused.
-        estimator: "average" of both gradients' estimates (Eq. 12), or "projected", from B's gradient alone.
+            Required: None is refused.
+        estimator: "average" of both gradients' estimates (Eq. 12), or "projected", from B's gradient only.
         norm_scope: "global", one ball over all pairs, or "layer", one of radius rho for each.
         start_step: optimizer steps of plain LoRA before the first ascent.
         every_n_steps: optimizer steps between ascents; the others are plain LoRA steps.
         adapter_name: the peft adapter to perturb; None takes the active ones.
-        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
-        sync_ascent: average the ascent's gradient over the ranks, so that all of them have the same E. False leaves
-            each rank its own E (m-sharpness) and sends nothing.
+        finder: finds the pairs of layers that are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
+        sync_ascent: average the ascent's gradient over the ranks, so that E is equal on all of them. With False each
+            rank keeps its own E (m-sharpness) and sends nothing.
 
     Raises:
         MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work (at the
@@ -45,7 +44,7 @@ class FMLoRA(MethodCallback[FMLoRAStep]):
 
     Example:
         >>> import lightning as L
-        >>> trainer = L.Trainer(callbacks=[FMLoRA(rho=0.03)], accelerator="cpu", logger=False)
+        >>> trainer = L.Trainer(callbacks=[FMLoRA(rho=0.05)], accelerator="cpu", logger=False)
     """
 
     def __init__(
@@ -79,9 +78,9 @@ class EFMLoRA(MethodCallback[EFMLoRAStep]):
 
     .. math:: \hat E_1 = E_1, \qquad \hat E_t = (1-\beta)\,\hat E_{t-1} + \beta\,E_t \quad\text{(Eq. 18)}
 
-    E_t comes from the same gradient that the step uses (Eqs. 10-15), and the forward passes of the next steps read
-    B + Ê. The stored weights stay clean at every moment. Next to an :class:`~lightning_flatlora.FMLoRAModule` it
-    schedules the module's two passes instead: a fresh E on refresh steps, Ê and one pass on the others.
+    E_t comes from the step's own gradient (Eqs. 10-15), and the forward passes of the next steps read B + Ê. The stored
+    weights always stay clean. Next to an :class:`~lightning_flatlora.FMLoRAModule` it schedules the module's two passes
+    instead: a fresh E on refresh steps, Ê and one pass on the others.
 
     A pair takes part in a step if its B has a gradient. The model is searched for pairs at the start of the fit and of
     each epoch. Under manual optimization with several optimizers, the pairs of each optimizer have their own ball,
@@ -89,15 +88,15 @@ class EFMLoRA(MethodCallback[EFMLoRAStep]):
 
     Args:
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
-            It has no default: None is refused.
+            Required: None is refused.
         beta: weight of the fresh perturbation in the average, in (0, 1]; 1 keeps only the latest.
-        estimator: "average" of both gradients' estimates (Eq. 12), or "projected", from B's gradient alone.
+        estimator: "average" of both gradients' estimates (Eq. 12), or "projected", from B's gradient only.
         norm_scope: "global", one ball over all pairs, or "layer", one of radius rho for each.
         start_step: optimizer steps of plain LoRA before the first refresh.
         every_n_steps: optimizer steps between refreshes; Ê is stale in between.
-        adapter_name: the peft adapter to perturb; None takes the active ones. Several callbacks may be used together if
-            each has an adapter of its own.
-        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
+        adapter_name: the peft adapter to perturb; None takes the active ones. Several callbacks may be used together,
+            each with its own adapter.
+        finder: finds the pairs of layers that are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
 
     Raises:
         MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work (at the
@@ -105,7 +104,7 @@ class EFMLoRA(MethodCallback[EFMLoRAStep]):
 
     Example:
         >>> import lightning as L
-        >>> trainer = L.Trainer(callbacks=[EFMLoRA(rho=0.03)], accelerator="cpu", logger=False)
+        >>> trainer = L.Trainer(callbacks=[EFMLoRA(rho=0.05)], accelerator="cpu", logger=False)
     """
 
     def __init__(
@@ -135,7 +134,7 @@ class EFMLoRA(MethodCallback[EFMLoRAStep]):
 
     @override
     def works_beside(self, other: MethodCallback[Any]) -> bool:
-        """Allow an FMLoRAModule, whose passes it schedules, or another EFMLoRA if each has an adapter of its own."""
+        """Allow an FMLoRAModule, whose passes it schedules, or another EFMLoRA if each has its own adapter."""
         if isinstance(other, FMLoRAModuleCallback):
             return True
         names = {self.method.adapter_name, other.method.adapter_name}
@@ -143,14 +142,15 @@ class EFMLoRA(MethodCallback[EFMLoRAStep]):
 
 
 class FMLoRAModuleCallback(MethodCallback[FMLoRAStep]):
-    """Do for an FMLoRAModule what belongs into hooks, so that its own hooks stay the user's.
+    """Do an FMLoRAModule's work in hooks, so that the module's own hooks are free for the user.
 
-    Next to an EFMLoRA callback the module takes rho, the perturbation and the average from that one. Hooks whose
-    pl_module is Any use what an FMLoRAModule has and a LightningModule has not.
+    Next to an EFMLoRA callback the module takes rho, the perturbation and the average from it. Hooks whose pl_module is
+    typed Any use members that only an FMLoRAModule has.
 
     Attributes:
         efmlora: the EFMLoRA callback that schedules the module's passes, if there is one.
-        is_set_up: whether the module has given this callback to the Trainer, also while a tuner has taken it out.
+        is_set_up: whether the module has given this callback to the Trainer, even if a tuner has removed it for a
+            while.
     """
 
     is_set_up = False
@@ -167,25 +167,25 @@ class FMLoRAModuleCallback(MethodCallback[FMLoRAStep]):
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Have, in a fit that begins, schedulers count the module's windows, and its gradients clipped."""
+        """Let schedulers count the module's windows, and have its gradients clipped, in the fit that begins."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.is_set_up = True
             original = trainer.strategy.setup_optimizers
 
             def setup_optimizers(trainer: Trainer) -> None:
-                # Lightning knows of no windows in manual optimization, and its estimated_stepping_batches, which an LR
-                # scheduler may ask for, would count batches.
+                # Lightning knows no windows in manual optimization, so its estimated_stepping_batches, which an LR
+                # scheduler may use, would count batches.
                 with put_on(trainer, {"accumulate_grad_batches": window_of(trainer)}):
                     original(trainer)
 
             def clip(module: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-                # The hook, which a subclass may override as elsewhere; Lightning's own clips nothing for None.
+                # Calls the hook, which a subclass may override as usual; Lightning's own clips nothing for None.
                 value, algorithm = pl_module.gradient_clip_val, pl_module.gradient_clip_algorithm
                 pl_module.configure_gradient_clipping(optimizer, value, algorithm)
 
             self.patches.enter_context(put_on(trainer.strategy, {"setup_optimizers": setup_optimizers}))
-            # Called behind all hooks before a step, which see the gradient before clipping, as elsewhere.
+            # Called after all hooks before a step, which see the unclipped gradient, as usual.
             self.patches.enter_context(put_on(trainer.precision_plugin, {"_clip_gradients": clip}))
 
     @override
@@ -198,15 +198,15 @@ class FMLoRAModuleCallback(MethodCallback[FMLoRAStep]):
             )
         if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
             problems.append(
-                "ReduceLROnPlateau waits for a metric that FMLoRAModule does not give it: leave it out of "
+                "ReduceLROnPlateau needs a metric that FMLoRAModule does not pass to it: leave it out of "
                 "configure_optimizers and step it in on_validation_epoch_end, or use the FMLoRA callback"
             )
         if sum(isinstance(callback, EFMLoRA) for callback in callbacks_of(trainer)) > 1:
-            problems.append("one EFMLoRA can schedule the module's passes: keep one")
+            problems.append("only one EFMLoRA can schedule the module's passes: keep one")
         return problems if self.efmlora is None else problems + self._problems_beside(self.efmlora, trainer)
 
     def _problems_beside(self, efmlora: EFMLoRA, trainer: Trainer) -> list[str]:
-        """List what can't work with the EFMLoRA callback that schedules the passes."""
+        """List why the module can't work with the EFMLoRA callback that schedules its passes."""
         problems, own, other = [], self.method, efmlora.method
         for name in ("schedule", "estimator", "norm_scope", "adapter_name", "finder"):
             mine, its = getattr(own, name), getattr(other, name)
@@ -221,9 +221,9 @@ class FMLoRAModuleCallback(MethodCallback[FMLoRAStep]):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look, when a fit starts, for an EFMLoRA callback that schedules the passes."""
+        """Look for an EFMLoRA callback that schedules the passes when a fit starts."""
         self.efmlora = callback_of(trainer, EFMLoRA)
-        # EFMLoRA finds the pairs and has their perturbation.
+        # EFMLoRA finds the pairs and holds their perturbation.
         self.per_optimizer.needs_pairs = self.efmlora is None
         super().on_fit_start(trainer, pl_module)
         if self.efmlora is not None:
@@ -231,22 +231,23 @@ class FMLoRAModuleCallback(MethodCallback[FMLoRAStep]):
 
     @override
     def look_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Its pairs say whether the step ascends, and it may have wrapped the strategy's methods inside of ours.
+        # EFMLoRA's pairs decide whether the step ascends, and its wrappers of the strategy may lie inside ours.
         if self.efmlora is not None:
             self.efmlora.look_again(trainer, pl_module)
         super().look_again(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Step, when an epoch ends, its schedulers if its last batch was left out."""
-        # An on_train_batch_start may have left the last batch out. Not if the run was stopped within the epoch.
+        """Step the epoch's schedulers at its end if its last batch was left out."""
+        # An on_train_batch_start may have skipped the last batch. Nothing to do if the run was stopped within the
+        # epoch.
         batches = trainer.fit_loop.epoch_loop.batch_progress
         if batches.is_last_batch and batches.current.completed < batches.current.ready:
             self.step_schedulers(trainer, "epoch", trainer.current_epoch)
         super().on_train_epoch_end(trainer, pl_module)
 
     def step_schedulers(self, trainer: Trainer, interval: str, index: int) -> None:
-        """Step the LR schedulers that are due after a "step" or an "epoch" of an index, counted from 0."""
+        """Step the LR schedulers that are due after the "step" or "epoch" of this index, counted from 0."""
         for config in trainer.lr_scheduler_configs:
             if config.interval == interval and (index + 1) % config.frequency == 0:
                 trainer.lightning_module.lr_scheduler_step(config.scheduler, None)

@@ -1,4 +1,4 @@
-"""The methods of a callback in a fit, one for each optimizer: which pairs each of them trains, and their state."""
+"""The methods of a callback in a fit, one for each optimizer, with their pairs and their state."""
 
 import math
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ class MethodsOfFit(Generic[S]):
 
     Attributes:
         methods: in the order of the optimizers.
-        first: that of the first optimizer that trains pairs.
-        search: the pairs of the model, and what was left out, as they were at the last search.
+        first: the method of the first optimizer that trains pairs.
+        search: the result of the last search: the model's pairs, and the layers that were left out.
         assignment: which optimizer trains which pair.
         needs_pairs: whether the model is searched for pairs.
 
     Args:
-        method: the first, with the settings of all.
+        method: the first one, with the settings of all.
     """
 
     def __init__(self, method: S) -> None:
@@ -43,7 +43,7 @@ class MethodsOfFit(Generic[S]):
         """Forget the last fit, except for the counts if this one continues it."""
         self.search = PairSearch([], [])
         self.assignment = PairAssignment([], [], [])
-        # Whether another callback has the task of unfreezing or activating pairs later.
+        # Whether another callback is going to unfreeze or activate pairs later.
         self.may_come = False
         self.first = self.methods[0]
         for method in self.methods:
@@ -54,7 +54,7 @@ class MethodsOfFit(Generic[S]):
                 method.step, method.initial_lr = count
 
     def take_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
-        """Have one method for each optimizer; those of the last fit keep their counts."""
+        """Make one method for each optimizer; those of the last fit keep their counts."""
         while len(self.methods) < len(optimizers):
             self.methods.append(self.methods[0].for_another_optimizer())
         del self.methods[max(len(optimizers), 1) :]
@@ -72,10 +72,10 @@ class MethodsOfFit(Generic[S]):
             return
         if math.isinf(method.horizon):
             refuse(method, [f"{method.argument} spreads over an endless run: set total_steps, max_steps or max_epochs"])
-        # No count has come with a checkpoint. Next to EFMLoRA an FMLoRAModule's callback has no pairs.
+        # No checkpoint has brought a count. Next to EFMLoRA an FMLoRAModule's callback has no pairs.
         if method.rate_parameters and method.step == 0 and trainer.global_step > 0:
             method.warn(
-                f"it was not part of this run until now, at step {trainer.global_step} of {method.horizon:g}. "
+                f"it joins this run only now, at step {trainer.global_step} of {method.horizon:g}, so "
                 f"{method.argument} begins now and will not end: set its total_steps to the steps that are left"
             )
 
@@ -85,14 +85,14 @@ class MethodsOfFit(Generic[S]):
         """Search the model, and give each method the pairs whose factors its optimizer holds.
 
         Raises:
-            ValueError: there is no pair though one must be there, or no adapter of the given name.
+            ValueError: a pair is required and there is none, or there is no adapter of the given name.
         """
         if not self.needs_pairs:
             return
         adapter_name, finder = self.methods[0].adapter_name, self.methods[0].finder
         # As after a validation.
         reshard(module)
-        # If pairs may be unfrozen or activated later, a start without any is no error.
+        # If pairs may be unfrozen or activated later, a start without any is not an error.
         self.search = search_pairs(module, adapter_name, finder, must_be_active=not self.may_come)
         if must_be_there and not self.search.pairs and not (self.may_come and self.search.resting):
             raise NoPairsError(nothing_found(module, adapter_name, finder, self.search))
@@ -102,12 +102,12 @@ class MethodsOfFit(Generic[S]):
         self.first = next((method for method in self.methods if method.pairs), self.methods[0])
 
     def assignment_problems(self) -> list[str]:
-        """List what can't work with the optimizers that hold the pairs."""
+        """List why the pairs can't be trained as the optimizers hold them."""
         assignment = self.assignment
         problems = []
         if assignment.orphans and not self.may_come:
             problems.append(
-                f"trainable LoRA factors, such as {assignment.orphans[0].name}, are in no optimizer: give them to it, "
+                f"trainable LoRA factors, such as {assignment.orphans[0].name}, are in no optimizer: add them to one, "
                 "or freeze them; a BaseFinetuning callback may add them later in the fit"
             )
         holders = [pairs for pairs in assignment.pairs if pairs]
@@ -119,18 +119,18 @@ class MethodsOfFit(Generic[S]):
         return problems
 
     def install_again(self) -> None:
-        """Prepare the layers of pairs that a later search has found, and warn of what can't work with them."""
+        """Prepare the layers of pairs that a later search has found, and warn of problems with them."""
         self.first.warn(*(f"{each}. Until then these pairs are not perturbed" for each in self.assignment_problems()))
         for method in self.methods:
             method.install()
             method.warn(*(f"{each}. Until then the first group's is followed" for each in method.rate_problems()))
 
     def warn_without_effect(self) -> None:
-        """Say, at the end of an epoch, why nothing was perturbed, if this is so."""
+        """Warn at the end of an epoch if nothing was perturbed, and say why."""
         if self.needs_pairs and not self.first.pairs:
             self.first.warn(
                 "no pair is trained now, so nothing is perturbed: every B is frozen, in no optimizer, or computed from "
-                "other parameters, as by pruning. What is unfrozen later is perturbed from the next epoch on"
+                "other parameters, as by pruning. Pairs that are unfrozen later are perturbed from the next epoch on"
             )
         for method in self.methods:
             method.warn_without_gradient()
@@ -138,7 +138,7 @@ class MethodsOfFit(Generic[S]):
     # -- the state
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state of all methods; with one optimizer it lies at the top level, as in a loop."""
+        """Return the state of all methods; with a single optimizer it is at the top level, as in a loop."""
         if len(self.methods) == 1:
             return self.first.state_dict()
         return {"step": self.first.step, "optimizers": [method.state_dict() for method in self.methods]}
@@ -147,10 +147,11 @@ class MethodsOfFit(Generic[S]):
         """Continue from a :meth:`state_dict`.
 
         Raises:
-            MisconfigurationException: it is of other settings, optimizers or pairs.
+            MisconfigurationException: the state has other settings, optimizers or pairs.
         """
         states = state.get("optimizers", [state])
-        # One state, as of a loop or before the optimizers were known, is that of the first optimizer's pairs.
+        # A single state, such as a loop's or one from before the optimizers were known, is for the first optimizer's
+        # pairs.
         if len(states) not in (1, len(self.methods)):
             problem = f"the checkpoint has {len(states)} optimizers, this run {len(self.methods)}: configure as many"
             refuse(self.first, [problem])
@@ -165,5 +166,5 @@ class MethodsOfFit(Generic[S]):
 
 
 def unfreezes_later(trainer: Trainer) -> bool:
-    """Say whether a callback has the task of unfreezing parameters in the middle of a fit."""
+    """Say whether a callback is going to unfreeze parameters in the middle of a fit."""
     return any(is_lightning(each, BaseFinetuning) for each in callbacks_of(trainer))

@@ -1,8 +1,8 @@
 """The passes of a step inside Lightning's strategy, whose methods are wrapped once for a fit.
 
-``Strategy.training_step`` runs after every hook of a batch and before the wrapper's forward, and Lightning looks it up
-on the instance, as it does ``backward`` and ``optimizer_step``. So the user's module stays as it is, and no hook of
-another callback runs while the layers read perturbed weights in automatic optimization.
+``Strategy.training_step`` runs after all hooks that begin a batch and before the wrapper's forward. Lightning looks it
+up on the instance, like ``backward`` and ``optimizer_step``. So the user's module is not touched, and in automatic
+optimization no other callback's hook runs while the layers read perturbed weights.
 """
 
 import functools
@@ -27,8 +27,8 @@ from lightning_flatlora.sharding import is_sharded
 
 
 def takes_no_step(trainer: Trainer) -> bool:
-    """Say whether batches only update BatchNorm's statistics now, as in the epoch that weight averaging (SWA) adds."""
-    # Private, but Lightning says it nowhere else: StochasticWeightAveraging sets it for the epoch that it adds.
+    """Say whether batches now only update BatchNorm's statistics, as in the epoch that weight averaging (SWA) adds."""
+    # Private, but the only sign: StochasticWeightAveraging sets it for the epoch that it adds.
     return bool(trainer.fit_loop._skip_backward)
 
 
@@ -36,26 +36,26 @@ class Passes:
     """Wrap a strategy's methods for one fit; subclasses say how the passes of a step differ from plain ones.
 
     Attributes:
-        is_stale: whether the model is to be searched in the coming batch.
+        is_stale: whether the model will be searched in the coming batch.
 
     Args:
-        owner: the callback, whose ``patches`` end what is wrapped; while a tuner has removed it from the trainer,
-            nothing is done.
-        trainer: as the fit starts.
+        owner: the callback, whose ``patches`` undo the wrapping. While a tuner has removed it from the trainer, the
+            passes are plain.
+        trainer: the trainer, when the fit starts.
     """
 
     def __init__(self, owner: Any, trainer: Trainer) -> None:
         self.owner, self.trainer = owner, trainer
         self.methods: Sequence[StepMethod] = owner.methods
-        # Those that a step of Lightning's has brought so far; None outside of such a step.
+        # The number of gradients so far in Lightning's current step; None outside of a step.
         self._gradients: int | None = None
-        # From the start, since a run that is resumed within an epoch calls no hook at its start.
+        # True from the start, since a run that is resumed within an epoch calls no epoch-start hook.
         self.is_stale = True
         self._original_training_step = self._wrap(trainer.strategy, "training_step", self._training_step)
         self._original_optimizer_step = self._wrap(trainer.strategy, "optimizer_step", self.optimizer_step)
 
     def _wrap(self, thing: Any, name: str, method: Callable[..., Any]) -> Any:
-        """Replace a method of one of the trainer's parts until the fit ends, and give the former one."""
+        """Replace a method of one of the trainer's parts until the fit ends, and return the former one."""
         original = getattr(thing, name)
         self.owner.patches.callback(put_on_instance(thing, name, method))
         return original
@@ -63,16 +63,16 @@ class Passes:
     @property
     def is_active(self) -> bool:
         """Whether batches train now, with the callback in the trainer."""
-        # What somebody else has put on the strategy in the meantime may still call these methods after the fit.
+        # Another patch that was put on the strategy in the meantime may still call these methods after the fit.
         if self.owner.passes is not self or takes_no_step(self.trainer):
             return False
-        # A tuner, such as the batch size finder, removes callbacks for its trial steps, and these must be plain.
+        # A tuner, such as the batch size finder, removes callbacks for its trial steps, which must be plain.
         return self.owner in self.trainer.callbacks
 
     def look_again(self) -> None:
-        """Take over what has changed about the module, in the first batch of an epoch."""
+        """Take over changes of the module, in the first batch of an epoch."""
 
-    # -- what is wrapped
+    # -- the wrapped methods
 
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_active:
@@ -85,7 +85,7 @@ class Passes:
         raise NotImplementedError
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run an optimizer step, in automatic optimization with the passes in it."""
+        """Run an optimizer step, which in automatic optimization contains the passes."""
         before, self._gradients = self._gradients, 0
         try:
             return self._original_optimizer_step(*args, **kwargs)
@@ -95,20 +95,20 @@ class Passes:
     # -- steps that can't be followed
 
     def check_gradient_is_first(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that calls its closure again within a step, as SAM and searches along a line do.
+        """Refuse an optimizer that calls its closure more than once in a step, as SAM and line searches do.
 
-        To be called in on_before_optimizer_step. No class says it of itself except LBFGS. In manual optimization a
-        training_step may take as many steps as it likes.
+        Call it in on_before_optimizer_step. Of all classes only LBFGS can be recognized beforehand. In manual
+        optimization a training_step may take any number of steps.
         """
         if self._gradients and self.trainer.lightning_module.automatic_optimization:
             refuse(self.owner.method, [f"{type(optimizer).__name__} {SEVERAL_GRADIENTS}"])
         self._gradients = 1
 
     def watch_steps(self) -> None:
-        """Refuse steps that bypass the strategy, which is what calls ``on_before_optimizer_step``.
+        """Refuse steps that bypass the strategy, which calls ``on_before_optimizer_step``.
 
-        An override of ``optimizer_step``, or a training_step in manual optimization, makes one by stepping the
-        optimizer inside Lightning's own. Optimizers that are not PyTorch's (wrappers that keep one inside) can't be
+        Such a step happens if an override of ``optimizer_step``, or a training_step in manual optimization, steps the
+        optimizer inside Lightning's wrapper. Optimizers that are not PyTorch's (wrappers that keep one inside) can't be
         watched.
         """
         for optimizer in self.trainer.optimizers:
@@ -124,9 +124,9 @@ class Passes:
         if not self.methods[index].pairs and any(method.pairs for method in self.methods):
             return
         problem = (
-            f"the {type(optimizer).__name__} that learns the pairs is stepped without Lightning's knowledge, and "
-            "nothing would be perturbed: in your optimizer_step call optimizer.step(closure=optimizer_closure) on "
-            "the optimizer that it is given, and in manual optimization step what self.optimizers() gives"
+            f"the {type(optimizer).__name__} that trains the pairs is stepped without Lightning's knowledge, so "
+            "nothing would be perturbed: in your optimizer_step step the optimizer that it receives, by "
+            "optimizer.step(closure=optimizer_closure), and in manual optimization the one from self.optimizers()"
         )
         refuse(self.owner.method, [problem])
 
@@ -142,7 +142,7 @@ class OnePass(Passes):
     def __init__(self, owner: Any, trainer: Trainer) -> None:
         super().__init__(owner, trainer)
         self._is_inside = False
-        # Not the strategy's, inside of which hooks of other callbacks run.
+        # Not the strategy's optimizer_step, inside which hooks of other callbacks run.
         self._original_backward = self._wrap(trainer.precision_plugin, "backward", self.backward)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,7 +155,7 @@ class OnePass(Passes):
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         """Run an optimizer step, whose hooks see the clean weights."""
-        # Lightning's own closure is made of the two methods above; a user's runs its forward pass by itself.
+        # Lightning's closure consists of the two methods above; a user's closure runs its forward pass itself.
         if not self.trainer.lightning_module.automatic_optimization:
             closure = functools.partial(self._run, closure, True)
         return self._run(super().optimizer_step, False, optimizer, closure, *args, **kwargs)
@@ -172,7 +172,7 @@ class OnePass(Passes):
     def _switch(self) -> None:
         is_on = self._is_inside and self.is_active
         for method in self.methods:
-            # Asked each time: in manual optimization the first perturbation comes within a training_step.
+            # Asked each time, since in manual optimization the first perturbation arises within a training_step.
             if is_on and method.perturbs:
                 method.on()
             else:
@@ -182,17 +182,16 @@ class OnePass(Passes):
 class TwoPasses(Passes):
     """Take a step's gradient a second time, at perturbed weights.
 
-    The gradient of the first pass gives the perturbation, and the optimizer sees that of the second. Hooks around
-    backward fire in each pass, with its gradient. Under gradient accumulation each micro-batch has its own ascent.
+    The gradient of the first pass gives the perturbation, and the optimizer sees the gradient of the second.
 
-    An FMLoRAModule also steps the optimizer in its training_step, so its second pass is that of ``compute_loss``.
+    An FMLoRAModule also steps the optimizer in its training_step, so its second pass calls ``compute_loss``.
     """
 
     def __init__(self, owner: Any, trainer: Trainer) -> None:
         super().__init__(owner, trainer)
         module: Any = trainer.lightning_module
         self._original_backward = self._wrap(trainer.strategy, "backward", self.backward)
-        # Through the strategy, as Lightning calls it: DDP and FSDP prepare their backward in the forward of a wrapper.
+        # Called through the strategy, as Lightning does: DDP and FSDP prepare their backward in the wrapper's forward.
         self._step = self._original_training_step if module.automatic_optimization else module.compute_loss
         self._step_name = "training_step" if module.automatic_optimization else "compute_loss"
         # An error may end a batch between its passes.
@@ -200,7 +199,7 @@ class TwoPasses(Passes):
         self._arguments: tuple[Any, ...] | None = None
 
     def look_again(self) -> None:
-        """Find whose perturbation the second pass has, and what a step may write, before the first pass of an epoch."""
+        """Find the second pass's perturbation, and the state that a step may write, before an epoch's first pass."""
         self.method = self.owner.perturbing_method
         trainer = self.trainer
         self._stays_local = ascent_stays_local(trainer, self.method.sync_ascent)
@@ -213,7 +212,7 @@ class TwoPasses(Passes):
         self._arguments = copied_batch(args)
         self._replay.first_pass_starts(self.trainer.lightning_module.device)
         if self._stays_local and ends_window(self.trainer):
-            # Before the forward, in which DDP decides whether the backward is going to average.
+            # Set before the forward, in which DDP decides whether the backward will average.
             self._local_ascent.enter_context(backward_without_sync(self.trainer.strategy))
         output = self._original_training_step(*args, **kwargs)
         if output is None:  # Lightning skips the batch
@@ -227,7 +226,7 @@ class TwoPasses(Passes):
         original: Callable[..., Tensor] = self._original_backward
         if arguments is None:
             return original(loss, *args, **kwargs)
-        # E is of this micro-batch alone. Not earlier: Lightning clears the last gradients after the forward pass.
+        # E belongs to this micro-batch only. Not earlier: Lightning clears the last gradients after the forward pass.
         with self._local_ascent, self._replay.ascent(self.method, synchronizes(self.trainer.strategy)):
             loss = original(loss, *args, **kwargs)
         with self._replay.running(), silenced(self.trainer.lightning_module):
@@ -235,17 +234,17 @@ class TwoPasses(Passes):
             if second is None:
                 leave_batch_out(self.trainer, self._step_name)
             else:
-                # Lightning, or the module, has divided the first pass's loss already.
+                # The first pass's loss has already been divided, by Lightning or the module.
                 original(second / window_of(self.trainer), *args, **kwargs)
         return loss
 
 
 def two_pass_problems(pl_module: LightningModule) -> list[str]:
-    """List why a second pass can't be put into the steps of a module."""
+    """List why a module's steps can't have a second pass."""
     problems = []
     if not pl_module.automatic_optimization:
         problems.append(
-            "a second pass can't be put into manual optimization: use EFMLoRA, or, with one optimizer, FMLoRAModule"
+            "a second pass can't be added to manual optimization: use EFMLoRA, or, with one optimizer, FMLoRAModule"
         )
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
         problems.append("training_step(dataloader_iter) can't get a batch twice: write training_step(batch, batch_idx)")

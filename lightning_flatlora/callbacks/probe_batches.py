@@ -20,15 +20,15 @@ from lightning_flatlora.methods.replay import Replay
 
 
 class ProbeBatches:
-    """Copies of the first batches that pass by, and the loss that a module's own step computes of each.
+    """Copies of the first batches that pass by, and the loss that the module's own step computes for each.
 
     Attributes:
-        tried: the number of batches that have been tried out.
+        tried: number of batches that have been tried out.
 
     Args:
-        trainer: that runs the steps.
-        pl_module: the module; a ValueError says that it has no method that only computes the loss of a batch.
-        count: batches of each rank; fewer are kept where an epoch has fewer.
+        trainer: runs the steps.
+        pl_module: the module; a ValueError if it has no method that only computes a batch's loss.
+        count: batches on each rank; fewer are kept if an epoch has fewer.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, count: int) -> None:
@@ -38,12 +38,12 @@ class ProbeBatches:
         self._step: Any = getattr(pl_module, name, None)
         if not callable(self._step):
             raise ValueError(
-                "training_step with manual optimization would step the optimizer: put the loss of a batch into a "
+                "training_step with manual optimization would step the optimizer: compute the loss of a batch in a "
                 "method compute_loss(batch, batch_idx), which is measured instead"
             )
         self._same_draws = random_state(pl_module.device)
         self._missing = count
-        # Each with its index in the epoch from which it is.
+        # Each with its index in its epoch.
         self._batches: list[tuple[int, Any]] = []
         self._next_index: int | None = None
 
@@ -52,14 +52,14 @@ class ProbeBatches:
 
     def pass_by(self, batch: Any, batch_idx: int) -> None:
         """Keep a copy of a batch, on its device, if it is one of the first."""
-        # In their order, and none twice, though an epoch or a validation begins again.
+        # In order, and each only once, even if an epoch or a validation begins again.
         if self._missing and self._next_index in (None, batch_idx):
             self._batches.append((batch_idx, copied_batch(batch)))
             self._missing, self._next_index = self._missing - 1, batch_idx + 1
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Keep the module in eval mode inside, not compiled and logging nothing; afterwards all is as before.
+        """Keep the module in eval mode inside, not compiled and not logging; afterwards restore everything.
 
         Raises:
             MisconfigurationException: the step has written a parameter that no optimizer trains.
@@ -69,19 +69,19 @@ class ProbeBatches:
         with ExitStack() as stack:
             stack.enter_context(replay.undone(pl_module.device))
             for part in pl_module.modules():
-                # One that was frozen by torch.jit has no mode. Not by eval(), which a module may have overridden.
+                # A module frozen by torch.jit has no mode. Not by eval(), which a module may have overridden.
                 if hasattr(part, "training"):
                     stack.callback(setattr, part, "training", part.training)
                     part.training = False
-            # Compiled code has no second derivative, and each mode and perturbation would be compiled anew.
+            # Compiled code has no second derivative, and each mode and perturbation would be compiled again.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(silenced(pl_module))
-            # A log that can't be replaced refuses what may not be logged in the hook that measures.
+            # A self.log that can't be replaced would refuse options that are not allowed in the hook that measures.
             stack.callback(setattr, pl_module, "_current_fx_name", pl_module._current_fx_name)
             pl_module._current_fx_name = "training_step"
             yield
             written = replay.written_parameter()
-        # It can't be taken back, so the run must not go on as if nothing had happened.
+        # The write can't be undone, so the run must not continue as if nothing had happened.
         if written is not None:
             raise MisconfigurationException(
                 f"FlatnessMonitor: {self._step.__name__} writes the parameter {written} in eval mode, and no "
@@ -89,21 +89,21 @@ class ProbeBatches:
             )
 
     def try_out(self) -> bool:
-        """Try out what is new, leave out batches without a loss, and say whether this rank and all others can measure.
+        """Try out new batches, drop those without a loss, and say whether this rank and all others can measure.
 
-        The module is in eval mode, in which detection models give no losses, and an RNN of cuDNN no gradient. A warning
-        says what fails.
+        In eval mode, which measurements use, detection models give no losses and cuDNN's RNNs no gradient. A warning
+        names the failure.
         """
         name, problem = self._step.__name__, None
         if self.tried < len(self._batches):
             try:
                 self._take_gradients(name)
             except Exception as error:
-                problem = f"{name} fails in eval mode, in which it measures: {type(error).__name__}: {error}"
-        # Asked at each measurement, since one rank may have new batches where another has none.
+                problem = f"{name} fails in eval mode, in which flatness is measured: {type(error).__name__}: {error}"
+        # Asked at each measurement, since one rank may have new batches while another has none.
         has_failed = self._trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
         if has_failed:
-            reason = problem or "the step of another rank fails in eval mode, in which it measures"
+            reason = problem or "the step of another rank fails in eval mode, in which flatness is measured"
             rank_zero_warn(f"FlatnessMonitor: nothing is measured in this run: {reason}")
         return not has_failed
 
@@ -125,7 +125,7 @@ class ProbeBatches:
             rank_zero_warn(
                 f"FlatnessMonitor: {name} returned None for {without} of {len(self._batches)} probe batches: left out"
             )
-        # Where no batch has a loss now, there may be one later.
+        # If no batch has a loss now, a later one may.
         self._batches = usable or self._batches
         self.tried = len(self._batches)
 
@@ -136,8 +136,8 @@ class ProbeBatches:
         return MeanLoss(losses)
 
     def _loss(self, batch_idx: int, batch: Any) -> Tensor | None:
-        """Compute one batch's loss, with the same random draws at every call; None where the step gives none."""
-        # So that the losses at two weights differ by the weights alone, if a step draws at random.
+        """Compute one batch's loss, with the same random draws at every call; None if the step gives none."""
+        # So that losses at two weights differ only by the weights, even if a step draws random numbers.
         self._same_draws()
         batch = copied_batch(batch)  # a step may change its batch
         takes_index = is_param_in_hook_signature(self._step, "batch_idx", min_args=2)

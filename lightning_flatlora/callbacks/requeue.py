@@ -1,4 +1,4 @@
-"""Requeue: a signal that is to end the job waits for a step's end, where the run saves itself and ends."""
+"""Requeue: a signal that ends the job is held back until a step is complete and the run is saved."""
 
 import os
 import signal
@@ -16,31 +16,31 @@ from typing_extensions import override
 from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.patching import put_on
 
-# Seconds in which a repeated signal is one signal: torchrun and systemd may both send it to a process.
+# Seconds within which repeated signals count as one: torchrun and systemd may both send it to a process.
 _PATIENCE = 5.0
-# Whoever sends these, such as scancel, decides whether the job comes back.
+# The sender of these, such as scancel, decides whether the job comes back.
 _ENDS = {signal.SIGINT, signal.SIGTERM}
-_SAID = b"\nA signal: the run saves itself after this step and ends; again in more than 5 s ends it now, unsaved\n"
+_SAID = b"\nSignal: the run saves itself and ends after this step; a repeat after 5 s ends it now, unsaved\n"
 
 
 class Requeue(Callback):
-    """End a job that is about to be killed between two optimizer steps, saved so that it can come back.
+    """Save a job that is about to be killed, and end it between two optimizer steps, so that it can resume.
 
-    A signal is held back until the end of the optimizer step, on all ranks at one step. Then AdapterCheckpoint (or a
-    ModelCheckpoint, with the base) writes ``last.ckpt``, a SLURM job is requeued, and the process exits with status
-    128 + signal. A validation ends after one of its batches, and the resumed run repeats all of it. A signal that is
-    repeated after more than five seconds ends the process at once, unsaved.
+    A signal is held back until the end of the optimizer step, which is the same step on all ranks. Then
+    AdapterCheckpoint (or a ModelCheckpoint, which includes the base) writes ``last.ckpt``, a SLURM job is requeued, and
+    the process exits with status 128 + signal. A validation is cut short after one of its batches; the resumed run
+    repeats it from the start. A second signal after more than five seconds ends the process at once, unsaved.
 
-    Start the job by ``trainer.fit(..., ckpt_path="last")``, which begins at the start if nothing is saved yet, and give
-    AdapterCheckpoint a ``dirpath``, which does not change from one start to the next. See docs/many_devices.md.
+    Start the job by ``trainer.fit(..., ckpt_path="last")``, which starts a new run if nothing is saved yet, and give
+    AdapterCheckpoint a fixed ``dirpath``. See docs/many_devices.md.
 
     Args:
-        signals: names of those that are held back. SIGTERM and SIGINT end the run; all others requeue a SLURM job, too,
-            and so does the ``requeue_signal`` of Lightning's SLURMEnvironment.
+        signals: names of the signals to hold back. SIGTERM and SIGINT only end the run; all others, and the
+            ``requeue_signal`` of Lightning's SLURMEnvironment, also requeue a SLURM job.
 
     Raises:
-        MisconfigurationException: there is no such signal (here), or no checkpoint callback with ``save_last=True`` (at
-            the start of fit).
+        MisconfigurationException: an unknown signal (here), or no checkpoint callback with ``save_last=True`` (at the
+            start of fit).
 
     Example:
         >>> import lightning as L
@@ -53,7 +53,7 @@ class Requeue(Callback):
         unknown = set(signals) - signal.Signals.__members__.keys()
         refuse(self, [f"signals must be names such as 'SIGTERM', got {each!r}" for each in sorted(unknown)])
         self.signals = [signal.Signals[each] for each in signals]
-        self._held: dict[int, float] = {}  # when each signal came first
+        self._held: dict[int, float] = {}  # when each signal first arrived
         self._patches = ExitStack()
 
     @override
@@ -65,14 +65,14 @@ class Requeue(Callback):
         self._patches.close()
         self._held.clear()
         self._step = -1  # before the last batch
-        # Lightning sets handlers for a fit, which these replace at once, and restores those of before after it.
+        # These replace the handlers that Lightning sets for a fit; it restores the former ones afterwards.
         self._after(trainer._signal_connector, "register_signal_handlers", self._hold, trainer)
-        # After all that a loop does for a batch or an epoch: hooks, validation, schedulers.
+        # After everything that a loop does for a batch or an epoch: hooks, validation, schedulers.
         for loop in (trainer.fit_loop.epoch_loop, trainer.fit_loop):
             self._after(loop, "on_advance_end", self._end_if_asked, trainer, loop)
 
     def _after(self, owner: Any, name: str, more: Callable[..., None], *given: Any) -> None:
-        """Let a method of an object do more, until the fit is over."""
+        """Extend a method of an object until the fit is over."""
         method = getattr(owner, name)
 
         def longer(*args: Any) -> None:
@@ -85,7 +85,7 @@ class Requeue(Callback):
         of_slurm = getattr(trainer._accelerator_connector.cluster_environment, "requeue_signal", None)
         numbers: set[Any] = {*self.signals, of_slurm} - {None}
         for number in numbers:
-            # A shell lets its background jobs ignore SIGINT.
+            # Shells make their background jobs ignore SIGINT.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)
 
@@ -93,7 +93,7 @@ class Requeue(Callback):
         now = time.monotonic()
         if now - self._held.setdefault(number, now) > _PATIENCE:
             raise SystemExit(128 + number)
-        # Not print, in which this very signal may have come, and which then raises an error.
+        # Not print: if the signal arrived during a print, another one raises an error.
         with suppress(OSError):
             os.write(2, _SAID)
 
@@ -103,10 +103,10 @@ class Requeue(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # In a resumed run Lightning has the batch in which the validation ended as begun, and would resume it again.
+        # In a resumed run Lightning counts the batch in which the validation ended as begun, and would resume it again.
         total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
         total.ready = total.started = total.completed
-        # Ranks with different numbers of batches can't agree in each, and end after the validation.
+        # Ranks with different numbers of batches can't agree in each batch, so they end after the validation.
         batches = torch.tensor(float(sum(trainer.num_val_batches)), device=trainer.strategy.root_device)
         counts = trainer.strategy.all_gather(batches)
         self._is_even = bool((counts == batches).all() and batches.isfinite())
@@ -117,22 +117,22 @@ class Requeue(Callback):
             self._end_if_asked(trainer, trainer.fit_loop.epoch_loop.val_loop)
 
     def _end_if_asked(self, trainer: Trainer, loop: Any) -> None:
-        """Save and end if a signal has come to any rank, and the last batch ended in an optimizer step."""
+        """Save and end if any rank has received a signal, and the last batch ended in an optimizer step."""
         reduce = trainer.strategy.reduce_boolean_decision
-        # No checkpoint holds the gradients of an accumulation.
+        # A checkpoint does not hold accumulated gradients.
         if trainer.global_step == self._step or not reduce(bool(self._held), all=False):
             return
         if loop is trainer.fit_loop.epoch_loop.val_loop:
-            # Lightning resumes a validation that ended within a batch, but leaves out as many batches as were done.
+            # Lightning resumes a validation that ended within a batch, but skips the batches that were done.
             loop.batch_progress.increment_started()
             loop.batch_progress.current.reset()
         elif loop.done:
-            return  # it leaves the end to the one around it, or to the fit, which is over
+            return  # the loop around this one ends the run, or the fit is over
         elif loop is trainer.fit_loop and trainer.max_steps != -1:
-            return  # with max_steps Lightning would resume in the epoch that is over: after the next step, then
+            return  # with max_steps Lightning would resume in the finished epoch, so wait for the next step
         for saver in _savers(trainer):
             saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
-            rank_zero_info(f"Requeue: step {trainer.global_step} is saved in {saver.last_model_path}")
+            rank_zero_info(f"Requeue: saved step {trainer.global_step} to {saver.last_model_path}")
         comes_back = reduce(bool(self._held.keys() - _ENDS), all=False)
         if comes_back and trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:
             _requeue()
@@ -141,14 +141,14 @@ class Requeue(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._patches.close()
-        # What came after the last step is delivered, since what follows the fit may take long.
+        # Signals that came after the last step are delivered, since the code after the fit may take long.
         for number in _ENDS & self._held.keys():
             del self._held[number]
             signal.raise_signal(number)
 
 
 def _savers(trainer: Trainer) -> list[Any]:
-    """Return the callbacks that write a last.ckpt from which a run resumes; a link may be to an earlier step."""
+    """Return the callbacks that write a last.ckpt to resume from; a link may point to an earlier step."""
     savers: list[Any] = [each for each in trainer.checkpoint_callbacks if getattr(each, "save_last", None) is True]
     return [saver for saver in savers if not saver.save_weights_only]
 
@@ -156,9 +156,9 @@ def _savers(trainer: Trainer) -> list[Any]:
 def _requeue() -> None:
     """Put this process's SLURM job back into the queue."""
     job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:  # the last task's own id is that of the array, and would requeue all tasks
+    if "SLURM_ARRAY_JOB_ID" in os.environ:  # the last task's own id is the array's, which would requeue all tasks
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         subprocess.run(["scontrol", "requeue", job], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        rank_zero_warn(f"Requeue: {error}. All is saved: submit job {job} again, and it resumes")
+        rank_zero_warn(f"Requeue: {error}. The run is saved: submit job {job} again to resume it")

@@ -1,7 +1,7 @@
-"""What the callbacks know about Lightning's strategies: which are refused and why, and when gradients are averaged.
+"""Facts about Lightning's strategies: which are refused and why, and when gradients are averaged.
 
-No other file of the package asks which strategy a Trainer has. What the ranks hold of a parameter, and the
-communication itself, is in :mod:`lightning_flatlora.sharding`.
+No other file of the package asks which strategy a Trainer has. The ranks' parts of a parameter, and the communication
+itself, are the subject of :mod:`lightning_flatlora.sharding`.
 """
 
 from collections.abc import Callable
@@ -21,20 +21,20 @@ from lightning_flatlora.wrappers import wrapping_problems
 _USE = "use strategy='ddp', ModelParallelStrategy (FSDP2) or, with automatic optimization, strategy='fsdp'"
 _SHARDED = (strategies.FSDPStrategy, strategies.ModelParallelStrategy)
 _SUPPORTED = (strategies.SingleDeviceStrategy, strategies.DDPStrategy, *_SHARDED)
-# For TPUs; they inherit from strategies that are supported.
+# For TPUs; these inherit from supported strategies.
 _XLA = (strategies.XLAStrategy, strategies.SingleDeviceXLAStrategy)
 
 
-# -- what is refused
+# -- refused strategies
 
 
 def strategy_problems(trainer: Trainer, sync_ascent: bool, works_sharded: bool = True) -> list[str]:
     """List why a method can't work under the trainer's strategy, one line for each reason.
 
     Args:
-        trainer: after its strategy is set up.
+        trainer: with its strategy set up.
         sync_ascent: whether the ascent's gradient is averaged over the ranks.
-        works_sharded: whether the method can work where each rank holds a part of a parameter.
+        works_sharded: whether the method can work if each rank holds a part of each parameter.
     """
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
     problems = _kind_problems(strategy)
@@ -42,7 +42,7 @@ def strategy_problems(trainer: Trainer, sync_ascent: bool, works_sharded: bool =
         size = strategy.device_mesh["tensor_parallel"].size()
         if size > 1:  # Lightning's default
             problems.append(
-                f"tensor_parallel_size must be 1, got {size}, so that no product is split over ranks. Use "
+                f"tensor_parallel_size must be 1, got {size}: otherwise products are split over ranks. Use "
                 f"ModelParallelStrategy(data_parallel_size={strategy.world_size}, tensor_parallel_size=1)"
             )
     if not problems and strategy.model is not None:
@@ -50,7 +50,7 @@ def strategy_problems(trainer: Trainer, sync_ascent: bool, works_sharded: bool =
     if problems or not is_lightning(strategy, *_SHARDED):
         return problems
     if not works_sharded:
-        return [f"{name} leaves each rank a part of every weight, and this method needs them whole: use strategy='ddp'"]
+        return [f"{name} leaves each rank a part of every weight, but this method needs all of it: use strategy='ddp'"]
     if is_lightning(strategy, strategies.FSDPStrategy):
         problems += _fsdp1_problems(strategy, trainer.lightning_module.automatic_optimization)
     if not sync_ascent:
@@ -61,7 +61,7 @@ def strategy_problems(trainer: Trainer, sync_ascent: bool, works_sharded: bool =
 
 
 def _kind_problems(strategy: strategies.Strategy) -> list[str]:
-    """List why a method can't work under a kind of strategy."""
+    """List why a method can't work under this kind of strategy."""
     name = type(strategy).__name__
     if is_lightning(strategy, strategies.DeepSpeedStrategy):
         return [f"DeepSpeed is not supported yet: {_USE}"]
@@ -74,13 +74,13 @@ def _kind_problems(strategy: strategies.Strategy) -> list[str]:
     if isinstance(model, DistributedDataParallel) and model.process_group.size() == strategy.world_size:
         return []
     return [
-        f"the strategy {name} is a DDPStrategy whose model, a {type(model).__name__}, is not a DistributedDataParallel "
-        f"of PyTorch over all {strategy.world_size} ranks, so it may share parameters and gradients otherwise: {_USE}"
+        f"the strategy {name} is a DDPStrategy, but its model, a {type(model).__name__}, is not PyTorch's "
+        f"DistributedDataParallel over all {strategy.world_size} ranks, so gradients may be shared otherwise: {_USE}"
     ]
 
 
 def _unsynchronized(trainer: Trainer, sync_ascent: bool) -> list[str]:
-    """List the settings with which there are backward passes that do not average gradients over the ranks."""
+    """List the settings that make some backward passes not average gradients over the ranks."""
     window = window_of(trainer)
     for callback in callbacks_of(trainer):
         if is_lightning(callback, GradientAccumulationScheduler):
@@ -90,10 +90,10 @@ def _unsynchronized(trainer: Trainer, sync_ascent: bool) -> list[str]:
 
 
 def problems_before_wrapping(trainer: Trainer) -> list[str]:
-    """List what must be reported before the strategy wraps the model, since its own error would be misleading."""
+    """List problems that must be reported before the strategy wraps the model, whose error would be misleading."""
     strategy = trainer.strategy
     if is_lightning(strategy, strategies.FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
-        return ["use_orig_params must be True, got False: FSDP would merge factors into one parameter. Leave it out"]
+        return ["use_orig_params must be True, got False: FSDP would merge factors into one parameter, so leave it out"]
     return []
 
 
@@ -110,7 +110,7 @@ def monitor_problems(strategy: strategies.Strategy) -> list[str]:
 def checkpoint_problems(strategy: strategies.Strategy) -> list[str]:
     """List why checkpoints of adapters can't be written under a strategy."""
     if is_lightning(strategy, strategies.DeepSpeedStrategy):
-        return ["DeepSpeed keeps weights in its own form: use Lightning's ModelCheckpoint, or train under DDP or FSDP"]
+        return ["DeepSpeed stores weights in its own format: use Lightning's ModelCheckpoint, or DDP or FSDP"]
     return []
 
 
@@ -127,7 +127,7 @@ def _fsdp1_problems(strategy: strategies.FSDPStrategy, automatic_optimization: b
             "perturbed weights, NO_SHARD is DDP (use strategy='ddp'), and the hybrid ones are not tested"
         )
     if strategy.cpu_offload is not None and strategy.cpu_offload.offload_params:
-        problems.append("cpu_offload must be False, got True: parameters would lie on the CPU, and E where layers run")
+        problems.append("cpu_offload must be False, got True: parameters would be on the CPU, E on the layers' device")
     return problems
 
 
@@ -137,9 +137,9 @@ def _fsdp1_problems(strategy: strategies.FSDPStrategy, automatic_optimization: b
 def ascent_stays_local(trainer: Trainer, sync_ascent: bool) -> bool:
     """Say whether the ascent's backward must not average gradients, even in a batch that ends an accumulation window.
 
-    Under FSDP1, a backward that synchronizes would turn the window's gradients, which are not reduced yet, into shards.
-    Under DDP it would forget which parameters the window has used, so that with find_unused_parameters not all of them
-    would be reduced.
+    Under FSDP1, a synchronizing backward would turn the window's gradients, which are not reduced yet, into shards.
+    Under DDP it would forget which parameters the window has used, so with find_unused_parameters some would not be
+    reduced.
     """
     if not is_lightning(trainer.strategy, strategies.DDPStrategy, strategies.FSDPStrategy):
         return False
@@ -148,24 +148,24 @@ def ascent_stays_local(trainer: Trainer, sync_ascent: bool) -> bool:
 
 def synchronizes(strategy: strategies.Strategy) -> bool:
     """Say whether the coming backward averages the gradients over the ranks."""
-    # Of DDP; all others average in every backward, or have nothing to average.
+    # DDP's flag; all other strategies average in every backward, or have nothing to average.
     return getattr(strategy.model, "require_backward_grad_sync", True)
 
 
 def backward_without_sync(strategy: strategies.Strategy) -> AbstractContextManager[Any]:
-    """Let a backward inside average no gradients over the ranks."""
+    """Keep a backward inside from averaging gradients over the ranks."""
     block: Callable[[], AbstractContextManager[Any]] = getattr(strategy, "block_backward_sync", nullcontext)
     return block()
 
 
-# -- what a strategy does wrong on its own
+# -- a strategy's own defects
 
 
 def skip_clipping_without_gradients(trainer: Trainer) -> Callable[[], None]:
-    """Let an FSDP1 rank whose shards hold no trained value clip nothing, where PyTorch raises an internal error.
+    """Let an FSDP1 rank whose shards hold no trained value skip clipping, in which PyTorch raises an internal error.
 
-    FSDP1 cuts the values of a unit into one piece for each rank, and LoRA's small factors may all lie in one piece.
-    Clipping by value looks at each entry alone, so leaving it out on the other ranks changes nothing.
+    FSDP1 cuts the values of a unit into one piece per rank, and LoRA's small factors may all lie in one piece. Clipping
+    by value treats each entry separately, so skipping it on the other ranks changes nothing.
 
     Returns:
         A function that puts Lightning's own method back.

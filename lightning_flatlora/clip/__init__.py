@@ -1,7 +1,8 @@
 """open_clip models with q, k, v and output projections that LoRA can adapt one by one.
 
-open_clip keeps q, k and v in one matrix of an ``nn.MultiheadAttention``. peft can adapt that only by merging and
-unmerging the frozen weights in every forward pass, where they drift. Needs the extra ``lightning-flatlora[clip]``.
+open_clip keeps q, k and v in one matrix of an ``nn.MultiheadAttention``. peft can adapt that only by merging into and
+unmerging from the frozen weights in every forward pass, which makes them drift. Needs the extra
+``lightning-flatlora[clip]``.
 
 Example:
     >>> import open_clip

@@ -1,4 +1,4 @@
-"""Attention with a Linear for each of q, k and v, in place of the attention of open_clip's models."""
+"""Attention with a Linear for each of q, k and v, to replace that of open_clip's models."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from typing_extensions import override
 class SplitAttention(nn.Module):
     """Attention with a Linear for each of q, k, v, computed by ``scaled_dot_product_attention``.
 
-    It takes over the weights, and ``out_proj`` itself, of an attention that keeps q, k and v together.
+    It takes the weights, and ``out_proj`` itself, from an attention that keeps q, k and v in one matrix.
     """
 
     def __init__(self, original: Any) -> None:
         super().__init__()
         joint, bias = original.in_proj_weight, original.in_proj_bias
-        # For joined_state_dict: open_clip has other names for three separate matrices than for a joint one.
+        # For joined_state_dict: open_clip's names for three separate matrices differ from those for a joint one.
         self.fused = joint is not None
         apart = (original.q_proj_weight, original.k_proj_weight, original.v_proj_weight) if joint is None else ()
         biases = [None] * 3 if bias is None else bias.chunk(3)
@@ -34,7 +34,7 @@ class SplitAttention(nn.Module):
         return [x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2) for x in projected]
 
     def _added(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return what a mask adds to the logits; True means masked out, as for nn.MultiheadAttention."""
+        """Return a mask as a term of the logits; True means masked out, as for nn.MultiheadAttention."""
         if mask.ndim == 3:
             mask = mask.view(-1, self.num_heads, *mask.shape[1:])
         if mask.dtype == torch.bool:
@@ -68,7 +68,7 @@ class SplitMultiheadAttention(SplitAttention):
             ValueError: ``need_weights`` is True.
         """
         if need_weights:
-            raise ValueError("SplitMultiheadAttention keeps no attention weights: call it with need_weights=False")
+            raise ValueError("SplitMultiheadAttention gives no attention weights: call it with need_weights=False")
         if not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         q, k, v = self._heads(query, key, value)
@@ -103,21 +103,21 @@ class SplitOpenClipAttention(SplitAttention):
 
 
 def split_attention(model: nn.Module) -> list[str]:
-    """Replace every attention that keeps q, k and v together by a :class:`SplitAttention`, in the model itself.
+    """Replace every attention that keeps q, k and v in one matrix by a :class:`SplitAttention`, in place.
 
-    Outputs stay the same up to rounding, and each weight keeps its ``requires_grad``.
+    Outputs change only by rounding, and each weight keeps its ``requires_grad``.
 
     Returns:
-        Names of what was replaced.
+        Names of the replaced modules.
 
     Raises:
-        ValueError: an attention has a feature that open_clip's models do not use, and that is not supported.
+        ValueError: an attention has an unsupported feature, which open_clip's models do not use.
     """
     kinds = {nn.MultiheadAttention: SplitMultiheadAttention, Attention: SplitOpenClipAttention}
     attentions = {name: module for name, module in model.named_modules() if type(module) in kinds}
-    # All are checked before the first is replaced, so that an error leaves the model as it was.
+    # All are checked before any is replaced, so that an error leaves the model unchanged.
     for name, module in attentions.items():
-        # open_clip's own code for it multiplies 4-D tensors with bmm, which raises: there is nothing to be equal to.
+        # open_clip's own code for it calls bmm on 4-D tensors, which raises: there is no result to reproduce.
         if getattr(module, "scaled_cosine", False):
             raise ValueError(f"{name} can't be split: it has scaled cosine attention")
         if getattr(module, "add_zero_attn", False) or getattr(module, "bias_k", None) is not None:
@@ -128,13 +128,13 @@ def split_attention(model: nn.Module) -> list[str]:
 
 
 def joined_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state of a model as :func:`split_attention` found it, under open_clip's names.
+    """Return a split model's state under open_clip's names, as before :func:`split_attention`.
 
     Args:
-        model: split, its adapters merged and unloaded; a ValueError says that they are not.
+        model: a split model, its adapters merged and unloaded; otherwise a ValueError.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError("the model has an adapter still: merge it first, with peft's merge_and_unload()")
+        raise ValueError("the model still has an adapter: merge it first, with peft's merge_and_unload()")
     state = dict(model.state_dict())
     for name, module in model.named_modules():
         if not isinstance(module, SplitAttention):
@@ -150,8 +150,8 @@ def joined_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Make a Linear with copies of a weight and a bias; a chunk's requires_grad is that of the whole."""
-    # On the meta device, so that no memory is filled with values that are replaced at once.
+    """Make a Linear with copies of a weight and a bias; a chunk inherits the whole's requires_grad."""
+    # On the meta device, so as not to fill memory with values that are replaced at once.
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     if bias is not None:

@@ -1,4 +1,4 @@
-"""The choice of the Linear layers of an open_clip model that LoRA adapts: by projection, block and tower."""
+"""Choose the Linear layers of an open_clip model that LoRA adapts: by projection, block and tower."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -32,20 +32,20 @@ def lora_targets(
 ) -> str:
     """Name the Linears to adapt, for ``LoraConfig(target_modules=...)``.
 
-    The result is a regular expression of their whole names. A list would not do: peft takes its entries to be ends of
-    names, and the names in CLIP's text tower are ends of those in its vision tower.
+    The result is a regular expression of their full names. A list would not do: peft matches its entries with the ends
+    of names, and names in CLIP's text tower are ends of names in its vision tower.
 
     Args:
         model: an open_clip model after :func:`split_attention`.
-        projections: any of q, k, v, out (of the attentions) and mlp (both matrices). If a tower fuses q, k and v
-            into one Linear, as timm's towers do, that one is adapted for any of them.
-        blocks: "all", how many of the last blocks, or the numbers of blocks, from 0; in each of the towers. Linears
-            outside of blocks, such as those in attention pooling, belong only to "all". In a tower of stages, the
-            stages are counted instead of blocks.
-        towers: "vision", "text", or "both". CoCa's text decoder, which gives no features, is not among them.
+        projections: any of q, k, v, out (of the attentions) and mlp (both matrices). If a tower fuses q, k and v into
+            one Linear, as timm's do, any of them selects it.
+        blocks: "all", how many of the last blocks, or a list of block numbers, from 0; for each tower. Linears outside
+            of blocks, such as those in attention pooling, belong only to "all". In a tower of stages, stages count as
+            blocks.
+        towers: "vision", "text", or "both". CoCa's text decoder, which gives no features, is excluded.
 
     Raises:
-        ValueError: a setting is not one of these, or a tower has no such Linear that LoRA could reach.
+        ValueError: an unknown setting, or a tower without such a Linear that LoRA could adapt.
     """
     problems = [f"projections must be of {get_args(Projection)}, got {p!r}" for p in projections if p not in _LEAVES]
     if towers not in get_args(Towers):
@@ -68,21 +68,21 @@ def lora_targets(
 
 
 def check_reached(model: nn.Module, targets: str, image: Tensor, text: Tensor) -> None:
-    """Raise a ValueError that names the Linears whose weights a forward pass only reads: LoRA there would do nothing.
+    """Raise a ValueError that names Linears which a forward pass never calls, on which LoRA would do nothing.
 
     Args:
         model: an open_clip model.
-        targets: of :func:`lora_targets`.
+        targets: from :func:`lora_targets`.
         image: one preprocessed image, shape (1, 3, height, width).
         text: one tokenized text, shape (1, length).
     """
     called: set[nn.Module] = set()
     layers = {name: module for name, module in model.named_modules() if re.fullmatch(targets, name)}
     with ExitStack() as stack, torch.no_grad():
-        # Of every module, since parts of the model may be in eval mode while the rest trains.
+        # Noted for every module, since parts of the model may be in eval mode while the rest trains.
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
-        # A forward hook fires only where the layer itself is called, and not where its weight is read.
+        # A forward hook fires only if the layer itself is called, not if only its weight is read.
         for layer in layers.values():
             stack.enter_context(layer.register_forward_hook(lambda layer, *_: called.add(layer)))
         model.eval()
@@ -92,8 +92,8 @@ def check_reached(model: nn.Module, targets: str, image: Tensor, text: Tensor) -
     if missed:
         parent = model.get_submodule(missed[0].rpartition(".")[0])
         raise ValueError(
-            f"{len(missed)} of {len(layers)} layers, as {missed[0]} in {type(parent).__name__}, are not called by the "
-            "model, which reads their weights itself, so LoRA would change nothing: choose others"
+            f"the model does not call {len(missed)} of {len(layers)} layers, such as {missed[0]} in "
+            f"{type(parent).__name__}, but reads their weights itself, so LoRA would change nothing: choose others"
         )
 
 
@@ -102,7 +102,7 @@ def _linears(model: nn.Module, tower: str) -> list[str]:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if tower == "vision":
         return [name for name in names if name.startswith("visual.")]
-    # The text tower lies at the root of CLIP, or under "text": it is what the others are not.
+    # The text tower is at the root of CLIP, or under "text": everything outside the other towers.
     return [name for name in names if not name.startswith(("visual.", "text_decoder."))]
 
 
@@ -110,12 +110,12 @@ def _is_wanted(name: str, projections: Sequence[Projection]) -> bool:
     parent, _, leaf = name.rpartition(".")
     path = parent.lower().split(".")
     in_attention = any("attn" in part or "attention" in part for part in path[-2:]) or leaf in _ONLY_IN_ATTENTION
-    # All projections except for the mlp's are those of an attention.
+    # All projections except the mlp's belong to an attention.
     return any(leaf in _LEAVES[each] for each in projections if in_attention == (each != "mlp"))
 
 
 def _of_blocks(names: list[str], blocks: Any) -> list[str]:
-    """Choose the Linears of some blocks; those outside of blocks only belong to "all"."""
+    """Choose the Linears of some blocks; those outside of blocks belong only to "all"."""
     if blocks == "all" or not names:
         return names
     numbers = {name: _block_number(name) for name in names}

@@ -1,12 +1,12 @@
-"""Measures of flatness for any model with LoRA layers: sharpness, curvature, loss landscapes, numbers of the factors.
+"""Measures of flatness for any model with LoRA layers: sharpness, curvature, loss landscapes, and the factors.
 
-``loss`` gives the mean loss of fixed batches at the weights as the layers read them now, and ``pairs`` are those of
-:func:`~lightning_flatlora.find_pairs`. Every function leaves weights, ``.grad`` and layers as they were, after an
-exception too. Draws come from a generator with the given ``seed``, the same on every device and rank; no global
-generator is used. A "pass" is one forward or one backward pass over the batches.
+``loss`` computes the mean loss of fixed batches at the weights that the layers read now; ``pairs`` come from
+:func:`~lightning_flatlora.find_pairs`. Every function leaves weights, ``.grad`` and layers as they were, even after an
+exception. Random draws come from a generator with the given ``seed``, equal on every device and rank; the global
+generators are not used. A "pass" is one forward or one backward pass over the batches.
 
-If a process group runs (DDP), each rank gives the loss of its own batches, every rank calls the same functions in
-the same order, and all get the same numbers: losses, gradients and Hessian-vector products are means over the ranks.
+If a process group runs (DDP), each rank gives the loss of its own batches, and every rank must call the same functions
+in the same order. All get the same numbers: losses, gradients and Hessian-vector products are means over the ranks.
 """
 
 from lightning_flatlora.flatness.curvature import Estimate as Estimate

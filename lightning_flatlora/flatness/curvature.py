@@ -1,8 +1,8 @@
 """Curvature of the loss over LoRA's factors: the Hessian's largest eigenvalue and trace, by products with vectors.
 
 Curvatures are in nats over squared units of the factors, float64. ``parameters`` are the factors theta, see
-:func:`trained_factors`. A product with the Hessian takes three passes: forward, and two backward, of which the second
-is about twice as long. :func:`loss_gradient` says which losses are refused with a ValueError.
+:func:`trained_factors`. A product with the Hessian takes three passes: one forward and two backward, the second of them
+about twice as long. :func:`loss_gradient` lists the losses that are refused with a ValueError.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def estimate(samples: Sequence[Tensor]) -> Estimate:
         Estimate(mean=tensor(2., dtype=torch.float64), standard_error=tensor(0.5774, dtype=torch.float64))
     """
     if not samples:
-        raise ValueError("a mean needs at least one sample: let samples be 1 or more")
+        raise ValueError("a mean needs at least one sample: set samples to 1 or more")
     values = torch.stack(list(samples)).detach().double()
     spread = values.std(correction=1) if len(values) > 1 else values.new_tensor(torch.nan)
     return Estimate(values.mean(), spread / len(values) ** 0.5)
@@ -47,10 +47,10 @@ def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequ
 
     .. math:: H v = \nabla_\theta \langle \nabla_\theta L,\; v\rangle
 
-    Attention runs in its plain form.
+    Attention runs in its plain form, without fused kernels.
 
     Args:
-        loss: of fixed batches.
+        loss: mean loss of fixed batches.
         parameters: at least one.
         vector: v, of the parameters' shapes.
 
@@ -88,15 +88,16 @@ def top_eigenvalue(
 
     .. math:: \lambda_{\max} = \max_{\|v\| = 1} v^\top H v
 
-    By Lanczos' method, restarted, of ARPACK in scipy. Memory: 20 vectors of the factors' size in float64 on the CPU.
+    It runs ARPACK's restarted Lanczos method, from scipy. Memory: 20 vectors of the factors' size in float64 on the
+    CPU.
 
     Args:
-        loss: of fixed batches.
-        parameters: of two numbers at least in all.
-        tolerance: at which Lanczos' method stops: the residual relative to the eigenvalue. If many eigenvalues lie
-            close to the largest one, its relative error can be a little larger.
-        restarts: of the method; each takes up to 19 products with the Hessian, and the first 20.
-        seed: of the first vector.
+        loss: mean loss of fixed batches.
+        parameters: with at least two numbers in all.
+        tolerance: residual relative to the eigenvalue at which the method stops. If many eigenvalues lie close to the
+            largest one, its relative error can be a little larger.
+        restarts: limit of iterations; the first takes up to 20 products with the Hessian, each later one up to 19.
+        seed: random seed of the first vector.
 
     Returns:
         Shape (); nan if it has not converged or a product with the Hessian is not finite. About 20 (restarts: up to
@@ -119,14 +120,14 @@ def top_eigenvalue(
     parameters = list(parameters)
     size = sum(parameter.numel() for parameter in parameters)
     if size < 2:
-        raise ValueError(f"top_eigenvalue needs parameters of two numbers at least, got {size}")
+        raise ValueError(f"top_eigenvalue needs parameters with at least two numbers in all, got {size}")
     norms: list[float] = []
 
     def matvec(x: Any) -> Any:
         product = hessian_product(loss, parameters, _split(torch.as_tensor(x).flatten(), parameters))
         flat = torch.cat([part.flatten().double().cpu() for part in product])
         norms.append(float(flat.norm()))
-        # ARPACK itself would raise this, but only after LAPACK has printed lines to the screen.
+        # ARPACK itself would raise this, but only after LAPACK has printed to the screen.
         if not isfinite(norms[-1]):
             raise linalg.ArpackError(-9999)
         return flat.numpy()
@@ -136,7 +137,7 @@ def top_eigenvalue(
     limits: Any = {"ncv": min(size, 20), "maxiter": restarts, "tol": tolerance}
     try:
         eigenvalues = linalg.eigsh(hessian, k=1, which="LA", v0=start, return_eigenvectors=False, **limits)
-    except linalg.ArpackError:  # it needs a product that is not zero
+    except linalg.ArpackError:  # also raised if every product is zero
         eigenvalues = [0.0 if set(norms) == {0.0} else torch.nan]
     return torch.tensor(float(eigenvalues[0]), dtype=torch.float64)
 
@@ -147,10 +148,10 @@ def hessian_trace(loss: Loss, parameters: Sequence[nn.Parameter], samples: int =
     .. math:: \mathrm{tr}\,H = \mathbb E_v\,[v^\top H v], \qquad v_i = \pm 1 \text{ with equal chances}
 
     Args:
-        loss: of fixed batches.
+        loss: mean loss of fixed batches.
         parameters: at least one.
-        samples: draws of v, and products with the Hessian; at least 2 for a standard error.
-        seed: of the draws.
+        samples: draws of v, each with one product with the Hessian; at least 2 for a standard error.
+        seed: random seed of the draws.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))

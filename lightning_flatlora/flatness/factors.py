@@ -1,9 +1,9 @@
-"""Equations of the factors of a LoRA layer that tell of flatness: tensors in, tensors out, batched over layers.
+"""Equations on a LoRA layer's factors that relate to flatness: tensors in, tensors out, batched over layers.
 
 Notation as in :mod:`lightning_flatlora.functional`: ``W = W0 + s B A`` with ``B``, shape (L, n, r), and ``A``, shape
-(L, r, m), where L stands for any leading dimensions. A perturbation ``E`` of B, of B's shape, moves W by ``s E A``;
-``scaling`` is s, a number or of shape (L,). Results have the shape (L,). Inner products of n x m matrices go through
-r x r Gram matrices, in float64 where the device has it; no n x m matrix is formed, and no pass is taken.
+(L, r, m), where L means any leading dimensions. A perturbation ``E`` of B, of B's shape, moves W by ``s E A``;
+``scaling`` is s, a number or of shape (L,). Results have the shape (L,). Inner products of n x m matrices go through r
+x r Gram matrices, in float64 if the device has it; no n x m matrix is formed, and no pass is needed.
 """
 
 import torch
@@ -33,7 +33,7 @@ def condition_number(X: Tensor) -> Tensor:
 
     .. math:: \sigma_{\max}(X) / \sigma_{\min}(X)
 
-    Infinite if the rank is full only by the rounding of X's entries, that is, if
+    Infinite if X has full rank only through rounding, that is, if
     :math:`\sigma_{\min} \le \epsilon\,\sqrt{\min(\text{rows}, \text{columns})}\,\sigma_{\max}` with the epsilon of X's
     dtype; this includes X = 0 (B at the start). nan if X is not finite.
 
@@ -41,14 +41,14 @@ def condition_number(X: Tensor) -> Tensor:
         X: A or B, shape (L, rows, columns).
 
     Returns:
-        A number >= 1 without unit.
+        A number >= 1 without a unit.
 
     Example:
         >>> condition_number(torch.tensor([[[3.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]))
         tensor([3., inf], dtype=torch.float64)
     """
     finite = X.isfinite().all(-1).all(-1)
-    # svdvals raises on values that are not finite, so these are replaced first.
+    # svdvals raises an error for values that are not finite, so these are replaced first.
     values = torch.linalg.svdvals(_widest(X).where(finite[..., None, None], 0.0))
     largest, smallest = values[..., 0], values[..., -1]
     rounding = torch.finfo(X.dtype).eps * min(X.shape[-2:]) ** 0.5 * largest
@@ -77,7 +77,7 @@ def realized_radius(E: Tensor, A: Tensor, scaling: float | Tensor) -> Tensor:
     .. math:: \|s E A\|_F = s\,\sqrt{\mathrm{tr}\left(E^\top E\, A A^\top\right)}
 
     It is at most rho: for one layer and, as the root of the sum of squares, for all layers of a global ball. The
-    "projected" estimator reaches rho, and both estimators do if B = 0.
+    "projected" estimator always reaches rho; with B = 0 both estimators do.
 
     Returns:
         Units of the weights.
@@ -107,7 +107,7 @@ def cosine(E1: Tensor, E2: Tensor, A: Tensor) -> Tensor:
 
 
 def cosine_of(product: Tensor, square1: Tensor, square2: Tensor) -> Tensor:
-    """Compute the cosine from an inner product and two squared norms, of any shape; 0 if a norm is.
+    """Compute the cosine from an inner product and two squared norms, of any shape; 0 if a norm is 0.
 
     Example:
         >>> cosine_of(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0]), torch.tensor([1.0, 1.0]))
@@ -122,12 +122,12 @@ def gradient_identity_residual(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Ten
 
     .. math:: \frac{\|B^\top G_B - G_A A^\top\|_F}{\|B^\top G_B\|_F + \|G_A A^\top\|_F}
 
-    Both sides are :math:`s B^\top G A^\top`, so the residual is only rounding, unless a factor is also used in another
-    product or the gradients were taken at other weights. It is 0 if both sides are (B = 0), and nan if a gradient
-    is not finite.
+    Both sides are :math:`s B^\top G A^\top`, so the residual is rounding error, unless a factor is also used in another
+    product or the gradients were taken at other weights. It is 0 if both sides are 0 (B = 0), and nan if a gradient is
+    not finite.
 
     Args:
-        A: of the point at which the gradients were taken, as B.
+        A: at the point at which the gradients were taken, like B.
         B: see A.
         grad_A: of A's shape.
         grad_B: of B's shape.

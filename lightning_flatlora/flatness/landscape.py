@@ -1,8 +1,8 @@
 """The loss along lines and on planes through the weights.
 
 A direction D holds one (n, r) matrix for each pair; a step x along it moves every adapted weight by ``x s D A``. All
-directions have ``||s D A||_F = 1`` over all pairs, so x is a distance in the weights' units, whatever the adapter. To
-find a direction takes no pass, and each loss one forward pass. Several losses are float64 on the CPU.
+directions have ``||s D A||_F = 1`` over all pairs, so x is a distance in the weights' units for any adapter. Finding a
+direction takes no pass, and each loss one forward pass. Several losses are returned in float64 on the CPU.
 :func:`loss_along_line` has an example.
 """
 
@@ -31,18 +31,18 @@ def adversarial_direction(perturbation: Perturbation, at: LossGradient) -> Direc
 
     Args:
         perturbation: which pairs, and how E is made.
-        at: the loss and its gradient at the clean weights; if that is zero, the direction is.
+        at: the loss and its gradient at the clean weights; if the gradient is zero, so is the direction.
     """
     return normalized(perturbation.pairs, read(perturbation, fresh_perturbation(perturbation, 1.0, at)))
 
 
 def random_direction(pairs: Sequence[LoRAPair], seed: int) -> Direction:
-    r"""Draw a direction evenly from all that B can express: uniform on the sphere in full weight space.
+    r"""Draw a direction uniformly from those that B can express: on the sphere in full weight space.
 
     .. math:: D = \tfrac1s Z R,\quad R^\top R = (A A^\top)^+,\quad Z_{ij} \sim \mathcal N(0, 1)
 
-    then scaled to length one. The rows of R A are orthonormal, or some are 0 if A's are dependent, so the draw does
-    not depend on how the update is factored into B and A.
+    then scaled to length one. The rows of R A are orthonormal (some are 0 if A's are dependent), so the draw does not
+    depend on how the update is factored into B and A.
 
     Example:
         >>> A, B = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.zeros(3, 2))
@@ -84,7 +84,7 @@ def normalized(pairs: Sequence[LoRAPair], direction: Direction) -> Direction:
 
 
 def loss_at(loss: Loss, pairs: Sequence[LoRAPair], *steps: tuple[float, Direction]) -> Tensor:
-    """Compute the loss, shape (), after steps from the weights, each a length in the weights' units and a direction."""
+    """Compute the loss, shape (), after steps from the weights: each a length in the weights' units and a direction."""
     moves: dict[AnyRef, Tensor] = {}
     for index, pair in enumerate(pairs):
         E = torch.stack([x * direction[index] for x, direction in steps]).sum(0)
@@ -97,10 +97,10 @@ def loss_along_line(loss: Loss, pairs: Sequence[LoRAPair], direction: Direction,
     """Compute the loss along a line through the weights.
 
     Args:
-        loss: of fixed batches.
-        pairs: of the model.
-        direction: of the line.
-        steps: distances from the weights, in the weights' units, shape (points,), as the losses have.
+        loss: mean loss of fixed batches.
+        pairs: the model's pairs.
+        direction: direction of the line.
+        steps: distances from the weights, in the weights' units, shape (points,), which is also the result's.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -127,10 +127,10 @@ def loss_on_plane(
     """Compute the loss on a plane through the weights.
 
     Args:
-        loss: of fixed batches.
-        pairs: of the model.
-        across: a direction, and the distances along it that the rows of the losses stand for, shape (rows,).
-        along: a direction, and the distances along it that the columns stand for, shape (columns,).
+        loss: mean loss of fixed batches.
+        pairs: the model's pairs.
+        across: a direction, and the distances along it for the rows of the result, shape (rows,).
+        along: a direction, and the distances along it for the columns, shape (columns,).
     """
     rows = []
     for y in across[1].tolist():
@@ -140,11 +140,11 @@ def loss_on_plane(
 
 
 def base_norm(model: nn.Module, pairs: Sequence[LoRAPair]) -> float:
-    """Compute ``||W0||_F`` of all layers that the pairs adapt, a measure for distances in the weights.
+    """Compute ``||W0||_F`` over all layers that the pairs adapt, a yardstick for distances in the weights.
 
     Args:
         model: with peft's layers; quantized bases are dequantized one by one.
-        pairs: of the model.
+        pairs: the model's pairs.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model

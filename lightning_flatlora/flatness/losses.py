@@ -13,15 +13,15 @@ from lightning_flatlora.perturbed_read import gates_closed
 from lightning_flatlora.sharding import average
 
 Loss = Callable[[], Tensor]
-"""The mean loss of fixed batches at the weights as the layers read them now: a differentiable scalar, without dropout
+"""The mean loss of fixed batches at the weights that the layers read now: a differentiable scalar, without dropout
 or other noise. If a process group runs, each rank gives its own batches' loss."""
 
 
 class MeanLoss:
-    """The mean of the losses of several batches, whose gradients are taken one batch at a time: memory of one batch.
+    """The mean of several batches' losses, whose gradients are taken one batch at a time to save memory.
 
     Args:
-        losses: one for each batch; at least one.
+        losses: one per batch; at least one.
 
     Example:
         >>> w = torch.ones(2, requires_grad=True)
@@ -44,7 +44,7 @@ class LossGradient(NamedTuple):
 
     Attributes:
         loss: in nats, float32 or wider, shape ().
-        parameters: by which the gradient was taken.
+        parameters: with respect to which the gradient was taken.
         gradients: of the parameters' shapes and dtypes.
     """
 
@@ -58,7 +58,7 @@ class LossGradient(NamedTuple):
 
     @contextmanager
     def as_grad(self) -> Iterator[None]:
-        """Set ``.grad`` of the parameters to this gradient; afterwards it is the same tensors as before."""
+        """Set ``.grad`` of the parameters to this gradient inside; afterwards restore the former tensors."""
         with ExitStack() as stack:
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
                 stack.callback(setattr, parameter, "grad", parameter.grad)
@@ -75,18 +75,18 @@ def value(loss: Loss) -> Tensor:
 
 
 def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float = 1.0) -> LossGradient:
-    """Compute the loss and its gradient, in a forward and a backward pass; ``.grad`` and its hooks are not touched.
+    """Compute the loss and its gradient in a forward and a backward pass, without touching ``.grad`` or its hooks.
 
     Args:
-        loss: of fixed batches.
-        parameters: trained ones; those that the loss does not use have a gradient of zero.
+        loss: mean loss of fixed batches.
+        parameters: trainable ones; the gradient is zero for those that the loss does not use.
         scale: multiplies the loss in the backward pass and divides the gradient, like a loss scaler under float16.
 
     Returns:
         The gradient is nan if the loss is not finite.
 
     Raises:
-        ValueError: the loss gives no scalar with a graph, or layers are under reentrant checkpoints.
+        ValueError: the loss is not a scalar with a graph, or layers are under reentrant checkpoints.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([3.0]))
@@ -95,7 +95,7 @@ def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float =
     """
     parameters = list(parameters)
 
-    # torch.autograd.grad and not backward(), so that .grad and the hooks of parameters are not touched.
+    # torch.autograd.grad and not backward(), so as not to touch .grad and the hooks of parameters.
     def scaled_gradient(loss: Tensor) -> Sequence[Tensor]:
         return torch.autograd.grad(loss * scale, parameters, allow_unused=True, materialize_grads=True)
 
@@ -106,33 +106,33 @@ def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float =
 def mean_derivative(
     loss: Loss, parameters: Sequence[nn.Parameter], derivative: Callable[[Tensor], Sequence[Tensor]], scale: float = 1.0
 ) -> tuple[Tensor, list[Tensor]]:
-    """Take the mean over all batches and ranks of a loss and of a derivative, which is nan if the loss is not finite.
+    """Average a loss and a derivative over all batches and ranks; the latter is nan if the loss is not finite.
 
     Args:
-        loss: of fixed batches.
-        parameters: which the derivative has the shapes of.
-        derivative: of a batch's loss, as a function of it.
-        scale: of the derivative, which is divided by it.
+        loss: mean loss of fixed batches.
+        parameters: have the shapes of the derivative.
+        derivative: maps a batch's loss to its derivative.
+        scale: contained in the derivative, which is divided by it.
     """
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     losses = losses_of(loss)
-    # The backward passes too, in which a checkpoint runs forward again.
+    # Also around the backward passes, in which a checkpoint runs forward again.
     with torch.enable_grad(), differentiable():
         values = [_add_derivative(part, derivative, sums) for part in losses]
     mean = torch.stack(values).mean()
-    # The scale is taken out only now, after the sum, so that small gradients do not underflow in 16 bits.
+    # The scale is removed only after the sum, so that small gradients do not underflow in 16 bits.
     torch._foreach_div_(sums, len(losses) * scale)
     average([mean, *sums])
     return mean, sums
 
 
 def _add_derivative(part: Loss, derivative: Callable[[Tensor], Sequence[Tensor]], sums: list[Tensor]) -> Tensor:
-    """Add one batch's derivative and return its loss; its graph ends with the call."""
+    """Add one batch's derivative and return its loss; its graph is freed on return."""
     loss = computed(part)
     if not loss.requires_grad:
         raise ValueError("the loss has no graph: it must depend on parameters that require a gradient")
     refuse_reentrant(loss)
-    # The mean over no label is nan, with a gradient of 0.
+    # The mean over no labels is nan, with a gradient of 0.
     nan_or_0 = torch.where(loss.detach().isfinite(), 0.0, torch.nan)
     for total, new in zip(sums, derivative(loss), strict=True):
         total += new + nan_or_0.to(new.device, new.dtype)
@@ -147,13 +147,13 @@ def computed(part: Loss) -> Tensor:
     """
     loss: object = part()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        given = f"a Tensor of the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-        raise ValueError(f"the loss must give a Tensor with one number, and has given {given}")
+        given = f"a Tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise ValueError(f"the loss must return a Tensor with one number, got {given}")
     return loss
 
 
 def refuse_reentrant(loss: Tensor) -> None:
-    """Refuse a loss in whose graph a reentrant checkpoint hides layers: the gradients of these would be 0.
+    """Refuse a loss in whose graph a reentrant checkpoint hides layers: their gradients would be 0.
 
     Raises:
         ValueError: there is one.
@@ -172,14 +172,14 @@ def refuse_reentrant(loss: Tensor) -> None:
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Let a loss inside be of the weights as they are, with all of it in its graph: nothing is cached."""
-    # Of DoRA's norms and products. It came with peft 0.19; before, nothing was cached.
+    """Let a loss inside use the current weights, with its whole graph: nothing is cached."""
+    # The cache of DoRA's norms and products, since peft 0.19.
     caching = getattr(helpers, "DoraCaching", None)
-    # A loop's gates would let layers in training mode read B + Ê.
+    # A loop's gates would otherwise let layers in training mode read B + Ê.
     with gates_closed(), caching(enabled=False) if caching else nullcontext():
         yield
 
 
 def losses_of(loss: Loss) -> Sequence[Loss]:
-    """Return the losses of single batches, if a loss has them."""
+    """Return a loss's single batches' losses, if it has them, or the loss itself."""
     return loss.losses if isinstance(loss, MeanLoss) else [loss]

@@ -1,4 +1,4 @@
-"""Several measures at one point, which share the loss and its gradient."""
+"""Take several measures at one point, which share the loss and its gradient."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,24 +18,24 @@ from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import clean
 
 Values = dict[str, Tensor]
-"""By name: a number, shape (), or one for each pair, shape (pairs,)."""
+"""By name: a number, shape (), or one per pair, shape (pairs,)."""
 
 
 @dataclass
 class Point:
-    """A loss around the weights that a model has now, and the settings with which it is measured.
+    """A loss around a model's current weights, and the settings of its measurement.
 
     Attributes:
-        loss: of fixed batches.
-        perturbation: which pairs, and how E is made.
-        rho: radius of E, in the weights' units; of the move in LoRA space, in the factors' units.
-        average: keeps Ê, as ``EFMLoRA.perturbation`` does; for "ema".
-        average_rho: radius of the fresh E that Ê is compared with; None takes rho.
-        noise: for "expected_sharpness".
+        loss: mean loss of fixed batches.
+        perturbation: the pairs, and how E is computed.
+        rho: radius of E, in the weights' units; for "lora_sharpness" in the factors' units.
+        average: a perturbation that keeps Ê, such as ``EFMLoRA.perturbation``; for "ema".
+        average_rho: radius of the fresh E to compare Ê with; None takes rho.
+        noise: the noise of "expected_sharpness".
         sigma: size of the noise relative to the rows' norms.
         samples: draws of noise, and of vectors for "hessian_trace".
-        seed: of these draws, and of the first vector of "top_eigenvalue".
-        at: the loss and its gradient at the clean weights, if they are known already.
+        seed: random seed of these draws, and of the first vector of "top_eigenvalue".
+        at: the loss and its gradient at the clean weights, if already known.
         loss_scale: see :func:`loss_gradient`.
 
     The example of :func:`measure` makes one.
@@ -60,36 +60,36 @@ class Point:
 
     @cached_property
     def gradient(self) -> LossGradient:
-        """The loss and its gradient at the clean weights, taken when they are first needed."""
+        """The loss and its gradient at the clean weights, computed when first needed."""
         return self.at or loss_gradient(self.loss, trained_factors(self.pairs), self.loss_scale)
 
 
 def measure(point: Point, measures: Iterable[str], per_layer: bool = False) -> Values:
     """Take several measures at a point.
 
-    The gradient is taken once: "sharpness", "lora_sharpness" and "ema" cost a forward pass each (two for "ema") beyond
-    the forward and backward pass that they, "radius", "gradient_residual" and "critical_sharpness" share.
-    "balancedness" and "condition" cost none, and the others what their functions do.
+    The gradient is taken once: "sharpness", "lora_sharpness", "ema", "radius", "gradient_residual" and
+    "critical_sharpness" share a forward and a backward pass. Beyond it "sharpness" and "lora_sharpness" cost one
+    forward pass, "ema" two. "balancedness" and "condition" cost none, the others as much as their functions.
 
     Args:
         point: the loss, the weights and the settings.
         measures: names in :data:`MEASURES`.
-        per_layer: also return what differs between layers for each pair, under ``name/pair``.
+        per_layer: also return the values of each pair, under ``name/pair``.
 
     Returns:
-        Numbers by name, shape (). Over the layers: the mean balancedness, the median condition numbers (a mean would be
-        infinite as soon as one is), and the largest residual.
+        Numbers by name, shape (). Over the layers these are the mean balancedness, the median condition numbers (a
+        single infinite one would make the mean infinite), and the largest residual.
 
     Raises:
-        ValueError: an unknown name, a measure whose setting the point lacks, or a loss that :func:`loss_gradient` would
-            refuse.
+        ValueError: an unknown name, a measure whose setting the point lacks, or a loss that :func:`loss_gradient`
+            refuses.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
         >>> from lightning_flatlora import find_pairs
         >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
         >>> loss = lambda: model(torch.ones(5, 4)).square().mean()
-        >>> point = Point(loss, Perturbation(find_pairs(model).pairs), rho=0.1)
+        >>> point = Point(loss, Perturbation(find_pairs(model).pairs), rho=0.05)
         >>> sorted(measure(point, ["sharpness", "condition", "radius"]))
         ['condition_A', 'condition_B', 'loss', 'radius', 'sharpness']
     """
@@ -154,7 +154,7 @@ def _radius(point: Point) -> Values:
 def _gradient_residual(point: Point) -> Values:
     residuals = []
     for pair in point.pairs:
-        # Without a second gradient there is nothing that could differ.
+        # Without a second gradient, nothing could differ.
         residual = torch.zeros((), dtype=torch.float64, device=pair.B.device)
         # A pair rests once its B is frozen in mid-fit.
         if pair.learns_A and pair.B.requires_grad:
@@ -198,8 +198,8 @@ DEFAULT_MEASURES = ("sharpness", "lora_sharpness", "balancedness", "condition", 
 
 _OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "balancedness": torch.mean,
-    # The median, since a single layer of deficient rank makes the mean infinite. PyTorch's is the value of a layer: of
-    # an even number of them it takes the lower of the middle two.
+    # The median, since a single layer of deficient rank makes the mean infinite. Of an even number of layers PyTorch
+    # takes the lower of the middle two.
     "condition_A": torch.median,
     "condition_B": torch.median,
     "radius": torch.linalg.vector_norm,
@@ -214,7 +214,7 @@ def measure_problems(measures: object) -> list[str]:
     if isinstance(measures, str) or not isinstance(measures, Sequence) or not measures:
         return [f"measures must be None or a list of names among {', '.join(MEASURES)}, got {measures!r}"]
     unknown = [name for name in measures if name not in MEASURES]
-    problems = [f"measures holds {name!r}, which is none of {', '.join(MEASURES)}" for name in unknown]
+    problems = [f"measures holds {name!r}, which is not one of {', '.join(MEASURES)}" for name in unknown]
     if "top_eigenvalue" in measures and find_spec("scipy") is None:
         problems.append("the measure 'top_eigenvalue' needs scipy: pip install 'lightning-flatlora[flatness]'")
     return problems

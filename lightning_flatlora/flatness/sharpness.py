@@ -1,7 +1,7 @@
-"""The rise of the loss around the weights: along the gradient, along the average Ê, and at random.
+"""The rise of the loss around the weights: along the gradient, along the average Ê, and under noise.
 
-The rise is in the loss's own unit (nats for a cross-entropy). The passes that are told of are those without a known
-gradient. What a gradient enters is nan if that is not finite.
+The rise is in the loss's unit (nats for a cross-entropy). The passes given below are those without a known gradient.
+Results that depend on a gradient are nan if it is not finite.
 """
 
 import math
@@ -29,7 +29,7 @@ class Sharpness(NamedTuple):
     Attributes:
         loss: L(w).
         perturbed: L(w + E), or its mean under noise.
-        standard_error: of a mean under noise; 0 for one E.
+        standard_error: that of a mean under noise; 0 for one E.
     """
 
     loss: Tensor
@@ -74,17 +74,17 @@ class EMASharpness(NamedTuple):
 
 
 def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGradient | None = None) -> Sharpness:
-    r"""Measure SAM sharpness in full weight space: the rise along the perturbation of FMLoRA (Eqs. 8, 10-15).
+    r"""Measure SAM sharpness in full weight space: the rise along FMLoRA's perturbation (Eqs. 8, 10-15).
 
     .. math:: S_{SAM} = L(W_0 + s (B + E) A) - L(W_0 + s B A), \qquad \|s E A\|_F \le \rho
 
     Three passes: forward, backward, forward.
 
     Args:
-        loss: of fixed batches.
-        perturbation: says which pairs, estimator and norm scope; what it keeps stays as it is.
+        loss: mean loss of fixed batches.
+        perturbation: gives pairs, estimator and norm scope; its kept E does not change.
         rho: radius of the ball in full weight space, in the weights' units.
-        at: the loss and its gradient at the clean weights, if they are known already.
+        at: the loss and its gradient at the clean weights, if already known.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -92,11 +92,11 @@ def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
         >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
         >>> loss = lambda: model(torch.ones(5, 4)).square().mean()
         >>> perturbation = Perturbation(find_pairs(model).pairs)
-        >>> bool(sam_sharpness(loss, perturbation, rho=0.1).sharpness > 0)
+        >>> bool(sam_sharpness(loss, perturbation, rho=0.05).sharpness > 0)
         True
-        >>> bool(lora_sharpness(loss, perturbation.pairs, rho=0.1).sharpness > 0)
+        >>> bool(lora_sharpness(loss, perturbation.pairs, rho=0.05).sharpness > 0)
         True
-        >>> result = ema_sharpness(loss, perturbation, rho=0.1)  # no step yet: Ê = 0
+        >>> result = ema_sharpness(loss, perturbation, rho=0.05)  # no step yet: Ê = 0
         >>> float(result.ema), bool(result.gap == result.sam), float(result.cosine)
         (0.0, True, 0.0)
     """
@@ -110,20 +110,20 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: LossGr
 
     .. math:: L(A + E_A, B + E_B) - L(A, B), \qquad (E_A, E_B) = \rho\,\frac{(G_A, G_B)}{\|(G_A, G_B)\|}
 
-    The norm is over all pairs. The number depends on how the update is factored: (B M, M⁻¹ A) has another one. Three
+    The norm is over all pairs. The value depends on how the update is factored: it is different for (B M, M⁻¹ A). Three
     passes: forward, backward, forward. :func:`sam_sharpness` has an example.
 
     Args:
-        loss: of fixed batches.
-        pairs: of which frozen factors stay as they are.
+        loss: mean loss of fixed batches.
+        pairs: the model's pairs; frozen factors are not moved.
         rho: radius of the ball in (A, B), in the factors' units, >= 0.
-        at: the loss and its gradient at the clean weights, if they are known already.
+        at: the loss and its gradient at the clean weights, if already known.
     """
     if not is_size(rho):
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
     with clean(readers_of(pairs)):
         at = at or loss_gradient(loss, trained_factors(pairs))
-        # A gradient that is not finite has no ascent, and the loss at E = 0 would say that it is flat.
+        # A gradient that is not finite has no ascent; the loss at E = 0 would look flat.
         finite = torch.nn.utils.get_total_norm(at.gradients, torch.inf).isfinite()
         with moved(at.parameters, joint_ascent(at.gradients, rho)):
             return Sharpness(at.loss, torch.where(finite, value(loss), torch.nan))
@@ -134,17 +134,17 @@ def critical_sharpness(loss: Loss, at: LossGradient) -> Tensor:
 
     .. math:: \lambda_c = \frac{2}{\eta_c}, \qquad \eta_c = \min\{\eta > 0 : L(w - \eta g) \ge L(w)\}
 
-    Of a quadratic loss this is the Rayleigh quotient :math:`g^\top H g / \lVert g \rVert^2`. The step is bracketed by
-    factors of 2, with a forward pass for each, and three more know it to 5 %. At rates above η_c the loss rises.
+    For a quadratic loss this is the Rayleigh quotient :math:`g^\top H g / \lVert g \rVert^2`. The step is bracketed by
+    factors of 2, each with a forward pass; three more passes determine it to 5 %. At rates above η_c the loss rises.
 
     Args:
-        loss: of fixed batches.
+        loss: mean loss of fixed batches.
         at: the loss and its gradient at the weights.
 
     Returns:
         Shape (); 0 if the loss falls however long the step is, nan if the gradient is zero or not finite.
 
-    Source: Kalra et al., arXiv 2601.16979; there along an optimizer's update, here along the gradient.
+    Source: Kalra et al., arXiv 2601.16979, who measure along an optimizer's update instead of the gradient.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([1.0, 1.0]))
@@ -160,7 +160,7 @@ def critical_sharpness(loss: Loss, at: LossGradient) -> Tensor:
         with moved(at.parameters, joint_ascent(at.gradients, -step * norm)):
             return bool(value(loss) < at.loss)
 
-    # Polyak's step, which is half of η_c where the least loss is 0.
+    # Polyak's step, half of η_c if the least loss is 0.
     step = float(at.loss.abs()) / norm**2 or 1.0
     was_lower = is_lower(step)
     factor = 2.0 if was_lower else 0.5
@@ -185,10 +185,10 @@ def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
     Four passes: forward, backward, two forwards. :func:`sam_sharpness` has an example.
 
     Args:
-        loss: of fixed batches.
-        perturbation: keeps Ê, as ``EFMLoRA.perturbation`` does, and says how E is made.
-        rho: radius of the fresh E; the theorem means that of Ê.
-        at: the loss and its gradient at the clean weights, if they are known already.
+        loss: mean loss of fixed batches.
+        perturbation: keeps Ê, as ``EFMLoRA.perturbation`` does, and determines how E is computed.
+        rho: radius of the fresh E; for the theorem, the radius of Ê.
+        at: the loss and its gradient at the clean weights, if already known.
     """
     with clean(readers_of(perturbation.pairs)):
         at = at or loss_gradient(loss, trained_factors(perturbation.pairs))
@@ -208,14 +208,14 @@ def expected_sharpness(loss: Loss, noise: WeightNoise, sigma: float, samples: in
     .. math:: \mathbb E_\varepsilon\,[L(W + \varepsilon)] - L(W), \qquad
         \varepsilon_{ij} \sim \mathcal N\!\left(0, \tfrac{\sigma^2}{m} \|W_{i\cdot}\|^2\right)
 
-    It takes 1 + samples passes, all forward.
+    It takes 1 + samples forward passes.
 
     Args:
-        loss: of fixed batches.
-        noise: of the model; sample k draws from ``seed + k``.
-        sigma: size of the noise relative to the rows' norms, no unit.
+        loss: mean loss of fixed batches.
+        noise: the model's noise; sample k draws from ``seed + k``.
+        sigma: size of the noise relative to the rows' norms, without a unit.
         samples: draws, at least 2 for a standard error.
-        seed: of the first draw.
+        seed: random seed of the first draw.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -227,7 +227,7 @@ def expected_sharpness(loss: Loss, noise: WeightNoise, sigma: float, samples: in
     """
     at_weights = value(loss)
     at_noise = []
-    # The seeds are the same on every rank, so that all of them measure at the same weights.
+    # Every rank uses these seeds, so that all measure at the same weights.
     for sample in range(samples):
         with noise.applied(sigma, seed + sample):
             at_noise.append(value(loss))
@@ -236,12 +236,12 @@ def expected_sharpness(loss: Loss, noise: WeightNoise, sigma: float, samples: in
 
 
 def fresh_perturbation(perturbation: Perturbation, rho: float, at: LossGradient) -> FreshPerturbation:
-    """Compute E of a gradient taken at the clean weights (Eqs. 10-15); nothing that ``perturbation`` keeps changes.
+    """Compute E of a gradient taken at the clean weights (Eqs. 10-15); ``perturbation`` does not change.
 
     Args:
-        perturbation: which pairs, and how E is made of their gradients.
+        perturbation: the pairs, and how E is computed from their gradients.
         rho: radius of the ball in full weight space, in the weights' units.
-        at: from :func:`loss_gradient` of at least the pairs' trained factors.
+        at: from :func:`loss_gradient`, for at least the pairs' trained factors.
 
     Returns:
         E of all pairs, as :meth:`~lightning_flatlora.Perturbation.applied` takes it in ``stacks``.
@@ -251,14 +251,14 @@ def fresh_perturbation(perturbation: Perturbation, rho: float, at: LossGradient)
 
 
 def read(perturbation: Perturbation, fresh: FreshPerturbation | None = None) -> list[Tensor]:
-    """Return E of every pair, of B's shape as a matrix, in the order of the pairs: a fresh one, or the kept one."""
+    """Return E of every pair, fresh or kept, in the order of the pairs, each a matrix of B's shape."""
     with clean(readers_of(perturbation.pairs)), perturbation.applied(fresh and fresh.stacks):
         seen = [shown(pair.readers[0]) for pair in perturbation.pairs]
     return [E.flatten(1) for E in seen if E is not None]
 
 
 def overlaps(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tensor]) -> Tensor:
-    """Compute the inner products of two perturbations in full weight space: squared weights' units, shape (pairs,)."""
+    """Compute inner products of two perturbations in full weight space: squared weights' units, shape (pairs,)."""
     products = []
     for pair, one, other in zip(pairs, E1, E2, strict=True):
         (_, one), (_, other) = pair.products(pair.A, one), pair.products(pair.A, other)
@@ -267,18 +267,18 @@ def overlaps(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tenso
 
 
 def _at_fresh(loss: Loss, perturbation: Perturbation, fresh: FreshPerturbation) -> Tensor:
-    """Compute L(w + E); nan if E is not known, rather than the loss at E = 0."""
+    """Compute L(w + E); nan if E is unknown, rather than the loss at E = 0."""
     with perturbation.applied(fresh.stacks):
         return torch.where(fresh.finite, value(loss), torch.nan)
 
 
 @contextmanager
 def moved(parameters: Sequence[nn.Parameter], moves: Sequence[Tensor]) -> Iterator[None]:
-    """Move parameters to w + move; afterwards, whatever happens, they have exactly their old values.
+    """Move parameters to w + move inside; afterwards, even after an error, restore exactly their old values.
 
     Args:
-        parameters: moved in place, so that whoever holds their memory, such as a compiled graph, sees the move.
-        moves: one for each parameter, of its shape and of any floating dtype.
+        parameters: moved in place, so that other holders of their memory, such as a compiled graph, see the move.
+        moves: one per parameter, of its shape and of any floating dtype.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2))
@@ -290,9 +290,9 @@ def moved(parameters: Sequence[nn.Parameter], moves: Sequence[Tensor]) -> Iterat
     stored = [parameter.detach().clone() for parameter in parameters]
     try:
         for parameter, move in zip(parameters, moves, strict=True):
-            # By .data, which autograd does not count as a new version, since the old values will come back.
+            # By .data, which autograd does not count as a new version, since the old values are restored.
             parameter.data.add_(move)
-        # An autocast around this block holds low-precision copies of the old values.
+        # An autocast around this block caches low-precision copies of the old values.
         torch.clear_autocast_cache()
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The Linear layers under adapters, and terms that they add to their output for a while, such as noise."""
+"""Linear layers under adapters, and terms that they temporarily add to their output, such as noise."""
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -25,10 +25,10 @@ class OutputTerm(ABC):
     """A Linear under adapters, and a term that it adds to its output while the term is on.
 
     Attributes:
-        names: clean names of the layer of peft, or of a finder's pairs on it.
-        base: the Linear, around which a policy may have put a wrapper.
+        names: clean names of the peft layer, or of a finder's pairs on it.
+        base: the Linear, which a policy may have wrapped.
         pairs: its adapters.
-        layer: the layer of peft around the base, if it is one.
+        layer: the peft layer around the base, if there is one.
     """
 
     names: list[str]
@@ -38,22 +38,22 @@ class OutputTerm(ABC):
 
     @abstractmethod
     def term(self, x: Tensor) -> Tensor:
-        """Compute the term for an input in the dtype of the layer's output."""
+        """Compute the term for an input, in the dtype of the layer's output."""
 
     @property
     def weight(self) -> Tensor:
         """W0, shape (n, m)."""
         weight: Tensor = bare(self.base).weight.detach()
-        # Such as the Conv1D of transformers, which stores the transpose.
+        # Transposed if stored so, as by transformers' Conv1D.
         return weight.mT if self.layer is not None and self.layer.fan_in_fan_out else weight
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, m) and s B (n, r) of all its adapters side by side, so that their updates add up."""
+        """Return A (r, m) and s B (n, r) of all its adapters, concatenated so that their updates add up."""
         n = len(self.weight)
         of_A, of_B = [], []
         for pair in self.pairs:
             A, B = pair.matrices()
-            # A finder's pair may be of some rows only.
+            # A finder's pair may cover only some rows.
             rows = pair.base_rows or range(n)
             of_A.append(A)
             of_B.append(F.pad(B.mT * pair.scaling, (rows.start, n - rows.stop)))
@@ -67,7 +67,7 @@ class OutputTerm(ABC):
             set_class(self.base)
 
     def off(self) -> None:
-        """Let the layer no longer add the term."""
+        """Let the layer stop adding the term."""
         terms: list[OutputTerm] = self.base.__dict__.get(_TERMS, [])
         if self in terms:
             terms.remove(self)
@@ -78,10 +78,10 @@ Term = TypeVar("Term", bound=OutputTerm)
 
 
 class _Adding(Overlay):
-    """Mixin before a layer's own class while it adds terms to its output.
+    """Mixin that comes before a layer's own class while the layer adds terms to its output.
 
-    A compiled network has one graph for each class of a module, and makes one when it meets a new class. It
-    would ignore a hook added after the first call, and would keep forever what an earlier hook refers to.
+    A compiled network makes a graph for each new class of a module. A hook would not do: one added after the first call
+    is ignored, and the objects of an earlier one are kept forever.
     """
 
     _overlay_state = _TERMS
@@ -89,7 +89,7 @@ class _Adding(Overlay):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         for term in self.__dict__[_TERMS]:
-            # With disabled adapters only the base is wanted, as for a reference model's logits.
+            # With disabled adapters the caller wants only the base, such as a reference model's logits.
             if term.layer is None or not term.layer.disable_adapters:
                 output = output + term.term(x.to(output.dtype))
         return output
@@ -98,13 +98,13 @@ class _Adding(Overlay):
 def output_terms(
     kind: type[Term], model: nn.Module, adapter_name: str | None, finder: Finder | None
 ) -> tuple[list[Term], list[str]]:
-    """Make a term for each Linear under the trained adapters of a model, in the order of its modules.
+    """Make a term for each Linear under a model's trained adapters, in the order of its modules.
 
     Returns:
-        The terms, and one line for each kind of adapted layer that gets none, naming it and the reason.
+        The terms, and one line for each kind of adapted layer without one, with the reason.
 
     Raises:
-        NoPairsError: there is none; the message lists what was seen.
+        NoPairsError: there is none; the message lists the layers seen.
     """
     search = find_pairs(model, adapter_name, finder=finder)
     terms: list[Term] = []
@@ -122,7 +122,7 @@ def output_terms(
 
 
 def _candidates(model: nn.Module, pairs: Sequence[LoRAPair], finder: Finder | None) -> Iterator[tuple[Any, ...]]:
-    """Yield why nothing can be added to a base's output, if so, and the attributes of its :class:`OutputTerm`."""
+    """Yield for each base why it can't have a term, if it can't, and the attributes of its :class:`OutputTerm`."""
     if finder is None:
         for name, layer, of_layer in adapted_layers(model, pairs):
             reason = _why_not(layer)
@@ -136,12 +136,12 @@ def _candidates(model: nn.Module, pairs: Sequence[LoRAPair], finder: Finder | No
         by_base[pair.base].append(pair)
     for base, of_base in by_base.items():
         is_plain = isinstance(base, nn.Linear) and base.weight.is_floating_point()
-        reason = None if is_plain else "the finder names no plain Linear as their base"
+        reason = None if is_plain else "the finder does not name a plain Linear as their base"
         yield reason, [pair.name for pair in of_base], base, of_base
 
 
 def adapted_layers(model: nn.Module, pairs: Sequence[LoRAPair]) -> Iterator[tuple[str, Any, list[LoRAPair]]]:
-    """Yield the layers of peft that read some pairs, each with its name and these pairs."""
+    """Yield the peft layers that read any of the pairs, each with its name and its pairs."""
     by_layer: dict[nn.Module, list[LoRAPair]] = defaultdict(list)
     for pair in pairs:
         for layer in pair.layers:
@@ -152,10 +152,10 @@ def adapted_layers(model: nn.Module, pairs: Sequence[LoRAPair]) -> Iterator[tupl
 
 
 def _why_not(layer: Any) -> str | None:
-    """Give the reason for which nothing can be added to the output of a layer's base; None if it can."""
+    """Return why nothing can be added to the output of a layer's base; None if it can."""
     base = bare(layer.get_base_layer())
     if not isinstance(layer, Linear) or not (isinstance(base, nn.Linear) or layer.fan_in_fan_out):
-        return f"its base, a {type(base).__name__}, is no plain Linear"
+        return f"its base, a {type(base).__name__}, is not a plain Linear"
     if not base.weight.is_floating_point():
         return "its base is quantized"
     if any(layer.lora_variant.get(name) is not None for name in layer.active_adapters):

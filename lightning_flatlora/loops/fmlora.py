@@ -1,4 +1,4 @@
-"""EFMLoRA and FMLoRA by the hooks of an optimizer."""
+"""EFMLoRA and FMLoRA through the hooks of an optimizer."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,20 +15,20 @@ from lightning_flatlora.wrappers import unwrapped, without_sync
 
 
 class EFMLoRA(LoopMethod):
-    """One pass per step, at B plus an average of past perturbations (Algorithm 2): LoRA's speed, by one line.
+    """One pass per step, at B plus an average of past perturbations (Algorithm 2): LoRA's speed, in one line.
 
-    Make it after the model is sharded and before the optimizer's state is loaded, with the optimizer that the loop
-    steps. Clip gradients by their norm, which does not change E. Several optimizers take one object each, and a newer
-    object of the same pairs closes the former. After the loop :meth:`close` leaves no trace on the model; evaluation,
-    generation, saving and merging need nothing.
+    Create it after the model is sharded and before the optimizer's state is loaded, with the optimizer that the loop
+    steps. Clip gradients by their norm, which does not change E. Several optimizers need one object each. A new object
+    on the same pairs closes the former one. After the loop :meth:`close` leaves no trace on the model. Evaluation,
+    generation, saving and merging need no change.
 
     Args:
-        model: as the loop calls it, also after ``fabric.setup``, DDP or ``fully_shard``.
-        optimizer: the one that trains the pairs, also as Fabric or accelerate has wrapped it.
+        model: the model that the loop calls, also after ``fabric.setup``, DDP or ``fully_shard``.
+        optimizer: the one that trains the pairs, plain or wrapped by Fabric or accelerate.
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
-            It has no default: None is refused.
+            Required: None is refused.
         total_steps: optimizer steps of the run, for a schedule that spreads over it.
-        settings: ``beta``, ``estimator`` and all others as in :class:`lightning_flatlora.EFMLoRA`.
+        settings: ``beta``, ``estimator`` and the others of :class:`lightning_flatlora.EFMLoRA`.
 
     Raises:
         MisconfigurationException: values out of range, or a model or optimizer that can't work.
@@ -40,7 +40,7 @@ class EFMLoRA(LoopMethod):
         >>> from peft import LoraConfig, get_peft_model
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
         >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        >>> flat = EFMLoRA(model, optimizer, rho=0.5)
+        >>> flat = EFMLoRA(model, optimizer, rho=0.05)
         >>> for batch in torch.randn(3, 8, 4):
         ...     model(batch).square().mean().backward()
         ...     optimizer.step()
@@ -55,7 +55,7 @@ class EFMLoRA(LoopMethod):
 
     @override
     def _use_gradients(self) -> None:
-        # Until there is an Ê both modes read the same.
+        # Without an Ê, training and eval mode read the same.
         missed = self._gates.missed(self._received.identities) if self.method.perturbs else []
         if missed:
             raise RuntimeError(
@@ -63,16 +63,16 @@ class EFMLoRA(LoopMethod):
                 "Ê. If their layers are in eval mode, call model.train() before each step, and set only other layers, "
                 "such as dropout, to eval mode. If the layers were not called (fused kernels, layer.forward(x), a "
                 "torch.compile(layer) from before EFMLoRA was made, a penalty), call them, or run forward and backward "
-                "inside of `for each_pass in flat.training_passes():` and `with each_pass:`"
+                "inside `for each_pass in flat.training_passes():` and `with each_pass:`"
             )
         super()._use_gradients()
         self._gates.note(has_opened=False)
 
     def training_passes(self) -> Iterator[AbstractContextManager[None]]:
-        """Give the one pass of a step, so that a loop may be written for both methods.
+        """Yield the one pass of a step, so that one loop works for both methods.
 
-        Inside of it, layers read B + Ê also if they are not called, as by fused kernels, in eval mode or under
-        ``no_grad``.
+        Inside it, layers read B + Ê even in eval mode, under ``no_grad``, or if they are not called, as by fused
+        kernels.
         """
         self._check_open()
         yield self._pass() if self.method.perturbs else nullcontext()
@@ -82,17 +82,17 @@ class EFMLoRA(LoopMethod):
         self._gates.note(has_opened=True)
         with self.perturbation.applied():
             yield
-        self._gates.note(has_opened=True)  # again, if look_again() was called inside
+        self._gates.note(has_opened=True)  # set again in case look_again() was called inside
 
 
 class FMLoRA(LoopMethod):
     """Two passes over each batch, the second at a fresh perturbation (Algorithm 1).
 
-    The gradient that is left for the optimizer is that of the second pass. Both passes draw the same dropout masks, and
-    buffers, torchmetrics and one level of the model's own numbers, lists, dicts and sets count each batch once. What
-    lies deeper is changed twice. Steps that don't perturb have one pass.
+    The optimizer gets the gradient of the second pass. Both passes draw the same dropout masks, and buffers,
+    torchmetrics and one level of the model's own numbers, lists, dicts and sets count each batch once; anything deeper
+    changes twice. Steps that don't perturb have one pass.
 
-    The arguments and errors are those of :class:`EFMLoRA`, except for ``beta``; ``sync_ascent`` is as in
+    Arguments and errors are those of :class:`EFMLoRA`, without ``beta``, but with ``sync_ascent`` as in
     :class:`lightning_flatlora.FMLoRA`.
 
     Example:
@@ -101,7 +101,7 @@ class FMLoRA(LoopMethod):
         >>> from peft import LoraConfig, get_peft_model
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
         >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        >>> flat = FMLoRA(model, optimizer, rho=0.5)
+        >>> flat = FMLoRA(model, optimizer, rho=0.05)
         >>> for batch in torch.randn(3, 8, 4):
         ...     for each_pass in flat.training_passes():
         ...         with each_pass:
@@ -121,11 +121,10 @@ class FMLoRA(LoopMethod):
         self._replay = Replay(unwrapped(self._model), [self._optimizer], is_sharded(self._model))
 
     def training_passes(self) -> Iterator[AbstractContextManager[None]]:
-        """Give the passes over one batch, or over one micro-batch of an accumulation window.
+        """Yield the passes over one batch, or over one micro-batch of an accumulation window.
 
-        Run forward and backward inside each of them, with the same batch. Under DDP and Fabric put
-        ``no_backward_sync`` and ``no_sync`` inside. They are the ascent and the descent, or one pass if the step does
-        not perturb.
+        They are the ascent and the descent, or one pass if the step does not perturb. Run forward and backward inside
+        each of them, with the same batch. Put DDP's ``no_sync`` and Fabric's ``no_backward_sync`` inside.
         """
         self._check_open()
         self._passes_begun += 1
@@ -135,7 +134,7 @@ class FMLoRA(LoopMethod):
         yield self._ascent()
         if self._replay.at_perturbed_weights is None:
             raise RuntimeError(
-                "the first pass has not run: `for each_pass in flat.training_passes():` and in it `with each_pass:`"
+                "the first pass has not run: write `for each_pass in flat.training_passes():` and `with each_pass:`"
             )
         yield self._replay.running()
 
@@ -143,25 +142,25 @@ class FMLoRA(LoopMethod):
     def _use_gradients(self) -> None:
         if not self._passes_begun:
             raise RuntimeError(
-                "the optimizer was about to step without FMLoRA's passes: run forward and backward inside of each of "
-                "flat.training_passes(). To go on without the method, call flat.close()"
+                "the optimizer was about to step without FMLoRA's passes: run forward and backward inside each of "
+                "flat.training_passes(). To continue without the method, call flat.close()"
             )
         if self._replay.at_perturbed_weights is not None:
             raise RuntimeError(
                 "the optimizer was about to step after the first of two passes, which leaves no gradient for the step: "
-                "run both, `for each_pass in flat.training_passes():` and in it `with each_pass:`"
+                "run both, by `for each_pass in flat.training_passes():` and `with each_pass:`"
             )
         super()._use_gradients()
         self._passes_begun = 0
 
     @contextmanager
     def _ascent(self) -> Iterator[None]:
-        """Run the first pass: its gradient gives E and is then dropped."""
-        # This forgets a second pass that was left out: the batch may be tried again from its first.
+        """Run the first pass, whose gradient gives E and is then dropped."""
+        # This forgets a skipped second pass: the batch may be repeated from its first pass.
         self._replay.first_pass_starts(self.method.pairs[0].B.device)
         sharded = is_sharded(self._model)
         with self._replay.ascent(self.method, is_averaged=sharded):
-            # In an accumulation window DDP would otherwise take the ascent's gradient for the window's.
+            # In an accumulation window DDP would otherwise mistake the ascent's gradient for the window's.
             with without_sync(self._model):
                 yield
             if sharded and not self.perturbation.has_gradient:
@@ -171,6 +170,6 @@ class FMLoRA(LoopMethod):
                 )
             if not sharded and not has_gradient(self._optimizer):
                 rank_zero_warn(
-                    "the first pass left no gradient, so E is 0: does backward stand inside each pass, and is this "
-                    "FMLoRA of the model and the optimizer that the loop trains?"
+                    "the first pass left no gradient, so E is 0: does backward run inside each pass, and is this "
+                    "FMLoRA made with the model and the optimizer that the loop trains?"
                 )

@@ -1,7 +1,7 @@
-"""Let layers read B + E inside their own forward only, for training loops in which no pass is announced.
+"""Let layers read B + E only inside their own forward, for training loops that don't announce their passes.
 
-The perturbation is switched on around the call of a layer, in training mode while autograd records. Outside of it, as
-in ``merge_adapter``, and in evaluation and generation, the layer reads the clean B.
+The perturbation is on during the call of a layer, in training mode while autograd records. Otherwise, as in
+``merge_adapter``, evaluation and generation, the layer reads the clean B.
 """
 
 from collections import defaultdict
@@ -23,15 +23,15 @@ GATES = "_flatlora_gates"
 """The attribute of a layer that holds its gates."""
 
 PASSES_UNTIL_WARNING = 100
-"""Backward passes without a step of a loop's optimizer after which a warning says that it is maybe another one's."""
+"""Backward passes without a step of the optimizer after which a warning says that the loop may step another one."""
 
 
 class ForwardGate:
-    """What lets one layer read a perturbation in its forward.
+    """Lets one layer read a perturbation in its forward.
 
     Attributes:
-        perturbation: which a layer switches on around its call if the gate opens.
-        has_opened: whether it has since this was last set to False.
+        perturbation: is on during the layer's call if the gate opens.
+        has_opened: whether the gate has opened since this was last set to False.
     """
 
     def __init__(self, perturbation: Perturbation) -> None:
@@ -39,21 +39,21 @@ class ForwardGate:
         self.has_opened = False
 
     def opens_for(self, layer: nn.Module) -> bool:
-        """Open if a forward of the layer that begins now is one of training, and there is something to read.
+        """Say whether the forward that begins is one of training, with a perturbation to read; if so, note it.
 
         Raises:
-            RuntimeError: a reentrant checkpoint has computed this forward before, with the clean weights.
+            RuntimeError: a reentrant checkpoint has already computed this forward, with the clean weights.
         """
         if GATES_CLOSED.is_on or not layer.training or not torch.is_grad_enabled():
             return False
         if not self.perturbation.may_be_nonzero or self.perturbation.is_on:
             return False
-        # Compiled code can't ask whether a backward runs.
+        # Compiled code can't ask whether a backward is running.
         if not torch.compiler.is_compiling() and not self.has_opened and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "EFMLoRA: a reentrant activation checkpoint has read the clean weights in its forward pass: set "
                 "use_reentrant=False (in transformers by gradient_checkpointing_kwargs), or run forward and backward "
-                "inside of `for each_pass in flat.training_passes():` and `with each_pass:`"
+                "inside `for each_pass in flat.training_passes():` and `with each_pass:`"
             )
         self.has_opened = True
         return True
@@ -62,15 +62,15 @@ class ForwardGate:
 class _Gated(Overlay):
     """Mixin that asks gates around each call of a layer.
 
-    An override of ``forward`` would not be called if a library has put another forward on the layer itself, and hooks
-    would go into copies of the model.
+    An override of ``forward`` would not be called if a library has put another forward on the layer, and hooks would be
+    copied with the model.
     """
 
     _overlay_state = GATES
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if GATES not in self.__dict__:
-            # The gates have gone, and somebody has kept this method, as torch.compile(layer) does.
+            # The gates are gone, but this method was kept, as torch.compile(layer) does.
             return type(self).__call__(self, *args, **kwargs)
         opened = [gate for gate in self.__dict__[GATES] if gate.opens_for(self)]
         for gate in opened:
@@ -87,13 +87,13 @@ class ForwardGates:
 
     def __init__(self) -> None:
         self._gates: dict[nn.Module, ForwardGate] = {}
-        # Of each pair, those during which it is read.
+        # For each pair, the gates of the layers that read it.
         self._of_pairs: list[tuple[LoRAPair, list[ForwardGate]]] = []
 
     def install(self, perturbation: Perturbation) -> None:
         """Let the layers of a perturbation's pairs read it in their forward, once its average has begun.
 
-        The perturbation must be installed before.
+        The perturbation must already be installed.
         """
         self.uninstall()
         for pair in perturbation.pairs:
@@ -103,7 +103,7 @@ class ForwardGates:
         for layer, gate in self._gates.items():
             layer.__dict__.setdefault(GATES, []).append(gate)
             set_class(layer)
-            # A layer may read another one's factors, as peft's MultiheadAttention those of its output projection.
+            # A layer may read another's factors, as peft's MultiheadAttention reads its output projection's.
             for part in layer.modules():
                 around[part].append(gate)
         for pair in perturbation.pairs:
@@ -118,12 +118,12 @@ class ForwardGates:
         self._gates, self._of_pairs = {}, []
 
     def note(self, has_opened: bool) -> None:
-        """Set for all layers whether they have read the perturbation."""
+        """Record for all layers whether they have read the perturbation."""
         for gate in self._gates.values():
             gate.has_opened = has_opened
 
     def missed(self, received: set[int]) -> list[LoRAPair]:
-        """List the pairs that no layer has read perturbed, and whose B is among those that received a gradient."""
+        """List the pairs whose B received a gradient although no layer has read it perturbed."""
         missed = []
         for pair, gates in self._of_pairs:
             if id(pair.B) in received and not any(gate.has_opened for gate in gates):
@@ -132,10 +132,10 @@ class ForwardGates:
 
 
 class ReceivedGradients:
-    """Which B a backward has added a gradient to, on this rank: not what DDP takes from others, nor zeros.
+    """Records which B got a gradient from this rank's backward: neither zeros nor gradients that DDP brings.
 
     Attributes:
-        identities: of these B, until somebody forgets them.
+        identities: those of these B, until :meth:`forget`.
     """
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ class ReceivedGradients:
         self._hooks = ExitStack()
 
     def watch(self, pairs: Iterable[LoRAPair]) -> None:
-        """Note from now on what the trained B among those of pairs receive."""
+        """Note from now on which trained B of these pairs receive a gradient."""
         for pair in pairs:
             if pair.B.requires_grad:
                 watch: Any = pair.B.register_post_accumulate_grad_hook
@@ -161,12 +161,12 @@ class ReceivedGradients:
             )
 
     def forget(self) -> None:
-        """Forget what was noted, as its gradients are used."""
+        """Forget the notes, since the gradients are used."""
         self.identities.clear()
         self._count = 0
 
     def unwatch(self) -> None:
-        """Leave no hook behind, and forget what was noted."""
+        """Remove the hooks, and forget the notes."""
         self._hooks.close()
         self._watched = 0
         self.forget()

@@ -1,4 +1,4 @@
-"""The base of EFMLoRA and FMLoRA for any training loop: a method that is driven by the hooks of an optimizer."""
+"""The base of EFMLoRA and FMLoRA for any training loop: a method driven by the hooks of an optimizer."""
 
 import math
 import weakref
@@ -30,18 +30,18 @@ from lightning_flatlora.sharding import is_sharded, reshard
 from lightning_flatlora.wrappers import unwrapped
 
 STATE_KEY = "lightning_flatlora"
-"""Under which an optimizer's state dict carries the states of the methods."""
+"""The key of the methods' states in an optimizer's state dict."""
 
 _RUNNING: "WeakSet[LoopMethod]" = WeakSet()
 
 
 class LoopMethod:
-    """A method for the pairs of one optimizer, whose hooks say when a step comes and carry the method's state.
+    """A method for the pairs of one optimizer, whose hooks announce steps and whose state dict carries its state.
 
     Attributes:
-        kind: of the step method.
-        method: the step of the method, with its settings and state.
-        search: the pairs of the model, and what was left out.
+        kind: class of the step method.
+        method: the step method, with its settings and state.
+        search: the model's pairs, and the layers that were left out.
 
     The arguments are those of :class:`lightning_flatlora.loops.EFMLoRA`.
     """
@@ -60,15 +60,16 @@ class LoopMethod:
         self.method = method = self.kind(rho, **settings)
         inner, outer = optimizers.innermost(optimizer), optimizers.stepped(optimizer)
         refuse(method, _loop_problems(model, optimizer, method, total_steps))
-        # The inner one carries the state. A wrapper, as Lookahead, may change gradients before it steps that.
+        # The inner one carries the state. A wrapper, such as Lookahead, may change gradients before the inner one
+        # steps.
         self._model, self._optimizer, self._stepped = model, inner, outer
         method.optimizer = inner
         self._gates = ForwardGates()
         self._hooks = ExitStack()
         self._received = ReceivedGradients()
         self._steps_within = 0
-        # Said when the count is first used, since load_state_dict() may still come.
-        # Adagrad has a state from the start, and counts steps in it.
+        # The warning waits until the count is first used, since load_state_dict() may still come. Adagrad has a state
+        # from the start, and counts steps in it.
         self._lacks_state = any(bool(state.get("step", 1) != 0) for state in inner.state.values())
         method.horizon = math.inf if total_steps is None else total_steps
         method.is_skipped_on_overflow = True  # a loop does not say whether a scaler skips steps
@@ -77,7 +78,7 @@ class LoopMethod:
         self._close_others()
         self._install()
         for handle in (
-            # Not traced with a compiled step, which would be compiled again for each count of steps.
+            # Not traced into a compiled step, which would be compiled again for each step count.
             outer.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
             outer.register_step_post_hook(self._after_step),
             inner.register_state_dict_post_hook(self._add_state),
@@ -85,16 +86,16 @@ class LoopMethod:
             self._hooks.callback(handle.remove)
         self._hooks.callback(self._before_loading())
         _RUNNING.add(self)
-        # The layers of an object that nobody has closed must not read its last Ê when the optimizer is gone.
+        # If nobody has closed this object, its layers must not read its last Ê once the optimizer is gone.
         for leave in (self.perturbation.uninstall, self._gates.uninstall, self._received.unwatch):
             weakref.finalize(self, leave).atexit = False
 
     def _close_others(self) -> None:
-        """Close objects on the same B, such as an interrupted notebook cell's; refuse one of the same state."""
+        """Close other objects on these B, such as an interrupted notebook cell's; refuse one with this state's name."""
         own = {id(pair.B) for pair in self.method.pairs}
         for other in list(_RUNNING):
             if own & {id(pair.B) for pair in other.method.pairs}:
-                rank_zero_info(f"{self.method.title}: a former {other.method.title} of the same LoRA pairs is closed")
+                rank_zero_info(f"{self.method.title}: closed an earlier {other.method.title} on the same LoRA pairs")
                 other.close()
             elif other._optimizer is self._optimizer and other._name == self._name:
                 refuse(self.method, [f"the optimizer has another {self._name}: close() that, or make two optimizers"])
@@ -102,23 +103,23 @@ class LoopMethod:
     def look_again(self) -> None:
         """Search the model for pairs again, after it or the optimizer has changed; pairs that stay keep their Ê.
 
-        To be called after adapters, scalings, the optimizer's parameters or the model's device have changed.
+        Call it after adapters, scalings, the optimizer's parameters or the model's device have changed.
 
         Raises:
-            NoPairsError: the model holds no pair that is trained.
-            MisconfigurationException: the optimizer holds none, or an adapter is merged.
+            NoPairsError: the model has no trained pair.
+            MisconfigurationException: the optimizer has none, or an adapter is merged.
         """
         method, module = self.method, unwrapped(self._model)
         # As after an evaluation.
         reshard(module)
-        # In a pass the layers show perturbed tensors in the place of their parameters.
+        # During a pass the layers show perturbed tensors in place of their parameters.
         with clean(readers_of(method.pairs)):
             search = find_pairs(module, method.adapter_name, finder=method.finder)
         assignment = assign_pairs(search, [self._optimizer])
         problems = merge_problems(module)
         if not assignment.pairs[0]:
             name = search.pairs[0].name
-            problems.append(f"trainable LoRA factors, such as {name}, are not in the optimizer: give one with them")
+            problems.append(f"trainable LoRA factors, such as {name}, are not in the optimizer: add them to it")
         refuse(method, problems)
         self._leave_layers()
         self.search = search
@@ -133,7 +134,7 @@ class LoopMethod:
     def _install(self) -> None:
         self.method.install()
         self._received.watch(self.method.pairs)
-        # The loop itself says when the second of two passes runs.
+        # For two passes, the loop itself says when the second one runs.
         if not isinstance(self.method, TwoPassStep):
             self._gates.install(self.perturbation)
 
@@ -142,7 +143,7 @@ class LoopMethod:
         self._received.unwatch()
 
     def close(self) -> None:
-        """Leave no trace on the model's layers and the optimizer; the state stays. Calling it again does nothing."""
+        """Leave no trace on the model's layers and the optimizer, but keep the state. Calling it again does nothing."""
         self._leave_layers()
         self.method.close()
         self._hooks.close()
@@ -151,11 +152,11 @@ class LoopMethod:
     def _check_open(self) -> None:
         if self not in _RUNNING:
             title = self.method.title
-            raise RuntimeError(f"close(), or a newer object, has ended this {title}: make a new one for another run")
+            raise RuntimeError(f"close() or a newer object has ended this {title}: make a new one for another run")
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken so far; those that a ``GradScaler`` skips are not seen."""
+        """Optimizer steps taken so far, without those that a ``GradScaler`` skips."""
         self._warn_of_late_start()
         return self.method.step
 
@@ -166,15 +167,15 @@ class LoopMethod:
 
     @property
     def current_rho(self) -> float:
-        """The radius of the coming optimizer step."""
+        """The value of rho in the coming optimizer step."""
         return self.method.current_rho
 
     def _warn_of_late_start(self) -> None:
         if self._lacks_state:
             self._lacks_state = False
             rank_zero_warn(
-                f"the optimizer has taken steps that {self.method.title} has no state of: its perturbation and count "
-                "start here. To resume a run, make it before the optimizer's state is loaded, or call load_state_dict()"
+                f"the optimizer has already taken steps without {self.method.title}, whose perturbation and count "
+                "start now. To resume a run, make it before the optimizer's state is loaded, or call load_state_dict()"
             )
 
     # -- the optimizer's step
@@ -186,7 +187,7 @@ class LoopMethod:
             return
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:
-            refuse(self.method, ["run forward and backward before the optimizer's step, which must get no closure"])
+            refuse(self.method, ["run forward and backward before the optimizer's step, and pass it no closure"])
         if not optimizers.only_makes_state(self._optimizer):
             self._use_gradients()
         self._steps_within = 1
@@ -195,8 +196,8 @@ class LoopMethod:
         self._steps_within = max(self._steps_within - 1, 0)
 
     def _is_within_step(self) -> bool:
-        """Say whether a step is within one: a parent class's, a wrapped optimizer's, or a second try after an error."""
-        # No hook says that a step has raised, but a new gradient says that it has ended.
+        """Say whether a step is inside another: a parent class's, a wrapped optimizer's, or a retry after an error."""
+        # No hook tells that a step has raised an error, but a new gradient tells that it has ended.
         return self._steps_within > 0 and not self._received.identities
 
     def _use_gradients(self) -> None:
@@ -206,11 +207,11 @@ class LoopMethod:
         self._received.forget()
 
     def _check_parameters(self) -> None:
-        """Refuse a model that has other parameters since, as after ``fully_shard``: Ê is of the former ones."""
-        # FSDP2 shows whole parameters in the place of its own from a forward on.
+        """Refuse a model whose parameters were replaced, as by ``fully_shard``: Ê belongs to the former ones."""
+        # After a forward, FSDP2 shows whole parameters in place of its own.
         if any(pair.current_B is not pair.B and not isinstance(pair.B, DTensor) for pair in self.method.pairs):
             raise RuntimeError(
-                f"the model has other parameters since {self.method.title} was made: make it after the model is "
+                f"the model's parameters were replaced after {self.method.title} was made: make it after the model is "
                 "sharded, or call look_again()"
             )
 
@@ -225,12 +226,12 @@ class LoopMethod:
         state_dict.setdefault(STATE_KEY, {})[self._name] = self.state_dict()
 
     def _before_loading(self) -> Any:
-        """Take each state that the optimizer is to load; return a function that ends that."""
-        # Not by a hook of PyTorch's, which the optimizers of bitsandbytes, among others, don't call.
+        """Read the method's state out of each state that the optimizer loads; return a function that stops this."""
+        # Not through PyTorch's hook, which some optimizers, such as those of bitsandbytes, don't call.
         own = self._optimizer.load_state_dict
 
         def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            if self in _RUNNING:  # after the end, what somebody has put over this method still calls it
+            if self in _RUNNING:  # after the end, another patch on top of this one may still call it
                 self._take_state(state_dict)
             return own(state_dict, *args, **kwargs)
 
@@ -243,24 +244,24 @@ class LoopMethod:
             self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs, as CPU tensors and numbers; only a distributed checkpoint lacks it."""
+        """Return the state for a resumed run, as CPU tensors and numbers; only distributed checkpoints lack it."""
         return self.method.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict`, or that of the callback of this name, returned.
+        """Continue from a :meth:`state_dict`, of this class or of the callback of this name.
 
         Raises:
             MisconfigurationException: the state belongs to other pairs or settings.
         """
         if "optimizers" in state:
-            problem = f"the state is of {len(state['optimizers'])} optimizers, and a loop's object follows one"
+            problem = f"the state is of {len(state['optimizers'])} optimizers, but a loop's object follows one"
             refuse(self.method, [problem])
         self.method.load_state_dict(state, self.search.names)
         self._lacks_state = False
 
 
 def _loop_problems(model: object, optimizer: Any, method: Any, total_steps: object) -> list[str]:
-    """List what can't work in a loop, as far as it is known before the search for pairs."""
+    """List why the method can't work in a loop, as far as it is known before the search for pairs."""
     problems = [] if total_steps is None else checks.integer_problems("total_steps", total_steps, 1)
     if not isinstance(model, nn.Module) or optimizers.stepped(optimizer) is None:
         given = f"{type(model).__name__} and {type(optimizer).__name__}"
@@ -272,5 +273,5 @@ def _loop_problems(model: object, optimizer: Any, method: Any, total_steps: obje
     if takes_two_passes and not method.sync_ascent and is_sharded(model):
         problems.append("sync_ascent=False needs each rank's own gradient, which FSDP does not keep")
     if method.lacks_horizon and total_steps is None:
-        problems.append(f"{method.argument} spreads over the run, whose length a loop does not say: set total_steps")
+        problems.append(f"{method.argument} spreads over the run, whose length is unknown in a loop: set total_steps")
     return problems

@@ -1,1 +1,1 @@
-"""The methods, step by step, for whoever runs the training loop: no Trainer is known here."""
+"""The steps of the methods, independent of any Trainer or training loop."""

@@ -13,8 +13,8 @@ class PairAssignment(NamedTuple):
     """Which optimizer trains which pair.
 
     Attributes:
-        pairs: for each optimizer, the pairs whose factors it holds, those that are not trained now last.
-        orphans: pairs with a trained B that have a trained factor in no optimizer, and none in several.
+        pairs: for each optimizer, the pairs whose factors it holds, untrained ones last.
+        orphans: pairs with a trained B, not spread, of which a trained factor is in no optimizer.
         spread: pairs whose factors are in several optimizers.
     """
 
@@ -24,18 +24,18 @@ class PairAssignment(NamedTuple):
 
 
 def assign_pairs(search: PairSearch, optimizers: Sequence[Optimizer]) -> PairAssignment:
-    """Find the optimizer that trains each pair, also those that are unfrozen or activated later."""
+    """Find the optimizer of each pair, even of pairs that are unfrozen or activated only later."""
     assignment = PairAssignment([[] for _ in optimizers], [], [])
     held = [set(map(id, parameters_of(optimizer))) for optimizer in optimizers]
     for pair in (*search.pairs, *search.resting):
-        # E is defined by a division by the scaling.
+        # E involves a division by the scaling.
         if pair.scaling == 0:
             continue
         holders = []
         for factor in [pair.A, pair.B] if pair.learns_A else [pair.B]:
             holders.append({index for index, identities in enumerate(held) if id(factor) in identities})
         indices = set().union(*holders)
-        # One optimizer must step A and B together, or E would belong to two different moments.
+        # One optimizer must step A and B together, or E would mix two moments.
         if len(indices) > 1:
             assignment.spread.append(pair)
         elif all(holders):

@@ -1,4 +1,4 @@
-"""The steps of FMLoRA (Algorithm 1) and EFMLoRA (Algorithm 2), which perturb B alone."""
+"""The steps of FMLoRA (Algorithm 1) and EFMLoRA (Algorithm 2), which perturb only B."""
 
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
@@ -23,7 +23,7 @@ class BPerturbationStep(StepMethod):
     """Base of the paper's two methods.
 
     Attributes:
-        perturbation: of the pairs that there are now, maybe none.
+        perturbation: of the current pairs, maybe none.
     """
 
     fixed = ("estimator", "norm_scope")
@@ -67,7 +67,7 @@ class BPerturbationStep(StepMethod):
 class FMLoRAStep(BPerturbationStep, TwoPassStep):
     """Two passes per step: E from the gradient of the first, at the clean B, and the step's gradient at B + E."""
 
-    # By the pairs' flags only: it is asked in each step.
+    # Only from the pairs' flags, since it is asked in each step.
     @property
     @override
     def takes_ascent(self) -> bool:
@@ -83,8 +83,8 @@ class FMLoRAStep(BPerturbationStep, TwoPassStep):
 class EFMLoRAStep(BPerturbationStep, OnePassStep):
     """One pass per step, at B + Ê; the step's own gradient moves Ê.
 
-    Next to an FMLoRAModule, which takes the passes, :meth:`perturb` gives the fresh E of a micro-batch, and Ê moves by
-    the mean of those of the step.
+    Next to an FMLoRAModule, which takes the passes, :meth:`perturb` computes the fresh E of each micro-batch, and Ê
+    moves by the step's mean E.
 
     Attributes:
         beta: weight of the fresh perturbation in the average.
@@ -115,11 +115,11 @@ class EFMLoRAStep(BPerturbationStep, OnePassStep):
     @property
     @override
     def perturbs(self) -> bool:
-        # The first of two passes reads the clean B, and the second has its own perturbation, see perturb().
+        # With two passes, the first reads the clean B, and the second has its own perturbation, see perturb().
         if not self.perturbation.may_be_nonzero or (self.schedules_module and self.takes_ascent):
             return False
-        # A frozen B is read clean in any case, and may be frozen for a part of a step only, as by toggle_optimizer. The
-        # views that FSDP1's layers read don't know whether it is frozen.
+        # A frozen B is always read clean; it may be frozen for only a part of a step, as by toggle_optimizer. The views
+        # that FSDP1's layers read don't know whether it is frozen.
         return self.perturbation.learns or not self.sharding.only_views
 
     @override
@@ -147,7 +147,7 @@ class EFMLoRAStep(BPerturbationStep, OnePassStep):
     def restore(self, state: dict[str, Any], known: Collection[str]) -> None:
         saved = state["perturbation"]
         if saved["E"]:
-            # If there is no pair yet, all that are saved may come.
+            # If there is no pair yet, any saved one may still come.
             self.perturbation.load_state_dict(saved, known if self.pairs else saved["E"])
 
     # -- next to an FMLoRAModule
@@ -164,7 +164,7 @@ class EFMLoRAStep(BPerturbationStep, OnePassStep):
         self._ascents = 0
 
     def perturb(self) -> AbstractContextManager[None]:
-        """Take a micro-batch's E from the module's first pass, for its second."""
+        """Compute a micro-batch's E from the module's first pass, for its second."""
         fresh = self.perturbation.ascend(self.current_rho, at_perturbed=False)
         self._ascents += 1
         if self._sum is None:
@@ -176,7 +176,7 @@ class EFMLoRAStep(BPerturbationStep, OnePassStep):
         return self.perturbation.applied(fresh.stacks)
 
     def _average_ascents(self, also_finite: Iterable[nn.Parameter]) -> None:
-        """Move Ê once, by the mean E of the window's micro-batches, unless the step itself will be skipped."""
+        """Move Ê once, by the mean E of the window's micro-batches, unless the step will be skipped."""
         if self._sum is None:
             return
         finite = self.perturbation.all_finite(also_finite) & self._sum.finite

@@ -1,4 +1,4 @@
-"""Arguments that are refused, and the one message in which all problems of a configuration are reported."""
+"""Check arguments, and report all problems of a configuration in one message."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
@@ -15,16 +15,16 @@ from lightning_flatlora.schedules import is_integer
 
 
 def rounding_problems(parameters: Iterable[nn.Parameter]) -> list[str]:
-    """Say that a small perturbation of parameters that are stored in 16 bits may be lost, if any are."""
+    """Say that small perturbations may be lost if any of the parameters are stored in 16 bits."""
     low = [p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
     if not low:
         return []
-    problem = f"a parameter that is perturbed is kept in {low[0]}, which may round a small change away"
+    problem = f"a perturbed parameter is stored in {low[0]}, which may round small changes away"
     return [f"{problem}: use float32, as with precision='bf16-mixed'"]
 
 
 def integer_problems(name: str, value: object, least: int) -> list[str]:
-    """List what is wrong with an argument that must be an integer of at least some size."""
+    """List what is wrong with an argument that must be an integer >= ``least``."""
     if is_integer(value, least):
         return []
     return [f"{name} must be an integer >= {least}, got {value!r}"]
@@ -37,57 +37,57 @@ def choice_problems(name: str, value: object, allowed: Any) -> list[str]:
     return [f"{name} must be {' or '.join(map(repr, get_args(allowed)))}, got {value!r}"]
 
 
-SEVERAL_GRADIENTS = "takes several gradients a step, and the method knows one: use AdamW or SGD"
-"""What is wrong with an optimizer that calls its closure more than once, after its name."""
+SEVERAL_GRADIENTS = "needs several gradients per step, but the method has only one: use AdamW or SGD"
+"""The problem with an optimizer that calls its closure more than once; it follows the optimizer's name."""
 
 
 def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
-    """List what can't work about optimizers, as far as they say it themselves."""
+    """List why optimizers can't work, as far as their class and settings show it."""
     problems = []
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         problems.append(f"LBFGS {SEVERAL_GRADIENTS}")
     if any(wrappers.is_of("opacus", optimizer) for optimizer in optimizers):
         problems.append(
-            "Opacus clips the gradient of each example and adds its noise inside the optimizer's step, and the "
-            "perturbation would be taken from the gradients before that, which the privacy budget does not cover: "
-            "train plain LoRA under Opacus"
+            "Opacus clips each example's gradient and adds its noise inside the optimizer's step, but the perturbation "
+            "would come from the gradients before that, which the privacy budget does not cover: train plain LoRA "
+            "under Opacus"
         )
-    # Of several, the one that maximizes may train something else.
+    # With several optimizers, the one that maximizes may train something else.
     groups = getattr(optimizers[0], "param_groups", []) if len(optimizers) == 1 else []
     if any(group.get("maximize") for group in groups):
         problems.append(
-            "the optimizer has maximize=True, and the perturbation raises what training_step returns, so it would go "
-            "to the better side: return its negative as the loss, and minimize"
+            "the optimizer has maximize=True, but the perturbation always raises the returned loss, so it would point "
+            "to better weights, not worse: return the negative as the loss, and minimize"
         )
     return problems
 
 
 def changed_problems(method: Any, saved: dict[str, Any]) -> list[str]:
-    """Name the settings that can't change within a run and are others than the saved ones."""
+    """Name settings that differ from the saved ones, but can't change within a run."""
     problems = []
     for name in method.fixed:
         own = getattr(method, name)
         if own != saved[name]:
             problems.append(
-                f"{name} must be {saved[name]!r} as in the checkpoint, got {own!r}: change it back, or start anew"
+                f"{name} must be {saved[name]!r} as in the checkpoint, got {own!r}: change it back, or start a new run"
             )
     return problems
 
 
 def say_start(method: Any, pairs: Sequence[Any], search: PairSearch, orphans: Sequence[Any] = ()) -> None:
-    """Say what a method perturbs, by how much and when, and which layers and pairs of no optimizer it leaves out."""
+    """Log what a method perturbs, how much and when, and the layers and pairs that it leaves out."""
     if pairs:
         ranks = sorted({method.sharding.shape(pair.B)[not pair.is_transposed] // pair.experts for pair in pairs})
         when = f"start_step={method.start_step}, every_n_steps={method.every_n_steps}"
         found = f"{len(pairs)} LoRA pairs of rank {', '.join(map(str, ranks))}"
         rank_zero_info(f"{method.title}: {found}, {method.argument}, {when}")
     left_out = list(search.left_out if method.left_out is None else method.left_out)
-    # A method may leave out some of the pairs, which are what the search has not left out.
+    # A method may leave out some of the pairs that the search has found.
     share = search.share_left_out + (1 - search.share_left_out) * method.share_left_out
     if left_out:
         left_out.append(f"in all {share:.1%} of the adapters' trained parameters")
     if orphans:
-        left_out.append(f"{len(orphans)} pairs that the optimizer lacks, as {orphans[0].name}")
+        left_out.append(f"{len(orphans)} pairs that the optimizer lacks, such as {orphans[0].name}")
     if left_out:
         say = rank_zero_warn if share > 0.2 else rank_zero_info
         say(f"{method.title} leaves unperturbed: " + "; ".join(left_out))
@@ -100,7 +100,7 @@ def refuse(owner: object, problems: list[str]) -> None:
 
 
 def message(owner: object, problems: list[str]) -> str:
-    """Write one message for all problems, headed by the owner's ``title``, or else by the name of its class."""
+    """Write one message for all problems, headed by the owner's ``title`` or class name."""
     title = getattr(owner, "title", type(owner).__name__)
     if len(problems) == 1:
         return f"{title}: {problems[0]}"

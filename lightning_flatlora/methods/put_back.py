@@ -1,7 +1,7 @@
-"""Remember what a pass may change, and put it back afterwards (the parts of rule R3).
+"""Note state that a pass may change, and put it back afterwards (the parts of rule R3).
 
-Each function that gives a ``PutBack`` notes a state at the moment of the call; what it gives puts that back, any number
-of times. A batch is copied.
+Each function that returns a ``PutBack`` notes a state when called; the ``PutBack`` restores it, any number of times. A
+batch is copied.
 """
 
 import copy
@@ -24,9 +24,9 @@ PutBack = Callable[[], None]
 # The attributes that every module has: its parts, hooks and mode.
 _OF_TORCH = frozenset(vars(nn.Module()))
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
-# Of buffers that are copied, in all.
+# Limit of the buffers that are copied, in total.
 _MOST_BYTES = 2**26
-# Of a buffer of integers that is copied: larger ones are the packed weights of a quantizer, or a mask.
+# Limit of an integer buffer that is copied: larger ones are a quantizer's packed weights, or a mask.
 _MOST_BYTES_OF_INTEGERS = 2**20
 
 
@@ -56,8 +56,8 @@ def random_state(device: torch.device) -> PutBack:
 def own_attributes(module: nn.Module) -> PutBack:
     """Note the numbers, lists, dicts and sets among a module's own attributes, one level deep.
 
-    What lies inside of a container is put back, but not what is written into it: a list that was appended to, but not a
-    tensor in it that was changed.
+    A container's items are put back, but not changes within an item: a list that was appended to is restored, but not a
+    tensor in it that was written in place.
 
     Example:
         >>> module = nn.Module()
@@ -75,7 +75,7 @@ def own_attributes(module: nn.Module) -> PutBack:
 
     def put_back() -> None:
         for name, (value, contents) in kept.items():
-            # The same object, which others may hold as well.
+            # The very object, which others may hold as well.
             attributes[name] = value
             if isinstance(value, Number):
                 continue
@@ -90,9 +90,9 @@ def own_attributes(module: nn.Module) -> PutBack:
 
 @torch.no_grad()
 def buffers_of(modules: Sequence[nn.Module]) -> PutBack:
-    """Note which buffers some modules have, and their values: of the smallest first, up to 64 MB in all.
+    """Note which buffers some modules have, and their values: the smallest first, up to 64 MB in total.
 
-    Buffers of integers of more than 1 MB are left out. Values are put back into the same memory, which DDP and compiled
+    Integer buffers of more than 1 MB are left out. Values are written back into the same memory, which DDP and compiled
     graphs hold.
 
     Example:
@@ -107,7 +107,7 @@ def buffers_of(modules: Sequence[nn.Module]) -> PutBack:
     for module in modules:
         held = dict(module._buffers)
         copyable += [buffer for buffer in held.values() if _is_copyable(buffer)]
-        # A scripted module has its buffers in C++, and its steps write them in place.
+        # A scripted module has its buffers in C++ and writes them in place.
         if not isinstance(module, ScriptModule):
             bound.append((module, held))
     room = _MOST_BYTES
@@ -127,8 +127,8 @@ def buffers_of(modules: Sequence[nn.Module]) -> PutBack:
         for buffer, data, value in values:
             if buffer.data_ptr() != data.data_ptr() or buffer.shape != data.shape:
                 buffer.data = data
-            # Memory of the host may be read-only, as a file's, and is written only if the pass has. On a device it
-            # would take time to compare.
+            # Host memory may be read-only, such as a mapped file's, and is written only if the pass has written it. On
+            # a device the comparison would take time.
             if not buffer.is_cpu or not torch.equal(buffer, value):
                 buffer.copy_(value)
 
@@ -143,12 +143,12 @@ def _is_copyable(buffer: Tensor | None) -> TypeGuard[Tensor]:
         return False
     if not buffer.is_floating_point() and buffer.nbytes > _MOST_BYTES_OF_INTEGERS:
         return False
-    # Of an expanded one several entries are one place in memory, which PyTorch refuses to write.
+    # Several entries of an expanded one share one place in memory, which PyTorch refuses to write.
     return not any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
 
 
 def metrics_on_copies(modules: Iterable[nn.Module]) -> PutBack:
-    """Let torchmetrics among modules work on copies of their states, until they get back the same objects as now."""
+    """Let torchmetrics among modules work on copies of their states, until they get back their present objects."""
     kept = []
     for module in modules:
         if isinstance(module, Metric):
@@ -165,7 +165,7 @@ def metrics_on_copies(modules: Iterable[nn.Module]) -> PutBack:
 
 
 def _copied(value: Any) -> Any:
-    """Copy a metric's state, a tensor or a list of tensors; give anything else as it is."""
+    """Copy a metric's state, a tensor or a list of tensors; return anything else as it is."""
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         return value.clone()
     if type(value) is list:
@@ -175,21 +175,22 @@ def _copied(value: Any) -> Any:
 
 @runtime_checkable
 class _Movable(Protocol):
-    """What Lightning moves to a device by its own method: tensors, and batches of libraries' classes."""
+    """Objects that move to a device by their own method: tensors, and libraries' batches."""
 
     def to(self, device: Any) -> Any: ...
 
 
 def copied_batch(batch: Any) -> Any:
-    """Copy the tensors of a batch into new containers, so that no pass sees what another has done to them.
+    """Copy the tensors of a batch into new containers, so that no pass sees changes by another.
 
-    Containers are those in which Lightning moves tensors to a device. An object with a method ``to`` is deep-copied.
+    Containers are those within which Lightning moves tensors to a device. An object with a method ``to`` is
+    deep-copied.
 
     Args:
         batch: whatever a data loader gives.
 
     Raises:
-        RuntimeError: the batch is an iterator, or holds one, which the first pass would leave empty.
+        RuntimeError: the batch is or holds an iterator, which the first pass would exhaust.
 
     Example:
         >>> batch = {"x": 1, "more": [2]}
@@ -203,7 +204,7 @@ def copied_batch(batch: Any) -> Any:
 def _copied_part(part: Any) -> Any:
     if isinstance(part, Iterator):
         kind = type(part).__name__
-        raise RuntimeError(f"a second pass can't read the batch, a {kind}, once more: let the loader give lists")
+        raise RuntimeError(f"a second pass can't read the batch, a {kind}, again: let the loader return lists")
     if not isinstance(part, Tensor):
         return copy.deepcopy(part)
     copied = part.clone()

@@ -17,24 +17,24 @@ from lightning_flatlora.sharding import average_gradients
 
 
 class Replay:
-    """Lets a second pass over a batch follow the first as if there were none.
+    """Lets a second pass over a batch follow the first without side effects.
 
-    The second pass starts from what the first one started from: the states of the global random generators (Python's,
-    NumPy's and torch's), the buffers, and the numbers, lists, dicts and sets among the module's own attributes.
-    Afterwards these, and torchmetrics among the modules, are as the first pass has left them. The batch is copied by
-    whoever runs the passes, see :func:`~lightning_flatlora.methods.put_back.copied_batch`.
+    The second pass starts from the same state as the first: the global random generators (Python's, NumPy's and
+    torch's), the buffers, and the numbers, lists, dicts and sets among the module's own attributes. Afterwards these,
+    and torchmetrics among the modules, are as the first pass left them. The caller copies the batch, see
+    :func:`~lightning_flatlora.methods.put_back.copied_batch`.
 
     No parameter is copied. One that a step writes and no optimizer trains, such as a momentum encoder's, is refused.
-    Parameters are not watched under FSDP. :meth:`undone` does the same for passes that stand outside of any step.
+    Under FSDP parameters are not watched. :meth:`undone` is for passes outside of any step.
 
     Attributes:
-        at_perturbed_weights: of the second pass, from the end of an ascent until that pass begins; else None.
+        at_perturbed_weights: context of the second pass, from the end of an ascent until that pass begins; else None.
 
     Args:
-        module: the module, not what a strategy has wrapped around it. Its parts are listed now, not in each step, and
-            between forward and backward FSDP shows stand-ins for its parameters.
-        optimizers: all that train it. They also hold what the module's own list lacks: parameters in a plain list or a
-            loss object, and those that have joined in the middle of the fit.
+        module: the module, without a strategy's wrapper. Its parts are listed now and not in each step, since FSDP
+            shows stand-ins for its parameters between forward and backward.
+        optimizers: all that train it. They also hold parameters that the module's own list lacks: those in a plain list
+            or a loss object, and those that joined in mid-fit.
         is_sharded: whether ranks hold parts of its parameters.
 
     Example:
@@ -58,7 +58,7 @@ class Replay:
         self.at_perturbed_weights: AbstractContextManager[None] | None = None
 
     def first_pass_starts(self, device: torch.device) -> None:
-        """Note the state from which both passes start; the device is that on which they draw random numbers."""
+        """Note the state from which both passes start; ``device`` is where they draw random numbers."""
         self._device = device
         self.at_perturbed_weights = None
         self._at_start = self._noted()
@@ -66,19 +66,19 @@ class Replay:
 
     @contextmanager
     def ascent(self, method: Any, is_averaged: bool) -> Iterator[None]:
-        """Let the first backward inside leave the gradient from which the second pass gets its perturbation.
+        """Let the first backward, inside, leave the gradient that determines the second pass's perturbation.
 
-        Gradients begin anew inside, so that the ascent's stand alone; afterwards those from before are back.
+        Inside, gradients start from zero, so that only the ascent's are there; afterwards the former ones are restored.
 
         Args:
-            method: what gives the perturbation: a TwoPassStep, or an EFMLoRAStep next to an FMLoRAModule.
-            is_averaged: whether the backward averages the gradient over the ranks, so that it need not be done here.
+            method: computes the perturbation: a TwoPassStep, or an EFMLoRAStep next to an FMLoRAModule.
+            is_averaged: whether the backward itself averages the gradient over the ranks.
         """
         taken = {}
         for parameter in self._holders():
             if parameter.grad is not None:
                 taken[parameter] = parameter.grad.clone()
-                # In place, not by a new tensor: DDP's gradient_as_bucket_view and FSDP1 own the memory of p.grad.
+                # In place, not with a new tensor: DDP's gradient_as_bucket_view and FSDP1 own the memory of p.grad.
                 parameter.grad.zero_()
         try:
             yield
@@ -86,16 +86,17 @@ class Replay:
                 average_gradients(method.ascent_parameters)
             self.at_perturbed_weights = method.perturb()
         finally:
-            # Listed again, because hooks of the backward may have given the optimizer new parameters.
+            # Listed again, because hooks of the backward may have added parameters to the optimizer.
             for parameter in self._holders():
                 if parameter.grad is not None and parameter in taken:
                     parameter.grad.copy_(taken[parameter])  # in place, as above
                 else:
-                    # None and not zeros: AdamW leaves a parameter without a gradient alone, and decays one with zeros.
+                    # None and not zeros: AdamW skips a parameter without a gradient, but decays one with a zero
+                    # gradient.
                     parameter.grad = None
 
     def _holders(self) -> list[nn.Parameter]:
-        """List the parameters whose gradients a pass may change and a step may read, each once, as they are now."""
+        """List the current parameters whose gradients a pass may change and a step may read, each once."""
         return list(dict.fromkeys([*self._parameters, *parameters_of(*self._optimizers)]))
 
     def _noted(self) -> list[PutBack]:
@@ -103,14 +104,14 @@ class Replay:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Start the second pass inside where the first one started, at weights that :meth:`ascent` has perturbed.
+        """Let the second pass, inside, start from the first one's state, at weights that :meth:`ascent` has perturbed.
 
-        Afterwards all is as the first pass has left it.
+        Afterwards everything is as the first pass left it.
 
         Raises:
             MisconfigurationException: the first pass has written a parameter that no optimizer trains.
         """
-        # Asked before the perturbation may move weights in place.
+        # Asked now, before the perturbation moves weights in place.
         written = self.written_parameter()
         if written is not None:
             raise MisconfigurationException(
@@ -119,7 +120,7 @@ class Replay:
             )
         of_first = [*self._noted(), metrics_on_copies(self._modules)]
         _put_back(self._at_start)
-        self._at_start = []  # its copies are not needed any more
+        self._at_start = []  # its copies are no longer needed
         perturbed, self.at_perturbed_weights = self.at_perturbed_weights or nullcontext(), None
         try:
             with perturbed:
@@ -136,15 +137,15 @@ class Replay:
         for parameter, mark, before in zip(self._watched, marks, self._marks, strict=True):
             if mark != before and parameter not in trained:
                 names = [name for name, each in self._module.named_parameters() if each is parameter]
-                return names[0] if names else "of a part that is gone"
+                return names[0] if names else "of a removed part"
         return None
 
     @contextmanager
     def undone(self, device: torch.device) -> Iterator[None]:
-        """Let any passes run inside; afterwards all is as before them, except for parameters.
+        """Let any passes run inside; afterwards restore everything except parameters.
 
         Args:
-            device: on which they draw random numbers.
+            device: the device on which they draw random numbers.
         """
         self.first_pass_starts(device)
         before = [*self._at_start, metrics_on_copies(self._modules)]
@@ -160,7 +161,7 @@ def _put_back(noted: Iterable[PutBack]) -> None:
 
 
 def _mark_of(parameter: nn.Parameter) -> tuple[int, int]:
-    """Give what changes when a parameter is written: the version that torch counts, and the place of its memory.
+    """Return values that change when a parameter is written: torch's version count, and its memory address.
 
     A write in place through ``.data``, as ``key.data.mul_(0.9)``, leaves no mark.
     """
@@ -171,13 +172,13 @@ def _watchable(module: nn.Module) -> list[nn.Parameter]:
     """List the parameters whose marks say whether a step has written them.
 
     Others have no version or no shape yet, or are of other classes, such as quantized weights, which their library may
-    put somewhere else in the first forward pass.
+    move in the first forward pass.
     """
     watchable = []
-    # Around them peft puts a parametrization in each forward, which counts as a write. Others may be tied to them.
+    # peft parametrizes these in each forward, which counts as a write. Others may be tied to them.
     wrapped = {part.get_param() for part in module.modules() if isinstance(part, ParamWrapper)}
     for part in module.modules():
-        # An RNN's flatten_parameters, which many call in forward, moves them in the memory of a GPU.
+        # An RNN's flatten_parameters, often called in forward, moves them within a GPU's memory.
         if isinstance(part, nn.RNNBase):
             continue
         for parameter in part.parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""What every method does in a training step, whoever runs the loop: the pairs of one optimizer, rho, and the count."""
+"""The part of a training step that all methods share, in any loop: one optimizer's pairs, rho, and the step count."""
 
 import copy
 import math
@@ -20,33 +20,33 @@ from lightning_flatlora.schedules import ConstantRho, RhoSchedule, is_size
 from lightning_flatlora.sharding import Sharding, sharding_of
 
 STEPS_UNTIL_WARNING = 100
-"""Optimizer steps without any gradient of a pair after which the method says that it had no effect."""
+"""Optimizer steps without any gradient of a pair after which the method warns that it had no effect."""
 
 
-# Compared by identity; subclasses are such dataclasses too, and add their own settings as fields.
+# Compared by identity; subclasses are such dataclasses too, with their own settings as fields.
 @dataclass(eq=False, repr=False)
 class StepMethod:
-    """A method for the LoRA pairs of one optimizer; subclasses say what is perturbed, and when.
+    """A method for the LoRA pairs of one optimizer; subclasses determine what is perturbed, and when.
 
-    Whoever runs the loop gives it the pairs (:meth:`take_pairs`), runs the passes of a step as :class:`OnePassStep` or
-    :class:`TwoPassStep` says, and calls :meth:`before_step` when the gradients of a step are complete.
+    The training loop gives it the pairs (:meth:`take_pairs`), runs the passes of a step as described by
+    :class:`OnePassStep` or :class:`TwoPassStep`, and calls :meth:`before_step` when a step's gradients are complete.
 
     Attributes:
-        rho: the size of the perturbation, a number or a schedule over optimizer steps, as it was given.
+        rho: the size of the perturbation as it was given: a number, or a schedule over optimizer steps.
         optimizer: the one that trains the pairs; only its ``param_groups`` are read.
-        place: says in messages which optimizer this is, if there are several.
+        place: names the optimizer in messages, if there are several.
         pairs: those whose factors the optimizer holds. A pair takes part in a step if its B has a gradient.
-        left_out: lines about the layers that the method leaves out; None for those of the search.
-        share_left_out: of the pairs' trained parameters, how many are of these layers, from 0 to 1.
+        left_out: lines about the layers that the method leaves out; None if they are the search's.
+        share_left_out: these layers' share of the pairs' trained parameters, from 0 to 1.
         step: optimizer steps taken so far, from 0.
         horizon: optimizer steps of the whole run, infinite if unknown.
         sharding: how the ranks share the pairs' factors.
         is_skipped_on_overflow: whether a loss scaler skips a step with a gradient that is not finite.
-        perturbation: of the pairs' B; None for a method without one.
+        perturbation: that of the pairs' B; None for a method without one.
 
     The arguments are those of the callbacks, such as :class:`lightning_flatlora.FMLoRA`; the size is called rho here,
-    also where users write ``rho_name``. Values out of range are refused, in one error with ``more_problems`` of whoever
-    makes it.
+    even if users write ``rho_name``. Values out of range are refused, in one error together with the caller's
+    ``more_problems``.
     """
 
     rho_name: ClassVar[str] = "rho"
@@ -65,7 +65,7 @@ class StepMethod:
     perturbation: Perturbation | None = field(default=None, init=False)
 
     def __post_init__(self, more_problems: Sequence[str]) -> None:
-        # All problems are collected, so that a user need not run once for each.
+        # All problems are collected, so that users see them in one run.
         problems = self.rho_problems(self.rho)
         problems += checks.integer_problems("start_step", self.start_step, least=0)
         problems += checks.integer_problems("every_n_steps", self.every_n_steps, least=1)
@@ -75,7 +75,7 @@ class StepMethod:
     def rho_problems(self, rho: object) -> list[str]:
         """List what is wrong with a value of rho."""
         if rho is None and self.rho_name == "rho":
-            return ["rho has to be given: start from rho=0.05, and see the documentation's page 'Choosing rho'"]
+            return ["rho must be given: start from rho=0.05, and see the documentation's page 'Choosing rho'"]
         if isinstance(rho, RhoSchedule) or is_size(rho):
             return []
         return [f"{self.rho_name} must be a finite number >= 0 or a RhoSchedule, got {rho!r}"]
@@ -106,7 +106,7 @@ class StepMethod:
         self._warnings = WarningCache()
 
     def for_another_optimizer(self) -> Self:
-        """Make a method with these settings and no pairs."""
+        """Make a method with these settings but without pairs."""
         other = copy.copy(self)
         other.reset()
         return other
@@ -114,51 +114,51 @@ class StepMethod:
     # -- the pairs
 
     def take_pairs(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
-        """Take the pairs that the optimizer holds now, maybe none; those that stay keep their state.
+        """Take the pairs that the optimizer holds now, maybe none; pairs that stay keep their state.
 
-        ``wrapped`` is the module in what a strategy or a loop has put around it, which says how ranks share factors. A
-        ValueError says that the method can't work with any of these layers.
+        ``wrapped`` is the module as wrapped by a strategy or a loop, which determines how ranks share factors. A
+        ValueError means that the method can't work with any of these layers.
         """
         self.pairs = pairs
         self.sharding = sharding_of(wrapped)
 
     def install(self) -> None:
-        """Let the layers be able to read perturbed weights, after all checks, and say what may be rounded away."""
+        """Prepare the layers to read perturbed weights, after all checks, and warn if changes may be rounded away."""
         self.warn(*checks.rounding_problems(self.rate_parameters))
 
     def close(self) -> None:
-        """Leave no trace on the layers; what a checkpoint needs stays."""
+        """Leave no trace on the layers, but keep the state that a checkpoint needs."""
 
     # -- rho
 
     @property
     def schedule(self) -> RhoSchedule:
         """rho over optimizer steps."""
-        # It is not None, which was refused.
+        # None was refused.
         return self.rho if isinstance(self.rho, RhoSchedule) else ConstantRho(float(self.rho))  # type: ignore[arg-type]
 
     @property
     def refreshes(self) -> bool:
         """Whether the coming step takes a fresh perturbation."""
-        # Counted from start_step, so that this step is the first to perturb whatever every_n_steps is.
+        # Counted from start_step, so that it is the first step to perturb for any every_n_steps.
         since_start = self.step - self.start_step
         return since_start >= 0 and since_start % self.every_n_steps == 0
 
     @property
     def current_rho(self) -> float:
-        """The number that rho is in the coming step."""
+        """The value of rho in the coming step."""
         share = 1.0
         groups = self._rate_groups()
         if groups:
-            # Not only None: a hand-written warm-up may start at 0.
+            # Not only for None: a hand-written warm-up may start at 0.
             if not self.initial_lr:
                 self.initial_lr = float(groups[0].get("initial_lr", groups[0]["lr"]))
-            # Relative to the initial value, so that a schedule starts at the size that the user gave.
+            # Relative to the initial value, so that a schedule starts at the given size.
             share = groups[0]["lr"] / self.initial_lr if self.initial_lr else 0.0
         rho = self.schedule(self.step, self.horizon, share)
-        # The package's own schedules are checked when they are made; a user's may give anything.
+        # The package's own schedules are checked when they are made; a user's may return anything.
         if not 0 <= rho < math.inf:
-            problem = f"{self.argument} must give a finite number >= 0, and gave {rho} at step {self.step}"
+            problem = f"{self.argument} must give a finite number >= 0, got {rho} at step {self.step}"
             checks.refuse(self, [problem])
         return rho
 
@@ -169,7 +169,7 @@ class StepMethod:
 
     @property
     def lacks_horizon(self) -> bool:
-        """Whether the schedule spreads over a run whose length its own arguments do not give."""
+        """Whether the schedule spreads over a run whose length its arguments do not give."""
         return self.schedule.needs_horizon and getattr(self.schedule, "total_steps", None) is None
 
     @property
@@ -186,7 +186,7 @@ class StepMethod:
         return [group for group in groups if not identities.isdisjoint(map(id, group["params"]))]
 
     def rate_problems(self) -> list[str]:
-        """List why rho can't follow the learning rate, if it is to do so."""
+        """List why rho can't follow the learning rate, if it should."""
         groups, problems = self._rate_groups(), []
         follows = f"{self.argument} follows the learning rate"
         if any(isinstance(group["lr"], Tensor) for group in groups):
@@ -196,7 +196,7 @@ class StepMethod:
         return problems
 
     def pair_problems(self) -> list[str]:
-        """List what can't work with the pairs that were found; subclasses add their own."""
+        """List why the method can't work with the pairs that were found; subclasses add their reasons."""
         return self.rate_problems()
 
     # -- a step
@@ -209,17 +209,17 @@ class StepMethod:
         self.step += 1
 
     def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
-        """Do what the method does with the gradients of a step, which is skipped if one of ``also_finite`` is not."""
+        """Use the gradients of a step, which is skipped if a gradient of ``also_finite`` is not finite."""
 
     def forget_gradients(self) -> None:
-        """Drop gradients of the method's own, at the moment at which a loop clears those of the model."""
+        """Drop the method's own gradients, when a loop clears the model's."""
 
     def _look_for_gradients(self) -> None:
-        """Say once that the pairs had no gradient in many steps, so that the method does nothing."""
+        """Warn once if the pairs had no gradient in many steps, so that the method has no effect."""
         if self._steps_without_gradient is None:
             return
         trained = [pair.B for pair in self.pairs if pair.B.requires_grad]
-        # Nobody expects a gradient while all pairs are frozen.
+        # No gradient is expected while all pairs are frozen.
         if trained and any(self.sharding.have_gradients(trained)):
             self._steps_without_gradient = None
         elif trained:
@@ -228,33 +228,33 @@ class StepMethod:
                 self.warn_without_gradient()
 
     def warn_without_gradient(self) -> None:
-        """Say, once, that no pair has had a gradient in the steps so far, if this is so."""
+        """Warn once if no pair has had a gradient in the steps so far."""
         if self._steps_without_gradient:
             self.warn(
-                f"no B of a pair{self.place} has had a gradient so far, so the method had no effect there: the loss "
-                "must depend on the adapted layers (not under torch.no_grad, not detached), and the gradients must "
-                "last until on_before_optimizer_step, which they don't if an optimizer steps inside backward"
+                f"no pair's B{self.place} has had a gradient so far, so the method had no effect there: the loss must "
+                "depend on the adapted layers (not under torch.no_grad, not detached), and the gradients must last "
+                "until on_before_optimizer_step, which they don't if an optimizer steps inside backward"
             )
 
     def warn(self, *problems: str) -> None:
-        """Warn of problems, of each once in a run."""
+        """Warn of problems, of each only once in a run."""
         for problem in problems:
             self._warnings.warn(checks.message(self, [problem]))
 
     # -- the state
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs, as CPU tensors and numbers."""
+        """Return the state that a resumed run needs, as CPU tensors and numbers."""
         settings = {name: getattr(self, name) for name in self.fixed}
         return {"step": self.step, "initial_lr": self.initial_lr, "settings": settings}
 
     def load_state_dict(self, state: dict[str, Any], known: Collection[str]) -> None:
         """Continue from a :meth:`state_dict`.
 
-        It may hold the perturbation of pairs that are in no optimizer yet. ``known`` names all pairs of the model.
+        It may hold perturbations of pairs that are in no optimizer yet. ``known`` names all pairs of the model.
 
         Raises:
-            MisconfigurationException: the state belongs to other pairs or settings; nothing has changed then.
+            MisconfigurationException: the state belongs to other pairs or settings; then nothing has changed.
         """
         try:
             step, initial_lr = state["step"], state["initial_lr"]
@@ -264,12 +264,12 @@ class StepMethod:
         except ValueError as error:
             problems = [str(error)]
         except (KeyError, TypeError) as error:
-            problems = [f"the state is not one that {self.title} has saved, or it is damaged: {error!r}"]
+            problems = [f"the state was not saved by {self.title}, or it is damaged: {error!r}"]
         checks.refuse(self, problems)
         self.step, self.initial_lr = step, initial_lr
 
     def restore(self, state: dict[str, Any], known: Collection[str]) -> None:
-        """Take what a subclass has added to the state; a ValueError says that it belongs to other pairs."""
+        """Restore a subclass's part of the state; a ValueError means that it belongs to other pairs."""
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -294,7 +294,7 @@ class OnePassStep(StepMethod):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class TwoPassStep(StepMethod):
-    """A method that takes its perturbation from the gradients of a first pass, and the step's gradients from a second.
+    """A method that takes its perturbation from a first pass's gradients, and the step's gradients from a second.
 
     Attributes:
         sync_ascent: whether the first pass's gradients are averaged over the ranks.
@@ -314,7 +314,7 @@ class TwoPassStep(StepMethod):
 
     @abstractmethod
     def perturb(self) -> AbstractContextManager[None]:
-        """Take the perturbation from the first pass's gradients; it is zero if one of them is not finite.
+        """Compute the perturbation from the first pass's gradients; it is zero if one of them is not finite.
 
-        The layers read perturbed weights inside the context, and after it, whatever happens, the clean ones.
+        The layers read perturbed weights inside the context and clean ones after it, even after an error.
         """

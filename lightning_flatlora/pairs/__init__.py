@@ -1,3 +1,3 @@
-"""What a LoRA pair (A, B) is, and how the pairs of a model are found."""
+"""LoRA pairs (A, B), and the search for the pairs of a model."""
 
 from lightning_flatlora.pairs.find import find_pairs as find_pairs

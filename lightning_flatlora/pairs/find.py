@@ -1,6 +1,6 @@
-"""Find the LoRA pairs (A, B) of a model: in peft's layers, or by a finder in others.
+"""Find the LoRA pairs (A, B) of a model: in peft's layers, or in others by a finder.
 
-They are divided into those that are trained, those that are not, and those that can't be perturbed.
+Pairs are divided into trained ones, resting ones, and those that can't be perturbed.
 """
 
 from collections import Counter, defaultdict
@@ -19,25 +19,25 @@ from lightning_flatlora.perturbed_read import as_ref
 from lightning_flatlora.schedules import is_integer
 from lightning_flatlora.sharding import matrix_shape
 
-SCALING_IS_0 = "its scaling is 0, so that no perturbation of B moves its weight"
-IS_SHARED = "a factor is shared with another pair or scaling, so its gradient is of several products"
+SCALING_IS_0 = "its scaling is 0, so no perturbation of B moves its weight"
+IS_SHARED = "a factor is shared with another pair or scaling, so its gradient belongs to several products"
 
 
 def find_pairs(model: nn.Module, adapter_name: str | None = None, *, finder: Finder | None = None) -> PairSearch:
-    """Find every pair whose B is trained and whose update is exactly s B A, each parameter once.
+    """Find every pair whose B is trained and whose update is exactly s B A; each parameter appears once.
 
     Args:
         model: a module that contains LoRA layers at any depth.
-        adapter_name: the adapter of peft to look at; None takes each layer's active ones.
-        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
+        adapter_name: the peft adapter to search; None takes each layer's active ones.
+        finder: finds the pairs of layers that are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
 
     Returns:
-        The pairs, and what was left out and why.
+        The pairs, and the layers that were left out, with reasons.
 
     Raises:
-        ValueError: no LoRA layer has an adapter of that name, or it is active in none; the message lists the others. Or
-            the finder gave something that is not a pair, or both arguments were given.
-        NoPairsError: no pair is left; the message lists the LoRA layers and module types that were seen.
+        ValueError: no LoRA layer has an adapter of that name, or it is active in none (the message lists the others);
+            the finder gave something that is not a pair; or both arguments were given.
+        NoPairsError: no pair is left; the message lists the LoRA layers and module types seen.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -54,13 +54,13 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None, *, finder: Fin
 def search_pairs(
     model: nn.Module, adapter_name: str | None, finder: Finder | None, *, must_be_active: bool = True
 ) -> PairSearch:
-    """Find what :func:`find_pairs` gives; it may be nothing.
+    """Search like :func:`find_pairs`, but accept a model without pairs.
 
     Args:
-        model: see :func:`find_pairs`, as for the other two, and for the errors.
-        adapter_name: may be the name of an adapter that is activated later, if ``must_be_active`` is False.
+        model: see :func:`find_pairs`, also for the errors.
+        adapter_name: may name an adapter that is activated later, if ``must_be_active`` is False.
         finder: for layers that are not peft's.
-        must_be_active: whether a named adapter that is not active is refused.
+        must_be_active: whether an inactive ``adapter_name`` is refused.
     """
     if finder is not None and adapter_name is not None:
         raise ValueError("adapter_name applies to peft layers, finder to all others: give one of them")
@@ -73,10 +73,10 @@ def search_pairs(
 
 
 def pairs_from(finder: Finder, model: nn.Module) -> list[LoRAPair]:
-    """Return what a finder gives for a model.
+    """Return the pairs that a finder gives for a model.
 
     Raises:
-        ValueError: a pair of it can't be read as s B A.
+        ValueError: one of its pairs can't be read as s B A.
     """
     pairs = list(finder(model))
     for pair in pairs:
@@ -104,13 +104,13 @@ def _misfit(pair: LoRAPair) -> str | None:
             if reader.rows != rows:
                 return f"{owner} is read in the rows {reader.rows}, but the pair's are {rows}"
         if rows is not None and (rows.step != 1 or rows.start < 0 or not rows):
-            return f"rows must be a range of rows one after another, got {rows}"
+            return f"rows must be a range of consecutive rows, got {rows}"
         if rows is not None and factor.ndim > 1 and rows.stop > len(factor):
-            return f"the rows {rows} are not all there: the parameter has {len(factor)}"
+            return f"some of the rows {rows} don't exist: the parameter has {len(factor)}"
         length, columns = matrix_shape(factor.shape)
         shape = (length if rows is None else len(rows), columns)
         shapes.append(shape[::-1] if pair.is_transposed else shape)
-    # Between its passes FSDP1 leaves a flat part of each parameter, which says nothing about shapes.
+    # Between passes FSDP1 leaves a flat part of each parameter, which does not tell its shape.
     if min(pair.A.ndim, pair.B.ndim) < 2:
         return None
     A, B = shapes
@@ -125,33 +125,33 @@ def _misfit(pair: LoRAPair) -> str | None:
 def _divided(
     pairs: Sequence[LoRAPair], trained: set[int], left_out: dict[str, list[str]], others: list[Any], plain: list[Any]
 ) -> PairSearch:
-    """Divide the pairs of a model; the arguments are what :func:`search_layers` returns.
+    """Divide the pairs of a model; the arguments are those returned by :func:`search_layers`.
 
-    Pairs of the same factors and scaling are one pair with the readers of all: a tied adapter.
+    Pairs with identical factors and scaling (a tied adapter) become one pair with the readers of all.
     """
     pairs = _tied_as_one(pairs)
     for name, count in Counter(pair.name for pair in pairs).items():
         if count > 1:  # checkpoints know a pair by its name
-            raise ValueError(f"the finder gives {count} pairs the name {name!r}: give each a name of its own")
+            raise ValueError(f"the finder gives {count} pairs the name {name!r}: give each a unique name")
     search, unperturbed = PairSearch([], []), set(plain)
     shared = _shared(pairs, others)
     for pair in pairs:
         is_trained = id(pair.B) in trained
         if pair not in shared:
             (search.pairs if is_trained and pair.scaling != 0 else search.resting).append(pair)
-        # What is not trained in any case is not missed.
+        # Pairs that are not trained anyway are not reported.
         if is_trained and (pair in shared or pair.scaling == 0):
             left_out.setdefault(IS_SHARED if pair in shared else SCALING_IS_0, []).append(pair.name)
             unperturbed.update((pair.A, pair.B))
     lines = [f"{reason} ({len(names)} in all, first {names[0]})" for reason, names in left_out.items()]
     left = sum(parameter.numel() for parameter in unperturbed if parameter.requires_grad)
-    # A rank of FSDP1 may hold nothing of any.
+    # An FSDP1 rank may hold nothing of any pair.
     size = max(1, left + sum(factor.numel() for factor in trained_factors(search.pairs)))
     return replace(search, left_out=lines, share_left_out=left / size)
 
 
 def _tied_as_one(pairs: Sequence[LoRAPair]) -> list[LoRAPair]:
-    """Return the pairs, those of one product with the readers of all of its layers."""
+    """Return the pairs, merging those of one product into a pair with the readers of all its layers."""
     by_product: dict[Hashable, LoRAPair] = {}
     for pair in pairs:
         product = (id(pair.A), pair.A_rows, id(pair.B), pair.B_rows, pair.scaling)
@@ -164,7 +164,7 @@ def _tied_as_one(pairs: Sequence[LoRAPair]) -> list[LoRAPair]:
 
 
 def _shared(pairs: Sequence[LoRAPair], others: Iterable[Any]) -> set[LoRAPair]:
-    """Find the pairs one of whose factors also serves in another product than s B A."""
+    """Find the pairs with a factor that is also used in a product other than s B A."""
     uses: dict[Hashable, list[tuple[LoRAPair | None, range | None]]] = defaultdict(list)
     for pair in pairs:
         uses[_place(pair.A)].append((pair, pair.A_rows))
@@ -174,7 +174,7 @@ def _shared(pairs: Sequence[LoRAPair], others: Iterable[Any]) -> set[LoRAPair]:
     shared: set[LoRAPair] = set()
     for of_factor in uses.values():
         for (one, rows), (other, other_rows) in combinations(of_factor, 2):
-            # Without rows it is all of the parameter.
+            # None means all rows of the parameter.
             overlap = not (rows and other_rows) or (rows.start < other_rows.stop and other_rows.start < rows.stop)
             if one is not other and overlap:
                 shared.update(each for each in (one, other) if each is not None)
@@ -182,15 +182,15 @@ def _shared(pairs: Sequence[LoRAPair], others: Iterable[Any]) -> set[LoRAPair]:
 
 
 def _place(factor: Any) -> Hashable:
-    """Say where a factor's values lie: peft ties an output layer to its embedding by parameters sharing memory."""
-    # A rank may hold nothing of a sharded parameter, and such ones lie at one place.
+    """Identify a factor's memory: peft ties an output layer to its embedding by parameters that share memory."""
+    # A rank may hold nothing of some sharded parameters, all of which have one address.
     if type(factor) is not nn.Parameter or isinstance(factor.data, DTensor) or factor.numel() == 0:
         return id(factor)
     return factor.data_ptr() or id(factor)
 
 
 def nothing_found(model: nn.Module, adapter_name: str | None, finder: Finder | None, search: PairSearch) -> str:
-    """Say why a model has no pair to perturb, with the LoRA layers and module types that were seen."""
+    """Say why a model has no pair to perturb, with the LoRA layers and module types seen."""
     kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
     layers = lora_layers(model)
     lines = ["no LoRA pair to perturb: need a peft LoRA layer whose B is trained."]
@@ -198,7 +198,7 @@ def nothing_found(model: nn.Module, adapter_name: str | None, finder: Finder | N
         lines = [f"no LoRA pair to perturb: {getattr(finder, '__name__', finder)} found none whose B is trained."]
         if search.resting:
             name = search.resting[0].name
-            lines.append(f"{len(search.resting)} are not trained, {name} among them: unfreeze their B.")
+            lines.append(f"{len(search.resting)} are not trained, such as {name}: unfreeze their B.")
         elif not search.left_out:
             lines.append(f"The model holds {kinds}: does the finder know these layers?")
     elif layers:

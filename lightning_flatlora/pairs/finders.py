@@ -1,8 +1,8 @@
-"""Finders, which say what the LoRA pairs of a model are if its layers are not peft's.
+"""Finders: functions that find a model's LoRA pairs in layers that are not peft's.
 
-A finder is a function of the model, see :class:`~lightning_flatlora.Finder`. It is given to a callback, to FMLoRAModule
-or to :func:`~lightning_flatlora.find_pairs`. For layers that keep one A and one B under some names,
-:class:`PairsByName` is enough.
+See :class:`~lightning_flatlora.Finder` for the protocol. Pass a finder to a callback, to FMLoRAModule or to
+:func:`~lightning_flatlora.find_pairs`. If each layer keeps one A and one B under fixed names, :class:`PairsByName` is
+enough.
 """
 
 from collections.abc import Callable
@@ -20,21 +20,21 @@ from lightning_flatlora.wrappers import bare, clean_name
 
 @dataclass(frozen=True)
 class PairsByName:
-    """Find the layers that keep A and B under two names, as their own parameters or as modules with a weight.
+    """Find the layers that keep A and B under two names, as parameters or as modules with a weight.
 
-    A has to be stored as (r, m), B as (n, r), and the layer's output to hold exactly s B A x for an input x. The layer
-    has to read both as attributes in its forward, as layers do.
+    A must be stored as (r, m) and B as (n, r), and the layer's output must contain exactly s B A x for an input x. The
+    layer must read both as attributes in its forward, as layers usually do.
 
     Args:
         a: the attribute that is A, or a module whose ``weight`` is A.
         b: the attribute that is B, or a module whose ``weight`` is B.
-        scaling: the attribute that is s, or a function of the layer that gives it. One that has a name in a module
-            can be pickled, as is needed if processes are spawned.
-        where: says of a layer with both names whether it is a LoRA layer; None takes all.
-        base: the attribute that is the frozen Linear, which noise on the whole weight needs; None if there is none.
+        scaling: the attribute that is s, or a function of the layer that returns it: a named function of a module if
+            processes are spawned, since it is pickled.
+        where: tells whether a layer with both names is a LoRA layer; None takes all.
+        base: the attribute that is the frozen Linear, needed for noise on the whole weight; None if there is none.
 
     Raises:
-        AttributeError: a layer has no attribute of the name ``scaling`` or ``base``.
+        AttributeError: a layer has no attribute named by ``scaling`` or ``base``.
 
     Example:
         >>> import torch
@@ -67,8 +67,8 @@ class PairsByName:
 def litgpt_pairs(model: nn.Module, /) -> list[LoRAPair]:
     """Find the pairs of litgpt's layers, ``LoRALinear`` and ``LoRAQKVLinear``, from :mod:`litgpt.lora`.
 
-    The second keeps the factors of q, k and v stacked in one parameter each. Each of the three is a pair,
-    since its update is a product of its own rows. A layer whose update is merged into its weight is left out.
+    The latter stacks the factors of q, k and v in one parameter for A and one for B. Each of the three is a pair, since
+    its update is a product of its own rows. A layer whose update is merged into its weight is left out.
 
     Example:
         >>> from lightning_flatlora import EFMLoRA
@@ -84,7 +84,7 @@ def litgpt_pairs(model: nn.Module, /) -> list[LoRAPair]:
         start = 0
         for index, rows in enumerate(in_base):
             if len(in_base) > 1:
-                # The rank is not taken from a shape, since FSDP1 leaves a flat part of each parameter.
+                # The rank is not read from a shape, since FSDP1 leaves a flat part of each parameter.
                 A = replace(A, rows=range(index * layer.r, (index + 1) * layer.r))
                 B = replace(B, rows=range(start, start + len(rows)))
                 start += len(rows)
@@ -93,7 +93,7 @@ def litgpt_pairs(model: nn.Module, /) -> list[LoRAPair]:
 
 
 def _rows_in_base(layer: Any) -> list[range]:
-    """List the rows of those of q, k and v that have LoRA, in the weight that holds all three."""
+    """List the rows of q, k and v, of those that have LoRA, in the weight that holds all three."""
     queries, keys = layer.head_size * layer.n_head, layer.head_size * layer.n_query_groups
     ends = [0, queries, queries + keys, queries + 2 * keys]
     return list(compress(map(range, ends[:-1], ends[1:]), layer.enable_lora))
@@ -109,7 +109,7 @@ def _alpha_over(rank: str, layer: Any) -> float:
 
 
 def _is_linear_adapter(layer: Any) -> bool:
-    """Tell whether it is a LoRA: feed-forward blocks have the same names, other adapters an activation or a norm."""
+    """Tell whether a layer is LoRA: feed-forward blocks share the names, other adapters add an activation or a norm."""
     activation = getattr(layer, "activation", None)
     has_none = activation is None or isinstance(activation, nn.Identity)
     return _has(("alpha", "dim"), layer) and has_none and getattr(layer, "norm_position", None) is None
@@ -124,7 +124,7 @@ _NEMO = (
 
 
 def torchtune_pairs(model: nn.Module, /) -> list[LoRAPair]:
-    """Find the pairs of layers such as torchtune's: ``lora_a`` and ``lora_b``, scaled by alpha / rank.
+    """Find the pairs of layers like torchtune's: ``lora_a`` and ``lora_b``, scaled by alpha / rank.
 
     Example:
         >>> layer = nn.Module()
@@ -137,7 +137,7 @@ def torchtune_pairs(model: nn.Module, /) -> list[LoRAPair]:
 
 
 def nemo_pairs(model: nn.Module, /) -> list[LoRAPair]:
-    """Find the pairs of layers such as NeMo's, of its Megatron adapters and of those on models from Hugging Face.
+    """Find the pairs of layers like NeMo's: its Megatron adapters, and those on models from Hugging Face.
 
     The former keep ``linear_in`` and ``linear_out``, scaled by alpha / dim, the latter ``lora_a`` and ``lora_b`` (in
     AutoModel ``lora_A`` and ``lora_B``), scaled by ``scale``. Tensor parallelism, which splits the factors themselves,
@@ -154,7 +154,7 @@ def nemo_pairs(model: nn.Module, /) -> list[LoRAPair]:
 
 
 def _reader(layer: nn.Module, name: str) -> ParameterRef | None:
-    """Find a factor that a layer keeps under a name, or in the weight of a module of this name."""
+    """Find a factor that a layer keeps under a name, as a parameter or as the weight of a module."""
     child = layer._modules.get(name)
     reader = ParameterRef(layer, name) if child is None else ParameterRef(bare(child))
     return None if reader.parameter is None else reader

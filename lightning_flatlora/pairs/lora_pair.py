@@ -1,4 +1,4 @@
-"""A LoRA pair (A, B), and what a search for the pairs of a model gives."""
+"""A LoRA pair (A, B), and the result of a search for the pairs of a model."""
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from lightning_flatlora.perturbed_read import AnyRef, as_ref
 
 
 class NoPairsError(ValueError):
-    """The model holds nothing that can be perturbed; the message lists what it holds.
+    """The model holds nothing that can be perturbed; the message lists its layers.
 
     Example:
         >>> from lightning_flatlora import find_pairs
@@ -22,30 +22,30 @@ class NoPairsError(ValueError):
     """
 
 
-# Compared by identity: fields are tensors, whose == gives tensors.
+# Compared by identity: fields are tensors, whose == returns tensors.
 @dataclass(frozen=True, eq=False)
 class LoRAPair:
     """The two factors of one LoRA update s B A.
 
     Attributes:
-        name: clean name of B's parameter, the same under every wrapper.
+        name: clean name of B's parameter, equal under every wrapper.
         A: shape (r, m), or ``(r, m, *kernel)`` for a convolution.
         B: shape (n, r), or (n, r, 1, ...) for a convolution.
         scaling: s, alpha / r (or alpha / sqrt(r) with rsLoRA).
-        readers: where the layers read B: modules whose ``weight`` it is, such as peft's ``lora_B``, or a
-            :class:`~lightning_flatlora.ParameterRef` for another attribute or some rows of it. Several if the adapter
-            is tied.
+        readers: where the layers read B: modules whose ``weight`` is B, such as peft's ``lora_B``, or a
+            :class:`~lightning_flatlora.ParameterRef` for another attribute or for some rows of it. Several if the
+            adapter is tied.
         A_readers: where the layers read A.
-        layers: the modules in whose forward B is read, for the methods of :mod:`lightning_flatlora.loops`; empty where
-            these are the readers themselves.
-        A_rows: which rows of the parameter are this pair's A, where one parameter holds several; None for all of it.
-        B_rows: which rows of the parameter are this pair's B.
-        base: the Linear to whose output the update is added, for noise on the whole weight; None where it is not known,
-            and for peft's layers, which are asked themselves.
-        base_rows: the rows of its weight that the update is of; None for all.
-        experts: how many products the two factors hold, for LoRA on a parameter of several experts, (experts, n, m).
-            peft keeps A as (experts * r, m), one expert's rows after another's, and B as (n, r * experts), in which
-            column ``k * experts + e`` is column k of expert e.
+        layers: the modules whose forward reads B, for the methods of :mod:`lightning_flatlora.loops`; empty if these
+            are the readers themselves.
+        A_rows: this pair's rows of A's parameter, if the parameter holds several factors; None for all rows.
+        B_rows: this pair's rows of B's parameter, likewise.
+        base: the Linear to whose output the update is added, for noise on the whole weight; None if it is unknown, and
+            for peft's layers, which know it themselves.
+        base_rows: the rows of its weight that the update affects; None for all.
+        experts: number of products that the factors hold, for LoRA on a parameter of several experts, (experts, n, m).
+            peft keeps A as (experts * r, m), expert after expert, and B as (n, r * experts), whose column
+            ``k * experts + e`` is column k of expert e.
         is_transposed: whether the parameters are stored as A^T (m, r) and B^T (r, n).
 
     Example:
@@ -78,21 +78,21 @@ class LoRAPair:
 
     @property
     def key(self) -> Hashable:
-        """The identity of B, by which a pair is known: names change when a module is wrapped."""
+        """The identity of B, which identifies the pair: names change when a module is wrapped."""
         return id(self.B) if self.B_rows is None else (id(self.B), self.B_rows)
 
     @property
     def current_B(self) -> Any:
-        """The parameter that the layer has for B now, since sharding may have replaced it."""
+        """The layer's current parameter for B, since sharding may have replaced it."""
         return as_ref(self.readers[0]).parameter
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """Return A and B as they are stored, a kernel's dimensions among the columns: see :meth:`products`."""
+        """Return A and B as stored, with a kernel's dimensions among the columns: see :meth:`products`."""
         A, B = rows_of(self.A.detach(), self.A_rows), rows_of(self.B.detach(), self.B_rows)
         return self.products(A.flatten(1), B.flatten(1))
 
     def products(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what has the shapes of the parameters as A (r, m) and B (n, r); of experts as stacks of these."""
+        """Reshape tensors of the parameters' shapes to A (r, m) and B (n, r), or to stacks of these for experts."""
         if self.is_transposed:
             return A.mT, B.mT
         if self.experts == 1:
@@ -100,7 +100,7 @@ class LoRAPair:
         return A.reshape(self.experts, -1, A.shape[1]), B.reshape(len(B), -1, self.experts).movedim(-1, 0)
 
     def as_stored(self, B: Tensor) -> Tensor:
-        """Return what :meth:`products` gives for B, as the parameter is stored."""
+        """Reshape the B of :meth:`products` to the stored parameter's shape."""
         if self.is_transposed:
             return B.mT
         return B if self.experts == 1 else B.movedim(-3, -1).flatten(-2)
@@ -108,13 +108,13 @@ class LoRAPair:
 
 @dataclass(frozen=True)
 class PairSearch:
-    """What :func:`~lightning_flatlora.find_pairs` found.
+    """The result of :func:`~lightning_flatlora.find_pairs`.
 
     Attributes:
         pairs: in the order of the model's modules.
-        left_out: one line for each kind of LoRA layer that cannot be perturbed, naming it and the reason.
-        resting: the other pairs: their B is not trained now, or their scaling is 0.
-        share_left_out: of the adapters' trained parameters, how many are left out, from 0 to 1.
+        left_out: one line for each kind of LoRA layer that can't be perturbed, with the reason.
+        resting: the other pairs, whose B is not trained now or whose scaling is 0.
+        share_left_out: share of the adapters' trained parameters that is left out, from 0 to 1.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -137,11 +137,11 @@ class PairSearch:
 
 
 class Finder(Protocol):
-    """A function that says what the pairs of a model are, for LoRA layers that are not peft's.
+    """A function that finds the pairs of a model whose LoRA layers are not peft's.
 
     It is called at the start of a fit and of each epoch, by FlatnessMonitor at each measurement, and by
-    AdapterCheckpoint at each save and load. It must be a function of a module or an object that can be pickled if
-    processes are spawned.
+    AdapterCheckpoint at each save and load. If processes are spawned, it must be picklable: an object, or a module's
+    named function.
 
     Example:
         >>> import torch
@@ -164,22 +164,22 @@ class Finder(Protocol):
     """
 
     def __call__(self, model: nn.Module, /) -> list[LoRAPair]:
-        """Return all pairs of a model, trained or not, each with its readers, in the same order at every call."""
+        """Return all pairs of a model, trained or not, each with its readers, in an order that never changes."""
 
 
 def rows_of(tensor: Tensor, rows: range | None) -> Tensor:
-    """Return some rows of a tensor, as a view; the tensor itself for None."""
+    """Return some rows of a tensor as a view; the tensor itself for None."""
     return tensor if rows is None else tensor[rows.start : rows.stop]
 
 
 def all_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
-    """Return the parameters that hold the factors of pairs, each once, A before B."""
+    """Return the parameters of the pairs' factors, each once, A before B."""
     factors = chain.from_iterable((pair.A, pair.B) for pair in pairs)
     return list(dict.fromkeys(factors))
 
 
 def trained_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
-    """Return the parameters with ``requires_grad`` that hold the factors of pairs, each once, A before B.
+    """Return the parameters of the pairs' factors with ``requires_grad``, each once, A before B.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model

@@ -1,4 +1,4 @@
-"""Pairs of one shape, stacked so that their algebra is a few batched calls, whatever their number."""
+"""Pairs of one shape, stacked so that their algebra takes a few batched calls for any number of pairs."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -13,28 +13,28 @@ from lightning_flatlora.functional import Ascent, Estimator, NormScope
 from lightning_flatlora.pairs.lora_pair import LoRAPair, rows_of
 from lightning_flatlora.sharding import Sharding, matrix_shape
 
-# Elements of a stacked factor in one computation on a CPU: 2 MB of float32, which its caches hold. A larger factor is
-# computed by itself, without a copy. Stacks exist to save calls, and from this size on the work of a call takes far
-# longer than making it.
+# Most elements of a stacked factor on a CPU: 2 MB of float32, which fits its caches. A larger factor is computed by
+# itself, without a copy. Stacks exist to save calls, and from this size on a call's work takes far longer than its
+# overhead.
 LARGEST_STACK = 2**19
-# The same limit where launching a kernel costs more than a large allocation: 32 MB of float32.
+# The limit on devices where launching a kernel costs more than a large allocation: 32 MB of float32.
 LARGEST_STACK_ON_ACCELERATORS = 2**23
 
 
 def _let_memory_be_kept() -> None:
-    """Let glibc keep the memory of stacks from one step to the next, by freeing a block that is larger than theirs.
+    """Let glibc keep the stacks' memory from one step to the next, by freeing a larger block.
 
-    Until then it returns their memory to the system in each step, and faults every page in again, which takes a quarter
+    Otherwise it returns their memory to the system in each step and faults every page in again, which takes a quarter
     of E's time with small layers.
     """
     torch.empty(2**24, dtype=torch.uint8)
 
 
 class PairState(NamedTuple):
-    """What is kept of a pair from one search of the model to the next, and in a checkpoint.
+    """The state of a pair that survives a new search of the model, and goes into a checkpoint.
 
     Attributes:
-        E: its perturbation, as B is stored: (n, r), of experts (n, r * experts), or transposed (r, n).
+        E: its perturbation, stored like B: (n, r), (n, r * experts) with experts, or transposed (r, n).
         has_average: whether the moving average of each of its products has begun, booleans, shape (experts,).
         scaling: s of the pair when E was computed, float64 on the CPU, shape ().
     """
@@ -47,16 +47,16 @@ class PairState(NamedTuple):
 class PairStack:
     """Pairs of one shape, dtype and device, with their perturbations.
 
-    A pair is one product s B A, or as many as it has experts, each a layer for itself in all that is computed.
+    A pair is one product s B A, or one for each of its experts, which are all treated like separate layers.
 
     Attributes:
         pairs: the pairs, L of them.
-        E: their perturbations, as B is stored, shape (L, n, r * experts) or transposed (L, r, n), float32 or wider.
+        E: their perturbations, stored like B, shape (L, n, r * experts) or transposed (L, r, n), float32 or wider.
         has_average: whether the moving average of each product has begun, booleans, shape (L, experts).
 
     Args:
-        pairs: as :func:`stacked` groups them.
-        estimator: which gradients the ascent is taken from; for a pair whose A has none it is "projected".
+        pairs: grouped by :func:`stacked`.
+        estimator: which gradients the ascent uses; "projected" for pairs whose A has no gradient.
         sharding: how the ranks share the factors.
     """
 
@@ -66,7 +66,7 @@ class PairStack:
         self.pairs = pairs
         self._estimator = estimator
         self.sharding = sharding
-        # Listed once: a walk over pairs takes as long as the products of small factors.
+        # Listed once: a loop over pairs takes as long as the products of small factors.
         self._A, self._A_rows = [pair.A for pair in pairs], [pair.A_rows for pair in pairs]
         self._B, self._B_rows = [pair.B for pair in pairs], [pair.B_rows for pair in pairs]
         self.experts, self.is_transposed = first.experts, first.is_transposed
@@ -76,7 +76,7 @@ class PairStack:
         rows = rows if first.B_rows is None else len(first.B_rows)
         self.E = torch.zeros(len(pairs), rows, columns, dtype=dtype, device=device)
         self.has_average = torch.zeros(len(pairs), self.experts, dtype=torch.bool, device=device)
-        # Other than the pairs' own only between loading a state and the next search.
+        # These differ from the pairs' own only between loading a state and the next search.
         self.scaling_of_E = torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64)
 
     def states(self) -> Iterator[tuple[LoRAPair, PairState]]:
@@ -88,7 +88,7 @@ class PairStack:
         """Move E towards a fresh one, see :meth:`Perturbation.average`."""
         is_taken = with_gradient.view_as(self.has_average) & finite.to(fresh_E.device)
         weight = torch.full_like(self.has_average, beta, dtype=fresh_E.dtype)
-        # The first E is taken whole: there is no average yet to move, and (1 - beta) 0 + beta E would be too short.
+        # The first E is taken whole: there is no average yet, and (1 - beta) 0 + beta E would be too short.
         weight = torch.where(self.has_average, weight, 1.0) * is_taken
         by_expert = (*self.E.shape[:2], -1, self.experts)
         self.E.view(by_expert).lerp_(fresh_E.view(by_expert), weight[:, None, None])
@@ -100,15 +100,15 @@ class PairStack:
         if self.unread_A:
             return functional.ascent_projected(A, grad_B, self.scaling)
         B = self._stacked(of_B=True, at_perturbed=at_perturbed)
-        # That of an A whose B is frozen is worth nothing there, as it agrees with no gradient of B.
+        # The gradient of an A with a frozen B has no weight in ascent_average, since it agrees with no gradient of B.
         grad_A = self._stacked(of_B=False, gradients=True)
         return functional.ascent_average(A, B, grad_A, grad_B, self.scaling)
 
     @property
     def unread_A(self) -> list[nn.Parameter]:
-        """Every A if the ascent does not read their gradients: not asked for, or none is trained, as in LoRA-FA.
+        """Every A if the ascent does not read their gradients: by choice, or since none is trained, as in LoRA-FA.
 
-        One that is frozen now may still have its gradient, if its turn within a step is over.
+        An A that is frozen now may still have its gradient, if its turn within a step is over.
         """
         learns = any(A.requires_grad for A in self._A) or any(self.sharding.have_gradients(self._A))
         return [] if learns and self._estimator == "average" else self._A
@@ -119,18 +119,18 @@ class PairStack:
         if rows[0] is None:
             stacked = self.sharding.stack(parameters, gradients=gradients)
         else:
-            # Several pairs may be rows of one parameter, which is gathered once.
+            # Several pairs may be rows of one parameter, which is gathered only once.
             distinct = list(dict.fromkeys(parameters))
             whole = dict(zip(distinct, self.sharding.stack(distinct, gradients=gradients), strict=True))
             stacked = torch.stack([rows_of(whole[each], part) for each, part in zip(parameters, rows, strict=True)])
         stacked = stacked.to(self.E.dtype)
         if at_perturbed:
-            # Rounded as the layer reads it, so that the factors are those at which the gradients were taken.
+            # Rounded as the layer reads it, so that these are the factors at which the gradients were taken.
             stacked = (stacked + self.E).to(parameters[0].dtype).to(self.E.dtype)
         return self._split(stacked, of_B)
 
     def _split(self, stacked: Tensor, of_B: bool) -> Tensor:
-        """Return what has the shape of the pairs' A or B, as one matrix for each product."""
+        """Split a tensor of the shape of the pairs' A or B into one matrix for each product."""
         if self.is_transposed:
             return stacked.mT
         if self.experts == 1:
@@ -141,7 +141,7 @@ class PairStack:
         return _transposed(columns).view(len(columns) * self.experts, stacked.shape[1], -1)
 
     def joined(self, products: Tensor) -> Tensor:
-        """Return what :meth:`_split` gives for B, of the shape of E."""
+        """Join matrices that :meth:`_split` gives for B into the shape of E."""
         if self.is_transposed:
             return _transposed(products)
         if self.experts == 1:
@@ -152,7 +152,7 @@ class PairStack:
 def _transposed(matrices: Tensor) -> Tensor:
     """Return matrices (L, rows, columns) as contiguous ones (L, columns, rows)."""
     transposed = matrices.new_empty(len(matrices), matrices.shape[2], matrices.shape[1])
-    # One after another, which PyTorch copies by blocks: on a CPU five times as fast as all at once.
+    # One by one, which PyTorch copies in blocks: on a CPU five times as fast as all at once.
     for one, other in zip(transposed, matrices, strict=True):
         one.copy_(other.t())
     return transposed
@@ -164,7 +164,7 @@ def stacked(pairs: Iterable[LoRAPair], estimator: Estimator, sharding: Sharding)
     for pair in pairs:
         A, B = pair.A, pair.B
         rows = [part and len(part) for part in (pair.A_rows, pair.B_rows)]
-        # A frozen A has no gradient, and an ascent of its own.
+        # A pair with a frozen A has a different ascent, without A's gradient.
         layout = (sharding.shape(A), sharding.shape(B), pair.experts, pair.is_transposed)
         key = (*layout, A.dtype, B.dtype, B.device, pair.learns_A, *rows)
         groups[key].append(pair)
@@ -180,13 +180,13 @@ def stacked(pairs: Iterable[LoRAPair], estimator: Estimator, sharding: Sharding)
 
 
 class FreshPerturbation(NamedTuple):
-    """E as one gradient gives it.
+    """The E of one gradient.
 
     Attributes:
         stacks: one tensor for each stack of pairs, of its E's shape; zeros where ``finite`` is false.
         finite: whether every gradient was finite, a boolean on the device, shape ().
         is_zero: rho was the number 0, so E is known to be zero without asking the device.
-        with_gradient: for each stack which of its products, (L * experts,), had a gradient that is not zero.
+        with_gradient: for each stack, which of its products, (L * experts,), had a gradient that is not zero.
     """
 
     stacks: list[Tensor]
@@ -200,17 +200,17 @@ def fresh_perturbation(
 ) -> FreshPerturbation:
     """Take E from gradients (Eqs. 10-15), see :meth:`Perturbation.ascend`; autograd and autocast must be off.
 
-    ``others`` are parameters whose gradients must be finite, too.
+    ``others`` are parameters whose gradients must be finite too.
     """
     ascents = [stack.ascent(at_perturbed) for stack in stacks]
     norms = [ascent.squared_norm for ascent in ascents]
     with_gradient = [norm > 0 for norm in norms]
-    # Every entry of a gradient enters a norm, so the norms answer for the pairs, except for the gradients of A that a
-    # projected estimate does not read.
+    # Every entry of a gradient enters a norm, so the norms show whether the pairs' gradients are finite, except for the
+    # gradients of A that a projected estimate does not read.
     unread = list(others)
     for stack in stacks:
         unread += stack.unread_A
-    # Not float32 for all, in which the squares of large float64 gradients are infinite.
+    # Not float32 for all, in which the squares of large float64 gradients would be infinite.
     dtype = reduce(torch.promote_types, [norm.dtype for norm in norms])
     # The stacks may be on several devices.
     device = stacks[0].E.device
@@ -222,6 +222,6 @@ def fresh_perturbation(
     for stack, ascent, norm in zip(stacks, ascents, norms, strict=True):
         scale = functional.perturbation_scale(norm, rho)[:, None, None]
         fresh.append(stack.joined(ascent.direction.mul_(scale).masked_fill_(~finite.to(norm.device), 0.0)))
-    # Not of a tensor, which the host would have to wait for.
+    # Not if rho is a tensor, for which the host would have to wait.
     is_zero = not isinstance(rho, Tensor) and rho == 0
     return FreshPerturbation(fresh, finite, is_zero, with_gradient)

@@ -1,4 +1,4 @@
-"""The perturbation E of every pair of a model: from gradients, averaged over steps, and read through by the layers."""
+"""The perturbation E of every pair of a model: computed from gradients, averaged over steps, and read by the layers."""
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,23 +18,23 @@ from lightning_flatlora.sharding import Sharding
 
 
 class Perturbation:
-    """The perturbations E (n, r) of all pairs, kept in float32 (float64 where B is), and what the layers read.
+    """The perturbations E (n, r) of all pairs, kept in float32 (float64 if B is), and read by the layers.
 
-    E starts at zero. It is set by :meth:`assign` (FMLoRA) or moved by :meth:`average` (EFMLoRA), and enters the forward
-    pass between :meth:`on` and :meth:`off`, or inside :meth:`applied`. Only :meth:`state_dict` waits for the device.
+    E starts at zero. It is set by :meth:`assign` (FMLoRA) or moved by :meth:`average` (EFMLoRA), and acts in the
+    forward pass between :meth:`on` and :meth:`off`, or inside :meth:`applied`. Only :meth:`state_dict` waits for the
+    device.
 
-    A pair learns while its B is trained. One whose B is frozen reads the clean B and keeps its E until it is trained
-    again. A product whose gradient is missing or zero in a step keeps its E as well, such as that of an expert to which
-    no token was routed.
+    A pair whose B is frozen reads the clean B and keeps its E until it is trained again. A product whose gradient is
+    missing or zero in a step also keeps its E, such as an expert's to which no token was routed.
 
     Attributes:
-        may_be_nonzero: whether the average may be other than zero, as far as the host knows.
+        may_be_nonzero: whether the average may differ from zero, as far as the host knows.
 
     Args:
         pairs: from :func:`~lightning_flatlora.pairs.find_pairs`.
-        estimator: "average" (Eq. 12) or "projected" (G P_A); pairs whose A has no gradient take the latter.
-        norm_scope: "global", one ball of radius rho over all pairs, or "layer", one for each.
-        sharding: how the ranks share the factors; None where each holds them whole, or as DTensors.
+        estimator: "average" (Eq. 12) or "projected" (G P_A); pairs whose A has no gradient use the latter.
+        norm_scope: "global", one ball of radius rho over all pairs, or "layer", one per pair.
+        sharding: how the ranks share the factors; None if each holds them whole, or as DTensors.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -43,7 +43,7 @@ class Perturbation:
         >>> perturbation = Perturbation(find_pairs(model).pairs)
         >>> perturbation.install()
         >>> model(torch.ones(5, 4)).sum().backward()
-        >>> perturbation.assign(perturbation.ascend(rho=0.5, at_perturbed=False))
+        >>> perturbation.assign(perturbation.ascend(rho=0.05, at_perturbed=False))
         >>> with perturbation.applied():
         ...     perturbed = model(torch.ones(5, 4)).sum()
         >>> bool(perturbed > model(torch.ones(5, 4)).sum())
@@ -66,9 +66,9 @@ class Perturbation:
         self.may_be_nonzero = False
         self._switch = perturbed_read.Switch()
         self._is_on = self._is_applied = False
-        # What the readers add while the switch is on; None while they are not installed.
+        # The readers' E while the switch is on; None while they are not installed.
         self._shown: list[tuple[AnyRef, Tensor]] | None = None
-        # By name, from a checkpoint: the states of pairs that the model does not train yet.
+        # States from a checkpoint, by name, of pairs that the model does not train yet.
         self._waiting: dict[str, PairState] = {}
         self.pairs: list[LoRAPair] = []
         self._stacks: list[PairStack] = []
@@ -80,21 +80,21 @@ class Perturbation:
             yield from stack.states()
 
     def take_pairs(self, pairs: list[LoRAPair], sharding: Sharding | None = None) -> None:
-        """Continue with the pairs that the model has now: those that stay keep their E, new ones start at zero.
+        """Continue with the model's current pairs: those that stay keep their E, new ones start at zero.
 
-        If a pair's scaling s has changed, s E stays what it was, and with it the perturbation of the full weight. The
-        layers read the clean B until the next :meth:`on`.
+        If a pair's scaling s has changed, E is rescaled so that s E, and with it the perturbation of the full weight,
+        does not change. The layers read the clean B until the next :meth:`on`.
 
         Args:
             pairs: from another search of the same model.
-            sharding: how the ranks share their factors; None where each holds them whole, or as DTensors.
+            sharding: how the ranks share their factors; None if each holds them whole, or as DTensors.
 
         Raises:
-            ValueError: a state from a checkpoint, which has waited for a pair, is of another shape.
+            ValueError: a checkpoint's state that waited for a pair has another shape.
         """
         was_installed = self.is_installed
         self.uninstall()
-        # By the identity of B: names change when a module is wrapped.
+        # By the identity of B, since names change when a module is wrapped.
         kept = {pair.key: state for pair, state in self._states()}
         states = self._waiting | {pair.name: kept[pair.key] for pair in pairs if pair.key in kept}
         self.pairs, self._sharding = pairs, sharding or Sharding()
@@ -108,17 +108,17 @@ class Perturbation:
             self.install()
 
     def _continue_from(self, states: dict[str, PairState], problems: list[str]) -> None:
-        """Give pairs their states; those of pairs that are not there wait for them.
+        """Give pairs their states; states of absent pairs wait for them.
 
         Raises:
-            ValueError: there are problems, or an E has another shape; no pair has changed then.
+            ValueError: there are problems, or an E has another shape; then no pair has changed.
         """
         for pair, now in self._states():
             here, there = tuple(now.E.shape), tuple(states.get(pair.name, now).E.shape)
             if here != there:
                 problems.append(f"{pair.name} has shape {here}, in the checkpoint {there}")
         if problems:
-            # The first ones, since a model may have hundreds.
+            # Only the first ones, since a model may have hundreds.
             raise ValueError(f"the checkpoint's perturbation is of other pairs: {'; '.join(problems[:3])}")
         for pair, now in self._states():
             for mine, kept in zip(now, states.pop(pair.name, now), strict=True):
@@ -127,11 +127,11 @@ class Perturbation:
 
     @property
     def is_installed(self) -> bool:
-        """Whether the readers are able to read B + E."""
+        """Whether the readers can read B + E."""
         return self._shown is not None
 
     def install(self) -> None:
-        """Make every reader able to read B + E; until :meth:`on` they read B."""
+        """Enable every reader to read B + E; until :meth:`on` they read B."""
         if not self.is_installed:
             self._show(self._slices([stack.E for stack in self._stacks]))
 
@@ -141,13 +141,13 @@ class Perturbation:
         self._show(None)
 
     def on(self) -> None:
-        """Let the layers read B + E, with the kept E, whose updates they follow."""
+        """Let the layers read B + E, with the kept E and its later updates."""
         if not self.is_installed:  # E would be silently ignored
             raise RuntimeError("the layers can't read B + E: call install() first")
         self._is_on = self._switch.is_on = True
 
     def off(self) -> None:
-        """Let the layers read the clean B, except inside of :meth:`applied`."""
+        """Let the layers read the clean B, except inside :meth:`applied`."""
         self._is_on, self._switch.is_on = False, self._is_applied
 
     @property
@@ -157,7 +157,7 @@ class Perturbation:
 
     @contextmanager
     def applied(self, perturbations: list[Tensor] | None = None) -> Iterator[None]:
-        """Let the layers read B + E inside; after it, whatever happens, they read what they read before.
+        """Let the layers read B + E inside; afterwards, even after an error, restore the former state.
 
         Args:
             perturbations: E to read, the ``stacks`` of a :class:`FreshPerturbation`; None reads the kept one.
@@ -169,7 +169,7 @@ class Perturbation:
             self._is_applied = self._switch.is_on = True
             yield
         finally:
-            # Unless it was uninstalled inside.
+            # Unless uninstall() was called inside.
             if self._shown is inside:
                 self._show(before)
             self._is_applied, self._switch.is_on = was_applied, was_applied or self._is_on
@@ -179,13 +179,13 @@ class Perturbation:
         slices: list[tuple[AnyRef, Tensor]] = []
         for stack, stacked_E in zip(self._stacks, perturbations, strict=True):
             for pair, E in zip(stack.pairs, stacked_E.unbind(), strict=True):
-                # Shaped as B is, which of a convolution has a kernel's dimensions.
+                # In B's shape, which for a convolution has a kernel's dimensions.
                 view = E.view(len(E), *self._sharding.shape(pair.B)[1:])
                 slices += [(reader, view) for reader in pair.readers]
         return slices
 
     def _show(self, slices: list[tuple[AnyRef, Tensor]] | None) -> None:
-        """Let the readers add these to their parameters while the switch is on; for None they are plain ones again."""
+        """Let the readers add these to their parameters while the switch is on; None makes them plain again."""
         self._shown = slices
         for reader, E in slices or ():
             perturbed_read.perturb(reader, E, self._switch, self._sharding.only_views)
@@ -196,19 +196,19 @@ class Perturbation:
     def ascend(
         self, rho: float | Tensor, *, at_perturbed: bool, also_finite: Iterable[nn.Parameter] = ()
     ) -> FreshPerturbation:
-        """Compute E of the gradients that the pairs hold now (Eqs. 10-15); a missing gradient counts as zero.
+        """Compute E from the pairs' current gradients (Eqs. 10-15); a missing gradient counts as zero.
 
         Args:
             rho: radius of the ball.
             at_perturbed: whether the gradients were taken at B + E (EFMLoRA, Algorithm 2) or at B (FMLoRA).
-            also_finite: parameters whose gradients decide ``finite`` too, such as those that a loss scaler watches.
+            also_finite: parameters whose gradients also decide ``finite``, such as those that a loss scaler watches.
 
         Raises:
             ValueError: rho is a number that can't be a radius.
         """
         if not isinstance(rho, Tensor) and not is_size(rho):
             raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
-        # A manual training_step runs inside autocast, which would take the products in half precision.
+        # A manual training_step runs inside autocast, which would compute the products in half precision.
         with torch.no_grad(), torch.autocast(self.pairs[0].B.device.type, enabled=False):
             return pair_stack.fresh_perturbation(self._stacks, self.norm_scope, rho, at_perturbed, list(also_finite))
 
@@ -218,7 +218,7 @@ class Perturbation:
             stack.E.copy_(fresh_E)
 
     def average(self, fresh: FreshPerturbation, beta: float) -> None:
-        """Set E to (1 - beta) E + beta fresh (Eq. 18); the first one is taken whole, one not finite leaves E as it is.
+        """Set E to (1 - beta) E + beta fresh (Eq. 18); the first is taken whole, and one that is not finite is ignored.
 
         Args:
             fresh: from :meth:`ascend`.
@@ -240,7 +240,7 @@ class Perturbation:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether any pair has a gradient at all, known to the host."""
+        """Whether any pair has a gradient, known to the host."""
         return any(self._sharding.have_gradients([pair.B for pair in self.pairs]))
 
     def all_finite(self, parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -248,7 +248,7 @@ class Perturbation:
         return self._sharding.all_finite(parameters, self.pairs[0].B.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, as full CPU tensors, keyed by the clean name of each B."""
+        """Return the state that a resumed run needs, as full CPU tensors, keyed by the clean name of each B."""
         states = self._waiting | {pair.name: state for pair, state in self._states()}
         return {
             "E": {name: state.E.detach().cpu().clone() for name, state in states.items()},
@@ -257,11 +257,11 @@ class Perturbation:
         }
 
     def load_state_dict(self, state: dict[str, Any], may_come: Collection[str] = ()) -> None:
-        """Take a :meth:`state_dict` over.
+        """Restore a :meth:`state_dict`.
 
         Args:
-            state: of this or another process.
-            may_come: names of pairs that the model has and does not train yet; their state waits for them.
+            state: from this or another process.
+            may_come: names of pairs that the model has but does not train yet; their state waits for them.
 
         Raises:
             ValueError: the state belongs to other pairs; the message says which are missing, new or of another shape.

@@ -158,7 +158,7 @@ def test_all_bad_values_are_told_at_once() -> None:
     assert "  - every_n_steps and every_n_epochs can't both be given: leave one out" in lines
     for name in ("rho", "every_n_steps", "every_n_epochs", "batches", "samples", "data", "sigma"):
         assert any(line.startswith(f"  - {name} must be ") for line in lines)
-    assert lines[-1].startswith("  - measures holds 'flat', which is none of sharpness, lora_sharpness, ema")
+    assert lines[-1].startswith("  - measures holds 'flat', which is not one of sharpness, lora_sharpness, ema")
 
 
 @pytest.mark.parametrize("measures", ["sharpness", [], 3])
@@ -186,7 +186,7 @@ def test_a_start_that_lacks_everything_says_so_at_once(tmp_path: Any) -> None:
         fit(tmp_path, module, [FlatnessMonitor(measures=["ema", "expected_sharpness"])])
     lines = str(error.value).splitlines()
     assert lines[0] == "FlatnessMonitor: 3 problems"
-    assert "rho must be given where no EFMLoRA, FMLoRA or FMLoRAModule has one" in lines[1]
+    assert "rho must be given without an EFMLoRA, FMLoRA or FMLoRAModule" in lines[1]
     assert "the measure 'ema' needs an EFMLoRA callback" in lines[2]
     assert "no LoRA pair to perturb" in lines[3]
 
@@ -244,9 +244,9 @@ class TeachesAlways(Teaches):
 
 OF_A_FINDER: dict[str, Any] = {"measures": ["expected_sharpness"], "finder": lambda model: find_pairs(model).pairs}
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "a finder's pairs": (Classifier, OF_A_FINDER, "the finder names no plain Linear as their base"),
-    "no validation": (Classifier, {"data": "val"}, "data='val' gives no batch to hold"),
-    "manual optimization": (ByHand, {}, "put the loss of a batch into a method compute_loss"),
+    "a finder's pairs": (Classifier, OF_A_FINDER, "the finder does not name a plain Linear as their base"),
+    "no validation": (Classifier, {"data": "val"}, "data='val', but this fit has no validation"),
+    "manual optimization": (ByHand, {}, "compute the loss of a batch in a method compute_loss"),
     "a momentum encoder": (
         with_own(TeachesAlways)[0],
         {},

@@ -252,5 +252,5 @@ def test_a_fit_without_gradients_says_it_once(tmp_path: Any, front_end: str, cas
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         fit(tmp_path, module, callbacks, **kwargs)
-    said = [each for each in warned if "no B of a pair has had a gradient so far" in str(each.message)]
+    said = [each for each in warned if "no pair's B has had a gradient so far" in str(each.message)]
     assert len(said) == (case is not Late)

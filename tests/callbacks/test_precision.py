@@ -68,7 +68,7 @@ def test_every_precision_trains_flat(tmp_path, front_end, precision):
 @pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, SAM, LoRASAM, BalancednessRegularization])
 def test_bf16_true_warns(tmp_path, callback):
     """A small E is lost where B is kept in bfloat16: said once at the start."""
-    with pytest.warns(UserWarning, match=r"kept in torch.bfloat16.*bf16-mixed"):
+    with pytest.warns(UserWarning, match=r"stored in torch.bfloat16.*bf16-mixed"):
         fit(tmp_path, Classifier(), [callback(0.5)], make_loader(dtype=torch.bfloat16), precision="bf16-true")
 
 

@@ -172,13 +172,13 @@ CASES: dict[str, Case] = {
         net=second_adapter,
         settings={"adapter_name": "third"},
     ),
-    "both callbacks": Case(("the weights that FMLoRA perturbs too: keep one",), ("efmlora",), beside=(FMLoRA,)),
-    "FMLoRA beside a module": Case(("it perturbs the weights that", "keep one"), ("module",), beside=(FMLoRA,)),
+    "both callbacks": Case(("the same weights as FMLoRA: keep one",), ("efmlora",), beside=(FMLoRA,)),
+    "FMLoRA beside a module": Case(("it perturbs the same weights as", "keep one"), ("module",), beside=(FMLoRA,)),
     "a baseline beside EFMLoRA": Case(("keep one", "EFMLoRA"), tuple(BASELINES), beside=(EFMLoRA,)),
     "a baseline beside FMLoRA": Case(("keep one", "FMLoRA"), tuple(BASELINES), beside=(FMLoRA,)),
     "two on the same pairs": Case(("keep one",), ("efmlora",), Apart, beside=(named,)),
     "manual optimization": Case(("manual optimization", "FMLoRAModule", "EFMLoRA"), ("fmlora",), ByHand),
-    "two passes by hand": Case(("a second pass can't be put into manual optimization",), ("SAM", "LoRASAM"), ByHand),
+    "two passes by hand": Case(("a second pass can't be added to manual optimization",), ("SAM", "LoRASAM"), ByHand),
     "several optimizers": Case(("use EFMLoRA",), ("fmlora",), Apart),
     "spread": Case(
         ("spread over optimizers", "one optimizer must hold A and B of all of them"), ("efmlora",), TwoOptimizers
@@ -189,7 +189,7 @@ CASES: dict[str, Case] = {
     ),
     "two optimizers where one is needed": Case(("must return one optimizer, got 2",), ("module",), TwoOptimizers),
     "nothing in the optimizer": Case(
-        ("holds no parameter that is trained",), ("SAM",), trains(lambda name, parameter: not parameter.requires_grad)
+        ("holds no trainable parameter",), ("SAM",), trains(lambda name, parameter: not parameter.requires_grad)
     ),
     "balance with a frozen A": Case(
         ("A of 3 pairs is frozen, as in net.base_model.model.0.lora_B.default.weight",),
@@ -198,7 +198,7 @@ CASES: dict[str, Case] = {
     ),
     "no whole weight": Case(("no LoRA layer on a Linear",), ("RandomPerturbation", "BiLoRA"), net=of_dora),
     "differential privacy": Case(("which the privacy budget does not cover",), prepare=uses(Private)),
-    "LBFGS": Case(("LBFGS takes several gradients",), prepare=uses(torch.optim.LBFGS)),
+    "LBFGS": Case(("LBFGS needs several gradients",), prepare=uses(torch.optim.LBFGS)),
     "dataloader_iter": Case(
         ("training_step(dataloader_iter)", "training_step(batch, batch_idx)"), ("fmlora",), FromIterator
     ),
@@ -218,7 +218,7 @@ CASES: dict[str, Case] = {
         beside=(lambda rho: EFMLoRA(2.0),),
     ),
     "training_step for compute_loss": Case(
-        ("Manual defines training_step", "rename it to compute_loss"), ("module",), Around
+        ("Manual overrides FMLoRAModule's training_step", "rename it to compute_loss"), ("module",), Around
     ),
     "automatic optimization": Case(("automatic_optimization must be False",), ("module",), prepare=automatic),
     "a plateau scheduler": Case(
@@ -240,7 +240,7 @@ CASES: dict[str, Case] = {
 # These show when the first step comes.
 AT_THE_FIRST_STEP: dict[str, Case] = {
     "several gradients": Case(
-        ("Searching takes several gradients",),
+        ("Searching needs several gradients",),
         (*CALLBACKS, "LoRASAM", "RandomPerturbation"),
         prepare=uses(Searching),
     ),

@@ -108,7 +108,7 @@ def test_a_subclass_of_ddp_that_keeps_its_parameters_otherwise(one_process_group
     strategy = OwnDDP(cluster_environment=LightningEnvironment())
     strategy._model = nn.Sequential(nn.Linear(2, 2))
     (problem,) = strategy_problems_of(strategy, EFMLoRA)
-    for word in ("the strategy OwnDDP is a DDPStrategy whose model, a Sequential, is no", "use strategy='ddp'"):
+    for word in ("the strategy OwnDDP is a DDPStrategy, but its model, a Sequential, is no", "use strategy='ddp'"):
         assert word in problem
     (refused,) = monitor_problems(strategy)
     assert "OwnDDP is not supported" in refused

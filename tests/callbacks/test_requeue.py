@@ -303,7 +303,7 @@ def test_a_job_that_can_not_be_requeued_is_saved_and_says_so(
     if status is None:
         monkeypatch.setenv("PATH", "")
     with (
-        pytest.warns(UserWarning, match=r"Requeue: .*scontrol.* All is saved: submit job 77 again, and it resumes"),
+        pytest.warns(UserWarning, match=r"Requeue: .*scontrol.* The run is saved: submit job 77 again to resume it"),
         pytest.raises(SystemExit) as end,
     ):
         run(tmp_path, "plain", Send("on_train_batch_start"), plugins=SLURMEnvironment())

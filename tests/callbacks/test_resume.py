@@ -139,7 +139,7 @@ def test_another_adapter_is_refused(tmp_path, front_end):
     """Its state has another key, and the run would start anew."""
     run(tmp_path, front_end, net=both_adapters(), adapter_name="default")
     net = both_adapters()
-    message = r"holds the state of .*'default'.*, and this is .*'other'.*: give the adapter_name"
+    message = r"holds the state of .*'default'.*, but this is .*'other'.*: give that run's adapter_name"
     with pytest.raises(MisconfigurationException, match=message):
         run(tmp_path, front_end, resume=tmp_path / "steps" / "7.ckpt", net=net, adapter_name="other")
     assert_no_trace(net)
@@ -167,7 +167,7 @@ def test_a_checkpoint_of_plain_lora_starts_afresh(tmp_path):
     for rho in (CosineRho(1.0, 0.0), CosineRho(1.0, 0.0, total_steps=6)):
         module, callbacks, kwargs = build("efmlora", rho)
         trainer = trainer_of(tmp_path, callbacks, max_epochs=2, **kwargs)
-        expected = pytest.warns(UserWarning, match=r"until now, at step 6 of 12\. rho=CosineRho.*set its total_steps")
+        expected = pytest.warns(UserWarning, match=r"only now, at step 6 of 12, so rho=CosineRho.*set its total_steps")
         with expected if rho.total_steps is None else nullcontext():
             trainer.fit(module, make_loader(), make_loader(1), ckpt_path=tmp_path / "plain.ckpt")
         assert callbacks[0].step == 6

@@ -94,7 +94,7 @@ def test_a_second_pass_without_a_loss_is_refused_where_it_would_break_the_step(t
     scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
     with pytest.raises(RuntimeError, match=r"second pass of a step.*the loss scaler would wait.*0 \* output.sum\(\)"):
         fit(tmp_path, module, callbacks, plugins=[scaled], **kwargs)
-    with pytest.raises(RuntimeError, match=r"second pass of a step.*other ranks or the loss scaler would wait"):
+    with pytest.raises(RuntimeError, match=r"second pass of a step.*Other ranks or the loss scaler would wait"):
         leave_batch_out(Mock(world_size=2), "training_step")
 
 

@@ -26,7 +26,7 @@ STATIC = {"strategy_settings": {"static_graph": True}}
 CASES: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     (FSDP, "FMLoRAModule", {}, ("manual optimization", "use the FMLoRA or EFMLoRA callback", "ModelParallelStrategy")),
     (FSDP, "EFMLoRA by hand", {}, ("manual optimization", "with automatic optimization", "ModelParallelStrategy")),
-    (FSDP, "FMLoRA", {"strategy_settings": {"use_orig_params": False}}, ("must be True", "got False", "Leave it out")),
+    (FSDP, "FMLoRA", {"strategy_settings": {"use_orig_params": False}}, ("must be True", "got False", "leave it out")),
     (FSDP, "EFMLoRA", {"strategy_settings": {"cpu_offload": True}}, ("cpu_offload must be False, got True",)),
     (FSDP, "FMLoRA", {"strategy_settings": {"sharding_strategy": "NO_SHARD"}}, ("'FULL_SHARD', got 'NO_SHARD'", "ddp")),
     (FSDP, "FMLoRA", {"sync_ascent": False}, SYNC_ASCENT),

@@ -54,8 +54,8 @@ def test_activation_checkpoints_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda: 1.0, r"a Tensor with one number, and has given 1\.0"),
-        (lambda: torch.ones(2), r"has given a Tensor of the shape \(2,\)"),
+        (lambda: 1.0, r"a Tensor with one number, got 1\.0"),
+        (lambda: torch.ones(2), r"got a Tensor of shape \(2,\)"),
         (lambda: torch.ones(()), "the loss has no graph"),
     ],
 )
@@ -87,7 +87,7 @@ def test_what_peft_caches_of_dora_is_not_taken_for_the_moved_weights() -> None:
 
 def test_too_few_parameters_and_a_negative_radius_are_refused() -> None:
     parameter = nn.Parameter(torch.ones(1))
-    with pytest.raises(ValueError, match="two numbers at least, got 1"):
+    with pytest.raises(ValueError, match="at least two numbers in all, got 1"):
         top_eigenvalue(lambda: parameter.square().sum(), [parameter])
     with pytest.raises(ValueError, match="at least one"):
         hessian_trace(lambda: parameter.square().sum(), [])

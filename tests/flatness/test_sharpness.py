@@ -289,7 +289,7 @@ def test_one_sample_has_no_standard_error_and_none_no_mean() -> None:
     found = hessian_trace(lambda: w.square().sum(), [w], samples=1)
     assert found.mean == 4
     assert found.standard_error.isnan()
-    with pytest.raises(ValueError, match="let samples be 1 or more"):
+    with pytest.raises(ValueError, match="set samples to 1 or more"):
         hessian_trace(lambda: w.square().sum(), [w], samples=0)
 
 

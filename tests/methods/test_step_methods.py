@@ -133,7 +133,7 @@ def test_a_schedule_that_gives_no_radius_stops_the_run(kind: Any, value: float) 
     method, _ = started(kind(Falling(1.0, 0.0)))
     method.before_step()
     method.before_step()
-    with pytest.raises(MisconfigurationException, match=rf"a finite number >= 0, and gave {value} at step 2"):
+    with pytest.raises(MisconfigurationException, match=rf"a finite number >= 0, got {value} at step 2"):
         _ = method.current_rho
 
 
@@ -183,5 +183,5 @@ def test_pairs_that_never_have_a_gradient_are_said_after_some_steps() -> None:
     method, _ = started(EFMLoRAStep(0.5))
     for _ in range(STEPS_UNTIL_WARNING - 1):
         method.before_step()
-    with pytest.warns(UserWarning, match="EFMLoRA: no B of a pair has had a gradient so far"):
+    with pytest.warns(UserWarning, match="EFMLoRA: no pair's B has had a gradient so far"):
         method.before_step()

@@ -68,7 +68,7 @@ def test_values(name: str, value: Any, allowed: str) -> None:
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_without_rho_the_error_says_where_a_value_comes_from(front_end: str) -> None:
-    assert "rho has to be given: start from rho=0.05" in refused(FRONT_ENDS[front_end], {"rho": None})
+    assert "rho must be given: start from rho=0.05" in refused(FRONT_ENDS[front_end], {"rho": None})
 
 
 @values(OF_MODULES)

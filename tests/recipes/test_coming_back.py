@@ -84,7 +84,7 @@ def test_the_same_command_goes_on(
     with pytest.raises(SystemExit) as end:
         fit(*options)
     assert end.value.code == 128 + number
-    assert caplog.messages[-1].startswith("Requeue: step")
+    assert caplog.messages[-1].startswith("Requeue: saved step")
     assert caplog.messages[-1].endswith("/checkpoints/last.ckpt")
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.setattr(Send, "moment", ("", 0, 0))
