@@ -1,4 +1,4 @@
-"""Memory that a process takes to train, by method, each in its own process. Linux, CPU.
+"""Peak memory of training, by method, each in its own process. Linux, CPU.
 
 python -m recipes.benchmarks.memory --model roberta-large --methods all
 """
@@ -24,13 +24,13 @@ from recipes.command_line.options import known_names, parse_options
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of one benchmark, as ``--help`` explains them.
+    """Settings of this benchmark, shown by ``--help``.
 
     Attributes:
         model: name of a workload.
-        methods: to compare, or all.
-        steps: of training.
-        output: file of the results.
+        methods: methods to compare, or all.
+        steps: training steps.
+        output: output file, JSON.
     """
 
     model: str = "smollm2"
@@ -46,15 +46,15 @@ def peak() -> float:
 
 
 def measure(model: str, method: str, steps: int) -> float:
-    """Train in this process.
+    """Train in this process and measure its memory.
 
     Args:
         model: a name of WORKLOADS.
         method: a name of METHODS.
-        steps: of training.
+        steps: training steps.
 
     Returns:
-        MiB at the peak, above that of the process before it built the model.
+        Peak memory in MiB, less what the process used before it built the model.
     """
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -66,7 +66,7 @@ def measure(model: str, method: str, steps: int) -> float:
 
 
 def measured(model: str, method: str, steps: int) -> float:
-    """Measure in a fresh process, so that nothing of an earlier measurement is counted."""
+    """Measure in a fresh process, so that earlier measurements do not count."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
         return fresh.submit(measure, model, method, steps).result()
 
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     methods = METHODS if "all" in options.methods else known_names("--methods", options.methods, METHODS)
     if platform.system() != "Linux":
         raise SystemExit("this benchmark reads /proc, which only Linux has")
-    # Of the fresh processes: what is freed goes back to the kernel at once, and is not counted.
+    # For the child processes: freed memory goes back to the kernel at once, and is not counted.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []

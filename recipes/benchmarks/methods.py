@@ -1,4 +1,4 @@
-"""What the benchmarks compare: our methods, the baselines, and a peer of another package."""
+"""The methods that the benchmarks compare: ours, the baselines, and one of another package."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from recipes.benchmarks.workloads import Learner
 from recipes.training.module import BARE
 
 OURS = ("LoRA", "EFMLoRA", "FMLoRA")
-"""What is compared unless others are named."""
+"""The methods that are compared unless others are named."""
 
-RHO = 0.5  # a step costs the same whatever it is
+RHO = 0.5  # does not change the cost of a step
 
 
 class PeerSAM(Learner):
-    """Takes its steps with pytorch_optimizer's SAM around AdamW, in manual optimization: two passes."""
+    """Trains with pytorch_optimizer's SAM around AdamW, in manual optimization: two passes per step."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -38,7 +38,7 @@ class PeerSAM(Learner):
             self.manual_backward(loss)
             return loss
 
-        # The first pass: the optimizer's step takes only the second one.
+        # The first pass; the optimizer's step runs only the second.
         loss = closure()
         optimizer.step(closure)
         return loss
@@ -52,12 +52,12 @@ class PeerSAM(Learner):
 
 @dataclass(frozen=True)
 class Method:
-    """How a step is taken.
+    """How training steps are taken.
 
     Attributes:
-        callbacks: new ones for each Trainer.
-        learner: the module.
-        full: all weights are trained, without an adapter.
+        callbacks: makes new callbacks for each Trainer.
+        learner: class of the module.
+        full: train all weights, without an adapter.
     """
 
     callbacks: Callable[[], list[L.Callback]] = list
@@ -85,15 +85,15 @@ METHODS = {
 def train(
     method: Method, network: nn.Module, causal: bool, batches: Sequence[Any], *watch: L.Callback, **settings: Any
 ) -> None:
-    """Train for a step on each batch, without anything that costs time and is no part of a step.
+    """Train one step on each batch, without anything costly outside the steps.
 
     Args:
-        method: how a step is taken.
-        network: that is trained.
-        causal: whether it is a language model.
-        batches: one for each step.
-        watch: what is measured.
-        settings: of the Trainer.
+        method: how steps are taken.
+        network: network to train.
+        causal: whether it is a causal language model.
+        batches: one per step.
+        watch: callbacks that measure.
+        settings: further arguments of the Trainer.
     """
     trainer = L.Trainer(
         max_epochs=1,  # not max_steps, which does not count the steps of a peer's own optimizer

@@ -1,8 +1,8 @@
-"""What a step costs, by method, in turns in one run.
+"""Cost of a training step, by method; the methods alternate within one run.
 
 python -m recipes.benchmarks.step                                            # LoRA, EFMLoRA, FMLoRA
 python -m recipes.benchmarks.step --models roberta-large --methods all       # baselines and a peer too
-python -m recipes.benchmarks.step --models minilm --ranks 4 16 64 256        # how it grows
+python -m recipes.benchmarks.step --models minilm --ranks 4 16 64 256        # cost by rank
 python -m recipes.benchmarks.step --models small-layers --time processor
 """
 
@@ -36,19 +36,19 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor"
 
 @dataclass
 class Options:
-    """The settings of one benchmark, as ``--help`` explains them.
+    """Settings of this benchmark, shown by ``--help``.
 
     Attributes:
         models: names of workloads.
-        methods: to compare with LoRA, or all.
-        ranks: of the adapter, in place of the models' own.
+        methods: methods to compare with LoRA, or all.
+        ranks: ranks of the adapter, instead of the models' own.
         rounds: turns of each method.
-        steps: measured steps in a turn.
+        steps: measured steps per turn.
         accelerator: cpu or cuda.
-        precision: Lightning's.
-        time: the processor's time leaves out what else the machine does.
-        threads: of the CPU.
-        output: file of the results.
+        precision: Lightning's precision.
+        time: clock to read; the processor's time leaves out other work of the machine.
+        threads: CPU threads.
+        output: output file, JSON.
     """
 
     models: list[str] = field(default_factory=lambda: ["minilm", "smollm2"])
@@ -69,10 +69,10 @@ class Options:
 
 
 class Clock(L.Callback):
-    """When each batch starts, so that a step is all until the next one: hooks and loop included.
+    """Records when each batch starts; a step lasts until the next start, with hooks and loop.
 
     Args:
-        now: the clock that is read, in seconds.
+        now: returns the time in seconds.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -89,24 +89,24 @@ class Clock(L.Callback):
 
 
 def measure_steps(work: Workload | Stack, methods: list[str], options: Options) -> list[Row]:
-    """Measure the step time of each method, in turns: a noisy machine disturbs all alike.
+    """Measure each method's step time; the methods alternate, so that a noisy machine disturbs all of them alike.
 
     Args:
         work: model and sizes.
         methods: names of METHODS, LoRA among them.
-        options: of the command line: rounds, steps, accelerator and precision.
+        options: rounds, steps, accelerator and precision.
 
     Returns:
-        A row for each method: median step in seconds, and its ratio to LoRA's turn of the same round, for each round
-        and their median.
+        A row per method: the median step in seconds, and its ratios to LoRA's turns in the same rounds with their
+        median.
     """
-    # Two more for the warm-up, and one whose start ends the last step that is measured.
+    # Two more for the warm-up, and one whose start ends the last measured step.
     batches = [work.example() for _ in range(options.steps + 3)]
     kinds = {METHODS[name].full for name in methods}
     networks = {full: replace(work, full=full).network() for full in kinds}
     turns: dict[str, list[float]] = {name: [] for name in methods}
     for number in track(range(options.rounds), description="steps"):
-        # There and back, so that a machine that gets slower within a round favours no method.
+        # Back and forth, so that a machine that slows down within a round favours no method.
         for name in methods if number % 2 == 0 else reversed(methods):
             turns[name].append(_turn(METHODS[name], networks[METHODS[name].full], work.causal, batches, options))
     rows: list[Row] = []
@@ -118,8 +118,8 @@ def measure_steps(work: Workload | Stack, methods: list[str], options: Options) 
 
 
 def _turn(method: Method, network: nn.Module, causal: bool, batches: list[Any], options: Options) -> float:
-    """Return the median seconds of a step, after two of warm-up."""
-    gc.collect()  # the last turn's trainer and optimizer, whose parts point at each other
+    """Return the median seconds per step, after two warm-up steps."""
+    gc.collect()  # the last turn's trainer and optimizer, which reference each other
     clock = Clock(CLOCKS[options.time])
     settings = {"accelerator": options.accelerator, "precision": options.precision}
     train(method, network, causal, batches, clock, **settings)
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             work = replace(WORKLOADS[model], rank=rank)
             sizes = {"model": model, "rank": rank, "batch": work.batch, "layers": work.layers}
             rows += [sizes | row for row in measure_steps(work, options.methods, options)]
-            # What is measured so far stays, whatever happens to the rest.
+            # Results so far are kept, whatever happens to the rest.
             options.output.write_text(json.dumps(result, indent=2) + "\n")
     frame = DataFrame(rows)
     frame["lowest ratio"], frame["highest ratio"] = frame["ratios"].map(min), frame["ratios"].map(max)

@@ -1,4 +1,4 @@
-"""What the benchmarks train: models of known sizes, random weights and data, since cost depends only on sizes."""
+"""Models for the benchmarks: known sizes, random weights and data, since cost depends only on sizes."""
 
 import copy
 from dataclasses import dataclass
@@ -25,15 +25,15 @@ _CAUSAL = ("gpt2", "llama", "qwen3_moe")
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, where its adapter goes, and the size of a batch.
+    """A model, the place of its adapter, and the size of a batch.
 
     Attributes:
-        config: of transformers.
-        targets: the layers that get LoRA, as peft takes them.
-        batch: sequences or images in a step.
-        length: tokens in a sequence; images have their own.
-        layers: blocks of the model.
-        rank: of the adapter; alpha is twice as large.
+        config: configuration of a transformers model.
+        targets: layers that get LoRA, as peft's ``target_modules``.
+        batch: sequences or images per step.
+        length: tokens per sequence; images have their own.
+        layers: number of blocks.
+        rank: rank of the adapter; alpha is twice as large.
         full: train all weights, without an adapter.
     """
 
@@ -73,13 +73,13 @@ class Workload:
 
 @dataclass(frozen=True)
 class Stack:
-    """Square Linear layers one after the other, each with an adapter: what a layer costs apart from its arithmetic.
+    """A chain of square Linear layers, each with an adapter: the cost of a layer apart from its arithmetic.
 
     Attributes:
-        layers: how many.
+        layers: number of layers.
         width: rows and columns of each.
-        batch: samples in a step.
-        rank: of the adapter; alpha is twice as large.
+        batch: samples per step.
+        rank: rank of the adapter; alpha is twice as large.
         full: train all weights, without an adapter.
     """
 
@@ -95,8 +95,8 @@ class Stack:
         torch.manual_seed(0)
         network: Any = nn.Sequential(*(nn.Linear(self.width, self.width) for _ in range(self.layers)))
         for layer in network:
-            # Without residual connections the signal would fall to numbers below the smallest normal one, as in no real
-            # model, and on those a processor's products are ten times slower.
+            # Without residual connections the signal would shrink to subnormal numbers, as in no real model, and
+            # processors multiply those ten times more slowly.
             nn.init.orthogonal_(layer.weight)
         if not self.full:
             names = [name for name, _ in network.named_children()]
@@ -109,7 +109,7 @@ class Stack:
 
 
 class Learner(L.LightningModule):
-    """Trains what is not frozen in a network with AdamW."""
+    """Trains a network's unfrozen weights with AdamW."""
 
     def __init__(self, network: nn.Module, causal: bool) -> None:
         super().__init__()
@@ -126,11 +126,11 @@ class Learner(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW on what is trained."""
+        """Return AdamW for the trained weights."""
         return torch.optim.AdamW(self.trained(), lr=1e-4)
 
     def trained(self) -> list[nn.Parameter]:
-        """Return what is not frozen."""
+        """Return the parameters that are not frozen."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
 
@@ -148,13 +148,13 @@ _ROBERTA: dict[str, Any] = {"hidden_size": 1024, "num_attention_heads": 16}
 
 
 def _two_blocks(width: int) -> Workload:
-    """With 512 tokens a step, for the engine's share at high ranks."""
+    """Return a model that trains on 512 tokens per step, to show the engine's share at high ranks."""
     config = _llama(width, width // 64, vocab_size=1024, intermediate_size=8 * width // 3)
     return Workload(config, _QV_LLAMA, batch=4, length=128, layers=2)
 
 
 def _mixture_of_experts(width: int) -> Qwen3MoeConfig:
-    """Qwen3-30B-A3B's 128 experts, of which 8 take a token, and its proportions, in a small width."""
+    """Return a narrow model with Qwen3-30B-A3B's proportions and 128 experts, 8 of them per token."""
     sizes: dict[str, Any] = {"hidden_size": width, "moe_intermediate_size": 3 * width // 8, "vocab_size": 1024}
     heads: dict[str, Any] = {"num_attention_heads": width // 64, "num_key_value_heads": 1, "head_dim": 64}
     return Qwen3MoeConfig(**sizes, **heads, num_experts=128, num_experts_per_tok=8)
@@ -174,7 +174,7 @@ WORKLOADS: dict[str, Workload | Stack] = {
     ),
     "gpt2-medium": Workload(GPT2Config(n_embd=1024, n_head=16), _QKV_GPT2, batch=4, length=64, layers=24),
     "vit-b16": Workload(ViTConfig(), _QV_VIT, batch=4, length=0, layers=12),
-    # two layers of a 7B model's shapes: what a layer costs is what all cost
+    # two layers of a 7B model's shapes; all of its layers cost the same
     "llama-7b-layers": Workload(
         _llama(4096, 32, intermediate_size=11008, vocab_size=1024), _QV_LLAMA, batch=1, length=128, layers=2
     ),

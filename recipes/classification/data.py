@@ -1,4 +1,4 @@
-"""TextData: texts with a class or a number, from files, the Hub or packages, in batches that a resumed run takes up."""
+"""TextData: texts with a class or a number, from files, the Hub or packages, in resumable batches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,34 +23,35 @@ from recipes.language.batches import loader_by_length, pad, padded, padding_id
 from recipes.language.data import read_prompts
 from recipes.offline import texts
 
-_TEST_SEED = 42  # of the rows drawn for the test, so that all runs are tested on the same ones
+_TEST_SEED = 42  # for drawing test rows, so that all runs are tested on the same ones
 
 
 @dataclass(eq=False)
 class TextData(PartedData):
     """Texts with a class or a number, in parts for training, validation and test.
 
-    Shares are of the training split's texts, without case and punctuation. Rows without a text or a label are left out.
+    Shares divide the training split by its texts, ignoring case and punctuation. Rows without a text or a label are
+    left out.
 
     Args:
         dataset: a Hub name, a local folder of the same layout, a local .json, .jsonl, .parquet or .csv file, or
             one of recipes.offline.texts.TASKS, such as "packaged:sentiment", "packaged:subject",
             "packaged:all_subjects" or "packaged:privacy".
         text: the column that the model reads, or two for pairs.
-        label: the column of the classes, numbers or names, or of the numbers to predict.
-        regression: ``label`` holds numbers to predict.
-        template: of prompts, for a model that predicts label words, as :class:`recipes.classification.prompts.Prompt`
-            explains; None gives the model the texts alone, for a head.
-        text_tokens: with a template, tokens kept of each text; None keeps what ``max_length`` has room for.
-        shots: train on so many texts of each class, and without a ``validation_split`` validate on as many others.
-        shots_seed: of the draw of these texts.
-        test_rows: test on so many texts at most, the same ones in all runs.
+        label: the column with the classes (numbers or names) or with the numbers to predict.
+        regression: predict the numbers in ``label``.
+        template: prompt for a model that predicts label words, see :class:`recipes.classification.prompts.Prompt`; None
+            gives the model only the texts, for a head.
+        text_tokens: with a template, tokens kept of each text; None keeps all that ``max_length`` allows.
+        shots: train on this many texts per class and, without a ``validation_split``, validate on as many others.
+        shots_seed: seed for drawing these texts.
+        test_rows: test on at most this many texts, the same ones in all runs.
         max_length: tokens kept of a text.
-        predict_file: texts without labels, for `predict`: a table with the columns of ``text``, or, where that is one
-            column, a .txt file with a text in each line.
+        predict_file: texts without labels, for `predict`: a table with the columns in ``text`` or, if that is a single
+            column, a .txt file with one text per line.
 
     Attributes:
-        classes: names of the classes, once `setup` has run; a label is an index of this list. Empty for a regression.
+        classes: names of the classes, after `setup`; a label is an index into this list. Empty for a regression.
 
     Raises:
         MisconfigurationException: arguments out of range (here); data that can't be read, a missing column, fewer than
@@ -76,7 +77,7 @@ class TextData(PartedData):
     def __post_init__(self) -> None:
         self.text_columns = [self.text] if isinstance(self.text, str) else list(self.text)
         if self.shots is not None:
-            self.validation_share = 0.0  # the texts to validate on are drawn, too
+            self.validation_share = 0.0  # the texts to validate on are drawn too
         super().__post_init__()
         self.division.is_drawn = self.shots is not None
         self.classes: list[str] = []
@@ -85,14 +86,14 @@ class TextData(PartedData):
     def problems(self) -> list[str]:
         problems = []
         if len(self.text_columns) > 2 and self.template is None:
-            problems.append(f"text={self.text_columns} are more than two columns, which needs a template")
+            problems.append(f"text={self.text_columns} names more than two columns, which needs a template")
         if self.shots is not None and self.regression:
-            problems.append("shots are of classes: leave it out in a regression")
+            problems.append("shots needs classes: leave it out in a regression")
         return problems
 
     @override
     def begin(self) -> None:
-        self.table(self.split)  # whose classes are predicted
+        self.table(self.split)  # its classes are the ones to predict
         self.encoder = self._encoder()
 
     @override
@@ -141,7 +142,7 @@ class TextData(PartedData):
         return mapped(rows, self.encoder, remove_columns=["texts"], desc=f"Tokenizing {part}")
 
     def longest(self) -> tuple[int, int]:
-        """Return the tokens of the longest text; none is written."""
+        """Return the tokens of the longest text, and 0, since no answers are generated."""
         return max([max(rows["length"]) for rows in self.parts.values() if len(rows)], default=0), 0
 
     @override
@@ -158,7 +159,7 @@ class TextData(PartedData):
         return mapped(rows, self.encoder, desc="Tokenizing predict")
 
     def _texts(self, table: Any, source: str) -> dict[int, list[str]]:
-        """Return the texts of each row that has any, one for each of the columns that the model reads."""
+        """Return the texts of each row that has any, one per column that the model reads."""
         for name in self.text_columns:
             others = [value for value in table[name] if value is not None and not isinstance(value, str)]
             if others:
@@ -176,7 +177,7 @@ class TextData(PartedData):
         missing = sorted(set(wanted) - set(names))
         if missing:
             raise MisconfigurationException(
-                f"{source} has the columns {sorted(names)}, and not {missing}: name those that it has, for example "
+                f"{source} has the columns {sorted(names)} but not {missing}: name columns that it has, for example "
                 f"--data.text {names[0]} --data.label {names[-1]}"
             )
 
@@ -204,7 +205,7 @@ class TextData(PartedData):
         tokenizer = self.trained_module.tokenizer
         if self.template is not None:
             return Prompt(self.template, self.text_columns, tokenizer, self.max_length, self.text_tokens)
-        # Encoders have a token between two texts; the tokenizers of most decoders put them end to end.
+        # Encoders put a token between two texts; most decoders' tokenizers put nothing there.
         between = tokenizer.num_special_tokens_to_add(True) - tokenizer.num_special_tokens_to_add(False)
         return partial(_encode, tokenizer=tokenizer, max_length=self.max_length, separator="" if between else "\n")
 
@@ -213,7 +214,7 @@ def _encode(row: dict[str, Any], tokenizer: Any, max_length: int, separator: str
     first, *second = row["texts"]
     encoded = tokenizer(first, *(separator + text for text in second), truncation=True, max_length=max_length)
     columns = {"input_ids": encoded["input_ids"], "length": len(encoded["input_ids"])}
-    if len(row["texts"]) == 2 and "token_type_ids" in encoded:  # BERT's, which say where the second text begins
+    if len(row["texts"]) == 2 and "token_type_ids" in encoded:  # BERT's, which mark the second text
         columns["token_type_ids"] = encoded["token_type_ids"]
     return columns
 

@@ -1,4 +1,4 @@
-"""The labels of a table: classes by name or numbers to predict, with the rows that have none."""
+"""The labels of a table: names of classes, or numbers to predict; rows may lack one."""
 
 import math
 from collections import Counter
@@ -11,17 +11,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
 def class_names(table: Any, column: str, source: str) -> list[str]:
-    """Return the classes of a table: those that the Hub declares, in its order, otherwise those that occur, sorted.
+    """Return a table's classes: those declared on the Hub, in its order; otherwise the values that occur, sorted.
 
-    Among two or more integers from 0 on, -1 is not a class: it stands for a missing label, as on the Hub.
+    Next to two or more integers from 0 up, -1 is not a class but marks a missing label, as on the Hub.
 
     Args:
         table: a ``datasets.Dataset``.
-        column: of the labels.
-        source: what to call the table in messages.
+        column: column of the labels.
+        source: name of the table in messages.
 
     Raises:
-        MisconfigurationException: there are fewer than two, or they are neither numbers nor names.
+        MisconfigurationException: there are fewer than two classes, or they are neither numbers nor names.
     """
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):
@@ -30,8 +30,8 @@ def class_names(table: Any, column: str, source: str) -> list[str]:
     found = set(values) if all(isinstance(value, int | str) for value in values) else set()
     if len(found) < 2:
         raise MisconfigurationException(
-            f"{source}: the column {column!r} must hold numbers or names of two classes at least, got "
-            f"{sorted(set(map(repr, values)))[:5]}; set regression to true for numbers to predict; a text has one label"
+            f"{source}: the column {column!r} must hold numbers or names of at least two classes, got "
+            f"{sorted(set(map(repr, values)))[:5]}; to predict numbers, set regression to true; a text has one label"
         )
     others = found - {-1}
     if len(others) > 1 and all(isinstance(value, int) and value >= 0 for value in others):
@@ -43,7 +43,7 @@ def class_labels(table: Any, column: str, classes: Sequence[str], source: str) -
     """Return the index of each row's class in ``classes``; None for a row without a label, the Hub's -1.
 
     Raises:
-        MisconfigurationException: a class is not among them.
+        MisconfigurationException: a row's class is not in ``classes``.
     """
     indices = {name: index for index, name in enumerate(classes)}
     labels: list[int | None] = []
@@ -51,18 +51,18 @@ def class_labels(table: Any, column: str, classes: Sequence[str], source: str) -
         is_missing = value is None or (value == -1 and "-1" not in indices)
         if not is_missing and str(value) not in indices:
             raise MisconfigurationException(
-                f"{source}: the column {column!r} holds {value!r}, which is none of the classes {list(classes)} of the "
-                "training data"
+                f"{source}: the column {column!r} holds {value!r}, which is not among the classes {list(classes)} of "
+                "the training data"
             )
         labels.append(None if is_missing else indices[str(value)])
     return labels
 
 
 def numbers(table: Any, column: str, source: str) -> list[float | None]:
-    """Return each row's number; None for one without, and for all rows if all are -1, as in the test set of STS-B.
+    """Return each row's number; None for a row without one, and for all rows if all are -1, as in STS-B's test set.
 
     Raises:
-        MisconfigurationException: the column holds something else.
+        MisconfigurationException: the column holds something other than numbers.
     """
     found: list[float | None] = []
     for value in _values(table, column):
@@ -77,7 +77,7 @@ def numbers(table: Any, column: str, source: str) -> list[float | None]:
 
 
 def _values(table: Any, column: str) -> list[Any]:
-    """Return each row's label; None for one without. A class that the Hub declares is a name, and its -1 None."""
+    """Return each row's label or None. Classes declared on the Hub become names, and its -1 becomes None."""
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return [feature.int2str(value) if value is not None and value >= 0 else None for value in table[column]]
@@ -85,7 +85,7 @@ def _values(table: Any, column: str) -> list[Any]:
 
 
 def _value(given: Any) -> Any:
-    """Return a label: names without spaces around them, 1 for 1.0, and None for an empty one or nan."""
+    """Return a label: names without surrounding spaces, 1 for 1.0, and None for an empty value or nan."""
     if isinstance(given, float):
         if math.isnan(given):
             return None
@@ -94,15 +94,15 @@ def _value(given: Any) -> Any:
 
 
 def draw_shots(keys: Sequence[str], labels: Sequence[int], number: int, seed: int) -> tuple[list[int], list[int]]:
-    """Draw rows for training and others for validation, at random: ``number`` of each class, or what there is.
+    """Draw random rows for training and others for validation: ``number`` per class each, or as many as there are.
 
     No text is drawn twice. A class with too few rows for both fills the training rows first.
 
     Args:
-        keys: of the texts; equal texts have equal keys.
-        labels: of the rows.
-        number: of rows of a class in each of the two.
-        seed: of the draw.
+        keys: keys of the texts; equal texts have equal keys.
+        labels: labels of the rows.
+        number: rows per class in each of the two.
+        seed: seed of the draw.
 
     Example:
         >>> train, validation = draw_shots(["a", "b", "c", "d"], [0, 0, 1, 1], 1, seed=13)

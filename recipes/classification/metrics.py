@@ -1,4 +1,4 @@
-"""The metrics of torchmetrics that a configuration names."""
+"""torchmetrics' metrics, by their configured names."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,16 +14,16 @@ from torchmetrics.classification import (
 
 
 def new_metrics(names: Sequence[str] | None, classes: int) -> dict[str, Metric]:
-    """Return metrics of predicted against true labels, the first of which decides on the best checkpoint.
+    """Return metrics that compare predicted with true labels; the first one decides on the best checkpoint.
 
-    "f1" is of class 1 of two, and the mean over more classes.
+    "f1" is that of class 1 if there are two classes, and otherwise the mean over classes.
 
     Args:
-        names: as configured; None is accuracy for classes, Pearson's and Spearman's correlation for numbers.
-        classes: their number; 0 for numbers to predict.
+        names: as configured; None means accuracy for classes, Pearson's and Spearman's correlation for numbers.
+        classes: number of classes; 0 for numbers to predict.
 
     Raises:
-        MisconfigurationException: a name is unknown or of the other kind, or there is none.
+        MisconfigurationException: a name is unknown or of the other kind, or none is given.
 
     Example:
         >>> from torch import tensor

@@ -20,23 +20,24 @@ from recipes.training.predictions import PredictionWriter
 
 
 class TextClassification(PretrainedModel):
-    """A pretrained model with LoRA that tells the class of a text or a number, by a new head or by label words.
+    """A pretrained model with LoRA that predicts a text's class or number, with a new head or by label words.
 
-    A head is trained plainly next to the adapter: the methods perturb the weights that LoRA adapts, and no others. The
-    loss is the cross-entropy over the classes, or the squared error of the number.
+    The head is trained without perturbation: the methods perturb only the weights that LoRA adapts. The loss is the
+    cross-entropy over the classes, or the squared error of the number.
 
     Args:
         model: a Hub name or a local directory that AutoModelForSequenceClassification loads (with ``label_words``
             AutoModelForMaskedLM or AutoModelForCausalLM), or "packaged:minilm" for all-MiniLM-L6-v2.
         metrics: some of "accuracy", "f1" and "matthews" for classes, "pearson" and "spearman" for a regression; the
-            first is logged as the score, too. None is accuracy, or both correlations.
-        label_words: a word of one token for each class, which the model predicts where the data's template says; None
-            gives the model a new head.
-        head_learning_rate: of what is trained next to the adapter, at its highest; None is ``learning_rate``.
-        start_from: folder of another run's adapter, whose LoRA weights this one starts from; the head is new. Only
-            `fit` reads it; a run that resumes from a checkpoint may leave it out.
+            first is also logged as the score. None means accuracy, or both correlations.
+        label_words: a word of one token for each class, which the model predicts at the place given by the data's
+            template; None gives the model a new head.
+        head_learning_rate: peak rate of the head and of all else that is trained next to the adapter; None means
+            ``learning_rate``.
+        start_from: folder of another run's adapter, whose LoRA weights this run starts from; the head is new. Only
+            `fit` reads it; a run resumed from a checkpoint may omit it.
         predictions: name of the file that `predict` writes, .jsonl or .csv.
-        kwargs: of the next class: the optimizer's settings, and for FMLoRA's module rho and others.
+        kwargs: the optimizer's settings and, for FMLoRA's module, rho and others.
     """
 
     task = "text-classification"
@@ -83,11 +84,11 @@ class TextClassification(PretrainedModel):
 
     @override
     def must_fit(self) -> dict[str, Any]:
-        # A label is an index of the list of classes, so another list would give each of them another meaning.
+        # A label is an index into the list of classes, so another list would change its meaning.
         return {"classes": list(self.data.classes)}
 
     def _add_metrics(self) -> None:
-        """Add the metrics, which depend on the number of classes that only the data know."""
+        """Add the metrics, which need the data's number of classes."""
         for stage in ("val", "test"):
             found = new_metrics(self.wanted_metrics, len(self.data.classes))
             self.metric_names = list(found)
@@ -104,7 +105,7 @@ class TextClassification(PretrainedModel):
             return [{"params": adapter}, {"params": head, "lr": rate}]
         if self.head_learning_rate is not None:
             raise MisconfigurationException(
-                f"head_learning_rate={self.head_learning_rate}, and nothing is trained next to the adapter: set it to "
+                f"head_learning_rate={self.head_learning_rate}, but nothing is trained next to the adapter: set it to "
                 "null, or name modules in lora.modules_to_save"
             )
         return [{"params": adapter}]

@@ -1,4 +1,4 @@
-"""Texts in a template, and the words that stand for the classes."""
+"""Texts in a template, and the label words of the classes."""
 
 import string
 from collections.abc import Mapping, Sequence
@@ -18,16 +18,16 @@ class Prompt:
     """Turn a row's texts into a prompt's tokens.
 
     Attributes:
-        template: with ``{column}`` for a text, ``{column:no_end}`` without its last character, ``{column:lower}``
-            beginning in lower case, and ``{mask}`` for the mask token of a masked model. Spaces around a text are
-            left out first.
-        columns: names of the texts.
-        tokenizer: the model's.
-        max_length: tokens of a prompt; the longest text is cut at its end until the prompt fits.
+        template: text with ``{column}`` for a column's text, ``{column:no_end}`` for it without its last character,
+            ``{column:lower}`` for it with a lower-case start, and ``{mask}`` for a masked model's mask token. Spaces
+            around a text are removed first.
+        columns: names of the columns with the texts.
+        tokenizer: the model's tokenizer.
+        max_length: most tokens of a prompt; the longest text is cut at its end until the prompt fits.
         text_tokens: tokens kept of each text; None keeps all.
 
     Raises:
-        MisconfigurationException: the template can't be read, names other columns or none, asks for an unknown change
+        MisconfigurationException: the template can't be read, names unknown columns or none, asks for an unknown change
             or for a mask that the model lacks, or ends in a space.
     """
 
@@ -50,16 +50,16 @@ class Prompt:
         ends_in_space = self.template != self.template.rstrip()  # the label word brings its own
         if not is_known or ends_in_space or len(fields) - len(texts) > masks:
             raise MisconfigurationException(
-                f"template={self.template!r} must hold texts, out of {[f'{{{name}}}' for name in self.columns]}, each "
-                "perhaps with :no_end or :lower, and {mask} once at most, for a model with a mask token; and it must "
+                f"template={self.template!r} must hold texts out of {[f'{{{name}}}' for name in self.columns]}, each "
+                "optionally with :no_end or :lower; it may hold {mask} once, if the model has a mask token, and must "
                 "not end in a space"
             )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the tokens, their number, and the index of the one whose prediction is the label word.
+        """Return the tokens, their number, and the index of the token whose prediction is the label word.
 
         Raises:
-            MisconfigurationException: the template is too long without any text, or a text holds the mask token.
+            MisconfigurationException: the template is too long even without texts, or a text holds the mask token.
         """
         columns = dict(zip(self.columns, row["texts"], strict=True))
         texts = []
@@ -95,7 +95,7 @@ class Prompt:
             if name is not None:
                 prompt += self.tokenizer.mask_token if name == _MASK else next(remaining)
         ids: list[int] = self.tokenizer(prompt)["input_ids"]
-        # The label word follows the prompt of a causal model, not the end token that some tokenizers append.
+        # In a causal model the label word follows the prompt, so an end token that the tokenizer appends is removed.
         if not is_masked(self.template) and ids and ids[-1] == self.tokenizer.eos_token_id:
             return ids[:-1]
         return ids
@@ -105,7 +105,7 @@ class Prompt:
         return encoded["offset_mapping"]  # type: ignore[no-any-return]
 
     def _cut(self, text: str, tokens: int) -> str:
-        """Return the first tokens of a text, as it is written, without a character that the cut would split."""
+        """Return a text's first tokens, as written, without a character that the cut would split."""
         offsets = self._offsets(text)
         if len(offsets) <= tokens:
             return text
@@ -117,7 +117,7 @@ class Prompt:
 
 
 def _fields(template: str) -> list[tuple[str, str | None]]:
-    """Return the names in braces, each with the change that is asked for.
+    """Return the names in braces, each with its requested change.
 
     Example:
         >>> _fields("{premise:no_end}? {mask}, {hypothesis:lower}")
@@ -137,15 +137,16 @@ def _changed(text: str, change: str | None) -> str:
 
 
 def is_masked(template: str) -> bool:
-    """Return whether a template is for a masked model; for a causal one the label word follows the prompt."""
+    """Return whether a template is for a masked model; in a causal model the label word follows the prompt."""
     return (_MASK, "") in _fields(template)
 
 
 def word_tokens(words: Mapping[str, str], classes: Sequence[str], tokenizer: Any) -> list[int]:
-    """Return the token of each class's label word, as it stands after a space.
+    """Return the token of each class's label word, as written after a space.
 
     Raises:
-        MisconfigurationException: words for other classes, a word of several tokens, or one for two classes.
+        MisconfigurationException: there are words for other classes, a word has several tokens, or two classes share
+            one.
     """
     if set(words) != set(classes):
         raise MisconfigurationException(f"label_words={dict(words)} must have a word for each of {list(classes)}")
@@ -157,7 +158,7 @@ def word_tokens(words: Mapping[str, str], classes: Sequence[str], tokenizer: Any
         if not is_one_token or ids[-1] in tokens:
             pieces = tokenizer.convert_ids_to_tokens(ids[len(before) :])
             raise MisconfigurationException(
-                f"label_words: {words[name]!r} must be one token, and another one for each class, and is {pieces} to "
+                f"label_words: {words[name]!r} must be one token, different for each class, but is {pieces} to "
                 "this tokenizer: choose another"
             )
         tokens.append(ids[-1])

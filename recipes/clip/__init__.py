@@ -1,1 +1,1 @@
-"""What the recipes for open_clip models share: the model with its adapter, image reading, the emoji, and the export."""
+"""Shared by the recipes for open_clip models: the model with its adapter, image reading, the emoji, and the export."""

@@ -26,15 +26,15 @@ from recipes.command_line.taken import taken
 from recipes.data.files import refuse_unless_new
 
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-_CLOSE = 1e-3  # of normalized features; a wrong weight changes them by more
+_CLOSE = 1e-3  # largest difference of normalized features; a wrong weight changes them by more
 
 
 def main(checkpoint: Path, folder: Path, config: Path | None = None) -> None:
-    """Write what a run of the CLIP recipes has trained as a plain open_clip model, with the adapter merged in.
+    """Merge the adapter of a CLIP recipe's run into its model, and write a plain open_clip model.
 
     Args:
-        checkpoint: a .ckpt of the run.
-        folder: to write, which must not hold a model yet; open_clip loads it as "local-dir:FOLDER".
+        checkpoint: a .ckpt file of the run.
+        folder: output folder, new or empty; open_clip loads it as "local-dir:FOLDER".
         config: the run's config.yaml; by default the one in the folder above the checkpoint's.
     """
     difference = export(checkpoint, folder, config)
@@ -47,10 +47,10 @@ def main(checkpoint: Path, folder: Path, config: Path | None = None) -> None:
 
 
 def export(checkpoint: Path, folder: Path, config: Path | None = None) -> float:
-    """Write a run's model as :func:`main` does, and return the largest difference of its features to the run's.
+    """Write a run's model as :func:`main` does, and return the largest difference between its and the run's features.
 
     Raises:
-        MisconfigurationException: a file is missing, the two don't belong together, or the folder holds something.
+        MisconfigurationException: a file is missing, the two don't belong together, or the folder is not empty.
     """
     refuse_unless_new(folder)
     config = config or checkpoint.parent.parent / "config.yaml"
@@ -76,10 +76,10 @@ def trained(checkpoint: Path, config: Path) -> Any:
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningModule, "model")
     try:
-        # The run may be somebody else's.
+        # The run may come from somebody else.
         settings, others = taken(yaml.safe_load(config.read_text(encoding="utf-8")))
         if "model" not in settings:
-            raise ValueError(f"of other classes than the recipes', which are not imported: {', '.join(others)}")
+            raise ValueError(f"it names classes outside the recipes, which are not imported: {', '.join(others)}")
         module = parser.instantiate_classes(parser.parse_object({"model": settings["model"]})).model
         module.configure_model()
         load_adapter_checkpoint(module, checkpoint)
@@ -92,7 +92,7 @@ def trained(checkpoint: Path, config: Path) -> Any:
 
 
 def write(module: Any, folder: Path) -> None:
-    """Write the model's configuration and weights, and its tokenizer if that has its own files."""
+    """Write the model's configuration and weights, and its tokenizer if it has its own files."""
     folder.mkdir(parents=True, exist_ok=True)
     state = module.open_clip_state() if hasattr(module, "open_clip_state") else export_open_clip(module.net)
     # safetensors refuses tensors that share memory or are not contiguous.
@@ -100,7 +100,7 @@ def write(module: Any, folder: Path) -> None:
     base = module.net.get_base_model() if hasattr(module.net, "get_base_model") else module.net
     name = module.model_name
     model_config = open_clip.get_model_config(Path(name).stem if name.endswith(".json") else name)
-    # A tag's weights may want another activation than the configuration of that name says.
+    # A tag's weights may need another activation than the configuration of that name gives.
     model_config["quick_gelu"] = any(isinstance(part, QuickGELU) for part in base.modules())
     if hasattr(module.clip.tokenizer, "save_pretrained"):
         module.clip.tokenizer.save_pretrained(folder)

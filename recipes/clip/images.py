@@ -1,4 +1,4 @@
-"""Reading images: errors that name the file, and one pass over a folder before training that finds what is broken."""
+"""Reading images: errors that name the file, and a check of all images before training."""
 
 import glob
 import random
@@ -21,17 +21,17 @@ from tqdm import tqdm
 from recipes.data.left_out import few
 from recipes.training.ranks import rank
 
-_LONGEST = 200  # characters of a broken file's name, which may be an image in text form by mistake
+_LONGEST = 200  # characters of a broken file's name, which may be a whole image as text by mistake
 _ENDINGS = {".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".heic", ".heif"}
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """An image inside of a table, which Pillow opens as it opens a path: its bytes are read when needed.
+    """An image inside a table, which Pillow opens like a file: its bytes are read when needed.
 
     Attributes:
-        name: for messages.
-        read: gives its bytes.
+        name: name for messages.
+        read: returns its bytes.
     """
 
     name: str
@@ -45,10 +45,10 @@ ImageFile = str | Path | Embedded
 
 
 def read_image(path: ImageFile) -> Image.Image:
-    """Return an image in RGB, turned as its EXIF orientation says, with white for what is transparent.
+    """Return an image in RGB, turned by its EXIF orientation, with transparent parts in white.
 
     Args:
-        path: of any format that Pillow reads, with 8 bits per channel.
+        path: file in any format that Pillow reads with 8 bits per channel.
 
     Raises:
         MisconfigurationException: it can't be read; the message names the file and the reason.
@@ -56,18 +56,19 @@ def read_image(path: ImageFile) -> Image.Image:
     try:
         with Image.open(cast("Any", path)) as opened:
             _refuse_wide(opened)
-            # In place, since a copy would be made of every image, turned or not.
+            # In place, since otherwise every image would be copied, turned or not.
             ImageOps.exif_transpose(opened, in_place=True)
             return on_white(opened) if opened.has_transparency_data else opened.convert("RGB")
-    except Exception as error:  # decoders raise of many kinds: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # decoders raise many types: OSError, SyntaxError, struct.error, ...
         raise MisconfigurationException(f"{path} can't be read as an image: {_reason(error)}") from error
 
 
 @contextmanager
 def drawing(*seeds: int) -> Iterator[None]:
-    """Let these numbers decide what is drawn inside, in whichever process; all generators are put back afterwards.
+    """Seed everything that is drawn inside, in whichever process; all generators are restored afterwards.
 
-    They are Python's, NumPy's and PyTorch's on the CPU, from any of which open_clip's transforms draw, and dropout too.
+    They are Python's, NumPy's and PyTorch's on the CPU: open_clip's transforms draw from any of them, and so does
+    dropout.
     """
     (seed,) = np.random.SeedSequence(seeds).generate_state(1).tolist()
     with isolate_rng(include_cuda=False):
@@ -85,18 +86,18 @@ def readable(
     skip_unreadable: bool = False,
     refuses: Callable[[Size], str | None] = lambda size: None,
 ) -> list[int]:
-    """Find out which of these images can be read: each is decoded once, with a progress bar if there are many.
+    """Find the images that can be read: each is decoded once, with a progress bar if there are many.
 
     Args:
-        paths: of images.
-        skip_unreadable: leave broken ones out, and say how many and which, instead of an error.
-        refuses: says of a width and a height, in pixels, why no such image can be used; None if it can.
+        paths: paths of images.
+        skip_unreadable: leave out broken images and say which, instead of raising an error.
+        refuses: given a width and a height in pixels, returns why such an image can't be used, or None.
 
     Returns:
-        The indices of those that can be read, in order.
+        The indices of the readable images, in order.
 
     Raises:
-        MisconfigurationException: an image can't be read and is not to be skipped, or no image can.
+        MisconfigurationException: an image can't be read and is not to be skipped, or none can be read.
     """
     with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the interpreter's lock
         results = pool.map(partial(_problem, refuses=refuses), paths)
@@ -111,7 +112,7 @@ def readable(
         return list(range(len(paths)))
     problem = f"{len(broken)} of {len(paths)} images can't be read: {few(broken)}"
     if not skip_unreadable:
-        raise MisconfigurationException(f"{problem}. Mend or remove them, or set skip_unreadable to leave them out")
+        raise MisconfigurationException(f"{problem}. Fix or remove them, or set skip_unreadable to leave them out")
     if len(broken) == len(paths):
         raise MisconfigurationException(f"{problem}. Nothing is left")
     rank_zero_warn(f"skip_unreadable: {problem}; left out")
@@ -119,19 +120,19 @@ def readable(
 
 
 def blind_skips(skip_unreadable: bool, check_images: bool) -> list[str]:
-    """Return what is wrong with these two settings of a data module."""
+    """Return the problems of these two settings of a data module."""
     if skip_unreadable and not check_images:
-        return ["skip_unreadable needs check_images, which finds what is to be skipped: set it to true"]
+        return ["skip_unreadable needs check_images, which finds the images to skip: set check_images to true"]
     return []
 
 
 def _problem(path: ImageFile, refuses: Callable[[Size], str | None]) -> str | None:
-    """Return what is wrong with an image, or None."""
+    """Return an image's problem, or None."""
     try:
         with Image.open(cast("Any", path)) as image:
             _refuse_wide(image)
             problem = refuses(image.size)
-            image.draft("RGB", (1, 1))  # JPEG: read all, but decode to an eighth of the size, several times faster
+            image.draft("RGB", (1, 1))  # JPEG: reads all, but decodes to an eighth of the size, several times faster
             image.load()
     except Exception as error:
         return _reason(error)
@@ -145,7 +146,7 @@ def _refuse_wide(image: Image.Image) -> None:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Return the image in RGB, with white instead of what is transparent."""
+    """Return the image in RGB, with transparent parts in white."""
     with_alpha = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), with_alpha).convert("RGB")
 
@@ -157,20 +158,20 @@ def _reason(error: Exception) -> str:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Return all images at any depth below a folder, by the common endings, in order; links are followed.
+    """Return all images at any depth below a folder, by the common file endings, sorted; links are followed.
 
-    Not those in hidden folders, such as a notebook's .ipynb_checkpoints/cat-checkpoint.png. Whether a file can be read
-    is found out later, with an error that names it.
+    Hidden folders are skipped, such as a notebook's .ipynb_checkpoints. Whether a file can be read is checked later,
+    with an error that names it.
     """
     found = []
     for name in glob.iglob(f"{glob.escape(str(folder))}/**/*", recursive=True):
         path = Path(name)
         if path.suffix.lower() in _ENDINGS and "__MACOSX" not in path.relative_to(folder).parts and path.is_file():
             found.append(path)
-    # File systems list files in different orders, and a seed has to draw the same ones.
+    # File systems list files in different orders, and a seed must draw the same ones everywhere.
     return sorted(found, key=str)
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is not the user's own, as ``.DS_Store`` and ``__MACOSX``."""
+    """Return whether a file or folder of this name is not the user's own, such as ``.DS_Store`` or ``__MACOSX``."""
     return name.startswith(".") or name == "__MACOSX"

@@ -30,8 +30,8 @@ class Clip:
         net: an open_clip model with split attention, frozen, in training mode.
         tokenizer: texts to token ids (n, context length).
         preprocess_train: an image to (3, height, width), with random crops.
-        preprocess_val: the same without chance.
-        sizes: by which another kind of model, or one of another size, is told from this one.
+        preprocess_val: the same without randomness.
+        sizes: sizes that tell this model from one of another kind or size.
     """
 
     net: nn.Module
@@ -47,21 +47,21 @@ def load_clip(
     quick_gelu: bool | None = None,
     augmentation: dict[str, Any] | None = None,
 ) -> Clip:
-    """Load a model that open_clip knows, or can read.
+    """Load a model that open_clip knows or can read.
 
-    Weights that were trained with QuickGELU, such as OpenAI's, are run with it, whatever the name's configuration says:
-    open_clip's own list says which tags these are; open_clip itself only warns, and runs them with GELU.
+    Weights that were trained with QuickGELU, such as OpenAI's, run with it, whatever the configuration of that name
+    says; open_clip lists these tags, but itself only warns and runs them with GELU.
 
     Args:
-        model: a name of open_clip's, "hf-hub:OWNER/NAME", "local-dir:FOLDER", or a .json file with a configuration.
-        pretrained: a tag of open_clip's, or a file with weights; None leaves a model by name at random weights, and is
-            right for hf-hub: and local-dir:, which bring their own.
-        quick_gelu: the activation that the weights were trained with; None is what the tag, or else the model's
-            configuration, says.
+        model: an open_clip name, "hf-hub:OWNER/NAME", "local-dir:FOLDER", or a .json file with a configuration.
+        pretrained: an open_clip tag, or a file with weights; None gives a named model random weights, and is needed for
+            hf-hub: and local-dir:, which bring their own.
+        quick_gelu: whether the weights were trained with QuickGELU; None follows the tag or else the model's
+            configuration.
         augmentation: fields of open_clip's AugmentationCfg, for the preprocessing in training.
 
     Raises:
-        MisconfigurationException: there is no such model, tag, file or field, or the weights can't be had.
+        MisconfigurationException: there is no such model, tag, file or field, or the weights can't be loaded.
     """
     if model.startswith(("hf-hub:", "local-dir:")) and pretrained is not None:
         raise MisconfigurationException(
@@ -73,7 +73,7 @@ def load_clip(
     try:
         if name != model:
             open_clip.add_model_config(Path(model).resolve(strict=True))
-        # Of a file or a repository, whose tokenizer open_clip would load with any arguments.
+        # From a file or a repository, whose tokenizer open_clip would load with any arguments.
         if not runs_no_code(open_clip.get_model_config(name) or {}):
             raise ValueError("its configuration may run code")
         quick = wants_quick_gelu(name, pretrained) if quick_gelu is None else quick_gelu
@@ -87,7 +87,7 @@ def load_clip(
         ) from error
     # open_clip keeps q, k and v in one parameter, and peft adapts layers.
     split_attention(net)
-    # Counted now: an adapter will be added, and sharding may leave a part of each weight.
+    # Counted now: an adapter will be added, and sharding may leave only a part of each weight.
     image = sum(parameter.numel() for parameter in net.visual.parameters())
     every = sum(parameter.numel() for parameter in net.parameters())
     sizes = {"weights of the image tower": image, "weights of the rest": every - image}
@@ -95,9 +95,9 @@ def load_clip(
 
 
 def wants_quick_gelu(model: str, pretrained: str | None) -> bool:
-    """Return whether a tag's weights were trained with QuickGELU, and the model's configuration may lack it.
+    """Return whether a tag's weights were trained with QuickGELU while the model's configuration may lack it.
 
-    A file of weights does not say so; it is run as the configuration says, with a message.
+    A file of weights does not say so; it runs with the configured activation, and a message is printed.
 
     Example:
         >>> wants_quick_gelu("ViT-B-16", "openai"), wants_quick_gelu("ViT-B-16", "laion2b_s34b_b88k")
@@ -115,15 +115,15 @@ def wants_quick_gelu(model: str, pretrained: str | None) -> bool:
 
 
 def add_lora(net: nn.Module, lora: dict[str, Any]) -> PeftModel:
-    """Add a LoRA adapter in float32 to the model, all else frozen.
+    """Add a LoRA adapter in float32 to the model, with all else frozen.
 
     Args:
-        net: of :func:`load_clip`.
+        net: model from :func:`load_clip`.
         lora: fields of peft's LoraConfig, and where the adapter goes: ``projections``, ``blocks`` and ``towers`` of
-            :func:`lightning_flatlora.clip.lora_targets`, or else peft's own ``target_modules``.
+            :func:`lightning_flatlora.clip.lora_targets`, or peft's own ``target_modules``.
 
     Raises:
-        MisconfigurationException: a setting is wrong, or the model has no layer there that LoRA could reach.
+        MisconfigurationException: a setting is wrong, or LoRA can't reach any layer there.
     """
     settings = dict(lora)
     where = {name: settings.pop(name) for name in CLIP_FIELDS if name in settings}
@@ -135,7 +135,7 @@ def add_lora(net: nn.Module, lora: dict[str, Any]) -> PeftModel:
         config = LoraConfig(**settings)
         if "target_modules" not in settings:
             config.target_modules = lora_targets(net, **where)
-            # Some forwards read a layer's weight without calling it, so that LoRA there would do nothing.
+            # Some forwards read a layer's weight without calling the layer; LoRA there would do nothing.
             check_reached(net, config.target_modules, *_example(net))
         return cast("PeftModel", get_peft_model(net, config))
     except (TypeError, ValueError) as error:
@@ -143,10 +143,10 @@ def add_lora(net: nn.Module, lora: dict[str, Any]) -> PeftModel:
 
 
 def hold_statistics(net: nn.Module) -> None:
-    """Keep the running statistics of a frozen tower's batch norms, which normalize by them in training too.
+    """Keep the running statistics of a frozen tower's batch norms, which then normalize by them in training too.
 
-    To be called in ``on_train_start``: before, Lightning warns of modules in evaluation mode; after, it keeps each
-    one's mode.
+    Call it in ``on_train_start``: earlier, Lightning warns about modules in evaluation mode; from then on, it keeps
+    each module's mode.
     """
     for module in net.modules():
         if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
@@ -164,15 +164,15 @@ def text_features(net: Any, tokens: Tensor) -> Tensor:
 
 
 def export_open_clip(net: nn.Module) -> dict[str, Tensor]:
-    """Return the weights under open_clip's names, with the adapter merged in; ``net`` itself stays as it is.
+    """Return the weights under open_clip's names, with the adapter merged in; ``net`` itself does not change.
 
     Args:
-        net: what :func:`load_clip` or :func:`add_lora` gave, not sharded.
+        net: model from :func:`load_clip` or :func:`add_lora`, not sharded.
 
     Returns:
-        What an unmodified open_clip model of the same configuration loads with ``strict=True``.
+        A state dict that a plain open_clip model of the same configuration loads with ``strict=True``.
     """
-    # Merging changes the model, which may still be in training.
+    # Merging changes the model, which may still be training.
     copied = copy.deepcopy(net)
     return joined_state_dict(copied.merge_and_unload() if isinstance(copied, PeftModel) else copied)
 

@@ -1,4 +1,4 @@
-"""What the LightningModules of the recipes for open_clip models have in common."""
+"""The base class of the LightningModules for open_clip models."""
 
 from functools import cached_property
 from typing import Any
@@ -14,12 +14,12 @@ class ClipModule(RecipeModule):
 
     Args:
         model: an open_clip name, or ``hf-hub:`` and a Hub name, or ``local-dir:`` and a folder.
-        pretrained: a tag of open_clip's, or a file with weights; None starts from random weights, unless ``model``
-            names where they are.
-        quick_gelu: the activation that the weights were trained with; None is what the tag, or else the model's
-            configuration, says. A file of OpenAI's weights needs true.
+        pretrained: an open_clip tag, or a file with weights; None starts from random weights, unless ``model`` brings
+            its own.
+        quick_gelu: whether the weights were trained with QuickGELU; None follows the tag or else the model's
+            configuration. A file of OpenAI's weights needs true.
         lora: fields of peft's LoraConfig, and which ``projections``, ``blocks`` and ``towers`` get an adapter.
-        kwargs: of :class:`recipes.training.module.RecipeModule`: the optimizer's settings.
+        kwargs: the optimizer's settings, see :class:`recipes.training.module.RecipeModule`.
     """
 
     task = "zero-shot-image-classification"

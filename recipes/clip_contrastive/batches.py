@@ -1,4 +1,4 @@
-"""Batches of images and captions, each a pure function of seed, epoch and index in the data."""
+"""Batches of images and captions, each determined by seed, epoch and index in the data."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 
 class Draw(NamedTuple):
-    """Pictures of one batch: which, in which epoch, and whether the batch only fills up the turns of the ranks."""
+    """The pictures of one batch, their epoch, and whether the batch repeats pictures to fill the ranks' last turn."""
 
     epoch: int
     indices: list[int]
@@ -30,28 +30,28 @@ class Draw(NamedTuple):
 
 
 class PictureBatchSampler(DistributedSampler[Draw]):
-    """Batches of pictures: a pure function of the seed and the epoch.
+    """Batches of pictures, determined by the seed and the epoch.
 
-    In training every rank takes ``batch_size`` pictures of each joint batch, in an order that is new in each epoch. As
-    the loss compares all pairs of a joint batch, all are full and what is left at the end of an epoch is left out; data
-    smaller than a joint batch are shared evenly. In evaluation each picture comes once, in the data's order, ranks take
-    turns on the batches, and those that fill up the last turn are marked as repeated.
+    In training every rank takes ``batch_size`` pictures of each joint batch, in a new order each epoch. As the loss
+    compares all pairs of a joint batch, all are full: a remainder at the end of an epoch is dropped, and data smaller
+    than a joint batch are shared evenly. In evaluation each picture comes once, in the data's order; ranks take turns
+    on the batches, and those that fill up the last turn are marked as repeated.
 
-    A DistributedSampler is left in place by Lightning, which sets its epoch.
+    Lightning keeps a DistributedSampler as it is, and sets its epoch.
 
     Args:
         size: number of pictures.
-        batch_size: pictures of a batch of one rank.
-        seed: of the order.
+        batch_size: pictures per batch of one rank.
+        seed: seed of the order.
         num_replicas: ranks that share the batches.
-        rank: whose batches these are.
-        shuffle: for training.
+        rank: rank that takes these batches.
+        shuffle: True for training.
     """
 
     def __init__(
         self, size: int, batch_size: int, seed: int = 0, num_replicas: int = 1, rank: int = 0, shuffle: bool = True
     ) -> None:
-        # Data smaller than a joint batch would otherwise give no batch at all, as incomplete ones are left out.
+        # Data smaller than a joint batch would otherwise give no batch, as incomplete ones are dropped.
         share = min(batch_size, size // num_replicas) if shuffle else batch_size
         batches = size // share if shuffle else -(-size // share)
         super().__init__(
@@ -79,15 +79,15 @@ class PictureBatchSampler(DistributedSampler[Draw]):
 class PictureBatches(Dataset[Batch]):
     """Whole batches of a part of the data.
 
-    Training draws one caption of each picture, and the augmentation, from a generator that is seeded by the picture's
-    index and the epoch. So neither the number of workers and ranks nor a stop in between changes what a run sees.
+    Training draws one caption per picture, and the augmentation, with a generator seeded by the picture's index and the
+    epoch. So neither the number of workers and ranks nor a stop in between changes the batches.
 
     Args:
-        pictures: of this part.
+        pictures: pictures of this part.
         transform: open_clip's preprocessing of an image into a tensor (3, H, W).
-        tokenizer: open_clip's, of texts into token ids (n, context length).
-        training: one caption for each picture; otherwise all of them.
-        seed: of captions and augmentation.
+        tokenizer: open_clip's tokenizer, from texts to token ids (n, context length).
+        training: take one caption per picture; otherwise all of them.
+        seed: seed of captions and augmentation.
     """
 
     pictures: Sequence[Picture]
@@ -113,7 +113,7 @@ class PictureBatches(Dataset[Batch]):
         return {"images": torch.stack(images), "tokens": self.tokenizer(captions)}
 
     def _whole(self, draw: Draw) -> Batch:
-        """Return images with all their captions, and the index at which a picture's first one is among these."""
+        """Return images with all their captions, and the index of each picture's first caption."""
         pictures = [self.pictures[index] for index in draw.indices]
         captions = _captions(pictures)
         text_ids = torch.tensor([self._text_ids[caption] for caption in captions])

@@ -1,4 +1,4 @@
-"""ContrastiveData: images and captions, split without leaks, in batches that a resumed run continues."""
+"""ContrastiveData: images and captions, split without leaks, in resumable batches."""
 
 import hashlib
 import os
@@ -20,34 +20,34 @@ from recipes.data.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 
 @dataclass(eq=False)
 class ContrastiveData(ResumableData):
-    """Images with captions for a contrastive model, whose tokenizer and preprocessing are used.
+    """Images with captions for a contrastive model, with its tokenizer and preprocessing.
 
-    Validation and test are data sets or splits of their own, or shares of the training data, chosen by the seed and a
-    hash of the image's path, or of its content if it is in a table: with all its captions an image is in one part.
+    Validation and test are separate data sets or splits, or shares of the training data, chosen by the seed and a hash
+    of the image's path (in a table, of its content). An image and all its captions are in one part.
 
     Args:
-        dataset: for training: a .csv, .tsv, .json, .jsonl or .parquet file; a folder of images with a .txt file next to
-            each, or with ImageFolder's metadata.jsonl; a Hub name; webdataset shards as ``shards/*.tar``; or
+        dataset: training data: a .csv, .tsv, .json, .jsonl or .parquet file; a folder of images with a .txt file next
+            to each, or with ImageFolder's metadata.jsonl; a Hub name; webdataset shards as ``shards/*.tar``; or
             "packaged:emoji" (more in the docs).
-        config_name: which of a Hub data set's configurations; None where it has one.
-        revision: of a Hub data set.
-        split: for training, of a Hub data set or a folder with several.
-        validation_dataset: for validation, of the same kinds; None takes ``validation_split``.
-        test_dataset: for testing; None takes ``test_split``.
+        config_name: configuration of a Hub data set; None if it has only one.
+        revision: revision of a Hub data set.
+        split: training split of a Hub data set, or of a folder with several.
+        validation_dataset: validation data, of the same kinds; None takes ``validation_split``.
+        test_dataset: test data; None takes ``test_split``.
         validation_split: a split of ``dataset``; None takes ``validation_share``.
         test_split: likewise; None takes ``test_share``.
-        validation_share: share of the images; None takes the split that the data set has for it, or 0.05 without one.
-        test_share: share of the images; None takes the split that the data set has for it, or nothing without one.
-        image_column: of a table: images, or their paths, relative to the table's folder; None takes the first of
-            image, filepath, file_name and image_path that is there.
-        caption_column: of a table; an image with several captions has several lines, or a list of them. None takes the
-            first of caption, title, text and captions.
-        batch_size: images of a batch on one device. The loss compares all pairs of all devices' batches.
-        eval_batch_size: images of a batch in evaluation, each with all its captions. The evaluation's loss is the mean
+        validation_share: share of the images; None takes the data set's own validation split, or 0.05 if it has none.
+        test_share: share of the images; None takes the data set's own test split, or nothing if it has none.
+        image_column: column of images, or of paths relative to the table's folder; None takes the first that exists of
+            image, filepath, file_name and image_path.
+        caption_column: column of captions; an image with several captions has several rows, or a list of them. None
+            takes the first that exists of caption, title, text and captions.
+        batch_size: images per batch on one device. The loss compares all pairs of all devices' batches.
+        eval_batch_size: images per batch in evaluation, each with all its captions. The evaluation's loss is the mean
             over such batches, on any number of devices.
-        skip_unreadable: leave out, and count, broken images, instead of an error. Every image is decoded once before
-            training to find them.
-        seed: of the parts, of the order, and of the drawing of captions and crops.
+        skip_unreadable: leave out and count broken images, instead of raising an error. Every image is decoded once
+            before training to find them.
+        seed: seed of the parts, of the order, and of the drawn captions and crops.
         num_workers: processes that load batches; 0 loads in the training process.
 
     Raises:
@@ -85,11 +85,11 @@ class ContrastiveData(ResumableData):
         problems = []
         for part, own in own_datasets.items():
             if own is not None and own_splits[part] is not None:
-                problems.append(f"{part}_dataset and {part}_split both say what {part} reads: give one of them")
+                problems.append(f"{part}_dataset and {part}_split both choose the {part} data: give only one of them")
         least = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0}
         refuse_bad_settings(self, least, self.shares, problems)
         self.parts: dict[str, list[Picture]] = {}
-        self.clip: Any = None  # what recipes.clip.model.load_clip gives; None takes the trained module's
+        self.clip: Any = None  # from recipes.clip.model.load_clip; None takes the trained module's
 
     @override
     def prepare_data(self) -> None:
@@ -97,7 +97,7 @@ class ContrastiveData(ResumableData):
         for part in ("train", "validation", "test"):
             dataset = self.division.where(part)[0]
             if is_packaged(dataset):
-                sources.load_pictures(dataset)  # makes it on one process, before the others look for it
+                sources.load_pictures(dataset)  # makes packaged data on one process, before the others look for them
 
     @override
     def setup(self, stage: str) -> None:
@@ -119,7 +119,7 @@ class ContrastiveData(ResumableData):
         training, pictures, ranks = part == "train", self.parts[part], self.ranks()
         if len(pictures) < ranks["num_replicas"]:
             raise MisconfigurationException(
-                f"{part} has {len(pictures)} images for {ranks['num_replicas']} devices: each needs one at least"
+                f"{part} has {len(pictures)} images for {ranks['num_replicas']} devices: each needs at least one"
             )
         transform = self.clip.preprocess_train if training else self.clip.preprocess_val
         batch_size = self.batch_size if training else self.eval_batch_size
@@ -138,13 +138,13 @@ class ContrastiveData(ResumableData):
         self.division.refuse_trained_rows(self.trainer, trained, self._trained_on())
 
     def _chosen(self, part: str) -> list[Picture]:
-        """Return a part's pictures, in an order that has nothing to do with what they show."""
+        """Return a part's pictures, in an order unrelated to their content."""
         if not self.division.is_wanted(part):
             return []
         dataset, split = self.division.where(part)
         columns = self.image_column, self.caption_column
         pictures = sources.load_pictures(dataset, split, *columns, self.config_name, self.revision)
-        # Names of files may hold bytes that are no UTF-8, which ascii() writes as something else.
+        # File names may hold bytes that are not UTF-8, which ascii() escapes.
         names = {picture.key: ascii(f"{self.seed}/{picture.key}") for picture in pictures}
         pictures.sort(key=lambda picture: hashlib.sha256(names[picture.key].encode()).digest())
         if self.division.own(part) is not None:
@@ -162,5 +162,5 @@ class ContrastiveData(ResumableData):
 
 
 def _identity(picture: Picture) -> str:
-    """Return where an image lies, however its path is written; of an image in a table its content."""
+    """Return where an image lies, however its path is written; for an image in a table, its content."""
     return picture.key if isinstance(picture.file, Embedded) else os.path.realpath(str(picture.file))

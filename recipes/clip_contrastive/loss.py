@@ -14,22 +14,22 @@ _LARGEST = math.log(100)  # CLIP's bound: a larger scale made its training unsta
 
 
 class ContrastiveLoss(nn.Module):
-    """The loss of a batch of images and captions that belong to each other, one by one.
+    """The loss of a batch of matching images and captions.
 
     Every rank has b pairs. Each of its images is compared with the captions of all ranks, each caption with all images,
     and the gradient goes back to the rank that a feature came from. So the mean of the ranks' losses is the loss of one
-    process on the joint batch; and as what reaches a feature in backward is the sum over the ranks' losses, the mean
-    over ranks that DDP and FSDP take of the gradients is that loss's gradient.
+    process on the joint batch. In backward a feature receives the sum over the ranks' losses, so the mean over ranks
+    that DDP and FSDP take of the gradients is that loss's gradient.
 
     Args:
         logit_scale: logarithm of the scale of the cosine similarities, one number.
-        logit_bias: what is added to them in a SigLIP model, one number; None in other models.
+        logit_bias: a SigLIP model's bias, added to the logits, one number; None in other models.
         kind: "clip" for CLIP's softmax over the batch, "siglip" for SigLIP's sigmoid of each pair, "auto" for the one
-            that the model was made for, which is SigLIP's where there is a bias.
+            that the model was made for: SigLIP's if there is a bias.
         learnt: train scale and bias.
 
     Raises:
-        MisconfigurationException: SigLIP's loss for a model without a bias, or CLIP's for one with.
+        MisconfigurationException: SigLIP's loss for a model without a bias, or CLIP's for a model with one.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class ContrastiveLoss(nn.Module):
                 f"set it to 'auto' or {made_for!r}"
             )
         self.kind = made_for
-        # Kept for the export: open_clip has them without dimensions, or with one.
+        # Kept for the export: in open_clip models they have no dimensions, or one.
         self._shape = logit_scale.shape
-        # Of one element each: FSDP can't shard a tensor without dimensions.
+        # One element each: FSDP can't shard a tensor without dimensions.
         self.logit_scale = nn.Parameter(logit_scale.detach().float().reshape(1).clone(), requires_grad=learnt)
         self.logit_bias = None
         if logit_bias is not None:
@@ -57,7 +57,7 @@ class ContrastiveLoss(nn.Module):
         Args:
             image_features_bd: normalized, (b, D).
             text_features_bd: normalized, of the images' captions, (b, D); every rank needs the same b.
-            joint: over all ranks; False takes this rank's batch as the whole.
+            joint: compare over all ranks; False takes this rank's batch as the whole.
 
         Returns:
             A scalar in nats, float32.
@@ -82,6 +82,6 @@ class ContrastiveLoss(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Keep CLIP's scale between 1 and 100. Pretrained SigLIP models have a larger one, which their loss bears."""
+        """Keep CLIP's scale between 1 and 100. Pretrained SigLIP models may exceed it, which their loss tolerates."""
         if self.kind == "clip" and self.logit_scale.requires_grad:
             self.logit_scale.clamp_(0, _LARGEST)

@@ -18,23 +18,23 @@ from recipes.clip_contrastive.retrieval import Retrieval
 
 
 class ContrastiveModel(ClipModule):
-    """An open_clip model on images and captions.
+    """An open_clip model trained on images and captions.
 
     Args:
         model: see :class:`recipes.clip.module.ClipModule`.
         pretrained: see there.
         quick_gelu: see there.
         lora: see there; None trains all weights.
-        loss: "clip" or "siglip"; "auto" takes the one that the model was made for. CoCa models are trained as CLIP,
-            with their text decoder left as it is.
-        learn_logit_scale: train the scale of the similarities, and SigLIP's bias, too; None does where all weights are
-            trained. CLIP's scale is kept at 100 at most.
-        gradient_checkpointing: compute each block's activations again in backward instead of keeping them: larger
-            batches in the same memory, for a third more time.
+        loss: "clip" or "siglip"; "auto" takes the one that the model was made for. CoCa models are trained as CLIP, and
+            their text decoder does not change.
+        learn_logit_scale: also train the scale of the similarities, and SigLIP's bias; None does so if all weights are
+            trained. CLIP's scale is at most 100.
+        gradient_checkpointing: compute activations again in backward instead of keeping them: larger batches in the
+            same memory, for a third more time.
         augmentation: fields of open_clip's AugmentationCfg for training, such as ``scale``, the smallest and largest
-            share of an image's area that a random crop keeps; None is open_clip's, 0.9 to 1.
-        kwargs: the optimizer's settings; ``weight_decay`` is of matrices, and not of vectors, such as biases and
-            norms, and the logit scale.
+            share of an image's area that a random crop keeps; None takes open_clip's, 0.9 to 1.
+        kwargs: the optimizer's settings; ``weight_decay`` applies to matrices, not to vectors such as biases and norms,
+            nor to the logit scale.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class ContrastiveModel(ClipModule):
         self.learn_logit_scale = lora is None if learn_logit_scale is None else learn_logit_scale
         self.gradient_checkpointing = gradient_checkpointing
         self.augmentation = augmentation
-        self.contrastive: Any = None  # what `load_net` makes
+        self.contrastive: Any = None  # made by `load_net`
         self._vectors: set[str] = set()
-        # The mean loss of an image among its batch, and recall both ways.
+        # Each image's mean loss within its batch, and recall in both directions.
         self.losses: Any = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
         self.retrievals: Any = nn.ModuleDict({stage: Retrieval() for stage in ("val", "test")})
 
@@ -66,7 +66,7 @@ class ContrastiveModel(ClipModule):
         self.contrastive = ContrastiveLoss(
             base.logit_scale, getattr(base, "logit_bias", None), self.loss_kind, self.learn_logit_scale
         )
-        for name in self.contrastive.state_dict():  # it has them now; and FSDP can't shard what has no dimension
+        for name in self.contrastive.state_dict():  # which has them now; and FSDP can't shard what has no dimension
             base.register_parameter(name, None)
         if self.gradient_checkpointing:
             base.set_grad_checkpointing(True)
@@ -87,7 +87,7 @@ class ContrastiveModel(ClipModule):
     def _check_trainer(self, trainer: L.Trainer) -> None:
         """Refuse strategies and settings that can't work with this loss."""
         if isinstance(trainer.strategy, FSDPStrategy) and self.lora is None:
-            raise MisconfigurationException("lora=None trains all weights, which FSDP1 can't here: use FSDP2 or ddp")
+            raise MisconfigurationException("lora=None trains all weights, which FSDP1 can't do here: use FSDP2 or ddp")
         methods = [getattr(each, "method", None) for each in trainer.callbacks]  # type: ignore[attr-defined]
         if trainer.world_size > 1 and any(getattr(method, "sync_ascent", True) is False for method in methods):
             raise MisconfigurationException(
@@ -128,9 +128,9 @@ class ContrastiveModel(ClipModule):
 
     @override
     def evaluate(self, stage: str, batch: Batch) -> None:
-        """Take up images with all their captions; the loss is over each image's first one."""
+        """Take up images with all their captions; the loss is that of each image's first caption."""
         images, texts = image_features(self.net, batch["images"]), text_features(self.net, batch["tokens"])
-        # Only of this rank's batch: a joint batch, and with it the loss, would grow with the number of devices.
+        # Only this rank's batch: a joint batch, and with it the loss, would grow with the number of devices.
         loss = self.contrastive(images, texts[batch["first_captions"]], joint=False)
         self.losses[stage].update(loss, batch["weight"])
         self.retrievals[stage].update(images, batch["image_ids"], texts, batch["text_ids"], batch["pairs"])
@@ -139,16 +139,16 @@ class ContrastiveModel(ClipModule):
     def log_evaluation(self, stage: str) -> None:
         self.log(f"{stage}_loss", self.losses[stage], prog_bar=True)
         # Computed and reset here, because Lightning logs only metrics that give one number.
-        recalls = self.retrievals[stage].compute()  # of all ranks, and the same on each
+        recalls = self.retrievals[stage].compute()  # over all ranks, and equal on each
         self.retrievals[stage].reset()
         # sync_dist changes nothing, but without it Lightning warns.
         self.log_dict({f"{stage}_{name}": recall for name, recall in recalls.items()}, sync_dist=True)
 
 
 def unfrozen(base: nn.Module) -> nn.Module:
-    """Let all weights be trained that the contrastive loss reaches, in training mode.
+    """Make all weights trainable that the contrastive loss reaches, in training mode.
 
-    CoCa's text decoder stays behind.
+    CoCa's text decoder is not among them.
     """
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(not name.startswith("text_decoder."))

@@ -7,21 +7,20 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-_QUERIES = 1024  # that are compared at once
+_QUERIES = 1024  # compared at once
 
 
 class Retrieval(Metric):
-    """Recall@k both ways over all images and captions of an evaluation.
+    """Recall@k in both directions over all images and captions of an evaluation.
 
-    It is the share of queries with a right answer among the k most similar: of images, one of whose captions is there,
-    and of captions, one of whose images is. An image may have several captions, and a text that several images share is
-    right for each. A wrong answer that is as similar as the best right one ranks before it, so that a model with one
-    answer to everything finds nothing.
+    It is the share of queries with a right answer among the k most similar: for an image any of its captions, for a
+    caption any of its images. A text that several images share is right for each. A wrong answer that is as similar as
+    the best right one ranks before it, so that a model with one answer to everything finds nothing.
 
-    Images and texts are known by numbers; what has been seen twice, on one rank or on two, counts once.
+    Images and texts are identified by numbers; one that is seen twice, on one rank or on two, counts once.
 
     Args:
-        top: the numbers k.
+        top: the values of k.
     """
 
     full_state_update = False
@@ -95,7 +94,7 @@ def better_answers(queries_nd: Tensor, answers_md: Tensor, right_nm: Tensor) -> 
     for queries_qd, right_qm in zip(torch.split(queries_nd, _QUERIES), torch.split(right_nm, _QUERIES), strict=True):
         similar_qm = queries_qd @ answers_md.T
         best_q1 = similar_qm.masked_fill(~right_qm, -torch.inf).amax(dim=1, keepdim=True)
-        # Not >=, which is false for what is not a number: a model that has diverged would find everything.
+        # Not >=, which is false for nan: a model that has diverged would find everything.
         counts.append((~(similar_qm < best_q1) & ~right_qm).sum(dim=1))
     return torch.cat(counts)
 

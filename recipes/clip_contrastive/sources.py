@@ -1,4 +1,4 @@
-"""Images and their captions from whatever `datasets` reads, a folder with texts, or a package."""
+"""Images and their captions from anything that `datasets` reads, a folder with texts, or a package."""
 
 import glob
 import hashlib
@@ -26,28 +26,28 @@ from recipes.data.reading import (
 from recipes.offline import emoji
 
 Row = tuple[ImageFile | None, str, Any]
-"""An image, its key, and what is said of it."""
+"""An image, its key, and its captions."""
 _PARTS = {
     "emoji": "train",
     "emoji-held-out": "validation",
     "emoji-fluent": "train",
     "emoji-fluent-held-out": "validation",
 }
-"""Which part of the emoji a packaged data set holds."""
+"""The part of the emoji that each packaged data set holds."""
 PACKAGED = packaged_names(_PARTS)
-# The names that ImageFolder, open_clip, webdataset and common data sets of the Hub have for them.
+# Their names in ImageFolder, open_clip, webdataset and common data sets of the Hub.
 IMAGE_COLUMNS = ("image", "filepath", "file_name", "image_path")
 CAPTION_COLUMNS = ("caption", "title", "text", "captions", "txt")
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An image and what is said of it.
+    """An image and its captions.
 
     Attributes:
-        file: of the image.
+        file: file of the image.
         captions: at least one, none blank.
-        key: pictures with the same key never part between training and evaluation.
+        key: pictures with equal keys are always in the same part.
     """
 
     file: ImageFile
@@ -69,12 +69,12 @@ def load_pictures(
         dataset: a folder of images with a .txt file of the same name next to each, one caption a line; webdataset
             shards, such as ``shards/*.tar``; one of :data:`PACKAGED`; or what `datasets` reads: a table, a folder, also
             with ImageFolder's metadata.jsonl, or a Hub name.
-        split: of a folder or a Hub data set.
-        image_column: images, or their paths, relative to the table's folder, or absolute; None takes the first of
-            :data:`IMAGE_COLUMNS` that is there, or else the first column of images.
-        caption_column: a text, or a list of them; None takes the first of :data:`CAPTION_COLUMNS`.
-        config_name: which of a Hub data set's configurations.
-        revision: of a Hub data set.
+        split: split of a folder or a Hub data set.
+        image_column: column of images, or of paths, absolute or relative to the table's folder; None takes the first of
+            :data:`IMAGE_COLUMNS` that exists, or else the first column of images.
+        caption_column: column of texts or lists of texts; None takes the first of :data:`CAPTION_COLUMNS` that exists.
+        config_name: configuration of a Hub data set.
+        revision: revision of a Hub data set.
 
     Raises:
         MisconfigurationException: there is no such file, folder, column or package; an image is missing, or no image
@@ -128,9 +128,9 @@ def _of_table(
             written = value["path"] if isinstance(value, dict) else value
             if isinstance(written, str) and written.strip():
                 file = folder / Path(written.strip()).expanduser()
-                # However it is written, since an image under two names would be two.
+                # In one spelling, since an image under two names would count as two.
                 key = os.path.relpath(file, folder)
-        # Of shards, whose texts are files with a caption on each line.
+        # From shards, whose texts are files with a caption on each line.
         rows.append((file, key, captions.split("\n") if caption == "txt" and captions else captions))
     return _gathered(name, rows)
 
@@ -161,14 +161,14 @@ def _columns(name: str, table: Any, image: str | None, caption: str | None) -> t
             raise MisconfigurationException(
                 f"{name} has the columns {table.column_names}, but not {argument}, one of {', '.join(names)}: name the "
                 "columns of the images and their captions (a table needs a first line with the columns' names; a "
-                "folder of images needs a .txt next to each, or a metadata.jsonl)"
+                "folder of images needs a .txt file next to each, or a metadata.jsonl)"
             )
         found.append(there[0])
     return found[0], found[1]
 
 
 def _gathered(source: str, rows: Sequence[Row]) -> list[Picture]:
-    """Return the pictures of rows, of which several may be of one image."""
+    """Return the pictures of rows; several rows may belong to one image."""
     files: dict[str, ImageFile] = {}
     captions: dict[str, list[str]] = {}
     faults = []

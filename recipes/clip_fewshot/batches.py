@@ -1,4 +1,4 @@
-"""Batches of images: which, in which order, how augmented; on any number of ranks, and resumable."""
+"""Batches of images on any number of ranks, resumable: their order and augmentation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,23 +23,23 @@ Draw = tuple[int, int]  # an example, and the number of the draw, which decides 
 class Stream(DistributedSampler[list[Draw]]):
     """One epoch of training: a given number of batches from an endless stream of shuffled passes over few examples.
 
-    All batches are full, and no example comes a second time before each has come once. Ranks take turns on the batches,
-    so that n ranks with batches of b see in a step what one rank with batches of n·b sees. The stream is a function of
-    the seed and the epoch; as a DistributedSampler it is left in place by Lightning, which sets its epoch.
+    All batches are full, and no example comes again before each has come once. Ranks take turns on the batches, so that
+    n ranks with batches of b see in a step what one rank with batches of n·b sees. The seed and the epoch determine the
+    stream. Lightning keeps a DistributedSampler as it is, and sets its epoch.
 
     Args:
-        examples: their number.
-        batch_size: examples of a batch; fewer if the ranks would share too few examples for that.
-        batches: of each rank in an epoch.
-        seed: of the order.
+        examples: number of examples.
+        batch_size: examples per batch; fewer if the ranks would share too few examples for that.
+        batches: batches per rank and epoch.
+        seed: seed of the order.
         num_replicas: ranks that share the batches.
-        rank: whose batches these are.
+        rank: rank that takes these batches.
     """
 
     def __init__(
         self, examples: int, batch_size: int, batches: int, seed: int = 0, num_replicas: int = 1, rank: int = 0
     ) -> None:
-        # Of its data DistributedSampler reads only the length: here the number of all ranks' batches.
+        # DistributedSampler reads only the length of its data: here the number of all ranks' batches.
         steps = range(batches * num_replicas)
         super().__init__(steps, num_replicas=num_replicas, rank=rank, shuffle=False, seed=seed)  # type: ignore[arg-type]
         self.examples = examples
@@ -57,13 +57,13 @@ class Stream(DistributedSampler[list[Draw]]):
 
 
 class InTurn(DistributedSampler[list[Draw]]):
-    """Batches in order for an evaluation: ranks have as many, and each example is seen once (if there is one a rank).
+    """Batches in order for an evaluation: equally many on each rank, with each example once (if there is one per rank).
 
     Args:
-        examples: their number.
-        batch_size: largest number of examples of a batch.
+        examples: number of examples.
+        batch_size: most examples per batch.
         num_replicas: ranks that share the batches.
-        rank: whose batches these are.
+        rank: rank that takes these batches.
     """
 
     def __init__(self, examples: int, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
@@ -80,12 +80,12 @@ class InTurn(DistributedSampler[list[Draw]]):
 class Images(Dataset[Batch]):
     """Whole batches of images, read and transformed.
 
-    A batch holds ``images`` (n, 3, height, width), ``labels`` (n,), and ``indices`` and ``paths``, lists of n.
+    A batch holds ``images`` (n, 3, height, width), ``labels`` (n,), and ``indices`` and ``paths``, lists of length n.
 
     Args:
         examples: paths with labels.
         transform: from an RGB image to a tensor.
-        seed: with the number of a draw it decides what the transform draws, in whichever process it runs.
+        seed: with a draw's number it decides the transform's random choices, in whichever process.
     """
 
     def __init__(self, examples: Sequence[tuple[Path, int]], transform: Callable[[Any], Tensor], seed: int = 0) -> None:
@@ -109,10 +109,10 @@ class Images(Dataset[Batch]):
 
 
 def train_transform(cfg: PreprocessCfg, crop_scale: tuple[float, float], flip: float) -> Callable[[Any], Tensor]:
-    """Compose open_clip's own augmentation for training, a random crop, with the protocol's scale and flips.
+    """Compose open_clip's random crop with the protocol's scale and flips.
 
     Args:
-        cfg: the model's size, mean and standard deviation.
+        cfg: the model's image size, mean and standard deviation.
         crop_scale: smallest and largest share of the image's area that is kept.
         flip: probability of a horizontal flip.
     """

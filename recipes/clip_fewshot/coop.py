@@ -20,13 +20,13 @@ _KEYS = dict(zip(PARTS, ("train", "val", "test"), strict=True))
 
 
 class Layout(NamedTuple):
-    """Where a set's files are, from the root on.
+    """Where a set's files are, relative to the root.
 
     Attributes:
-        folder: of the set.
+        folder: folder of the set.
         images: folder of the images, in ``folder``.
-        title: CoOp's name of the set, which is part of the split file's name.
-        torchvision: where torchvision puts the same images, if elsewhere; from the root on.
+        title: CoOp's name of the set, a part of the split file's name.
+        torchvision: where torchvision puts the same images, if elsewhere; relative to the root.
     """
 
     folder: str
@@ -51,18 +51,18 @@ SETS = {
 
 
 Labelled = tuple[list[str], list[str], Parts]
-"""Classes as the data call them, of which a label is an index; CoOp's words for them; and (path, label) by part."""
+"""Classes as the data name them, of which a label is an index; CoOp's words for them; and (path, label) by part."""
 
 
 def read(dataset: str, root: str) -> Labelled:
-    """Return the images of CoOp's parts; none is opened.
+    """Return the images of CoOp's parts, without opening them.
 
     Args:
         dataset: a key of :data:`SETS`.
-        root: the folder that DATASETS.md calls $DATA. Images are also found where torchvision puts them in it.
+        root: the folder that DATASETS.md calls $DATA. Images are also found at torchvision's places inside it.
 
     Raises:
-        MisconfigurationException: files are missing or broken, or the split file is another set's.
+        MisconfigurationException: files are missing or broken, or the split file belongs to another set.
     """
     layout, data = SETS[dataset], Path(root).expanduser()
     folder = data / layout.folder
@@ -78,7 +78,7 @@ def read(dataset: str, root: str) -> Labelled:
             classes, names, parts = _split_file(folder / f"split_zhou_{layout.title}.json", images)
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise MisconfigurationException(
-            f"dataset={dataset!r}: the files in {folder} are not as {GUIDE} lays them out, which links to them: "
+            f"dataset={dataset!r}: the files in {folder} are not laid out as in {GUIDE}, which links to them: "
             f"{type(error).__name__}: {error}. Set root to the folder that holds the data sets"
         ) from error
     paths = [path for path, _ in chain.from_iterable(parts.values())]
@@ -86,7 +86,7 @@ def read(dataset: str, root: str) -> Labelled:
     if missing:  # so that training does not fail hours later
         raise MisconfigurationException(
             f"dataset={dataset!r}: {len(missing)} of its {len(paths)} images are not in {images}, the first: "
-            f"{missing[0]}. Complete them, or are the lists of images another set's?"
+            f"{missing[0]}. Add them, or check that the lists of images belong to this set"
         )
     return classes, names, parts
 
@@ -105,7 +105,7 @@ def _split_file(file: Path, images: Path) -> Labelled:
 
 
 def _aircraft(images: Path) -> Labelled:
-    """Read FGVCAircraft, whose official parts CoOp takes."""
+    """Read FGVCAircraft in its official parts, as CoOp does."""
     classes = _lines(images.parent / "variants.txt")
     parts: Parts = {}
     for part, key in _KEYS.items():
@@ -117,7 +117,7 @@ def _aircraft(images: Path) -> Labelled:
 
 
 def _imagenet(file: Path, images: Path) -> Labelled:
-    """Read ImageNet, tested on its validation images; what validates is drawn from train."""
+    """Read ImageNet: its validation images are the test part, and validation is drawn from train."""
     words = {}
     for line in _lines(file):
         name, _, word = line.partition(" ")

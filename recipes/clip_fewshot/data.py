@@ -1,4 +1,4 @@
-"""FewShotData: K images of each class to train on, a few to validate, and all of the test part."""
+"""FewShotData: K images per class for training, a few for validation, and all of the test part."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -28,37 +28,36 @@ ByClass = dict[int, list[Example]]
 
 @dataclass(eq=False)
 class FewShotData(ResumableData):
-    """Few-shot classification of any images in folders, of CoOp's eleven data sets, or of the packaged emoji.
+    """Few-shot classification of images in folders, of CoOp's eleven data sets, or of the packaged emoji.
 
-    Which images are drawn depends only on the seed and on their names, and the first K of a class are among its first
-    K + 1. One epoch is ``iterations_per_shot * shots`` optimizer steps, whatever the number of devices and however many
-    batches a step accumulates.
+    Only the seed and the images' names decide which images are drawn; those for K shots are among those for K + 1. One
+    epoch is ``iterations_per_shot * shots`` optimizer steps, whatever the number of devices and of accumulated batches.
 
     Args:
-        dataset: a folder with one folder for each class, or with folders train, test and perhaps validation that hold
+        dataset: a folder with one folder per class, or with folders train, test and optionally validation that hold
             these; or caltech101, dtd, eurosat, fgvc_aircraft, flowers102, food101, imagenet, oxford_pets,
             stanford_cars, sun397, ucf101, packaged:emoji.
         root: folder of CoOp's data sets.
-        split: "official", the parts that your folders come in, and for CoOp's data sets those of its split files, which
-            published few-shot results use; "seeded" divides all images into 50 % train, 20 % validation and 30 % test
-            of each class, as is always done with a folder of classes.
-        split_seed: of that division; not of the shots.
-        shots: images of each class to train on.
-        validation_shots: images of each class for validation, from the validation part, or, where there is none, from
-            the rest of train; None is min(shots, 4), or as many as every class has.
-        seed: of the shots, of the order of the batches and of the augmentation.
-        batch_size: images of a batch on each device.
-        iterations_per_shot: optimizer steps for each shot.
-        eval_batch_size: images of a batch in evaluation and prediction.
+        split: "official" takes the parts of your folders, or of CoOp's split files, as published few-shot results do;
+            "seeded" divides all images into 50 % train, 20 % validation and 30 % test of each class. A folder of
+            classes is always divided so.
+        split_seed: seed of that division, not of the shots.
+        shots: training images per class.
+        validation_shots: validation images per class, from the validation part or, if there is none, from the rest of
+            train; None is min(shots, 4), or as many as every class has.
+        seed: seed of the shots, of the order of the batches and of the augmentation.
+        batch_size: images per batch on each device.
+        iterations_per_shot: optimizer steps per shot.
+        eval_batch_size: images per batch in evaluation and prediction.
         templates: a text with {} for the class's name, or several. If the text tower is adapted, training reads the
             first. The default is CLIP-LoRA's, for every data set.
-        class_names: words for classes, by the data's own names; for the others CoOp's names, or the folders' names made
+        class_names: words for classes, by the data's own names; the others get CoOp's names, or the folders' names made
             readable.
         crop_scale: smallest and largest share of an image's area that a random crop keeps in training.
         flip: probability of a horizontal flip in training.
-        skip_unreadable: leave unreadable images out, and say how many and which, instead of an error.
+        skip_unreadable: leave out unreadable images and say which, instead of raising an error.
         num_workers: processes that load batches; 0 loads in the training process.
-        predict_folder: images to classify with `predict`, at any depth.
+        predict_folder: folder of images to classify with `predict`, at any depth.
 
     Raises:
         MisconfigurationException: arguments out of range (here); images or names that can't be used (in `setup`, before
@@ -89,7 +88,7 @@ class FewShotData(ResumableData):
         super().__init__()
         least = dict.fromkeys(("shots", "batch_size", "iterations_per_shot", "eval_batch_size"), 1)
         least |= dict.fromkeys(("validation_shots", "num_workers", "seed"), 0)
-        missing = ["dataset: give a folder with one folder for each class, or the name of a data set"]
+        missing = ["dataset: give a folder with one folder per class, or the name of a data set"]
         refuse_bad_settings(self, least, more=missing if self.dataset is None else [])
         self.parts: dict[str, list[Example]] = {}
         self.classes: list[str] = []
@@ -130,7 +129,7 @@ class FewShotData(ResumableData):
         module, trainer = self.trained_module, cast("L.Trainer", self.trainer)
         examples = self.parts[part]
         if part == "train":
-            # FMLoRA's module accumulates by itself.
+            # FMLoRA's module accumulates gradients itself.
             accumulated = getattr(module, "accumulate_grad_batches", trainer.accumulate_grad_batches)
             steps = self.iterations_per_shot * self.shots
             sampler: Any = Stream(len(examples), self.batch_size, steps * accumulated, seed=self.seed, **self.ranks())
@@ -142,7 +141,7 @@ class FewShotData(ResumableData):
 
     @override
     def _refuse_trained_rows(self, trained: dict[str, Any] | None) -> None:
-        """Refuse to test a checkpoint on the test part of another division of the images that its run has divided."""
+        """Refuse to test a checkpoint if the images are divided otherwise than in its run."""
         if trained is None or self.trainer is None or self.trainer.state.fn != TrainerFn.TESTING:
             return
         now = self._trained_on()
@@ -151,7 +150,7 @@ class FewShotData(ResumableData):
         if is_same and any(now[name] != value for name, value in there.items()):
             divided = ", ".join(f"--data.{name} {value}" for name, value in there.items())
             raise MisconfigurationException(
-                f"test: other parts of {self.dataset} than those of the checkpoint's run, so that images may be tested "
+                f"test: the parts of {self.dataset} differ from those of the checkpoint's run, so images may be tested "
                 f"on which it was trained: give {divided}"
             )
 
@@ -159,7 +158,7 @@ class FewShotData(ResumableData):
         paths = image_files(Path(self.predict_folder).expanduser()) if self.predict_folder else []
         if not paths:
             raise MisconfigurationException(
-                f"predict needs --data.predict_folder FOLDER with images, and there is none in {self.predict_folder!r}"
+                f"predict needs --data.predict_folder FOLDER with images, but there are none in {self.predict_folder!r}"
             )
         return [(paths[index], -1) for index in readable(paths, self.skip_unreadable)]
 
@@ -180,15 +179,15 @@ def warn_of_equal_images(parts: Mapping[str, Sequence[Example]]) -> None:
 def few_shots(
     source: Source, shots: int, validation_shots: int | None, seed: int, skip_unreadable: bool = False
 ) -> tuple[list[Example], list[Example]]:
-    """Draw the images to train on and to validate with, in the order of their classes.
+    """Draw the images for training and validation, in the order of their classes.
 
     Args:
         source: the data.
-        shots: images of each class to train on.
-        validation_shots: images of each class to validate with: from the validation part, or else from what train has
-            left besides the shots; None is min(shots, 4), or as many as every class has.
-        seed: of the draw.
-        skip_unreadable: draw another image instead of an unreadable one, for which an error would be raised otherwise.
+        shots: training images per class.
+        validation_shots: validation images per class, from the validation part, or else from the rest of train; None is
+            min(shots, 4), or as many as every class has.
+        seed: seed of the draw.
+        skip_unreadable: draw another image in place of an unreadable one, instead of raising an error.
 
     Raises:
         MisconfigurationException: a class has too few images, or an image can't be read.
@@ -205,18 +204,18 @@ def few_shots(
         training, validation = [], []
         for label in labels:
             training += train[label][:shots]
-            # Without validation a class may have no image left, and then it is not among the rest at all.
+            # Without a validation part a class may have no image left, and is then missing from the rest.
             validation += rest[label][:number] if number else []
         paths = [path for path, _ in training + validation]
         kept = readable(paths, skip_unreadable)
         if len(kept) == len(paths):
             return training, validation
-        # The next round draws others instead of those that can't be read.
+        # The next round draws others in place of the unreadable ones.
         broken |= set(paths) - {paths[index] for index in kept}
 
 
 def _pools(source: Source, shots: int, seed: int, broken: set[Path]) -> tuple[ByClass, ByClass, str]:
-    """Return what each class has to train on and to validate with, in the order of the draw, and the latter's part."""
+    """Return each class's images for training and for validation, in the order of the draw, and the latter's part."""
 
     def drawn(part: str) -> ByClass:
         examples = sources.in_order(source.parts[part], seed)
@@ -225,7 +224,7 @@ def _pools(source: Source, shots: int, seed: int, broken: set[Path]) -> tuple[By
     train = drawn("train")
     if "validation" in source.parts:
         return train, drawn("validation"), "validation"
-    # From the end, so that other shots leave the same for validation.
+    # From the end, so that another number of shots leaves the same ones for validation.
     left = {label: examples[shots:][::-1] for label, examples in train.items()}
     return train, left, f"train beside {shots} shots"
 
@@ -236,6 +235,6 @@ def _check_counts(source: Source, by_label: ByClass, part: str, argument: str, n
     if few:
         raise MisconfigurationException(
             f"{source.name}: class {few[0][0]!r} has {few[0][1]} images in {part} ({source.note}), too few for "
-            f"{argument}={needed}, and so have {len(few) - 1} other classes. Lower {argument}, add images, or divide "
+            f"{argument}={needed}, as {len(few) - 1} other classes have. Lower {argument}, add images, or divide "
             "them again with split=seeded"
         )

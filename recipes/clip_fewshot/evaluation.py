@@ -1,4 +1,4 @@
-"""What validation and test measure, and the confusion matrix as a picture."""
+"""The metrics of validation and test, and the confusion matrix as a picture."""
 
 import json
 import math
@@ -17,18 +17,19 @@ from torchmetrics.classification import (
 from recipes.data.files import set_aside, write_whole
 from recipes.training.predictions import run_folder
 
-_ANNOTATED = 30  # classes up to which the picture has numbers in its cells
-_NAMED = 110  # classes up to which it has their names at its sides
+_ANNOTATED = 30  # up to this many classes, cells show numbers
+_NAMED = 110  # up to this many classes, the sides show their names
 
 
 class Evaluation(MetricCollection):
     """Metrics of one evaluation, each counting every example once on any number of ranks.
 
     ``accuracy``; ``class_accuracy``, the mean of the classes' own accuracies; ``calibration_error``, the expected one
-    over 15 bins of confidence; ``confusion``, (classes, classes), how often the row's class was taken for the column's.
+    over 15 bins of confidence; ``confusion``, (classes, classes), how often the row's class was predicted as the
+    column's.
 
     Args:
-        classes: their number.
+        classes: number of classes.
     """
 
     def __init__(self, classes: int) -> None:
@@ -41,7 +42,7 @@ class Evaluation(MetricCollection):
         super().__init__(metrics)  # type: ignore[arg-type]
 
     def take(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the scalars by name, and the confusion matrix; forget what was seen. Every rank has to call it."""
+        """Return the scalars by name and the confusion matrix, and reset them. Every rank must call it."""
         values = self.compute()
         self.reset()
         confusion = values.pop("confusion")
@@ -53,7 +54,7 @@ def write_evaluation(
 ) -> None:
     """Write ``NAME.json``, the metrics with each class's accuracy, and ``NAME_confusion.png`` into the run's folder.
 
-    Every rank has to call it. A fast_dev_run leaves no files.
+    Every rank must call it. A fast_dev_run writes no files.
     """
     # On all ranks, before the others return: they agree on it by a broadcast.
     folder = run_folder(trainer)
@@ -64,7 +65,7 @@ def write_evaluation(
     for file in (scores, picture):
         set_aside(file)
     result: dict[str, object] = {key: value.item() for key, value in values.items()}
-    shares = confusion / confusion.sum(dim=1, keepdim=True)  # nan of a class without an example
+    shares = confusion / confusion.sum(dim=1, keepdim=True)  # nan for a class without examples
     result["accuracy_of_class"] = class_accuracies(shares.diagonal().tolist(), classes)
     write_whole(scores, json.dumps(result, indent=2) + "\n")
     figure = confusion_figure(confusion, shares.nan_to_num(), classes)
@@ -73,21 +74,21 @@ def write_evaluation(
 
 
 def confusion_figure(confusion: Tensor, shares: Tensor, classes: Sequence[str]) -> Figure:
-    """Draw a confusion matrix, each row of which is a class's images.
+    """Draw a confusion matrix with a row for the images of each class.
 
     Args:
         confusion: (classes, classes), counts.
-        shares: (classes, classes), of each row.
-        classes: names.
+        shares: (classes, classes), as shares of each row.
+        classes: names of the classes.
     """
     number = len(classes)
     size = min(4 + 0.25 * number, 22)
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(shares.cpu().numpy(), vmin=0, vmax=1, cmap="Blues", alpha=0.6)  # so pale that numbers can be read
+    axes.imshow(shares.cpu().numpy(), vmin=0, vmax=1, cmap="Blues", alpha=0.6)  # pale, so that numbers can be read
     axes.set(xlabel="predicted", ylabel="true class")
     if number <= _NAMED:
-        names = [name.replace("$", r"\$") for name in classes]  # between two of them Matplotlib reads a formula
+        names = [name.replace("$", r"\$") for name in classes]  # Matplotlib reads text between two of them as a formula
         axes.set_xticks(range(number), names, rotation=90)
         axes.set_yticks(range(number), names)
     if number <= _ANNOTATED:
@@ -97,7 +98,7 @@ def confusion_figure(confusion: Tensor, shares: Tensor, classes: Sequence[str]) 
 
 
 def class_accuracies(accuracies: Sequence[float], classes: Sequence[str]) -> dict[str, float]:
-    """Return each class's accuracy by its name; classes without an example, whose accuracy is nan, are left out.
+    """Return each class's accuracy by its name, without classes that have no example and so an accuracy of nan.
 
     Example:
         >>> class_accuracies([0.75, float("nan"), 1.0, 0.5], ["cat", "dog", "missile", "missile"])

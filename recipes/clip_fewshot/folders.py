@@ -1,4 +1,4 @@
-"""Images in folders: one folder for each class, or folders train, validation and test that hold these."""
+"""Images in folders: one folder per class, or folders train, validation and test that hold these."""
 
 from pathlib import Path
 
@@ -25,12 +25,12 @@ def read(folder: Path) -> tuple[list[str], Parts]:
     """Return the classes, and (path, label) by part; all images as the part "train" if there are no parts.
 
     Args:
-        folder: with one folder for each class; or with folders train (or training), test (or testing) and perhaps
-            validation (or valid, val or dev) that hold these, in small letters or capitals. Without test, validation
-            is used for testing.
+        folder: has one folder per class, or folders train (or training), test (or testing) and optionally
+            validation (or valid, val or dev) that hold these, in lower or upper case. Without test, validation is used
+            for testing.
 
     Raises:
-        MisconfigurationException: a part is missing, or there is another folder next to the parts.
+        MisconfigurationException: a part is missing, or there are other folders next to the parts.
     """
     inside = _folders_in(folder)
     parts = {_PART_OF.get(path.name.lower(), path.name): path for path in inside}
@@ -41,9 +41,9 @@ def read(folder: Path) -> tuple[list[str], Parts]:
             parts["test"] = parts.pop("validation")
         if len(parts) < len(inside) or not {"train", "test"} <= parts.keys() <= set(PARTS):
             raise MisconfigurationException(
-                f"{folder} has the folders {', '.join(path.name for path in inside)}: give it train, test and perhaps "
-                "validation, or only one folder for each class. A class whose folder has the name of a part needs "
-                "another name, which class_names can turn back"
+                f"{folder} has the folders {', '.join(path.name for path in inside)}: it needs train, test and "
+                "optionally validation, or only one folder per class. A class whose folder has the name of a part must "
+                "be renamed; class_names can give it its name back"
             )
     names = set()
     for path in parts.values():

@@ -26,19 +26,19 @@ _CHUNK = 256  # texts that the text tower reads at once in evaluation
 class FewShot(ClipModule):
     """CLIP with LoRA as a classifier of images by texts.
 
-    A class's features are, in evaluation, the mean of its texts' normalized features, normalized again. Training uses
-    the same, computed once, if the text tower is frozen; if it is adapted, every step encodes the first text of each
-    class again. The logits are the cosine similarities times the model's own scale, which stays frozen.
+    In evaluation, a class's features are the mean of its texts' normalized features, normalized again. Training uses
+    these features too, computed once, if the text tower is frozen; if it is adapted, every step encodes each class's
+    first text again. The logits are the cosine similarities times the model's own scale, which stays frozen.
 
     Args:
         model: see :class:`recipes.clip.module.ClipModule`.
         pretrained: see there.
         quick_gelu: see there.
-        lora: see there; None is rank 2, alpha 1, scaling 1 / sqrt(2), dropout 0.25 on q, k, v of all blocks of both
+        lora: see there; None is rank 2, alpha 1, scaling 1 / sqrt(2), dropout 0.25 on q, k, v in all blocks of both
             towers.
-        learning_rate: AdamW's at the start.
-        weight_decay: AdamW's, on the adapter.
-        min_learning_rate: at the end of the cosine schedule, which spans the run.
+        learning_rate: AdamW's rate at the start.
+        weight_decay: AdamW's weight decay, on the adapter.
+        min_learning_rate: rate at the end of the cosine schedule, which spans the run.
         predictions: name of the file that `predict` writes, .jsonl or .csv.
     """
 
@@ -91,7 +91,7 @@ class FewShot(ClipModule):
     @override
     def configure_model(self) -> None:
         super().configure_model()
-        # The export builds the network without data. Not in checkpoints, since the data give the texts in every run.
+        # The export builds the network without data. Not in checkpoints: the data give the texts in every run.
         if self.prompts:
             self.register_buffer("tokens", self._tokens(), persistent=False)
 
@@ -117,7 +117,7 @@ class FewShot(ClipModule):
     def loss(self, batch: Batch) -> Tensor:
         """Return the cross entropy of the classes, in nats; logged as ``train_loss``, with ``train_accuracy``."""
         if self._trains_text:
-            self._class_features = None  # which this step will change
+            self._class_features = None  # this step changes them
             features = self._encode_texts(self.tokens[:, 0])
         else:
             features = self.class_features()
@@ -133,9 +133,9 @@ class FewShot(ClipModule):
         return self._logits(images, self.class_features()).softmax(dim=1)
 
     def class_features(self) -> Tensor:
-        """Return every class's mean over its texts, normalized, (classes, d); it is kept until a training step."""
+        """Return the normalized mean of every class's texts, (classes, d), kept until the next training step."""
         if self._class_features is None:
-            # Not in inference mode, whose tensors training could not use: with a frozen text tower it takes them over.
+            # Not in inference mode: with a frozen text tower training uses these tensors too.
             with torch.inference_mode(False), torch.no_grad():
                 chunks = torch.split(self.tokens.flatten(0, 1), _CHUNK)
                 each = torch.cat([self._encode_texts(chunk) for chunk in chunks]).view(*self.tokens.shape[:2], -1)

@@ -1,4 +1,4 @@
-"""What the text tower reads: the names of the classes, the templates around them, and the check of their length."""
+"""The text tower's input: the classes' names, the templates around them, and a check of their length."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ def class_names(source: Source, words: Mapping[str, str] | None) -> list[str]:
     """Return the words for each class.
 
     Args:
-        source: with the classes and their own names.
-        words: other names for some classes, by what the data call them.
+        source: data with the classes and their own names.
+        words: other names for some classes, by the data's own names.
 
     Raises:
-        MisconfigurationException: ``words`` names a class that is not there, or two classes get one name.
+        MisconfigurationException: ``words`` names an unknown class, or two classes get the same name.
     """
     given = words or {}
     unknown = [name for name in given if name not in source.classes]
@@ -29,7 +29,7 @@ def class_names(source: Source, words: Mapping[str, str] | None) -> list[str]:
     names = [given.get(folder, name) for folder, name in zip(source.classes, source.names, strict=True)]
     times = Counter(name.lower() for name in names)
     twice = [name for name in names if times[name.lower()] > 1]
-    if twice and source.name != "imagenet":  # two of whose classes are called "missile"
+    if twice and source.name != "imagenet":  # which has two classes called "missile"
         raise MisconfigurationException(
             f"{source.name}: several classes are called {', '.join(twice)}, and text can't tell them apart: give other "
             "names in class_names"
@@ -38,10 +38,10 @@ def class_names(source: Source, words: Mapping[str, str] | None) -> list[str]:
 
 
 def prompts(names: Sequence[str], given: str | list[str]) -> list[list[str]]:
-    """Return each class's texts, one for each template.
+    """Return each class's texts, one per template.
 
     Args:
-        names: of the classes.
+        names: names of the classes.
         given: the template, or several.
 
     Raises:
@@ -66,7 +66,7 @@ def tokenize(texts: Sequence[str], tokenizer: Any, context_length: int) -> Tenso
     """Return token ids (texts, context_length); open_clip's tokenizers would silently cut what is longer.
 
     Raises:
-        MisconfigurationException: a text does not fit; the message holds it.
+        MisconfigurationException: a text does not fit; the message shows it.
     """
     tokens = tokenizer(texts, context_length=context_length)
     # With room for one more token a text that was cut is longer: by a word in place of its end, or by one token.

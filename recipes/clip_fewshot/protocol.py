@@ -1,4 +1,4 @@
-"""What surrounds training in the protocol: zero-shot accuracy before, the test after, and the cost of a step."""
+"""The protocol around training: zero-shot accuracy before, the test after, and the cost of a step."""
 
 import json
 import statistics
@@ -20,11 +20,11 @@ from recipes.training.step_times import StepTimes
 
 
 class Protocol(StepTimes):
-    """Test before the first step and after the last, inside of `fit`, in which every strategy has its model set up.
+    """Tests before the first step and after the last, inside `fit`, where every strategy has its model set up.
 
-    Logs ``zero_shot_accuracy`` and the others, and ``test_...`` with the last step's weights; leaves in the run's
-    folder ``zero_shot.json``, ``test.json`` and their confusion matrices, and ``result.json``, which sums the run up. A
-    resumed run keeps what it has measured before.
+    Logs ``zero_shot_accuracy`` and the other metrics, and ``test_...`` with the last step's weights. Writes
+    ``zero_shot.json``, ``test.json``, their confusion matrices and ``result.json``, a summary, into the run's folder. A
+    resumed run keeps its earlier measurements.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Protocol(StepTimes):
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Kept, since a run that is resumed after its last validation has no other.
+        # Kept, since a run resumed after its last validation has no other.
         metrics = trainer.callback_metrics.items()
         self.validation = {
             name.removeprefix("val_"): value.item() for name, value in metrics if name.startswith("val_")
@@ -83,13 +83,13 @@ class Protocol(StepTimes):
 
 
 def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
-    """Return the metrics of the test part with the weights of the moment; every rank has to call it, in training.
+    """Return the metrics of the test part with the current weights; every rank must call it, during training.
 
-    A fast_dev_run takes as few batches as it takes of all else.
+    A fast_dev_run takes as few batches here as elsewhere.
 
     Args:
-        trainer: in whose `fit` this happens.
-        name: before the logged metrics' names, and of the files.
+        trainer: the Trainer, during its `fit`.
+        name: prefix of the logged metrics and of the files.
     """
     module: Any = trainer.lightning_module
     data, strategy = trainer.datamodule, trainer.strategy  # type: ignore[attr-defined]
@@ -98,8 +98,8 @@ def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
     shown = tqdm(islice(loader, total), desc=name, total=total, disable=not trainer.is_global_zero, leave=False)
     with torch.no_grad(), evaluating(module):
         for number, batch in enumerate(shown):
-            # Through the strategy, whose wrapped model gathers what is sharded; trainer.test would set all up
-            # again in the middle of fit.
+            # Through the strategy, whose wrapped model gathers sharded weights; trainer.test would set everything up
+            # again during the fit.
             strategy.test_step(strategy.batch_to_device(batch), number)
     values, confusion = module.metrics["test"].take()
     for logger in trainer.loggers:

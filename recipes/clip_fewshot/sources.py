@@ -1,4 +1,4 @@
-"""Where images come from: CoOp's data sets, folders, and the packaged emoji; in three parts."""
+"""Where images come from: CoOp's data sets, folders, and the packaged emoji; each in three parts."""
 
 import hashlib
 import re
@@ -26,11 +26,11 @@ class Source:
     """Images with labels, in parts.
 
     Attributes:
-        name: of the data set.
-        classes: as the data call them; a label is an index of this list.
+        name: name of the data set.
+        classes: classes as the data name them; a label is an index into this list.
         names: words for the classes.
         parts: (path, label) of "train", "test" and, if there is one, "validation".
-        note: how the parts came about.
+        note: how the parts were made.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Source:
 
 
 def load_source(dataset: str, root: str = "data", split: Split = "official", split_seed: int = 0) -> Source:
-    """Read which images there are, but no image.
+    """Find the images of a data set, without opening any.
 
     Args:
-        dataset: a data set of CoOp's, "packaged:emoji", or a folder with one folder for each class, or with folders
-            train, test and perhaps validation that hold these.
+        dataset: a data set of CoOp's, "packaged:emoji", or a folder with one folder per class, or with folders train,
+            test and optionally validation that hold these.
         root: folder of CoOp's data sets.
-        split: the parts that the data come in, if they come in any; "seeded" divides all images again.
-        split_seed: of that division.
+        split: "official" keeps the data's own parts, if there are any; "seeded" divides all images again.
+        split_seed: seed of that division.
 
     Raises:
         MisconfigurationException: files are missing, or a class has no images in a part.
@@ -60,7 +60,7 @@ def load_source(dataset: str, root: str = "data", split: Split = "official", spl
         if not folder.is_dir():
             raise MisconfigurationException(
                 f"dataset={dataset!r} is not a folder, and not one of {', '.join([*coop.SETS, EMOJI])}: name one of "
-                "these, or a folder with one folder for each class"
+                "these, or a folder with one folder per class"
             )
         classes, parts = folders.read(folder)
         names = [readable_name(name) for name in classes]
@@ -87,12 +87,12 @@ def readable_name(folder: str) -> str:
 def in_order(examples: Iterable[Example], seed: int) -> list[Example]:
     """Return examples shuffled by a hash of the seed and the last two parts of the path: the same on every machine.
 
-    An image's position among the others of its class does not depend on which others there are.
+    An image's position relative to another of its class does not depend on the rest.
     """
 
     def digest(example: Example) -> bytes:
         name = f"{seed}/{'/'.join(example[0].parts[-2:])}"
-        # A file's name may hold bytes that are no UTF-8.
+        # A file name may hold bytes that are not UTF-8.
         return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
     return sorted(examples, key=digest)
@@ -121,7 +121,7 @@ def split_within_classes(examples: Sequence[Example], seed: int) -> Parts:
 def _check_classes(source: Source, needed: Sequence[str]) -> None:
     if len(source.classes) < 2:
         raise MisconfigurationException(
-            f"{source.name} has the classes {source.classes}: it needs two at least, each a folder with its images"
+            f"{source.name} has the classes {source.classes}: it needs at least two, each a folder with its images"
         )
     for part in needed:
         labels = {label for _, label in source.parts[part]}

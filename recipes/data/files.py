@@ -1,4 +1,4 @@
-"""Files that other runs and later starts rely on."""
+"""Writing and reading files that other runs rely on."""
 
 import os
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file in one step, in place of one that is there: a stop leaves the old file, and never half of the new.
+    """Write a file in one step, replacing an existing one: a stop leaves the old file or the new one, never a half.
 
     Args:
-        path: of the file; its folder exists.
-        text: all that it is to hold, written in UTF-8.
+        path: path of the file, in a folder that exists.
+        text: all of its content, written in UTF-8.
 
     Example:
         >>> import tempfile
@@ -22,7 +22,7 @@ def write_whole(path: Path, text: str) -> None:
         ...     path.read_text(encoding="utf-8")
         '{}'
     """
-    # With the process in its name, since several of them may share a folder.
+    # With the process in its name, since several processes may share a folder.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -32,7 +32,7 @@ def read_lines(path: str | Path) -> list[str]:
     """Return the lines of a text file, without a byte order mark and without their ends.
 
     Args:
-        path: of a file in UTF-8; "~" stands for the user's folder.
+        path: path of a file in UTF-8; "~" is the user's home folder.
 
     Raises:
         OSError: it can't be read.
@@ -54,12 +54,10 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def set_aside(path: Path) -> None:
-    """Give a file or folder that is there another name, with the first number that is free, and say so.
-
-    So nothing is lost of what an earlier start has written.
+    """Rename a file or folder that exists, with the first free number, and say so, so that earlier results are kept.
 
     Args:
-        path: that something new is about to take.
+        path: where something new will be written.
 
     Example:
         >>> import tempfile
@@ -84,11 +82,11 @@ def set_aside(path: Path) -> None:
 
 
 def begin_folder(folder: Path, own: str, written: Sequence[str]) -> None:
-    """Make a command's folder, and set aside what others have left in it under the names of the command's own files.
+    """Make a command's folder, and rename files of others in it that have the names of the command's own files.
 
     Args:
-        folder: that the user has named, which may hold other things.
-        own: the file by which the command knows a folder that it has begun.
+        folder: folder given by the user, which may hold other things.
+        own: file by which the command recognizes a folder that it has begun.
         written: names of the files that it replaces in its folder.
 
     Example:
@@ -105,7 +103,7 @@ def begin_folder(folder: Path, own: str, written: Sequence[str]) -> None:
 
 
 def refuse_unless_new(folder: Path) -> None:
-    """Refuse to write a folder in which something lies already.
+    """Refuse to write into a folder that holds something already.
 
     Raises:
         MisconfigurationException: it is a file, or a folder that is not empty.
@@ -114,4 +112,4 @@ def refuse_unless_new(folder: Path) -> None:
         >>> refuse_unless_new(Path("nowhere"))
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise MisconfigurationException(f"{folder} is there already and is not an empty folder: give another one")
+        raise MisconfigurationException(f"{folder} exists and is not an empty folder: give another one")

@@ -1,4 +1,4 @@
-"""Rows that hold nothing to learn from, or more than can be read: they are left out, counted and named."""
+"""Rows that can't be used: they are left out, counted and named."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 
 class UnusableRowError(MisconfigurationException):
-    """A row can't be used, which says nothing of the others: it has no text, or several images, for example."""
+    """A row that can't be used, for example because it has no text or several images; other rows may be fine."""
 
 
 def few(names: Sequence[str], separator: str = ", ", most: int = 5) -> str:
@@ -25,9 +25,9 @@ def warn_of_left_out(source: str, faults: Sequence[str], rows: int) -> None:
     """Say how many rows are left out, and why.
 
     Args:
-        source: where the rows are from.
-        faults: one for each of these rows.
-        rows: in all.
+        source: source of the rows.
+        faults: one for each unusable row.
+        rows: number of all rows.
 
     Raises:
         MisconfigurationException: no row is left.

@@ -1,4 +1,4 @@
-"""A data module of one table, or of one for each part, in parts for training, validation and test."""
+"""A data module with parts for training, validation and test, from one table or one for each part."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,34 +19,34 @@ from recipes.data.resumable import PARTS_OF_STAGE, ResumableData
 
 @dataclass(eq=False)
 class PartedData(ResumableData):
-    """Rows of tables, of which validation and test are splits of their own, or shares of the training split.
+    """Rows of tables; validation and test are separate splits, or shares of the training split.
 
-    A share is read off a hash of each row's key: it does not change with the order, the seed or the size of the data,
-    and rows of equal keys stay together.
+    A hash of each row's key decides which share it is in: this does not depend on the order, the seed or the size of
+    the data, and rows of equal keys stay together.
 
     A subclass defines :meth:`read`, :meth:`keys` and :meth:`encoded`, and :meth:`loader`.
 
     Args:
         dataset: a Hub name, a local folder of the same layout, a local .json, .jsonl, .parquet or .csv file, or a
-            packaged data set. "{split}" stands for the split.
-        split: of a Hub data set, for training.
-        validation_split: for validation: another split or a file; None takes ``validation_share``.
-        test_split: for `test`: another split or a file that is not trained on; None takes ``test_share``.
-        config_name: which of a Hub data set's configurations; None where it has one.
-        revision: of a Hub data set; "refs/convert/parquet" is there where the main one is a script.
-        validation_share: share of the training split for validation; 0 validates on nothing. None takes the split
-            "validation" that a folder or a Hub data set has, or 0.05 without one.
-        test_share: share of it held out for `test`, which has to be given in training too; 0 holds out none. None
-            takes the split "test" that a folder or a Hub data set has, or holds out none without one.
-        batch_size: examples of a batch.
-        seed: of the order of the batches.
+            packaged data set. "{split}" is replaced by the split.
+        split: training split of a Hub data set.
+        validation_split: validation data: another split or a file; None takes ``validation_share``.
+        test_split: data for `test`: another split or a file that is not trained on; None takes ``test_share``.
+        config_name: configuration of a Hub data set; None if it has only one.
+        revision: revision of a Hub data set; "refs/convert/parquet" if the main one is a script.
+        validation_share: share of the training split for validation; 0 turns validation off. None takes the split
+            "validation" of a folder or a Hub data set, or 0.05 if it has none.
+        test_share: share of the training split held out for `test`; give it in training too. 0 holds out nothing. None
+            takes the split "test" of a folder or a Hub data set, or holds out nothing if it has none.
+        batch_size: examples per batch.
+        seed: seed of the order of the batches.
         num_workers: processes that load batches; 0 loads in the training process.
 
     Attributes:
-        own_splits: of each part the split or file; None where it takes a share.
-        shares: of each part the share of the training split.
+        own_splits: each part's split or file; None if it takes a share.
+        shares: each part's share of the training split.
         parts: the encoded rows of each part that is set up.
-        reports: what became of the rows of each part, where :meth:`encoded` says it.
+        reports: what became of each part's rows, if :meth:`encoded` reports it.
 
     Raises:
         MisconfigurationException: arguments out of range (here); data that can't be read, or nothing left of it (in
@@ -70,9 +70,9 @@ class PartedData(ResumableData):
     packaged_splits: ClassVar[Sequence[str]] = ("train",)
     deciding: ClassVar[tuple[str, ...]] = ("shares",)
     kinds: ClassVar[str] = "rows"
-    """What divides the rows, in the plural, for messages."""
+    """What the rows are divided by, in the plural, for messages."""
     least: ClassVar[Mapping[str, int]] = {}
-    """The smallest values of further settings that are integers, or None."""
+    """The smallest values of further settings, which are integers or None."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class PartedData(ResumableData):
         raise NotImplementedError
 
     def keys(self, rows: Any) -> list[str]:
-        """Return what decides on each row's part."""
+        """Return the keys that decide each row's part."""
         raise NotImplementedError
 
     def encoded(self, part: str, rows: Any) -> Any:
@@ -101,18 +101,18 @@ class PartedData(ResumableData):
         raise NotImplementedError
 
     def identities(self, rows: Any) -> Sequence[Hashable]:
-        """Return by what a row is known that is in training and in validation."""
+        """Return what identifies each row, to find rows that are in training and in validation."""
         return self.keys(rows)
 
     def begin(self) -> None:
-        """Prepare what encodes the rows, in `setup`."""
+        """Prepare the encoding of the rows, in `setup`."""
 
     def rows_to_predict(self) -> Any:
         """Return the encoded rows of `predict`."""
         raise NotImplementedError
 
     def problems(self) -> list[str]:
-        """Return what else is wrong with the settings."""
+        """Return further problems of the settings."""
         return []
 
     # -- stages
@@ -120,7 +120,7 @@ class PartedData(ResumableData):
     @override
     def prepare_data(self) -> None:
         stage = "fit" if self.trainer is None else str(cast("TrainerFn", self.trainer.state.fn).value)
-        # A prediction reads the user's own file alone.
+        # A prediction reads only the user's own file.
         if stage == TrainerFn.PREDICTING.value:
             return
         self.division.take_own_splits(self.config_name, self.revision)
@@ -141,7 +141,7 @@ class PartedData(ResumableData):
             if part not in self.parts:
                 self.parts[part] = self._part(part)
             own = self.own_splits.get(part)
-            # An evaluation may be on a machine without the training data, and a Hub's are not fetched for it.
+            # An evaluation may run on a machine without the training data, and a Hub's are not fetched for it.
             is_there = stage == "fit" or Path(str(self.dataset)).expanduser().exists()
             if own is not None and is_there:
                 trained = self.identities(self.table(self.split))
@@ -150,7 +150,7 @@ class PartedData(ResumableData):
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
         rows = self.parts["predict"]
-        # The same number for each rank, which FSDP needs.
+        # Equally many for each rank, which FSDP needs.
         sampler: DistributedSampler[Any] = DistributedSampler(rows, shuffle=False, **self.ranks())
         # Not a LateLoader: a prediction has nothing to resume.
         return DataLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self.batch_to_predict)
@@ -161,7 +161,7 @@ class PartedData(ResumableData):
 
     @override
     def sizes(self) -> str:
-        # A fit does not set the test up, and reads no split of its own.
+        # A fit does not set up the test, nor read the test's own split.
         return f"{super().sizes()}, test {self.own_splits['test'] or len(self.rows('test'))}"
 
     # -- which rows
@@ -179,7 +179,7 @@ class PartedData(ResumableData):
         return self.source(self.division.where(part)[1])
 
     def table(self, split: str) -> Any:
-        """Return what :meth:`read` gives, kept."""
+        """Return what :meth:`read` gives; it is read once."""
         if split not in self._tables:
             self._tables[split] = self.read(split)
         return self._tables[split]

@@ -1,4 +1,4 @@
-"""Which rows of a data set train, validate and test: splits of its own, or shares by a hash."""
+"""Which rows of a data set train, validate and test: separate splits, or shares by a hash."""
 
 import hashlib
 import re
@@ -13,14 +13,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from recipes.data.reading import given_dataset, is_packaged, split_names, table_ending
 
 _SHARES = {"validation": 0.05, "test": 0.0}
-"""Of the training split, if nothing else says what a part takes."""
+"""Shares of the training split, if nothing else decides what a part takes."""
 _OWN_SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-"""What data sets call the split for a part."""
+"""Names that data sets have for a part's split."""
 _PART_OF_STAGE = {"validate": "validation", "test": "test"}
 
 
 def source_of(name: str, split: str) -> Path | tuple[str, str]:
-    """Return where a split of a data set is read from: equal for what is the same, however it is written."""
+    """Return where a split of a data set is read from: equal for the same data, however the name is written."""
     if is_file(split):
         return Path(split).expanduser().resolve()
     if is_file(name):
@@ -30,12 +30,12 @@ def source_of(name: str, split: str) -> Path | tuple[str, str]:
 
 
 def is_file(name: str) -> bool:
-    """Return whether a name is that of a table's file, of a text file or of shards; it need not be there."""
+    """Return whether a name is that of a table's file, a text file or shards; the file need not exist."""
     return table_ending(name) is not None or Path(name).suffix.lower() in (".txt", ".tar")
 
 
 def part_of(key: str, shares: dict[str, float]) -> str:
-    """Return the part that a key falls into: the same on every machine, whatever else is in the data.
+    """Return the part of a key: the same on every machine, whatever else is in the data.
 
     Example:
         >>> part_of("what is a cat", {"validation": 0.15, "test": 0.25})
@@ -50,22 +50,22 @@ def part_of(key: str, shares: dict[str, float]) -> str:
 
 
 def _fraction(key: str) -> float:
-    """Return a number in [0, 1) that only the text decides, unlike Python's own hash, in every process."""
+    """Return a number in [0, 1) that only the text decides, in every process, unlike Python's own hash."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
 def indices_in(part: str, keys: Sequence[str], shares: dict[str, float], source: str, kinds: str) -> list[int]:
-    """Return the indices of the rows of a part. A part that none of few keys falls into takes the one that is nearest.
+    """Return the indices of a part's rows. If few keys leave a part empty, it takes the nearest key.
 
     Args:
         part: "train", or one of the others.
-        keys: of all rows.
-        shares: of the parts that are not trained on.
-        source: where the rows are from, for messages.
-        kinds: what the keys stand for, in the plural.
+        keys: keys of all rows.
+        shares: shares of the parts that are not trained on.
+        source: source of the rows, for messages.
+        kinds: what the keys are, in the plural.
 
     Raises:
-        MisconfigurationException: there are fewer different keys than parts.
+        MisconfigurationException: there are fewer distinct keys than parts.
 
     Example:
         >>> indices_in("validation", ["a", "b", "b", "a"], {"validation": 0.25, "test": 0.0}, "mine.csv", "texts")
@@ -82,21 +82,21 @@ def indices_in(part: str, keys: Sequence[str], shares: dict[str, float], source:
         raise MisconfigurationException(
             f"{source}: nothing is left for {part}. Its {len(keys)} rows are divided by their {kinds} ({len(parts)} "
             "different ones), and equal ones stay together: give more rows, a validation_split or a test_split, or "
-            "validation_share=0, which keeps the last checkpoint and no best one"
+            "validation_share=0, which keeps only the last checkpoint, not the best one"
         )
     return indices
 
 
 def warn_of_training_data(part: str, keys: Collection[Hashable], trained: Collection[Hashable], what: str) -> None:
-    """Warn if a part repeats what is trained on, as a copied file and an overlapping slice do.
+    """Warn if a part repeats training data, as a copied file or an overlapping slice does.
 
-    A warning and not an error, since many public data sets repeat a few of their texts.
+    A warning, not an error, since many public data sets repeat a few of their texts.
 
     Args:
-        part: its name, or what it is read from.
-        keys: of its rows: equal keys are the same to a model.
-        trained: the keys of the training data.
-        what: the keys stand for, in the plural.
+        part: name of the part, or of its source.
+        keys: keys of its rows; rows with equal keys are the same to a model.
+        trained: keys of the training data.
+        what: what the keys are, in the plural.
 
     Example:
         >>> warn_of_training_data("validation", ["a"], ["b"], "texts")
@@ -105,8 +105,8 @@ def warn_of_training_data(part: str, keys: Collection[Hashable], trained: Collec
     repeated = sum(key in known for key in keys)
     if repeated:
         rank_zero_warn(
-            f"{part}: {repeated} of {len(keys)} {what} are in the training split too, so that this part measures "
-            "partly what was learnt by heart"
+            f"{part}: {repeated} of {len(keys)} {what} are in the training split too, so this part "
+            "partly measures memorization"
         )
 
 
@@ -116,13 +116,13 @@ def refuse_bad_settings(
     """Check a data module's settings.
 
     Args:
-        data: holds them.
-        least: the smallest values of integers, by name; None passes.
-        shares: of validation and test, which have to leave something to train on.
-        more: problems that have been found elsewhere.
+        data: the data module.
+        least: smallest values of integers, by name; None is allowed too.
+        shares: shares of validation and test, which must leave something to train on.
+        more: problems found elsewhere.
 
     Raises:
-        MisconfigurationException: with all problems.
+        MisconfigurationException: lists all problems.
     """
     problems = []
     for name, smallest in least.items():
@@ -141,21 +141,21 @@ def refuse_bad_settings(
 
 @dataclass(eq=False)
 class Division:
-    """The parts for validation and test: data sets or splits of their own, or shares of the training split.
+    """The parts for validation and test: separate data sets or splits, or shares of the training split.
 
     Args:
-        dataset: for training.
-        split: of it.
-        own_splits: of each part another split of ``dataset`` or a file; None for a share.
-        given_shares: of each part the share of the training split; None takes the split that the data set has for the
-            part, or else 0.05 for validation and nothing for the test.
-        own_datasets: of each part another data set.
-        is_drawn: the rows to validate on are drawn from the training split, and not by a share.
+        dataset: training data.
+        split: training split.
+        own_splits: each part's own split of ``dataset``, or file; None for a share.
+        given_shares: each part's share of the training split; None takes the data set's own split for the part, or else
+            0.05 for validation and nothing for the test.
+        own_datasets: each part's own data set.
+        is_drawn: the rows to validate on are drawn from the training split, not taken by a share.
         packaged: names of the packaged data sets, for messages.
-        packaged_splits: that these have.
+        packaged_splits: splits of the packaged data sets.
 
     Attributes:
-        shares: of each part, as far as it is known; 0 for a part with a split of its own.
+        shares: each part's share, as far as it is known; 0 for a part with its own split.
     """
 
     dataset: str | None
@@ -186,7 +186,7 @@ class Division:
         return str(self.dataset), self.own_splits.get(part) or self.split
 
     def is_divided(self, part: str) -> bool:
-        """Return whether a part takes rows of the training split, which do not train."""
+        """Return whether a part takes rows of the training split, which then do not train."""
         is_drawn = part == "validation" and self.is_drawn and self.own(part) is None
         return is_drawn or self.shares[part] > 0
 
@@ -195,14 +195,14 @@ class Division:
         return part == "train" or self.own(part) is not None or self.is_divided(part)
 
     def take_own_splits(self, config_name: str | None, revision: str | None) -> None:
-        """Make a data set's own splits the parts for which no split and no share was given.
+        """Use a data set's own splits for the parts for which no split and no share was given.
 
         Args:
-            config_name: of a Hub data set.
-            revision: of a Hub data set.
+            config_name: configuration of a Hub data set.
+            revision: revision of a Hub data set.
         """
         unset = [part for part, share in self.given_shares.items() if share is None and self.own(part) is None]
-        trained_on = re.findall(r"\w+", self.split)  # perhaps one beside "train"
+        trained_on = re.findall(r"\w+", self.split)  # there may be others besides "train"
         name = given_dataset(self.dataset, self.packaged)
         has_splits = unset and not is_packaged(name) and not is_file(name)
         names = split_names(name, self.split, config_name, revision, self.packaged) if has_splits else []
@@ -210,20 +210,20 @@ class Division:
             own = next((split for split in _OWN_SPLITS[part] if split in names and split not in trained_on), None)
             if own is not None:
                 rank_zero_info(
-                    f"dataset={self.dataset!r}: its split {own!r} is taken; a {part}_share would take its place"
+                    f"dataset={self.dataset!r}: its split {own!r} is used; set {part}_share to take a share instead"
                 )
                 self.own_splits[part] = own
                 self.shares[part] = 0.0
 
     def refuse_wrong_splits(self, stage: str, option: str = "split") -> None:
-        """Refuse splits that the data set does not have, or that are trained on, and an evaluation on nothing.
+        """Refuse splits that don't exist or are trained on, and an evaluation without data.
 
         Args:
-            stage: of the Trainer.
-            option: what the options for a part's own data are called.
+            stage: stage of the Trainer.
+            option: suffix of the options for a part's own data.
 
         Raises:
-            MisconfigurationException: there is such a split, or nothing to evaluate on.
+            MisconfigurationException: there is such a split, or there is nothing to evaluate on.
         """
         name = given_dataset(self.dataset, self.packaged)
         for part in ("train", *self.own_splits):
@@ -236,10 +236,10 @@ class Division:
                 )
             if part == "train" or self.own(part) is None:
                 continue
-            # Of slices such as "train[:10%]" only equal ones are found here.
+            # Among slices such as "train[:10%]", only equal ones are found here.
             if stage == "fit" and source_of(dataset, split) == source_of(name, self.split):
                 raise MisconfigurationException(
-                    f"{self.own(part)!r} is read from where the training data are: give another {part}_{option}, or "
+                    f"{self.own(part)!r} is where the training data come from: give another {part}_{option}, or "
                     "null, which holds out a share"
                 )
         evaluated = _PART_OF_STAGE.get(stage)
@@ -247,19 +247,19 @@ class Division:
             raise MisconfigurationException(
                 f"there is nothing to {'test' if evaluated == 'test' else 'validate'} on: no split for it was given or "
                 f"found, and no share was held out. Give --data.{evaluated}_{option}, which was not trained on, or "
-                f"train with --data.{evaluated}_share 0.1, say"
+                f"train with, say, --data.{evaluated}_share 0.1"
             )
 
     def refuse_trained_rows(self, trainer: Any, trained: dict[str, Any] | None, now: dict[str, Any]) -> None:
-        """Refuse to judge a checkpoint on what its own run has trained on.
+        """Refuse to evaluate a checkpoint on data that its own run has trained on.
 
         Args:
-            trainer: that judges; None checks nothing.
-            trained: ``dataset`` and ``split`` of the checkpoint's run, and what else decides which rows train.
+            trainer: the Trainer that evaluates; None checks nothing.
+            trained: ``dataset`` and ``split`` of the checkpoint's run, and all else that decides which rows train.
             now: the same of this run.
 
         Raises:
-            MisconfigurationException: the part is read from there, and is not held out as it was.
+            MisconfigurationException: the part comes from there, but is not held out as it was.
         """
         if trainer is None or trained is None or trainer.state.fn not in _PART_OF_STAGE:
             return
@@ -271,6 +271,6 @@ class Division:
             read = split if dataset == self.dataset else dataset
             held_out = ", ".join(f"{name} {value!r}" for name, value in deciding.items())
             raise MisconfigurationException(
-                f"{part}: {read!r} is what the checkpoint's run was trained on, except for the {held_out}: give "
+                f"{part}: the checkpoint's run was trained on {read!r}, except for the {held_out}: give "
                 "these, or another split or file"
             )

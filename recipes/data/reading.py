@@ -18,9 +18,9 @@ from recipes.data.left_out import few
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _WORDS_STAY: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
-"""Options for CSV files by which words such as NA and None stay texts, and only an empty value is missing."""
+"""Options for CSV files: words such as NA and None stay texts, and only an empty value is missing."""
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings that `datasets` unpacks by itself
-PACKAGED = "packaged:"  # how the names of packaged tasks begin
+PACKAGED = "packaged:"  # the names of packaged tasks begin with it
 _RECIPES = Path(__file__).parents[1]
 Task = TypeVar("Task")
 
@@ -28,15 +28,15 @@ Task = TypeVar("Task")
 def read_table(
     name: str, split: str, tasks: str = "", config_name: str | None = None, revision: str | None = None
 ) -> Any:
-    """Read a local file, a folder or a Hub data set by ``datasets``, as it reads them.
+    """Read a local file, a folder or a Hub data set with ``datasets``.
 
     Args:
         name: a Hub name, a local folder of the same layout, or a local .json, .jsonl, .parquet, .csv or .tsv file,
             which may be compressed, as .jsonl.gz is.
-        split: to read from a folder or a Hub data set; a file is read as a whole.
-        tasks: names of the packaged ones, for the message; "" where there are none.
-        config_name: which of a Hub data set's configurations, such as "mrpc" of GLUE; None where it has one.
-        revision: of a Hub data set, such as "refs/convert/parquet" where the main one is a script.
+        split: split of a folder or a Hub data set; a file is read as a whole.
+        tasks: names of the packaged tasks, for the message; "" if there are none.
+        config_name: configuration of a Hub data set, such as "mrpc" of GLUE; None if it has only one.
+        revision: revision of a Hub data set, such as "refs/convert/parquet" if the main one is a script.
 
     Raises:
         MisconfigurationException: it can't be read.
@@ -49,7 +49,7 @@ def read_table(
 
 
 def table_ending(name: str) -> str | None:
-    """Return the ending of a table's file, one of :data:`FORMATS`; None if a name is not one of such a file.
+    """Return the ending of a table's file, one of :data:`FORMATS`; None if the name is not that of such a file.
 
     Example:
         >>> table_ending("mine/questions.json"), table_ending("Reviews.CSV.gz"), table_ending("nyu-mll/glue")
@@ -76,30 +76,30 @@ def _read(name: str, split: str, config_name: str | None, revision: str | None) 
             raise MisconfigurationException(f"dataset={name!r}: there is no such file, or it is empty")
         options = _csv_options(path) if FORMATS[ending] == "csv" else {}
         table = datasets.load_dataset(FORMATS[ending], data_files=glob.escape(str(path)), split="train", **options)
-    if "__index_level_0__" in table.column_names:  # pandas has taken the first value for the row's name
+    if "__index_level_0__" in table.column_names:  # pandas took the first value for the row's name
         raise ValueError("the first row has more values than the header has names: put texts with commas into quotes")
     return table
 
 
 def _say_which_are_read(folder: Path, data_files: Mapping[str, Sequence[str]]) -> None:
-    """Print a folder's files by their splits, and warn of tables that belong to none: `datasets` leaves them out."""
+    """Print a folder's files by split, and warn of tables that belong to none, which `datasets` leaves out."""
     read: set[Path] = set()
     for part, files in data_files.items():
         read.update(Path(file).resolve() for file in files)
         rank_zero_info(f"dataset={str(folder)!r}: {part} is {few([Path(file).name for file in files])}")
-    # A card says itself what belongs to each of its configurations.
+    # A card says itself which files belong to each of its configurations.
     paths = [] if (folder / "README.md").exists() else sorted(folder.rglob("*"))
     tables = [path for path in paths if table_ending(path.name)]
     unread = [path.name for path in tables if path.resolve() not in read]
     if unread:
-        rank_zero_warn(f"dataset={str(folder)!r}: not read are {few(unread)}, in no split or of another format")
+        rank_zero_warn(f"dataset={str(folder)!r}: {few(unread)} are not read, being in no split or of another format")
 
 
 def _csv_options(file: Path) -> dict[str, Any]:
     """Return options of ``datasets.load_dataset`` for a CSV file: its separator, and words such as NA as texts.
 
     Args:
-        file: in UTF-8, perhaps compressed. A tab in its first line separates its columns, as in open_clip's tables.
+        file: a file in UTF-8, perhaps compressed. A tab in its first line separates columns, as in open_clip's tables.
     """
     with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8") as lines:
         separator = "\t" if "\t" in lines.readline() else ","
@@ -107,27 +107,27 @@ def _csv_options(file: Path) -> dict[str, Any]:
 
 
 def _folder_or_hub(name: str) -> str:
-    """Return what `datasets` takes for a data set that is not a file.
+    """Return the name by which `datasets` reads a folder or a Hub data set.
 
     Raises:
-        MisconfigurationException: it is a path, and not one of a folder.
+        MisconfigurationException: the name is a path, but not that of a folder.
     """
     path = Path(name).expanduser()
     if path.is_file() or (name.startswith((".", "/", "~")) and not path.is_dir()):
         raise MisconfigurationException(
-            f"dataset={name!r} is not a folder, and not a file that ends in {', '.join(FORMATS)}"
+            f"dataset={name!r} is neither a folder nor a file that ends in {', '.join(FORMATS)}"
         )
     return str(path) if path.is_dir() else name
 
 
 @contextmanager
 def read_errors(name: str, split: str, tasks: str) -> Iterator[None]:
-    """Say of whatever `datasets` raises which data set can't be read, and what to give."""
+    """Turn any error of `datasets` into one that says which data set can't be read, and what to give."""
     try:
         yield
     except MisconfigurationException:
         raise
-    except Exception as error:  # a dozen types, from a bad name to a network down or broken JSON
+    except Exception as error:  # a dozen types, from a bad name to a missing network or broken JSON
         raise MisconfigurationException(
             f"dataset={name!r}, split={split!r} can't be read: {_reason(error).rstrip('.')}. Give {_choice(tasks)}"
         ) from error
@@ -141,10 +141,10 @@ def split_names(name: str, split: str, config_name: str | None, revision: str | 
 
 
 def given_dataset(name: str | None, tasks: str = "") -> str:
-    """Return the name of a data set.
+    """Return the name of a data set, which must be given.
 
     Raises:
-        MisconfigurationException: there is none.
+        MisconfigurationException: it is None.
     """
     if name is None:
         raise MisconfigurationException(f"no data: give {_choice(tasks)} as --data.dataset")
@@ -157,71 +157,71 @@ def _choice(tasks: str) -> str:
 
 
 def mapped(table: Any, function: Callable[..., dict[str, Any]], **options: Any) -> Any:
-    """Return ``table.map(function)``, whose kept result is one of the code as it is now.
+    """Return ``table.map(function)``, whose cached result is one of the current code.
 
-    `datasets` keeps what a function has made of a file, and finds it again by the function's name and arguments. After
-    an update it would give back what the code of the day before has made.
+    `datasets` caches what a function has made of a file by the function's name and arguments. After an update it would
+    return the old code's result.
 
     Args:
         table: a ``datasets.Dataset``.
-        function: of a row, or of what the options say.
-        options: further ones of ``map``.
+        function: takes a row, or whatever the options say.
+        options: further options of ``map``.
     """
     return table.map(partial(_call, function, _code()), **options)
 
 
 def _call(function: Callable[..., dict[str, Any]], code: str, *given: Any) -> dict[str, Any]:
-    """Call a function of the recipes; the name of their code is an argument by which `datasets` finds a result."""
+    """Call a function of the recipes; ``code``, which names their version, only makes `datasets` keep results apart."""
     return function(*given)
 
 
 @cache
 def _code() -> str:
-    """Return a name for the code of the recipes, which is another one after each change."""
+    """Return a name for the code of the recipes, which differs after each change."""
     return str(Hasher.hash([file.read_bytes() for file in sorted(_RECIPES.rglob("*.py"))]))
 
 
 def say_what_is_left_out(source: str, columns: Iterable[str], used: Iterable[str]) -> None:
-    """Print the columns of a table that nobody reads, one of which may be what its user thought was read.
+    """Print the unused columns of a table, since its user may think that they are read.
 
     Args:
-        source: where the table is from.
-        columns: of the table.
-        used: those that are read.
+        source: source of the table.
+        columns: columns of the table.
+        used: columns that are read.
     """
     used = set(used)
     left_out = [column for column in columns if column not in used]
     if left_out:
-        rank_zero_info(f"{source}: read are {', '.join(sorted(used))}; left out are {', '.join(left_out)}")
+        rank_zero_info(f"{source}: columns read: {', '.join(sorted(used))}; left out: {', '.join(left_out)}")
 
 
 def renamed(table: Any, names: Mapping[str, str]) -> Any:
-    """Return a table with other names for some of its columns, which take the place of columns of these names.
+    """Return a table with other names for some of its columns; other columns of these names are replaced.
 
     Args:
         table: a ``datasets.Dataset``.
-        names: the table's own name of a column, and the name by which a recipe knows it.
+        names: the table's own names of columns, each with the recipe's.
 
     Raises:
-        ValueError: a column is missing, or two columns get one name.
+        ValueError: a column is missing, or two columns get the same name.
     """
     replaced = [name for name in names.values() if name in table.column_names and name not in names]
     return table.remove_columns(replaced).rename_columns(dict(names))
 
 
 def _reason(error: BaseException) -> str:
-    """Return what an error says, with that of the one behind it: "an error occurred" alone helps nobody."""
+    """Return an error's message and that of its cause, since "an error occurred" helps nobody."""
     reason = f"{type(error).__name__}: {error}"
     return reason if error.__cause__ is None else f"{reason} ({_reason(error.__cause__)})"
 
 
 def is_packaged(name: str) -> bool:
-    """Return whether a data set's name is one of a packaged task."""
+    """Return whether a data set's name is that of a packaged task."""
     return name.startswith(PACKAGED)
 
 
 def packaged_names(tasks: Iterable[str]) -> str:
-    """Return packaged tasks by the names of data sets, for messages.
+    """Return the names of packaged tasks as data sets, for messages.
 
     Example:
         >>> packaged_names(["sentiment", "subject"])
@@ -231,11 +231,11 @@ def packaged_names(tasks: Iterable[str]) -> str:
 
 
 def packaged_task(name: str, tasks: Mapping[str, Task]) -> Task:
-    """Return what belongs to a packaged task.
+    """Return the entry of a packaged task.
 
     Args:
-        name: of a data set that :func:`is_packaged`.
-        tasks: by name, without what names of data sets begin with.
+        name: name of a data set that :func:`is_packaged`.
+        tasks: entries by name, without the prefix "packaged:".
 
     Raises:
         MisconfigurationException: there is no such task.
@@ -247,7 +247,7 @@ def packaged_task(name: str, tasks: Mapping[str, Task]) -> Task:
 
 
 def divided(batches: list[list[int]], number: int) -> list[list[int]]:
-    """Return as many batches as asked for, or as can be, of the same examples in the same order: long ones are halved.
+    """Return as many batches as asked for, or as possible, of the same examples in order: long batches are halved.
 
     Example:
         >>> divided([[1, 2], [3, 4], [5]], 5)
@@ -265,7 +265,7 @@ def divided(batches: list[list[int]], number: int) -> list[list[int]]:
 
 
 def columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
-    """Return columns of a table that is given in rows.
+    """Return the columns of a table that is given in rows.
 
     Example:
         >>> columns([{"line": 0, "prompt": "Why?"}, {"line": 1, "prompt": "How?"}], ["prompt"])

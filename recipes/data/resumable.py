@@ -1,4 +1,4 @@
-"""A data module whose training loader resumes where a checkpoint has left it."""
+"""A data module whose training loader resumes where a checkpoint left off."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -15,14 +15,14 @@ PARTS_OF_STAGE = {"fit": ("train", "validation"), "validate": ("validation",), "
 
 
 def _ignore_sigterm(_: int) -> None:
-    """Let a worker outlive a signal to all processes of a job, so that this one can end between two steps."""
+    """Let a worker outlive a signal to all processes of a job, so that this process can end between two steps."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class LateLoader(StatefulDataLoader):  # type: ignore[misc]
-    """A loader that starts with the first batch asked for, at the position that it has been given until then.
+    """A loader that starts when the first batch is asked for, at the position given until then.
 
-    A trainer that builds its optimizer before it loads a checkpoint, as under FSDP, has asked for the iterator already.
+    A trainer that builds its optimizer before it loads a checkpoint, as under FSDP, asks for the iterator earlier.
     """
 
     @override
@@ -31,13 +31,12 @@ class LateLoader(StatefulDataLoader):  # type: ignore[misc]
 
 
 class ResumableData(L.LightningDataModule):
-    """Keep the position in the epoch in checkpoints; a subclass fills ``parts`` in `setup` and defines :meth:`loader`.
+    """Keeps the position in the epoch in checkpoints; a subclass fills ``parts`` in `setup` and defines :meth:`loader`.
 
-    Lightning keeps it too, but does not put it back if anybody has asked for ``trainer.estimated_stepping_batches``
-    before the loops' state is restored, as learning rate schedules do.
+    Lightning keeps it too, but does not restore it if ``trainer.estimated_stepping_batches`` was read before the loops'
+    state is restored, as learning rate schedules do.
 
-    The training loader is one of :meth:`whole_batches`, around a DistributedSampler whose order is a function of the
-    epoch.
+    The training loader comes from :meth:`whole_batches`, with a DistributedSampler whose order depends on the epoch.
 
     Attributes:
         parts: the examples of "train", "validation", "test" and "predict", as far as they are set up.
@@ -65,7 +64,7 @@ class ResumableData(L.LightningDataModule):
         raise NotImplementedError
 
     def sizes(self) -> str:
-        """Return how many examples each part of a fit has, in words."""
+        """Describe how many examples each part of a fit has."""
         return ", ".join(f"{part} {len(rows)}" for part, rows in self.parts.items())
 
     @override
@@ -87,7 +86,7 @@ class ResumableData(L.LightningDataModule):
             return {}
         position = {"epoch": loader.sampler.epoch, "ranks": loader.sampler.num_replicas, "trained": self._trained_on()}
         position["examples"] = len(self.parts["train"])
-        # Nothing of this epoch is left: a resumed run begins with the next one.
+        # This epoch is complete: a resumed run begins with the next one.
         if self.trainer and self.trainer.is_last_batch:
             return position | {"epoch": position["epoch"] + 1}
         return position | {"train_loader": loader.state_dict()}  # each rank has given as many batches
@@ -101,23 +100,23 @@ class ResumableData(L.LightningDataModule):
             self.resumed(loader)
 
     def _trained_on(self) -> dict[str, Any]:
-        """Return where the rows that train come from, and which of them they are."""
+        """Return where the training rows come from, and what selects them."""
         return {name: getattr(self, name) for name in ("dataset", "split", *self.deciding)}
 
     def _refuse_trained_rows(self, trained: dict[str, Any] | None) -> None:
-        """Refuse to judge a checkpoint on what its own run, which :meth:`_trained_on` describes, has trained on."""
+        """Refuse to evaluate a checkpoint on the training data of its own run, described by :meth:`_trained_on`."""
 
     def resumed(self, loader: LateLoader) -> LateLoader:
-        """Return the training loader, put once at the position that a checkpoint holds."""
+        """Return the training loader, moved once to the position in a checkpoint."""
         for name, now in (("ranks", loader.sampler.num_replicas), ("examples", len(self.parts["train"]))):
             before = self._position.get(name, now)
             if before != now:
                 rank_zero_warn(
-                    f"The checkpoint's run had {before} {name}, and this one has {now}: an epoch that was begun "
-                    "repeats examples and leaves others out, and the number of steps may differ"
+                    f"The checkpoint's run had {before} {name}, but this one has {now}: the interrupted epoch "
+                    "repeats some examples and misses others, and the number of steps may differ"
                 )
         loader.sampler.set_epoch(self._position.get("epoch", 0))
-        # An empty state makes the loader forget an iterator that it has begun, and start at the first batch.
+        # An empty state makes the loader forget an iterator that has begun, and start at the first batch.
         loader.load_state_dict(self._position.get("train_loader", {}))
         self._position = {}
         return loader
@@ -125,7 +124,7 @@ class ResumableData(L.LightningDataModule):
     def whole_batches(
         self, rows: Any, sampler: DistributedSampler[Any], collate_fn: Callable[[Any], Any] | None = None
     ) -> LateLoader:
-        """Return a loader of batches that the sampler gives whole."""
+        """Return a loader of whole batches from a sampler."""
         return LateLoader(
             rows,
             batch_size=None,
@@ -134,12 +133,12 @@ class ResumableData(L.LightningDataModule):
             num_workers=self.num_workers,
             worker_init_fn=_ignore_sigterm,
             pin_memory=torch.cuda.is_available(),
-            # Its own generator: a loader draws a seed whenever it starts, which a resumed run does at another moment.
+            # Its own generator: a loader draws a seed whenever it starts, which is at another moment in a resumed run.
             generator=torch.Generator().manual_seed(self.seed),
         )
 
     def ranks(self) -> dict[str, Any]:
-        """Return how many processes share the data, and which this one is: arguments of a DistributedSampler."""
+        """Return the number of processes and this one's rank: arguments of a DistributedSampler."""
         # Strategies of a single device have no such attribute.
         ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) if self.trainer else None
         return ranks or {"num_replicas": 1, "rank": 0}

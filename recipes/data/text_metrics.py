@@ -1,4 +1,4 @@
-"""When two texts are the same."""
+"""Comparison of texts."""
 
 import re
 import unicodedata
@@ -10,10 +10,10 @@ _MINUS_SIGN = "\N{MINUS SIGN}"
 
 
 def normalized(text: str) -> str:
-    """Return a text without case, punctuation and repeated spaces: what keeps equal questions in one part of the data.
+    """Return a text without case, punctuation and repeated spaces, so that equal questions are in one part of the data.
 
-    It is coarse on purpose, as it also takes accents for nothing that are characters of their own. A text without any
-    letter or digit stays as it is.
+    It is coarse on purpose: it also drops accents that are separate characters. A text without any letter or digit does
+    not change.
 
     Example:
         >>> normalized("What  is a\\nCAT?"), normalized("?!")
@@ -25,8 +25,8 @@ def normalized(text: str) -> str:
 def is_same(answer: str, right: str) -> bool:
     """Return whether two texts have the same words in the same order, in any case; mere punctuation must be equal.
 
-    Spaces and punctuation only stand between words, so "e-mail" is not "email", nor "1,000" the number 1000. The marks
-    that some scripts write as characters of their own count, and so do a number's sign and decimal point.
+    Spaces and punctuation only separate words, so "e-mail" is not "email", nor "1,000" the number 1000. The marks that
+    some scripts write as separate characters count, and so do a number's sign and decimal point.
 
     Example:
         >>> is_same("it is 7", "It is 7."), is_same("", "+"), is_same("-3", "3")

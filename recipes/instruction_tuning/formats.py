@@ -1,8 +1,8 @@
-"""The shapes in which people keep conversations, each turned into rows of one shape.
+"""The formats of conversations, each turned into rows of one format.
 
-A row has ``messages`` (see :func:`turn`; the last one is an answer to learn), ``options`` (the texts an answer is
-chosen from; empty for free answers), ``tools`` (that may be called, as JSON; usually empty), ``key`` (rows of one key
-never part in a split) and ``problem`` (why a row can't be used; usually empty).
+A row has ``messages`` (see :func:`turn`; the last one is an answer to learn), ``options`` (texts to choose the answer
+from; empty for free answers), ``tools`` (tools that may be called, as JSON; usually empty), ``key`` (rows of equal keys
+are always in the same part) and ``problem`` (why a row can't be used; usually empty).
 """
 
 import json
@@ -28,7 +28,7 @@ _ROLES = {
     "human": "user",
     "gpt": "assistant",
 }
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what Qwen, GPT-OSS and others call them
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # their names in Qwen, GPT-OSS and others
 _LISTS = ("messages", "conversations")  # columns of whole conversations
 _SYSTEM = ("system", "system_prompt")
 _LEAVE_OUT = "Columns that --data.columns does not name are left out"
@@ -39,8 +39,8 @@ class Pair(NamedTuple):
 
     Attributes:
         question: column of the question.
-        answers: columns of which the first one that is there holds the answer.
-        more: columns that may be missing or empty, which follow the question after an empty line.
+        answers: columns of which the first that exists holds the answer.
+        more: columns that may be missing or empty, and otherwise follow the question after an empty line.
     """
 
     question: str
@@ -63,9 +63,10 @@ def turn(role: str, content: str, thoughts: str | None = None, learnt: bool = Tr
     Args:
         role: "system", "developer", "user", "assistant" or "tool".
         content: the text.
-        thoughts: of an answer, which a thinking model writes before it.
+        thoughts: an answer's thoughts, which a thinking model writes before it.
         learnt: whether an answer is trained on.
-        more: further fields that templates read, as JSON: an answer's ``tool_calls``, or whose result this is.
+        more: further fields that templates read, as JSON: an answer's ``tool_calls``, or the call that gave this
+            result.
     """
     return {"role": role, "content": content, "thoughts": thoughts, "learnt": learnt, "more": more}
 
@@ -80,14 +81,14 @@ def _row(messages: list[Message], key: str, options: Sequence[str] = (), problem
 
 
 def converter(columns: Sequence[str], source: str) -> Callable[[Row], Row]:
-    """Return what turns rows with these columns into rows of :data:`FEATURES`.
+    """Return a function that turns rows with these columns into rows of :data:`FEATURES`.
 
     Args:
-        columns: of the table.
-        source: where the table is from, for messages.
+        columns: columns of the table.
+        source: source of the table, for messages.
 
     Raises:
-        MisconfigurationException: the columns are not understood.
+        MisconfigurationException: the columns fit no known format.
     """
     found = _understood(columns)
     if found is not None:
@@ -103,7 +104,7 @@ def converter(columns: Sequence[str], source: str) -> Callable[[Row], Row]:
 
 
 def read_columns(columns: Sequence[str]) -> list[str]:
-    """Return those of some columns that a :func:`converter` of them reads.
+    """Return the columns that their :func:`converter` reads.
 
     Example:
         >>> read_columns(["id", "context", "question", "answer"])
@@ -115,7 +116,7 @@ def read_columns(columns: Sequence[str]) -> list[str]:
 
 
 def _understood(columns: Sequence[str]) -> str | Pair | None:
-    """Return a column of conversations, or the columns of a question and its answer."""
+    """Return the column of conversations, or the columns of a question and its answer."""
     for column in _LISTS:
         if column in columns:
             return column
@@ -127,7 +128,7 @@ def _understood(columns: Sequence[str]) -> str | Pair | None:
 
 
 def _converted(row: Row, found: str | Pair) -> Row:
-    # One row that can't be used must not stop a run; how many there are is printed.
+    # One unusable row must not stop a run; how many there are is printed.
     try:
         return _read(row, found)
     except ValueError as error:
@@ -181,18 +182,18 @@ def _text(value: Any, where: str) -> str:
         >>> _text(7.0, "the answer"), _text(0.5, "the answer"), _text(None, "the answer")
         ('7', '0.5', '')
     """
-    if value is None or value == [] or value != value:  # a missing number is not equal to itself
+    if value is None or value == [] or value != value:  # a missing number, nan, is not equal to itself
         return ""
-    if isinstance(value, float) and value.is_integer():  # a column of integers in which one is missing
+    if isinstance(value, float) and value.is_integer():  # a column of integers with a missing one
         return str(int(value))
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"{where} must hold texts or numbers, and a row holds {value!r}. {_LEAVE_OUT}")
+        raise ValueError(f"{where} must hold texts or numbers, but a row holds {value!r}. {_LEAVE_OUT}")
     return str(value)
 
 
 def _messages(listed: Any, column: str, learnt: bool = True) -> list[Message]:
     if not isinstance(listed, list) or not all(isinstance(message, dict) for message in listed):
-        raise ValueError(f"the column {column!r} must hold lists of role and content, and a row holds {listed!r}")
+        raise ValueError(f"the column {column!r} must hold lists of role and content, but a row holds {listed!r}")
     return [_message(message, column, learnt) for message in listed]
 
 
@@ -203,7 +204,7 @@ def _message(given: Mapping[str, Any], column: str, learnt: bool) -> Message:
     if role is None:
         raise ValueError(f"the column {column!r} has a message of {name!r}; the roles are {', '.join(_ROLES)}")
     thoughts = next((given[name] for name in _THOUGHTS if given.get(name)), None)
-    # SlimOrca and OpenAI's files mark answers that are only read with a weight of 0.
+    # SlimOrca and OpenAI's files give answers that are only read a weight of 0.
     weight = given.get("weight")
     is_learnt = learnt and (weight is None or float(weight) != 0)
     more = {name: given[name] for name in ("name", "tool_call_id") if given.get(name) and role == "tool"}
@@ -226,17 +227,17 @@ def _joined(content: Any) -> str:
 
 
 def _call(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call of a tool as chat templates know it; its arguments may be a text of JSON."""
+    """Return a tool call in the form that chat templates take; its arguments may be JSON text."""
     function = given.get("function", given)
     if not isinstance(function, dict) or not function.get("name"):
-        raise ValueError(f"a call of a tool must have a name, and a row holds {given!r}")
+        raise ValueError(f"a call of a tool must have a name, but a row holds {given!r}")
     arguments = _objects(function.get("arguments"))
     made = {"type": "function", "function": {"name": function["name"], "arguments": (arguments or [{}])[0]}}
     return made | ({"id": given["id"]} if given.get("id") else {})
 
 
 def _objects(given: Any) -> list[dict[str, Any]]:
-    """Return tools, calls or arguments, which may be a text of JSON, and one without a list around it."""
+    """Return tools, calls or arguments as a list; they may be JSON text, or a single object without a list."""
     is_text = isinstance(given, str)
     try:
         value = json.loads(given) if is_text and given else given
@@ -245,14 +246,14 @@ def _objects(given: Any) -> list[dict[str, Any]]:
     listed = [value] if isinstance(value, dict) else value or []
     if not isinstance(listed, list) or not all(isinstance(part, dict) for part in listed):
         raise ValueError(
-            f"tools, their calls and arguments must be JSON objects, and a row has {given!r}. {_LEAVE_OUT}"
+            f"tools, their calls and arguments must be JSON objects, but a row has {given!r}. {_LEAVE_OUT}"
         )
-    # In a text nobody has filled anything in.
+    # JSON text has no fields that a table filled in.
     return [part if is_text else _without_none(part) for part in listed]
 
 
 def _without_none(value: Any) -> Any:
-    """Return a value without the fields that other rows have, which tables fill with None."""
+    """Return a value without the fields of other rows, which tables fill with None."""
     if isinstance(value, list):
         return [_without_none(part) for part in value]
     if not isinstance(value, dict):

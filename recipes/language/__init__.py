@@ -1,1 +1,1 @@
-"""What the recipes for language models share: chat templates, the model with its adapter, batches and evaluation."""
+"""Shared by the recipes for language models: chat templates, the model with its adapter, batches and evaluation."""

@@ -1,4 +1,4 @@
-"""Batches of conversations of similar length: which examples, in which order, in which tensors."""
+"""Batches of conversations of similar length: their order and their tensors."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -15,23 +15,24 @@ from recipes.data.resumable import LateLoader, ResumableData
 from recipes.language.chat import IGNORED
 
 Batch = dict[str, Any]
-_POOL = 16  # batches' worth of random examples that are sorted by length together
+_POOL = 16  # this many batches of random examples are sorted by length together
 
 
 class LengthBatchSampler(DistributedSampler[list[int]]):
-    """Batches of similar length in random order: a pure function of the seed and the epoch.
+    """Batches of similar length in random order, determined by the seed and the epoch.
 
-    A stateful loader resumes it by passing over the batches it has given. As a DistributedSampler it is left in place
-    by Lightning, which sets its epoch; ranks take turns on the batches. For each to have as many, training repeats
-    some batches; without shuffling some are divided instead, so that an evaluation sees each example once.
+    A stateful loader resumes it by skipping the batches it has given. Lightning keeps a DistributedSampler as it is,
+    and sets its epoch; ranks take turns on the batches. To give each rank as many, training repeats some batches;
+    without shuffling some are divided instead, so that an evaluation sees each example once.
 
     Args:
         lengths: tokens of each example.
-        batch_size: examples of a batch.
-        seed: of the order.
+        batch_size: examples per batch.
+        seed: seed of the order.
         num_replicas: ranks that share the batches.
-        rank: whose batches these are.
-        shuffle: a new order each epoch; False keeps epoch 0's, in which any first part is still a fair sample.
+        rank: rank that takes these batches.
+        shuffle: take a new order each epoch; False keeps that of epoch 0, in which any first part is still a fair
+            sample.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class LengthBatchSampler(DistributedSampler[list[int]]):
         rank: int = 0,
         shuffle: bool = True,
     ) -> None:
-        # Of its data DistributedSampler reads only the length: here the number of batches.
+        # DistributedSampler reads only the length of its data: here the number of batches.
         batches = range(-(-len(lengths) // batch_size))
         super().__init__(batches, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.lengths = np.asarray(lengths)
@@ -54,14 +55,14 @@ class LengthBatchSampler(DistributedSampler[list[int]]):
         batches = self._batches(self.epoch if self.shuffle else 0)
         if not self.shuffle:
             batches = divided(batches, self.total_size)
-        padded = [batches[i % len(batches)] for i in range(self.total_size)]  # every rank takes as many
+        padded = [batches[i % len(batches)] for i in range(self.total_size)]  # equally many for each rank
         yield from padded[self.rank :: self.num_replicas]
 
     def _batches(self, epoch: int) -> list[list[int]]:
         random = np.random.default_rng([self.seed, epoch])
         order = random.permutation(len(self.lengths))
         pool = self.batch_size * _POOL
-        # Sorted as a whole, the same examples would meet in every epoch; within random pools they do not.
+        # Sorted as a whole, the same examples would share a batch in every epoch; sorted in random pools they do not.
         pools = [order[i : i + pool] for i in range(0, len(order), pool)]
         # Stable, so that examples of one length keep the order that was drawn, whatever NumPy's algorithm.
         by_length = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in pools])
@@ -73,10 +74,10 @@ def loader_by_length(data: ResumableData, rows: Any, collate: Callable[[Any], An
     """Return a loader of batches of similar length.
 
     Args:
-        data: the data module, which knows the size of a batch, the seed and the ranks.
+        data: the data module, for the size of a batch, the seed and the ranks.
         rows: a table with a column ``length``.
         collate: makes a batch of rows that are given in columns.
-        is_training: a new order in each epoch, in which some batches may come twice.
+        is_training: take a new order each epoch, in which some batches may come twice.
     """
     sampler = LengthBatchSampler(rows["length"], data.batch_size, data.seed, shuffle=is_training, **data.ranks())
     return data.whole_batches(rows, sampler, collate)
@@ -85,22 +86,22 @@ def loader_by_length(data: ResumableData, rows: Any, collate: Callable[[Any], An
 def collate(examples: dict[str, list[Any]], pad_id: int) -> Batch:
     """Return rows of the encoded data, given in columns, as one batch, padded on the right.
 
-    The batch holds ``input_ids``, ``attention_mask`` and ``labels``, one row for each option of each example (training
-    and free answers: one), ``options`` (rows of each example), ``gold`` (row of each example's right answer), and for
-    free answers in evaluation ``prompt_ids`` and ``answers``.
+    The batch holds ``input_ids``, ``attention_mask`` and ``labels``, with one row per option of each example (in
+    training and for free answers: one), ``options`` (number of rows per example), ``gold`` (row of each example's right
+    answer), and for free answers in evaluation ``prompt_ids`` and ``answers``.
 
-    Rows of several conversations (:func:`recipes.language.packing.packed`) get ``input_ids``, ``labels`` and
-    ``position_ids`` only: transformers reads where a conversation begins off the positions, and only without an
-    attention mask.
+    Rows of several conversations (:func:`recipes.language.packing.packed`) get only ``input_ids``, ``labels`` and
+    ``position_ids``: transformers tells by the positions where a conversation begins, and only without an attention
+    mask.
 
     Args:
         examples: the columns.
-        pad_id: the token that fills up short rows.
+        pad_id: token that pads short rows.
     """
     rows = padded(list(chain.from_iterable(examples["input_ids"])), pad_id)
     labels = pad([torch.tensor(row) for row in chain.from_iterable(examples["labels"])], IGNORED)
     if "position_ids" in examples:
-        # Each token that fills up a row is a conversation by itself, which nothing else reads.
+        # Each padding token is a conversation by itself, which nothing else reads.
         positions = pad([torch.tensor(positions) for positions in examples["position_ids"]], 0)
         return {"input_ids": rows["input_ids"], "labels": labels, "position_ids": positions}
     counts = [len(options) for options in examples["input_ids"]]
@@ -116,7 +117,7 @@ def collate(examples: dict[str, list[Any]], pad_id: int) -> Batch:
 
 
 def padded(token_ids: Sequence[list[int]], pad_id: int) -> Batch:
-    """Return rows of tokens as ``input_ids`` and ``attention_mask``, filled up on the right.
+    """Return rows of tokens as ``input_ids`` and ``attention_mask``, padded on the right.
 
     Example:
         >>> padded([[5], [6, 7]], 0)["attention_mask"].tolist()
@@ -137,12 +138,12 @@ def pad(rows: list[Tensor], value: int, side: str = "right") -> Tensor:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Return the token that fills up rows: the end token if the tokenizer has none for that, as with Llama and GPT-2.
+    """Return the padding token: the end token if the tokenizer has no padding token, as with Llama and GPT-2.
 
-    Labels and attention masks go by positions and not by tokens, so that end tokens are learnt all the same.
+    Labels and attention masks depend on positions, not on tokens, so end tokens are learnt all the same.
 
     Raises:
-        MisconfigurationException: there is neither.
+        MisconfigurationException: the tokenizer has neither.
     """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:

@@ -14,8 +14,8 @@ class Encoded(NamedTuple):
 
     Attributes:
         input_ids: the tokens.
-        labels: as many.
-        cut: whether there were more.
+        labels: their labels.
+        cut: whether tokens were cut off.
         leaves_out: whether the chat template leaves out an answer's thoughts, or the list of tools.
     """
 
@@ -43,12 +43,12 @@ class ChatEncoder(TemplateEncoder):
         """Return tokens and labels of a conversation, cut at ``max_length`` tokens.
 
         Args:
-            messages: the answer last. Answers whose ``learnt`` is False are read and not learnt.
-            ends: give the end token to an answer that the template ends with nothing, for who generates some.
-            tools: that the model may call, as JSON schemas.
+            messages: the messages, the answer last. Answers whose ``learnt`` is False are read but not learnt.
+            ends: append the end token if the template does not end the answer, for models that generate answers.
+            tools: tools that the model may call, as JSON schemas.
 
         Raises:
-            RefusedConversationError: the template can't render the conversation, or leaves out a call of a tool.
+            RefusedConversationError: the template can't render the conversation, or leaves out a tool call.
         """
         wanted = [thoughts_of(message) for message in messages if message["role"] == "assistant"]
         wanted += [tool["function"]["name"] for tool in tools or []]
@@ -74,20 +74,20 @@ class ChatEncoder(TemplateEncoder):
         """Return tokens of messages without an answer, with the template's opening of one.
 
         Args:
-            messages: the question last.
-            tools: that the model may call.
+            messages: the messages, the question last.
+            tools: tools that the model may call.
         """
         return self._tokens(self._prompt(self._for_template(messages), tools), [])[0]
 
 
 def _refuse_lost_calls(answer: Message, text: str) -> None:
-    """Refuse an answer whose calls of tools, or what it says before them, are not in its text."""
+    """Refuse an answer whose tool calls, or the text before them, are missing from the rendered text."""
     calls = [call["function"] for call in answer.get("tool_calls") or []]
     parts = [str(answer["content"]).strip()] if calls else []
     for call in calls:
         parts += [call["name"], *call["arguments"]]
     if any(part not in text for part in parts):
         raise RefusedConversationError(
-            "the chat template does not write the calls of tools, or what an answer says before them: set "
-            "chat_template to one that does"
+            "the chat template leaves out tool calls, or what an answer says before them: set "
+            "chat_template to one that writes them"
         )

@@ -7,8 +7,8 @@ from typing import Any
 Message = dict[str, Any]
 
 THOUGHTS = ("reasoning_content", "thinking")
-"""The fields of a message in which chat templates look for the thoughts before an answer: Qwen's name and GPT-OSS's."""
-_BLOCK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # of thoughts, at the head of an answer
+"""The fields in which chat templates look for an answer's thoughts: Qwen's name and GPT-OSS's."""
+_BLOCK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # thoughts at the start of an answer
 
 
 def thoughts_of(message: Message) -> str:
@@ -39,12 +39,12 @@ def with_thoughts_apart(message: Message) -> Message:
 
 
 def leads(messages: Sequence[Message]) -> bool:
-    """Return whether a conversation begins with a system message, by either of its names."""
+    """Return whether a conversation begins with a system message, under either of its names."""
     return bool(messages) and messages[0]["role"] in ("system", "developer")
 
 
 def without_system(messages: Sequence[Message]) -> list[Message]:
-    """Return the same messages with a system message at the head of the first question.
+    """Return the messages with the system message moved to the start of the first question.
 
     Example:
         >>> without_system([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}])

@@ -1,4 +1,4 @@
-"""What data modules of texts have in common: the tokenizer, and the file of prompts for `predict`."""
+"""The base class of data modules of texts: the tokenizer, and the file of prompts for `predict`."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,20 +11,20 @@ from recipes.language.model import load_tokenizer
 
 
 class TextData(PartedData):
-    """A data module of texts that knows how long its texts are, so that a model which is too short is refused."""
+    """A data module of texts that knows their lengths, so that a model which can't read them is refused."""
 
     longest_text = longest_prompt = 0
 
     def own_tokenizer(self, name: str | None) -> Any:
-        """Load a tokenizer by its name or folder; None takes that of the module which is trained."""
+        """Load a tokenizer by its name or folder; None takes the trained module's."""
         return self.trained_module.tokenizer if name is None else load_tokenizer(name, option="tokenizer")
 
     def longest(self) -> tuple[int, int]:
-        """Return tokens of the longest text, and of the longest prompt that an answer is written for; 0 for none."""
+        """Return the tokens of the longest text, and of the longest prompt to be answered; 0 if there is none."""
         return self.longest_text, self.longest_prompt
 
     def note_lengths(self, texts: Iterable[int], prompts: Iterable[int]) -> None:
-        """Take up the lengths of further texts and prompts, in tokens."""
+        """Record the lengths of further texts and prompts, in tokens."""
         self.longest_text = max([self.longest_text, *texts])
         self.longest_prompt = max([self.longest_prompt, *prompts])
 
@@ -41,16 +41,16 @@ def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[s
     """Return the lines of a text file, without blank ones.
 
     Args:
-        path: of the file.
-        kind: what a line holds, for the messages, such as "prompt".
-        option: of the data module that names the file.
+        path: path of the file.
+        kind: what a line holds, such as "prompt", for messages.
+        option: the data module's option that names the file.
 
     Raises:
         MisconfigurationException: no file is given, or it is empty.
     """
     if path is None:
-        raise MisconfigurationException(f"predict needs --data.{option} FILE, a text file with one {kind} a line")
+        raise MisconfigurationException(f"predict needs --data.{option} FILE, a text file with one {kind} per line")
     prompts = [line.strip() for line in read_lines(path) if line.strip()]
     if not prompts:
-        raise MisconfigurationException(f"{option}={path!r} holds no {kind}: write one a line")
+        raise MisconfigurationException(f"{option}={path!r} holds no {kind}: write one per line")
     return prompts

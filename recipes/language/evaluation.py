@@ -1,4 +1,4 @@
-"""What validation and test measure."""
+"""The metrics of validation and test."""
 
 import lightning as L
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ class Perplexity(MeanMetric):
 
 
 class Means(nn.Module):
-    """The means of one evaluation by name; each is made when the first value for it comes, on any rank.
+    """The means of one evaluation by name; each is made with its first value, on any rank.
 
     Attributes:
-        compared: answers that the ranks have compared so far.
+        compared: number of answers that the ranks have compared so far.
     """
 
     def __init__(self) -> None:
@@ -32,15 +32,15 @@ class Means(nn.Module):
         self.compared = 0
 
     def __getitem__(self, name: str) -> MeanMetric:
-        """Return the mean of a name; "perplexity" is that of a negative log-likelihood."""
+        """Return the mean of this name; "perplexity" is that of a negative log-likelihood."""
         if name not in self.means:
             kind = Perplexity if name == "perplexity" else MeanMetric
-            # This may be in the middle of an evaluation, when the other metrics have long been moved.
+            # In the middle of an evaluation, when the other metrics are on their device already.
             self.means[name] = kind().to(self["loss"].device)
         return self.means[name]  # type: ignore[return-value]
 
     def log(self, module: L.LightningModule, stage: str) -> None:
-        """Log those that some rank's data has updated, at the end of an evaluation; every rank has to call it."""
+        """Log the means that any rank has updated, at the end of an evaluation; every rank must call it."""
         self.compared = 0
         updated = {name for name in self.means if self[name].update_called}
         for name in sorted(set().union(*gathered(updated))):
@@ -54,14 +54,14 @@ def right_choices(scores: Tensor, batch: Batch) -> list[Tensor]:
 
     Args:
         scores: mean log-likelihood of each row, (rows,).
-        batch: with the number of rows of each example, and which row of each is right.
+        batch: batch with the number of rows of each example, and its right row.
     """
     rights: list[Tensor] = []
     first = 0
     for count, gold in zip(batch["options"], batch["gold"].tolist(), strict=True):
         if count > 1:
             of_options = scores[first : first + count]
-            # Of a model that has diverged argmax would take the first option.
+            # If the model has diverged, argmax would take the first option.
             is_right = (of_options.argmax() + first == gold) & ~of_options.isnan().any()
             rights.append(is_right.float())
         first += count

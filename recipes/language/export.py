@@ -1,7 +1,7 @@
-"""A run's adapter in the weights of its base: a plain transformers model, without peft.
+"""Merge a run's adapter into its base: a plain transformers model, without peft.
 
-The folder is what vLLM serves, llama.cpp converts and any program with transformers loads. It has a model card that
-says how the run was made.
+vLLM serves the folder, llama.cpp converts it, and any program with transformers loads it. Its model card says how the
+run was made.
 """
 
 from pathlib import Path
@@ -22,17 +22,17 @@ from recipes.language.templates import TemplateEncoder, read_template
 
 
 def export(adapter: Path, folder: Path, dtype: DType = "auto", base: str | None = None) -> None:
-    """Write a run's adapter in the weights of its base: a plain transformers model, with tokenizer and model card.
+    """Merge a run's adapter into its base, and write a plain transformers model with tokenizer and model card.
 
     Args:
-        adapter: folder of the adapter, such as checkpoints/last of a run.
-        folder: to write, which must be empty or not be there.
-        dtype: of the weights; auto is the base's.
-        base: the model that was trained on, if it is elsewhere now.
+        adapter: the adapter's folder, such as checkpoints/last of a run.
+        folder: output folder, new or empty.
+        dtype: dtype of the weights; auto is the base's.
+        base: the model that was trained on, if it has moved.
 
     Raises:
         MisconfigurationException: there is no adapter or it can't be merged, the base can't be loaded or is another
-            model, or the folder holds something already.
+            model, or the folder is not empty.
     """
     refuse_unless_new(folder)
     base = base or str(config_of(adapter).base_model_name_or_path)
@@ -43,7 +43,7 @@ def export(adapter: Path, folder: Path, dtype: DType = "auto", base: str | None 
     data = run.get("data", {}).get("init_args", {})
     tokenizer = load_tokenizer(data.get("tokenizer") or base)
     if data.get("chat_template"):
-        # What the run was trained with has to be what others ask with.
+        # The exported model must be prompted as the run was trained.
         tokenizer.chat_template = _template(data["chat_template"])
     # Programs load a vision-language model together with its image processor.
     has_images = "image" in getattr(whole, "input_modalities", ())
@@ -59,7 +59,7 @@ def export(adapter: Path, folder: Path, dtype: DType = "auto", base: str | None 
 
 
 def _model_config(run: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of the model's configuration that a run has changed, which may be somebody else's."""
+    """Return the fields of the model's configuration that a run, perhaps somebody else's, has changed."""
     fields: dict[str, Any] = run.get("model", {}).get("init_args", {}).get("model_config") or {}
     if not runs_no_code(fields):
         raise MisconfigurationException(
@@ -78,31 +78,31 @@ def _template(given: str) -> str:
 
 
 def _end_answers(model: Any, tokenizer: Any, arguments: dict[str, Any] | None) -> None:
-    """Let programs that generate with the model stop where its chat template ends an answer."""
+    """Make programs that generate with the model stop where its chat template ends an answer."""
     try:
         end = TemplateEncoder(tokenizer, tokenizer.chat_template, None, arguments).answer_end
     except MisconfigurationException:  # a template for images, too
         return
-    if end:  # it is not the tokenizer's end token
+    if end:  # and it is not the tokenizer's end token
         stops = ending(model, tokenizer, end)
         model.generation_config.eos_token_id = stops["eos_token_id"]
         if "stop_strings" in stops:
-            print(f"Answers end with {end!r}, which is not one token: give it as a stop string where you generate")
+            print(f"Answers end with {end!r}, which is not one token: pass it as a stop string when you generate")
 
 
 def load_adapted(base: str, adapter: Path, dtype: DType, fields: dict[str, Any]) -> PeftModel:
     """Load a base with its adapter, as a language model or, if the adapter belongs to one, as a vision-language model.
 
-    A base that was quantized in training is loaded whole: 4 bits would not hold the sum.
+    A base that was quantized in training is loaded without quantization: 4 bits would not hold the sum.
 
     Args:
-        base: its name.
-        adapter: the folder.
-        dtype: of the weights.
-        fields: of the model's configuration that the run has changed.
+        base: name of the base.
+        adapter: the adapter's folder.
+        dtype: dtype of the weights.
+        fields: fields of the model's configuration that the run has changed.
 
     Raises:
-        MisconfigurationException: the base can't be loaded, or the adapter's weights are those of another model.
+        MisconfigurationException: the base can't be loaded, or the adapter belongs to another model.
     """
     problems = []
     for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
@@ -122,21 +122,21 @@ def config_of(adapter: Path) -> PeftConfig:
     """Return the configuration of an adapter, which names its base.
 
     Raises:
-        MisconfigurationException: it is one that is not read.
+        MisconfigurationException: adapters of its kind are not supported.
         ValueError: the folder holds no adapter.
     """
     config = PeftConfig.from_pretrained(str(adapter))
     # peft 0.18 imports the module that a megatron_config names; replicated layers share the weights to merge into.
     if getattr(config, "megatron_config", None) or getattr(config, "layer_replication", None):
-        raise MisconfigurationException(f"{adapter}: adapters for Megatron or with layer_replication are not read")
+        raise MisconfigurationException(f"{adapter}: adapters for Megatron or with layer_replication are not supported")
     return config
 
 
 def with_adapter(base: nn.Module, adapter: Path) -> PeftModel:
-    """Load an adapter that was trained on a base onto it.
+    """Load an adapter onto the base that it was trained on.
 
     Raises:
-        MisconfigurationException: the adapter's weights are those of another model.
+        MisconfigurationException: the adapter belongs to another model.
     """
     saved = load_peft_weights(str(adapter), device="cpu")
     try:

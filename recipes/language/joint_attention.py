@@ -21,7 +21,7 @@ class SplitProjection(nn.Module):
     """Replaces a ``c_attn`` and gives the same q, k and v side by side, (..., 3 d).
 
     Args:
-        joint: the layer with weight (d, 3 d), whose columns are those of q, of k and of v.
+        joint: layer with weight (d, 3 d), whose columns are those of q, k and v, in this order.
     """
 
     q_proj: nn.Linear
@@ -45,11 +45,11 @@ class SplitProjection(nn.Module):
         """Return the layer that was split, with the weights as they are now.
 
         Raises:
-            ValueError: there are still LoRA layers in it.
+            ValueError: LoRA layers are still in it.
         """
         parts = [self.q_proj, self.k_proj, self.v_proj]
         if any(isinstance(part, BaseTunerLayer) for part in parts):
-            raise ValueError("the model has an adapter still: merge it first, with peft's merge_and_unload()")
+            raise ValueError("the model still has an adapter: merge it first, with peft's merge_and_unload()")
         width = parts[0].in_features
         joint = Conv1D(3 * width, width).requires_grad_(parts[0].weight.requires_grad)
         joint.weight.data = torch.cat([part.weight.detach().T for part in parts], dim=1)
@@ -60,15 +60,15 @@ class SplitProjection(nn.Module):
 def split_attention(model: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
     """Replace every joint ``c_attn`` of q, k and v by a :class:`SplitProjection`, in the model itself.
 
-    The weights are the same numbers, and outputs stay the same up to rounding.
+    The weights are the same numbers, and outputs change only by rounding.
 
     Args:
-        model: of transformers; one without such layers stays as it is.
-        targets: peft's ``target_modules``. A ``c_attn`` that they name is adapted as a whole and stays joint; None is
-            what peft chooses for the model, which is that layer.
+        model: a model of transformers; one without such layers does not change.
+        targets: peft's ``target_modules``. A ``c_attn`` that they name is adapted as a whole and stays joint; None
+            means peft's default for the model, which is that layer.
 
     Returns:
-        Names of what was replaced.
+        Names of the replaced layers.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -93,10 +93,10 @@ def join_attention(model: nn.Module) -> None:
     """Undo :func:`split_attention`, in the model itself, which transformers then saves and loads as a plain GPT-2.
 
     Args:
-        model: split, its adapters merged and unloaded.
+        model: split model, its adapters merged and unloaded.
 
     Raises:
-        ValueError: there are still LoRA layers in the split projections.
+        ValueError: LoRA layers are still in the split projections.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, SplitProjection):

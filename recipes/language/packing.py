@@ -19,10 +19,10 @@ def fill_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
 
     Args:
         lengths: tokens of each.
-        room: tokens of a row; a longer one gets its own row.
+        room: tokens of a row; a longer text gets its own row.
 
     Returns:
-        The indices of those in each row.
+        The indices of the texts in each row.
 
     Example:
         >>> fill_rows([3, 7, 4, 2], room=8)
@@ -41,9 +41,9 @@ def fill_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def packed(columns: dict[str, list[Any]], room: int) -> dict[str, list[Any]]:
-    """Return encoded conversations, one option each, as rows of several.
+    """Return encoded conversations, one option each, packed into rows.
 
-    Positions start again with each conversation, by which transformers distinguishes them.
+    Positions start again with each conversation; transformers tells conversations apart by them.
 
     Args:
         columns: ``input_ids`` and ``labels`` of each conversation's options, and its ``length``.
@@ -56,7 +56,7 @@ def packed(columns: dict[str, list[Any]], room: int) -> dict[str, list[Any]]:
         positions: list[int] = []
         for index in indices:
             ids += columns["input_ids"][index][0]
-            # The last token of another conversation must not be asked for this one's first.
+            # One conversation's last token must not predict the next one's first.
             labels += [IGNORED, *columns["labels"][index][0][1:]]
             positions += range(columns["length"][index])
         made["input_ids"].append([ids])
@@ -68,12 +68,12 @@ def packed(columns: dict[str, list[Any]], room: int) -> dict[str, list[Any]]:
 
 @torch.no_grad()
 def check_packing(net: nn.Module, rows: int, device: torch.device) -> None:
-    """Try whether a model keeps the conversations of a row apart, with the attention that it was loaded with.
+    """Check that a model keeps the conversations of a row apart, with the attention that it was loaded with.
 
     Args:
         net: the model, as it is trained.
-        rows: of a batch. FlashAttention distinguishes conversations only in batches of one row.
-        device: of its weights.
+        rows: rows per batch. FlashAttention tells conversations apart only in batches of one row.
+        device: device of the weights.
 
     Raises:
         MisconfigurationException: an earlier conversation changes a later one, or the later one is not what it is in
@@ -91,7 +91,7 @@ def check_packing(net: nn.Module, rows: int, device: torch.device) -> None:
             output = net(input_ids=torch.cat(conversations, dim=1), position_ids=positions, use_cache=False)
             logits.append(output.logits[:, -_PROBE:])
     after_first, after_other, alone = logits
-    # What is masked contributes exactly nothing; but sums of another length are rounded otherwise.
+    # What is masked contributes exactly nothing, but sums of another length round differently.
     rounding = 1e-4 if alone.dtype in (torch.float32, torch.float64) else 3e-2
     scale = alone.abs().max()
     is_apart = (after_first - after_other).abs().max() <= 1e-2 * rounding * scale

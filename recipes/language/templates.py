@@ -20,9 +20,9 @@ from recipes.language.conversation import (
 )
 
 Span = tuple[int, int]
-"""Of an answer and its end token in a text: its first character, and the one after its last."""
+"""An answer with its end token in a text: its first character, and the one after its last."""
 
-_ASKED: list[Message] = [{"role": "user", "content": "Why?"}]  # to try a template with
+_ASKED: list[Message] = [{"role": "user", "content": "Why?"}]  # to try templates with
 _MARK = "5d1probe5d1"  # a text that no template holds or changes
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 _REMEDY = (
@@ -33,20 +33,20 @@ _REMEDY = (
 
 
 class RefusedConversationError(MisconfigurationException):
-    """A conversation that a chat template can't render, or in whose text an answer can't be found."""
+    """A conversation that a chat template can't render, or an answer that can't be found in its text."""
 
 
 class TemplateEncoder:
-    """What encoders of conversations have in common.
+    """The base class of encoders of conversations.
 
-    A template that takes no system message gets it at the head of the first question instead. An answer is what follows
-    the template's generation prompt. What a template writes before an answer without thoughts, and not in its
-    generation prompt, belongs to prompts too, unless ``enable_thinking`` is true: then it is learnt.
+    If a template takes no system message, the first question begins with it. An answer is what follows the template's
+    generation prompt. Some templates write more before an answer without thoughts: that is added to prompts, or learnt
+    if ``enable_thinking`` is true.
 
     Attributes:
-        is_marked: whether a given template has {% generation %} blocks, which then are the answers.
-        opening: what prompts have in addition to the template's generation prompt; "" for most.
-        answer_end: what the template ends an answer with, if it is not the tokenizer's end token; else "".
+        is_marked: whether a given template has {% generation %} blocks, which then mark the answers.
+        opening: text that prompts have after the template's generation prompt; "" for most.
+        answer_end: the template's end of an answer, if it is not the tokenizer's end token; else "".
 
     Args:
         renderer: a fast Hugging Face tokenizer, or a processor with one.
@@ -85,7 +85,7 @@ class TemplateEncoder:
         self.opening, self.answer_end = self._around_answer()
 
     def _finds_system(self) -> bool:
-        """Return whether the template writes a system message, rather than refuse it or leave it out."""
+        """Return whether the template writes a system message, rather than refusing it or leaving it out."""
         system = {"role": "system", "content": _MARK}
         asked, answered = [system, *_ASKED], [system, *_ASKED, {"role": "assistant", "content": "So."}]
         try:
@@ -103,14 +103,14 @@ class TemplateEncoder:
                 f"the chat template asks for an answer with {prompt[-40:]!r}, and writes {before[-40:]!r} before one. "
                 f"{_REMEDY}"
             )
-        # A space belongs to the answer, because it often is a part of the answer's first token.
+        # A leading space belongs to the answer, because it is often a part of its first token.
         opening = before[len(prompt) :] if before[len(prompt) :].strip() else ""
         if self.is_marked or self.arguments.get("enable_thinking"):
             opening = ""
         elif opening:
             rank_zero_info(
-                f"The chat template writes {opening!r} before an answer without thoughts, which its generation prompt "
-                "lacks. It is not learnt, and prompts get it too. Ask the trained model in the same way; for Qwen3, "
+                f"The chat template writes {opening!r} before an answer without thoughts, but not in its generation "
+                "prompt. It is not learnt, and added to prompts. Prompt the trained model in the same way; for Qwen3, "
                 "enable_thinking=False adds it"
             )
         self._ends_with_nothing = not after.strip()
@@ -139,14 +139,14 @@ class TemplateEncoder:
         except (TemplateError, TypeError, ValueError) as error:
             raise RefusedConversationError(
                 f"the model's chat template can't render a conversation: {type(error).__name__}: {error}. Fix the data "
-                "(many templates want user and assistant alternately), or set chat_template to another one"
+                "(many templates need user and assistant to alternate), or set chat_template to another one"
             ) from error
 
     def _marked(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[list[int], list[bool]]:
         """Return a conversation's tokens, and for each whether it is learnt, by the template's {% generation %} blocks.
 
         Raises:
-            RefusedConversationError: no token is marked, or only some answers are learnt and blocks are not answers.
+            RefusedConversationError: no token is marked, or only some answers are learnt but blocks are not answers.
         """
         made = self._applied(messages, tools, return_assistant_tokens_mask=True, return_dict=True)
         mask = [bool(is_marked) for is_marked in made["assistant_masks"]]
@@ -174,13 +174,13 @@ class TemplateEncoder:
     def _answers(
         self, messages: Sequence[Message], ends: bool = True, tools: list[Any] | None = None
     ) -> tuple[str, dict[int, Span]]:
-        """Return a conversation's text, and where in it each answer lies, by its index among the messages.
+        """Return a conversation's text, and each answer's place in it, by the answer's index among the messages.
 
         Args:
-            messages: the answer last; answers whose ``learnt`` is False are left out.
-            ends: give the end token to a last answer that the template does not end, since a model trained on it would
+            messages: the messages, the answer last; answers whose ``learnt`` is False are left out.
+            ends: append the end token if the template does not end the last answer, since a model trained on it would
                 otherwise not learn to stop.
-            tools: that the model may call.
+            tools: tools that the model may call.
 
         Raises:
             RefusedConversationError: an answer can't be found.
@@ -198,13 +198,13 @@ class TemplateEncoder:
         return text, spans
 
     def _span(self, messages: Sequence[Message], index: int, text: str, tools: list[Any] | None) -> Span:
-        """Find one answer by what the template writes before and after a mark that takes its place."""
+        """Find an answer by what the template writes before and after a mark in its place."""
         context, answer, later = messages[:index], messages[index], messages[index + 1 :]
-        # A call of tools takes the place of a text.
+        # A tool call takes the place of a text.
         mark = {name: value for name, value in answer.items() if name != "tool_calls"} | {"content": _MARK}
         before, *after = self._render([*context, mark, *later], False, tools).split(_MARK)
         if len(after) != 1 or not text.endswith(after[0]):
-            raise _hidden(answer, "it rewrites that one, leaves it out or repeats it")
+            raise _hidden(answer, "the template rewrites it, leaves it out or repeats it")
         prompt = self._render(context, True, tools) if context else before
         if later and not before.startswith(prompt):
             prompt = before  # Qwen3.5 asks with an opened block of thoughts, which earlier answers lack
@@ -216,14 +216,14 @@ class TemplateEncoder:
         if later:  # the answer's end and the next message; the end also follows without that message
             ending = _shared(ending, self._render([*context, mark], False, tools).partition(_MARK)[2])
         end = len(text) - len(after[0]) + len(ending.rstrip())
-        # Gemma 4's template writes the results of tools inside of answers.
+        # Gemma 4's template writes tool results inside answers.
         if answer.get("tool_calls") and text[len(prompt) : end] not in self._render([*context, answer], False, tools):
-            raise _hidden(answer, "it writes results of tools within that one")
+            raise _hidden(answer, "the template writes tool results inside it")
         return len(prompt), end
 
     def _tokens(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
-        """Return a text's tokens, and for each whether a part of it lies in one of the spans."""
-        # The template writes special tokens itself, so that the tokenizer must add none.
+        """Return a text's tokens, and for each whether it overlaps one of the spans."""
+        # The template writes the special tokens, so the tokenizer must add none.
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         mask = []
         for start, end in encoded["offset_mapping"]:
@@ -233,7 +233,7 @@ class TemplateEncoder:
 
 
 def _shared(one: str, other: str) -> str:
-    """Return the beginning that two texts share, in whole special tokens.
+    """Return the common beginning of two texts, in whole special tokens.
 
     Example:
         >>> _shared("<|end|><|user|>", "<|end|><|endoftext|>")
@@ -245,13 +245,13 @@ def _shared(one: str, other: str) -> str:
 
 
 def _hidden(answer: Message, problem: str) -> MisconfigurationException:
-    # With another argument no answer with thoughts is lost. Others must not stop a run.
+    # Another argument of the template saves answers with thoughts, so this is an error; others must not stop a run.
     kind = MisconfigurationException if thoughts_of(answer) else RefusedConversationError
     return kind(f"an answer can't be found in the chat template's text: {problem}. {_REMEDY}")
 
 
 def read_template(given: str) -> str:
-    """Return a chat template, which may be given by its file."""
+    """Return a chat template that is given itself or as a file."""
     if "{" in given:  # no template lacks a brace
         return given
     try:

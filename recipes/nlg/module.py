@@ -1,4 +1,4 @@
-"""The LightningModule: a language model that says meanings."""
+"""The LightningModule: a language model that writes texts for meanings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,18 +16,18 @@ from recipes.nlg.metrics import METRICS, Metric, WrittenTexts
 from recipes.training.predictions import run_folder
 
 DEFAULT = {"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4, "early_stopping": "never"}
-"""That of LoRA's repository for E2E."""
+"""The decoding of LoRA's repository for E2E."""
 
 
 class NoRepeatInText(LogitsProcessor):  # type: ignore[misc]
-    """Forbids an n-gram that the text has already; those of the prompt may come again.
+    """Forbids an n-gram that the text has already; the prompt's n-grams may come again.
 
-    transformers' own ``no_repeat_ngram_size`` counts the prompt too: a text could not repeat a name of four tokens that
-    its meaning holds.
+    transformers' own ``no_repeat_ngram_size`` counts the prompt too, so a text could not repeat a name of four tokens
+    from its meaning.
 
     Args:
         size: n.
-        prompt: tokens of the prompt, with its padding.
+        prompt: number of the prompt's tokens, with its padding.
     """
 
     def __init__(self, size: int, prompt: int) -> None:
@@ -40,11 +40,11 @@ class NoRepeatInText(LogitsProcessor):  # type: ignore[misc]
 
 
 def check_decoding(decoding: dict[str, Any]) -> None:
-    """Refuse settings that ``generate`` would not know.
+    """Refuse settings that ``generate`` does not know.
 
     Raises:
-        MisconfigurationException: with their names.
-        ValueError: one is out of its range.
+        MisconfigurationException: names them.
+        ValueError: a setting is out of range.
     """
     unknown = sorted(set(decoding) - set(GenerationConfig().to_dict()))
     if unknown:
@@ -55,9 +55,9 @@ def check_decoding(decoding: dict[str, Any]) -> None:
 
 
 def arguments(decoding: dict[str, Any], prompt: int) -> dict[str, Any]:
-    """Return arguments of ``generate`` for prompts of so many tokens, padding included."""
+    """Return arguments of ``generate`` for prompts of this many tokens, padding included."""
     settings = dict(decoding)
-    # generate would count the prompt as well, see NoRepeatInText.
+    # generate would count the prompt too, see NoRepeatInText.
     size = settings.pop("no_repeat_ngram_size", 0)
     if size:
         settings["logits_processor"] = [NoRepeatInText(size, prompt)]
@@ -67,21 +67,20 @@ def arguments(decoding: dict[str, Any], prompt: int) -> dict[str, Any]:
 class TextGeneration(LanguageModel):
     """A causal language model with LoRA that writes texts for meanings.
 
-    GPT-2's joint projection of q, k and v is split where ``lora.target_modules`` names its parts
+    GPT-2's joint projection of q, k and v is split if ``lora.target_modules`` names its parts
     (:func:`recipes.language.joint_attention.split_attention`).
 
     Args:
-        model_config: fields of the model's configuration that replace its own, such as
-            ``{"attn_pdrop": 0.0}``.
+        model_config: fields of the model's configuration that replace its own, such as ``{"attn_pdrop": 0.0}``.
         label_smoothing: share of each token's target that is spread over the vocabulary, in training only.
-        decoding: how texts are written, fields of transformers' GenerationConfig; None is a beam of 10, length penalty
-            0.8, and no sequence of 4 tokens twice in a text. ``no_repeat_ngram_size`` leaves the prompt out.
-        metrics: of the written texts: some of "bleu", "nist", "meteor", "rouge_l" and "cider".
-        kwargs: of the next class: the model, the optimizer's settings, ``max_new_tokens`` of a text, and others.
+        decoding: fields of transformers' GenerationConfig for writing texts; None is a beam of 10, length penalty 0.8,
+            and no sequence of 4 tokens twice in a text. ``no_repeat_ngram_size`` ignores the prompt.
+        metrics: metrics of the written texts: some of "bleu", "nist", "meteor", "rouge_l" and "cider".
+        kwargs: the model, the optimizer's settings, ``max_new_tokens`` of a text, and others.
 
     Raises:
-        MisconfigurationException: arguments out of range (here); a model that is too short for the data, or with no
-            layer of the adapter's (in ``configure_model``, before training).
+        MisconfigurationException: arguments out of range (here); a model that is too short for the data, or without
+            layers for the adapter (in ``configure_model``, before training).
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class TextGeneration(LanguageModel):
         metrics: Sequence[Metric] = METRICS,
         **kwargs: Any,
     ) -> None:
-        # No exact match: a meaning can be said in many ways, and the metrics here compare with all references.
+        # No exact match: a meaning can be expressed in many ways, and the metrics here compare with all references.
         super().__init__(exact_match_examples=0, **kwargs)
         self.model_config = model_config
         self.label_smoothing = label_smoothing
@@ -109,7 +108,7 @@ class TextGeneration(LanguageModel):
 
     @override
     def readable_tokens(self) -> int | None:
-        """Return no more than the model's configuration names, also without learnt positions."""
+        """Return at most the number that the model's configuration names, also without learnt positions."""
         bounds = (super().readable_tokens(), getattr(self.net.config, "max_position_embeddings", None))
         return min((bound for bound in bounds if bound is not None), default=None)
 
@@ -130,7 +129,7 @@ class TextGeneration(LanguageModel):
     def log_evaluation(self, stage: str) -> None:
         super().log_evaluation(stage)
         if self.trainer.sanity_checking:
-            # The sanity check writes a few texts, which would be files and scores of an untrained model.
+            # The sanity check writes a few texts, which would become files and scores of an untrained model.
             self.written[stage].clear()
             return
         folder = run_folder(self.trainer)
@@ -139,6 +138,6 @@ class TextGeneration(LanguageModel):
 
     @override
     def generate(self, prompt_ids: list[list[int]]) -> list[str]:
-        """Return texts for meanings that are given as the tokens of their prompts."""
+        """Return texts for meanings, given as the tokens of their prompts."""
         options = arguments(self.decoding, max(map(len, prompt_ids), default=1))
         return generate_answers(self.net, prompt_ids, self.tokenizer, self.max_new_tokens, **options)

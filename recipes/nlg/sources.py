@@ -22,7 +22,7 @@ LAYOUTS = (
     ("prompt", "completion"),
     ("prompt", "response"),
 )
-"""Columns of a meaning and of its text that are found by themselves."""
+"""Columns of a meaning and of its text that are found without being named."""
 _SEPARATOR = "||"
 
 
@@ -30,13 +30,13 @@ def read_pairs(table: Any, source: str, meaning: str | None = None, text: str | 
     """Return the pairs of a table, in its order, each with ``meaning`` and ``text``.
 
     Args:
-        table: with a column of meanings, and one of texts or of lists of texts.
-        source: what an error calls it.
+        table: table with a column of meanings, and one of texts or of lists of texts.
+        source: name of the table in errors.
         meaning: column of the meanings; None finds one of :data:`LAYOUTS`.
         text: column of the texts; None likewise.
 
     Raises:
-        MisconfigurationException: a column is missing, holds something else than texts, or no row has both.
+        MisconfigurationException: a column is missing or holds something other than texts, or no row has both.
     """
     meaning_column, text_column = _columns(table.column_names, source, meaning, text)
     pairs, faults = [], []
@@ -53,11 +53,11 @@ def read_pairs(table: Any, source: str, meaning: str | None = None, text: str | 
 
 
 def _filled(value: Any, where: str) -> list[str]:
-    """Return a text, or those of a list, without empty ones."""
+    """Return a text, or the texts of a list, without empty ones."""
     texts = []
     for one in value if isinstance(value, list) else [value]:
         if one is not None and not isinstance(one, str):
-            raise MisconfigurationException(f"{where} needs a text, and holds {one!r}")
+            raise MisconfigurationException(f"{where} needs a text, but holds {one!r}")
         texts.append((one or "").strip())
     return [one for one in texts if one]
 
@@ -67,10 +67,10 @@ def read_source(name: str, split: str, config_name: str | None = None, revision:
 
     Args:
         name: a Hub name, a local folder of the same layout, a .json, .jsonl, .parquet or .csv file, or a .txt file with
-            ``meaning||text`` in each line.
-        split: of a Hub data set.
-        config_name: which of its configurations.
-        revision: of it, such as "refs/convert/parquet" where the main one is a script.
+            ``meaning||text`` on each line.
+        split: split of a Hub data set.
+        config_name: configuration of a Hub data set.
+        revision: revision of a Hub data set, such as "refs/convert/parquet" if the main one is a script.
 
     Raises:
         MisconfigurationException: it can't be read, or a line lacks the separator.
@@ -113,6 +113,6 @@ def _columns(names: Sequence[str], source: str, meaning: str | None, text: str |
             return found
     known = ", ".join(f"{one} and {other}" for one, other in LAYOUTS)
     raise MisconfigurationException(
-        f"{source} has the columns {sorted(names)}, and data.meaning={meaning!r}, data.text={text!r}: set both to "
-        f"columns that it has. Null stands for {known}"
+        f"{source} has the columns {sorted(names)}, but data.meaning={meaning!r}, data.text={text!r}: set both to "
+        f"columns that it has. null finds {known}"
     )

@@ -1,1 +1,1 @@
-"""What stands in for a model hub: models and data inside packages."""
+"""Models and data inside packages, in place of a model hub."""

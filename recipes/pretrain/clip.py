@@ -1,7 +1,7 @@
 """``python -m recipes.pretrain.clip``: a small open_clip model, trained on emoji from random weights.
 
-It is for the CLIP recipes without a network. ``clip.yaml`` decides its weights; options are those of `fit`.
-After Ctrl-C the same command goes on from the last checkpoint.
+It lets the CLIP recipes run without a network. ``clip.yaml`` decides its weights; options are those of `fit`. After
+Ctrl-C the same command resumes from the last checkpoint.
 """
 
 import shutil
@@ -22,17 +22,17 @@ _HERE = Path(__file__).parent
 
 
 def main(options: Sequence[str]) -> Path:
-    """Return the folder of the model, in the cache; train it, if there is none.
+    """Return the model's folder in the cache; train the model if there is none.
 
     Raises:
-        MisconfigurationException: there is one, for whose training the options come too late.
+        MisconfigurationException: options are given, but the model exists already.
     """
     folder = cache_dir() / "emoji-clip"
     run = cache_dir() / "emoji-clip-training"
     with one_at_a_time(folder.name):
         if folder.exists() and options:
             raise MisconfigurationException(
-                f"the model is there already, in {folder}, so that the options {' '.join(options)} would change "
+                f"the model exists already, in {folder}, so the options {' '.join(options)} would change "
                 "nothing: delete this folder to train it again, or leave the options out"
             )
         if not folder.exists():
@@ -40,7 +40,7 @@ def main(options: Sequence[str]) -> Path:
             arguments = [f"--config={_HERE / 'clip.yaml'}", model, *options]
             RecipeCLI(["fit", *arguments, *logging_in(run), *resuming(run)], recipe="clip_contrastive")
             write_folder(folder, partial(_export, run))
-        # A model that is trained again, after its folder was deleted, would go on from the old one's last checkpoint.
+        # Otherwise a model whose folder was deleted, to train it again, would resume from its last checkpoint.
         shutil.rmtree(run, ignore_errors=True)
     print(f"The model: local-dir:{folder}")
     return folder

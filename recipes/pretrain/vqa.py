@@ -1,8 +1,8 @@
 """`python -m recipes.pretrain.vqa`: a small vision-language model, trained here on packaged data, without any hub.
 
-It is an Idefics3 (the class of SmolVLM) of a million parameters with random weights at the start, which learns to name
-the colours and shapes of easy-vqa and whether there is one. Questions with a negation it never sees: they are left for
-the recipe, which fine-tunes it on them. It knows nothing else.
+It is an Idefics3 (the class of SmolVLM) with a million parameters, trained from random weights to name the colours and
+shapes of easy-vqa, and to say whether there is one. It never sees a negated question: the recipe fine-tunes it on
+those. It knows nothing else.
 """
 
 from collections.abc import Iterable
@@ -45,7 +45,7 @@ _TEMPLATE = (
 
 
 def build_processor(texts: Iterable[str]) -> Idefics3Processor:
-    """Build a processor for 64×64 pixels, with a byte-level BPE tokenizer learnt from texts."""
+    """Build a processor for 64×64 pixels, with a byte-level BPE tokenizer trained on texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -53,7 +53,7 @@ def build_processor(texts: Iterable[str]) -> Idefics3Processor:
     trainer = trainers.BpeTrainer(
         vocab_size=512, special_tokens=list(_SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
-    # Sorted, since a set of texts has another order in every process.
+    # Sorted, since the order of a set differs between processes.
     tokenizer.train_from_iterator(sorted(set(texts)), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -73,11 +73,11 @@ def build_processor(texts: Iterable[str]) -> Idefics3Processor:
 def build_model(
     tokenizer: Any, width: int = 128, depth: int = 3, spread: float = 0.06
 ) -> Idefics3ForConditionalGeneration:
-    """Build an Idefics3 with random weights for such a processor.
+    """Build an Idefics3 with random weights for a processor.
 
     Args:
-        tokenizer: of the processor.
-        width: of its layers, in both towers.
+        tokenizer: the processor's tokenizer.
+        width: width of the layers in both towers.
         depth: layers of the language model.
         spread: standard deviation of the weights; with the usual 0.02 so narrow a model takes four times as many steps.
     """
@@ -101,12 +101,12 @@ def build_model(
 
 
 def write(folder: Path, steps: int, dataset: str) -> None:
-    """Write the model and its processor into a folder: untrained, and then with all weights trained and tested.
+    """Write the model and its processor into a folder, untrained; then train all weights, test them and write again.
 
     Args:
-        folder: an empty one.
+        folder: an empty folder.
         steps: optimizer steps.
-        dataset: of the questions.
+        dataset: data set of the questions.
     """
     table = sources.load_questions(dataset, "train")
     pairs = zip(table["question"], table["answers"], strict=True)
@@ -135,18 +135,18 @@ def write(folder: Path, steps: int, dataset: str) -> None:
 
 
 def build(steps: int = STEPS, dataset: str = DATASET) -> Path:
-    """Return the folder of the trained model, trained first if it must be; one that is there is kept."""
+    """Return the folder of the trained model; train it if it does not exist."""
     folder = packaged_model()
     with one_at_a_time(folder.name):
         if folder.exists():
-            print(f"The model has been trained before; delete {folder} to have it trained again")
+            print(f"The model has been trained before; delete {folder} to train it again")
         else:
             write_folder(folder, partial(write, steps=steps, dataset=dataset))
     return folder
 
 
 def main(steps: int = STEPS) -> None:
-    """Build the model, and say where it is.
+    """Train the model if it does not exist, and say where it is.
 
     Args:
         steps: optimizer steps of 32 questions.

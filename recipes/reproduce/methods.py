@@ -1,4 +1,4 @@
-"""What is chosen for each method besides its learning rate, and how a recipe's command line is given it."""
+"""What is tuned for each method besides its learning rate, and the arguments of a recipe's command line for it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ class Method:
     """A method, as a recipe's arguments.
 
     Attributes:
-        title: what the table calls it.
-        parameter: its own setting, which is chosen together with the learning rate.
-        grid: the name of the values to choose from, in the table's grids.
-        arguments: of a recipe's command line, with ``{}`` for the setting.
+        title: title in the table.
+        parameter: the method's own setting, tuned together with the learning rate.
+        grid: name of the setting's values in the table's grids.
+        arguments: arguments of a recipe's command line, with ``{}`` for the setting.
     """
 
     title: str
@@ -39,14 +39,14 @@ class Method:
         return configurations
 
     def options(self, config: Config) -> list[str]:
-        """Return arguments that train with the method and one of its configurations."""
+        """Return the arguments that train with the method and one of its configurations."""
         # Not str.format, because the JSON of a schedule has its own braces.
         own = [argument.replace("{}", repr(config[self.parameter])) for argument in self.arguments]
         return [f"--model.learning_rate={config[LEARNING_RATE]!r}", *own]
 
 
 def _callback(class_path: str, setting: str, *more: str) -> tuple[str, ...]:
-    # An option without a number belongs to the last callback so far.
+    # An option without a number belongs to the last callback before it.
     return (f"--trainer.callbacks+={class_path}", f"--trainer.callbacks.{setting}", *more)
 
 
@@ -74,18 +74,18 @@ METHODS: dict[str, Method] = {
     ),
 }
 DEFAULT = ("lora", "efmlora", "fmlora", "lora_sam")
-"""The methods that are run if none are named."""
+"""The methods that run if none are named."""
 
 
 def same_run(method: str, config: Config, grids: Mapping[str, Sequence[float]]) -> tuple[str, Config]:
-    """Return the method and configuration that are run: LoRA's where the method's own setting is 0.
+    """Return the method and configuration that are run: LoRA's if the method's own setting is 0.
 
-    Each method of size 0 equals LoRA bit for bit, so that such a run need not be done once more for every method.
+    Each method of size 0 equals LoRA bit for bit, so all methods share such a run.
 
     Args:
-        method: its name.
+        method: name of the method.
         config: one of its configurations.
-        grids: of the table; the first dropout is that of the recipe, which the other methods keep.
+        grids: grids of the table; the first dropout is that of the recipe, which the other methods keep.
 
     Example:
         >>> same_run("fmlora", {"learning_rate": 0.001, "rho": 0.0}, {"lora_dropout": [0.1, 0.2]})

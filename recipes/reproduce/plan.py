@@ -1,4 +1,4 @@
-"""The runs of a table: which there are, which may start now, and what is chosen; several workers may share them."""
+"""The runs of a table: all of them, those that may start, and what is chosen; several workers may share them."""
 
 import math
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from recipes.studies.rows import Row
 class Plan:
     """All runs of a table for some methods, tasks and seeds.
 
-    Each method has its configurations tried on the validation part, and the best one run with each seed and tested. A
+    Each method's configurations are tried on the validation part, and the best one runs with each seed and is tested. A
     task's final runs wait for the choices of all its methods.
 
     Attributes:
-        table: to fill.
+        table: table to fill.
         methods: names of the methods.
         tasks: names of the tasks; those that they start from are added.
-        seeds: of the final runs.
+        seeds: seeds of the final runs.
         protocol: "tuned", or "paper" with the learning rates of the tasks instead of a choice.
-        queue: what is done.
-        failed: the runs that ended with an error in this worker.
+        queue: the queue, with the results so far.
+        failed: runs that ended with an error in this worker.
     """
 
     table: Table
@@ -42,7 +42,7 @@ class Plan:
         self.tasks = self.table.with_starts(self.tasks)
 
     def configurations(self, task: str, method: str) -> list[Config]:
-        """Return what is tried for a method on a task; a single one needs no trial."""
+        """Return the configurations to try for a method on a task; a single one needs no trial."""
         if self.protocol == "tuned":
             return METHODS[method].configurations(self.table.learning_rates, self.table.grids)
         grids = dict(self.table.grids)
@@ -72,8 +72,8 @@ class Plan:
         return [self.run(task, method, config, self.table.tuning_seed, "validation") for config in configs]
 
     def chosen(self, task: str, method: str) -> Config | None:
-        """Return the configuration that the validation part has chosen, of equal ones the first; None while unknown."""
-        if (task, method) in self._choices:  # each look at the plan asks often, and finished rows do not change
+        """Return the configuration chosen on the validation part, of equal ones the first; None while unknown."""
+        if (task, method) in self._choices:  # asked often, and finished rows do not change
             return self._choices[task, method]
         trials = self.trials(task, method)
         if trials is None:
@@ -87,7 +87,7 @@ class Plan:
         return self._choices[task, method]
 
     def finals(self, task: str, method: str) -> list[Run]:
-        """Return the runs that are tested; none while they wait for choices."""
+        """Return the runs to be tested; none while they wait for choices."""
         if None in [self.chosen(task, each) for each in self.methods]:
             return []
         return [self.run(task, method, self._choices[task, method], seed, "test") for seed in self.seeds]
@@ -95,7 +95,7 @@ class Plan:
     def runs(self) -> list[Run]:
         """Return the runs that do not wait for a choice, done or not, in a fixed order.
 
-        Some are needed by several methods, those of size 0, and are there several times.
+        Those of size 0 are needed by several methods, and come several times.
         """
         runs: list[Run] = []
         for task in self.tasks:
@@ -110,14 +110,14 @@ class Plan:
         failed = {run.name for run in self.failed}
         runs: dict[str, Run] = {}
         for run in self.runs():
-            # What it starts from comes first, which has not been tried if its task has a single configuration.
+            # The run that it starts from comes first; it has not run yet if its task has a single configuration.
             missing = [each for each in (run.start, run) if each is not None and self.queue.find(each) is None]
             if missing and missing[0].name not in failed:
                 runs[missing[0].name] = missing[0]
         return list(runs.values())
 
     def attempt(self, run: Run, context: Context) -> Row:
-        """Do a run; one that fails is left out and the others are done, since it may need too much memory."""
+        """Do a run; if it fails, it is left out and the others run, since it may just need too much memory."""
         try:
             return perform(run, context)
         except FailedError:
@@ -126,9 +126,9 @@ class Plan:
 
 
 def judgement(row: Row) -> tuple[float, float]:
-    """Return what a trial is judged by, of which more is better; a loss that is no number is the worst there is.
+    """Return the values that judge a trial, where more is better; a loss of nan is the worst there is.
 
-    Equal scores are common on small validation sets, and the loss still differs, where the recipe logs one.
+    Equal scores are common on small validation sets; the loss, if the recipe logs one, still differs.
 
     Example:
         >>> judgement({"score": 0.5, "loss": 2.0}), judgement({"score": 0.5, "loss": math.nan})

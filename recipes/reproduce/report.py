@@ -15,7 +15,7 @@ from recipes.studies.tables import markdown
 
 
 def plan_text(plan: Plan) -> str:
-    """Tell runs, steps and downloads, and how settings are chosen."""
+    """Describe runs, steps and downloads, and how settings are chosen."""
     table = plan.table
     lines = [["task", "trials of each method", "runs that choose", "final runs", "optimizer steps"]]
     for task in plan.tasks:
@@ -39,14 +39,14 @@ def plan_text(plan: Plan) -> str:
 
 
 def time_left(plan: Plan) -> str:
-    """Tell how long one process trains for all that is left, by what the runs so far took for their steps."""
+    """Say how long one process trains for all that is left, by the time per step of the runs so far."""
     rows = _done(plan).values()
     steps_done = sum(row["steps"] for row in rows)
     if not steps_done:
-        return "How long they take is known when runs are done."
+        return "How long they take is known when some are done."
     pace = sum(row["training_seconds"] for row in rows) / steps_done
     hours = pace * max(0, count(plan, plan.tasks).steps - steps_done) / 3600
-    return f"At the pace of the runs so far, {hours:.1f} h of training at most are left for one process."
+    return f"At the pace of the runs so far, at most {hours:.1f} h of training are left for one process."
 
 
 def _done(plan: Plan) -> dict[str, Row]:
@@ -62,12 +62,12 @@ def _done(plan: Plan) -> dict[str, Row]:
 def _choice_paragraphs(plan: Plan) -> list[str]:
     table = plan.table
     if table.keeps == "nothing":
-        return ["Nothing is chosen: the settings are fixed, since a step costs as much with others."]
+        return ["Nothing is chosen: the settings are fixed, since they do not change what a step costs."]
     paragraphs = []
     if plan.protocol == "paper":
         paragraphs.append(
             "Protocol of the paper: the learning rate of each task is fixed, LoRA is not tuned, and rho is chosen on "
-            "validation data where the paper does not state it."
+            "validation data if the paper does not state it."
         )
     else:
         rates = ", ".join(f"{rate:g}" for rate in table.learning_rates)
@@ -77,11 +77,11 @@ def _choice_paragraphs(plan: Plan) -> list[str]:
             choice.append(f"- {METHODS[method].title}: {METHODS[method].parameter}, of {values}")
         paragraphs.append("\n".join(choice))
     paragraphs.append(
-        "A trial with rho, sigma or alpha = 0 is a run of plain LoRA, which is done once for all methods. Where 0 is "
-        "chosen, the final runs are LoRA's too, and there are fewer of them."
+        "A trial with rho, sigma or alpha = 0 is a run of plain LoRA, which is done once for all methods. If 0 is "
+        "chosen, the final runs are LoRA's too, so that fewer are needed."
     )
     if table.trial_steps is not None:
-        paragraphs.append(f"Runs that choose have {table.trial_steps:,} steps at most.")
+        paragraphs.append(f"Runs that choose have at most {table.trial_steps:,} steps.")
     return paragraphs
 
 
@@ -95,8 +95,8 @@ class Counts(NamedTuple):
 
     Attributes:
         choosing: runs that choose.
-        final: runs that are tested; fewer where a size of 0 is chosen.
-        steps: optimizer steps of all these.
+        final: runs that are tested; fewer if a size of 0 is chosen.
+        steps: optimizer steps of all these runs.
     """
 
     choosing: int
@@ -116,12 +116,12 @@ def count(plan: Plan, tasks: Sequence[str]) -> Counts:
 
 
 def _choosing_runs(plan: Plan, task: str) -> int:
-    """Count the runs that choose for all methods, with those that several of them need counted once."""
+    """Count the runs that choose, for all methods; those that several methods share count once."""
     runs = []
     for method in plan.methods:
         if _trials(plan, task, method):
             runs += [same_run(method, config, plan.table.grids) for config in plan.configurations(task, method)]
-    # After another task's adapter, runs of size 0 start from each method's own.
+    # If they start from another task's adapter, runs of size 0 start from each method's own.
     is_shared = plan.table.tasks[task].start is None
     # A set of the texts, since configurations are dictionaries.
     different = {str(run) for run in runs} if is_shared else runs
@@ -133,7 +133,7 @@ def _steps(plan: Plan, task: str, part: Part) -> int:
 
 
 def table_text(plan: Plan) -> str:
-    """Show means and standard errors of what has been tested, published figures, and what was chosen."""
+    """Show means and standard errors of the tests, published figures, and what was chosen."""
     table = plan.table
     columns = _columns(plan)
     lines = [["", *(f"{table.tasks[task].title} {metric.title}".strip() for task, metric in columns), "average"]]
@@ -141,7 +141,7 @@ def table_text(plan: Plan) -> str:
         lines.append([METHODS[method].title, *_cells(plan, method)])
     for row in table.published:
         cells = [row.values.get(metric.key(task), "") for task, metric in columns]
-        # A published average is over all tasks, and would not fit a table of some of them.
+        # A published average is over all tasks, and does not fit a table of some of them.
         average = row.values.get("average", "") if set(plan.tasks) == set(table.tasks) else ""
         if any(cells) or average:
             lines.append([f"*published:* {row.name}", *cells, average])
@@ -157,7 +157,7 @@ def table_text(plan: Plan) -> str:
         markdown(lines),
         f"Test {table.unit}, mean ± standard error over seeds (number of seeds).",
         markdown(chosen),
-        *(["*: at an end of its grid, so that a better value may lie beyond."] if "*" in str(chosen) else []),
+        *(["*: at an end of its grid, so a better value may lie beyond."] if "*" in str(chosen) else []),
         *_choice_paragraphs(plan),
         _provenance(plan),
         *(f"{row.name}: {row.source}." for row in table.published),
@@ -174,7 +174,7 @@ def _columns(plan: Plan) -> list[tuple[str, Metric]]:
 
 
 def _cells(plan: Plan, method: str) -> list[str]:
-    """Return a method's cells, and its average over the tasks where each of several tasks has one metric."""
+    """Return a method's cells, and its average over the tasks if each of several tasks has one metric."""
     cells = []
     means = []
     for task, metric in _columns(plan):
@@ -182,7 +182,7 @@ def _cells(plan: Plan, method: str) -> list[str]:
         cells.append(mean_cell(values, metric.digits))
         if values and not metric.title:
             means.append(statistics.mean(values))
-    # A mean over several metrics of a task, or over only some tasks, could be compared with nothing.
+    # A mean over several metrics of a task, or over only some tasks, is comparable to nothing.
     has_average = len(means) == len(cells) > 1
     return [*cells, f"{statistics.mean(means):.1f}" if has_average else ""]
 
@@ -208,27 +208,27 @@ def _found(plan: Plan, task: str, method: str, metric: Metric) -> list[float]:
 
 
 def _chosen(plan: Plan, task: str, method: str) -> str:
-    """Describe a configuration, with a mark behind values at an end of their grid: a better one may lie beyond."""
+    """Describe a configuration; a mark shows a value at an end of its grid, beyond which a better one may lie."""
     chosen = plan.chosen(task, method)
     if chosen is None:
         return "-"
     described = []
     for name, value in chosen.items():
         grid = {config[name] for config in plan.configurations(task, method)}
-        # 0 is an end that nothing lies beyond.
+        # Nothing lies beyond 0.
         is_end = len(grid) > 1 and (value == max(grid) or value == min(grid) != 0)
         described.append(f"{name} {value:g}{'*' * is_end}")
     return ", ".join(described)
 
 
 def _given_options(plan: Plan) -> list[str]:
-    """Return what was given to the runs, such as another model, which the title does not name."""
+    """Return options that were given to the runs, such as another model, which the title does not name."""
     given = {" ".join(row.get("options", ())) for row in _done(plan).values()}
     return [f"**Run with other settings than these: `{options}`.**" for options in sorted(given) if options]
 
 
 def _provenance(plan: Plan) -> str:
-    """Tell how many runs are done, on which devices, in which precision and at which commits."""
+    """Say how many runs are done, on which devices, in which precision and at which commits."""
     rows = _done(plan)
     if not rows:
         return "No run is done yet."

@@ -1,4 +1,4 @@
-"""One run of a table: a recipe's commands, each in its own process, and the row that comes of them."""
+"""One run of a table: a recipe's commands, each in its own process, and the resulting row."""
 
 import hashlib
 import math
@@ -18,7 +18,7 @@ from recipes.studies.result import OF_THE_CHOICE
 from recipes.studies.rows import Row
 
 Part = Literal["validation", "test"]
-_VALIDATIONS = 4  # of a shortened run
+_VALIDATIONS = 4  # in a shortened run
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Run:
     """A training with one configuration of a method and, with the part "test", a test of the weights that it keeps.
 
     Attributes:
-        task: model and data, by their name.
-        method: its name.
-        config: its configuration.
-        seed: of all that is random.
-        part: to be judged on, "validation" to choose a configuration by, "test" with the chosen one.
-        table: that the run is for.
-        start: the run whose adapter this one starts from.
+        task: name of the task, which gives model and data.
+        method: name of the method.
+        config: configuration of the method.
+        seed: seed of all that is random.
+        part: part to be judged on: "validation" to choose a configuration, "test" for the chosen one.
+        table: table that the run is for.
+        start: run whose adapter this one starts from.
     """
 
     task: str
@@ -49,14 +49,14 @@ class Run:
 
     @property
     def max_steps(self) -> int | None:
-        """Optimizer steps of a run that chooses, where they are fewer than those of a whole run."""
+        """Optimizer steps of a run that chooses, if fewer than those of a whole run."""
         limit = self.table.trial_steps
         is_short = self.part == "validation" and limit is not None and limit < self.table.tasks[self.task].steps
         return limit if is_short else None
 
     @property
     def steps(self) -> int:
-        """Optimizer steps, estimated where the recipe counts epochs."""
+        """Optimizer steps, estimated if the recipe counts epochs."""
         return self.max_steps or self.table.tasks[self.task].steps
 
     @property
@@ -68,26 +68,26 @@ class Run:
         return f"{self.task}/{part}/{self.method}-{settings}{start}/seed-{self.seed}"
 
     def key(self) -> Row:
-        """Return what :func:`restored` makes it of."""
+        """Return what :func:`restored` turns into the run."""
         start = None if self.start is None else self.start.key()
         own = {"task": self.task, "method": self.method, "config": self.config, "seed": self.seed, "part": self.part}
         return {**own, "table": self.table.name, "start": start}
 
 
 def restored(key: Row) -> Run:
-    """Return the run that has a key."""
+    """Return the run with a key."""
     start = None if key["start"] is None else restored(key["start"])
     return Run(**{**key, "table": TABLES[key["table"]], "start": start})
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where runs land, and what all of them share.
+    """Where runs are stored, and what all of them share.
 
     Attributes:
-        folder: of the table.
-        precision: of all computation.
-        options: more arguments for every run.
+        folder: folder of the table.
+        precision: precision of all computation.
+        options: further arguments for every run.
     """
 
     folder: Path
@@ -96,18 +96,18 @@ class Context:
 
 
 def perform(run: Run, context: Context) -> Row:
-    """Train, test what is to be tested, and clear the checkpoints away.
+    """Train, test what is to be tested, and remove the checkpoints.
 
     A run that was stopped resumes from its last checkpoint.
 
     Returns:
-        With the part "validation" the ``score`` that the choice is by, of which more is better,
-        and the ``loss`` where the recipe logs one; ``metrics``, all that was logged by the end of the kept
-        checkpoint's validation or in the test; and what :class:`recipes.studies.result.RunResult` writes.
+        With the part "validation" the ``score`` that decides the choice, where more is better, and the ``loss`` if the
+        recipe logs one; ``metrics``, all that was logged by the end of the kept checkpoint's validation or in the test;
+        and what :class:`recipes.studies.result.RunResult` writes.
 
     Raises:
-        FailedError: a command has failed.
-        StoppedError: the user has stopped it.
+        FailedError: a command failed.
+        StoppedError: the user stopped it.
     """
     folder = context.folder / run.name
     recipe = run.table.recipe
@@ -121,10 +121,10 @@ def perform(run: Run, context: Context) -> Row:
             metrics = validated(fitted["validations"], run.table)
             found = {"score": score(metrics, run.table), "loss": metrics.get("val_loss"), "metrics": metrics}
         found["adapter"] = str(kept.with_suffix("").relative_to(context.folder))
-        # The checkpoints of all the runs of a table, with their optimizers, would fill a disk.
+        # With their optimizers, the checkpoints of all runs of a table would fill a disk.
         clear(kept, keep_adapter=run.part == "test" or _is_start(run))
     entries = {name: value for name, value in fitted.items() if name not in OF_THE_CHOICE}
-    # By which Optuna's own pictures compare the runs. A trial whose value is no number would not count as done.
+    # Optuna's own pictures compare the runs by this. A trial with a value of nan would not count as done.
     value = found["score"] if "score" in found else next(iter(found["metrics"].values()), fitted["seconds_per_step"])
     value = -math.inf if math.isnan(value) else value
     return {"value": value, **found, "options": list(context.options), "commit": commit(), **entries}
@@ -133,15 +133,15 @@ def perform(run: Run, context: Context) -> Row:
 def validated(validations: Sequence[Row], table: Table) -> Row:
     """Return the validation of the checkpoint that a run keeps: the first of the best ones, or the last one."""
     if not validations:
-        raise MisconfigurationException("a run that chooses has ended without a validation: let it validate more often")
+        raise MisconfigurationException("a run that chooses ended without a validation: let it validate more often")
     if table.keeps == "last":
         return validations[-1]
-    # The first of equals, which is the one that the checkpoint callback has kept.
+    # The first of equals, which the checkpoint callback has kept.
     return max(validations, key=lambda metrics: score(metrics, table))
 
 
 def score(metrics: Row, table: Table) -> float:
-    """Return what a validation is judged by; more is better, and a value that is no number is the worst."""
+    """Return the value that judges a validation; more is better, and nan is the worst."""
     value = float(metrics[f"val_{table.choice}"])
     if math.isnan(value):
         return -math.inf
@@ -170,31 +170,31 @@ def _arguments(run: Run, context: Context, more: Sequence[str] = ()) -> list[str
         *(f"--{option}={run.seed}" for option in table.seed_options),
         *method.options(run.config),
         "--trainer.enable_model_summary=false",
-        # The protocols' batch sizes are meant for one device; several of them take a share of the plan each.
+        # The protocols' batch sizes are for one device; several devices can each take a share of the plan.
         "--trainer.devices=1",
         *([f"--trainer.precision={context.precision}"] if table.precision is None else []),
         *more,
-        *context.options,  # behind the method's, whose callback is then the one that --trainer.callbacks.… means
+        *context.options,  # after the method's, so that --trainer.callbacks.… means its callback
     ]
 
 
 def checkpoint(run: Run, folder: Path) -> Path:
-    """Return the checkpoint that a finished training keeps, of which the adapter's folder may be all that is left.
+    """Return the checkpoint that a finished training keeps; perhaps only the adapter's folder is left of it.
 
     Args:
-        run: that is trained.
-        folder: of the table; it may have been moved since.
+        run: finished run.
+        folder: folder of the table, which may have been moved since.
     """
     own = folder / run.name
     return own / "fit" / "checkpoints" / Path(written(own / "fit.json")[run.table.keeps]).name
 
 
 def clear(kept: Path, keep_adapter: bool) -> None:
-    """Remove the checkpoints of a finished run, which hold the optimizer too, and the adapters that nobody needs.
+    """Remove a finished run's checkpoints, which hold the optimizer too, and adapters that nobody needs.
 
     Args:
-        kept: the checkpoint that was tested.
-        keep_adapter: keep the adapter of that checkpoint.
+        kept: tested checkpoint.
+        keep_adapter: keep the adapter of this checkpoint.
     """
     for path in kept.parent.iterdir():
         if path.suffix == ".ckpt":

@@ -1,4 +1,4 @@
-"""What a table of the paper is: tasks, a recipe that trains on them, values to choose from, and published figures."""
+"""A table of the paper: its tasks, the recipe that trains on them, values to choose from, and published figures."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ USUAL_GRIDS = {
     "sigma": (0.0, 0.05, 0.1, 0.2),
     "alpha": (0.0, 0.5, 2.0, 8.0),
 }
-"""Values of the methods' settings: of rho those that the literature usually tries for SAM, and 0."""
+"""Values of the methods' settings; for rho, those that are usually tried for SAM, and 0."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a cell shows.
+    """A metric that the table shows.
 
     Attributes:
         name: a metric that the recipe logs as ``test_…``, or an entry of the rows.
-        title: behind the task's in the head of the table; empty where a task has one metric.
-        factor: that the value is shown with, 100 for a share.
-        digits: behind the point.
-        is_relative: show the value relative to the mean of LoRA's.
+        title: comes after the task's title in the table's head; empty if a task has one metric.
+        factor: factor for display, 100 for a share.
+        digits: digits after the decimal point.
+        is_relative: show the value relative to LoRA's mean.
     """
 
     name: str = "score"
@@ -38,7 +38,7 @@ class Metric:
     is_relative: bool = False
 
     def key(self, task: str) -> str:
-        """Return the name of the task's column with this metric, under which published figures stand."""
+        """Return the name of the task's column with this metric, which is also the key of published figures."""
         return f"{task} {self.title}".strip()
 
 
@@ -47,14 +47,14 @@ class Task:
     """A task of a table, with a column for each of its metrics.
 
     Attributes:
-        title: what the table calls it.
+        title: title in the table.
         configs: YAML files that overlay the recipe's base, in the recipe's folder ``configs``.
-        steps: optimizer steps of a whole run; an estimate where the recipe counts epochs.
-        downloads: what must be downloaded, Hub names for example.
-        learning_rate: that of the protocol, which ``--protocol paper`` takes.
-        rho: that of the paper for EFMLoRA and FMLoRA; None where the paper is silent.
-        options: more arguments of the recipe.
-        metrics: that the table shows.
+        steps: optimizer steps of a whole run; an estimate if the recipe counts epochs.
+        downloads: required downloads, for example Hub names.
+        learning_rate: the protocol's rate, for ``--protocol paper``.
+        rho: the paper's for EFMLoRA and FMLoRA; None if the paper does not state it.
+        options: further arguments of the recipe.
+        metrics: metrics that the table shows.
         start: another task of the table, from whose adapter a run starts: the same method's with the same seed.
     """
 
@@ -71,11 +71,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Published:
-    """Somebody else's figures, for comparison.
+    """Figures published by others, for comparison.
 
     Attributes:
-        name: of the method, and of who ran it.
-        source: where the figures stand.
+        name: the method, and who ran it.
+        source: publication of the figures.
         values: figures as published, by the keys of the metrics; "average" is over all tasks.
     """
 
@@ -89,25 +89,25 @@ class Table:
     """A table: what is run, how settings are chosen, and what has been published.
 
     Attributes:
-        name: on the command line.
-        title: for readers.
+        name: name on the command line.
+        title: title for readers.
         recipe: name of the recipe's folder.
         tasks: its columns.
-        learning_rates: to choose from.
+        learning_rates: rates to choose from.
         grids: values of each method's own setting to choose from, by the names in :mod:`recipes.reproduce.methods`;
-            as many for each, 0 among them except for dropout, whose first value is the recipe's.
-        seeds: of the runs that are tested.
-        seed_options: what a seed decides: arguments of the recipe.
-        tuning_seed: of the runs that choose, none of ``seeds``.
-        choice: what is logged as ``val_…`` and chosen by: the greatest value, or of "loss" the least.
-        unit: what the table shows.
-        keeps: which checkpoint is tested: the best one of the recipe's own monitor, which must be ``choice``, or the
-            last one; "nothing" for a table of what training costs.
-        precision: of all runs; None is what the device computes fast, and "recipe" the recipe's own.
-        methods: to compare, unless others are named.
-        trial_steps: optimizer steps of a run that chooses, at most; None runs all of them.
+            equally many for each, with 0 among them except for dropout, whose first value is the recipe's.
+        seeds: seeds of the runs that are tested.
+        seed_options: arguments of the recipe that the seed sets.
+        tuning_seed: seed of the runs that choose, not one of ``seeds``.
+        choice: the metric to choose by, logged as ``val_…``: the greatest value, or for "loss" the least.
+        unit: unit of the table's figures.
+        keeps: which checkpoint is tested: the best one by the recipe's own monitor, which must be ``choice``, or the
+            last one; "nothing" for a table of training costs.
+        precision: precision of all runs; None is the device's fast one, and "recipe" the recipe's own.
+        methods: methods to compare, unless others are named.
+        trial_steps: most optimizer steps of a run that chooses; None runs all of them.
         published: rows for comparison.
-        notes: how the table differs from the paper's.
+        notes: differences to the paper's table.
     """
 
     name: str
@@ -136,7 +136,7 @@ class Table:
 
 
 def _read(path: Path) -> Table:
-    """Read a table from its file, where ``task`` has what all tasks share; their lists are added to those there."""
+    """Read a table from its file; ``task`` there holds what all tasks share, and its lists are added to theirs."""
     found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     common = found.pop("task")
     return Table(
@@ -158,4 +158,4 @@ def _task(common: dict[str, Any], own: dict[str, Any]) -> Task:
 
 
 TABLES: dict[str, Table] = {path.stem: _read(path) for path in sorted(Path(__file__).parent.glob("tables/*.yaml"))}
-"""By their names on the command line."""
+"""The tables by their names on the command line."""

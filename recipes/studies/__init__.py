@@ -1,1 +1,1 @@
-"""Studies: runs of several methods, settings and seeds, of which validation data choose the settings."""
+"""Studies: runs of several methods, settings and seeds; validation data choose the settings."""

@@ -1,4 +1,4 @@
-"""A recipe's command in its own process, and what it leaves."""
+"""A recipe's command in its own process, and its results."""
 
 import json
 import os
@@ -18,16 +18,16 @@ from recipes.studies.rows import Row
 _STOPS = (signal.SIGTERM, signal.SIGUSR1)
 """Requests to end: SIGUSR1 is SLURM's, when the job's time is over."""
 OF_WORKER = "FLATLORA_OF_WORKER"
-"""The environment variable of a run that a worker has started."""
-_LOOK = 0.5  # seconds between two looks at what a run has validated
+"""The environment variable that marks a run started by a worker."""
+_LOOK = 0.5  # seconds between two looks at a run's validations
 
 
 class StoppedError(Exception):
-    """Ctrl-C, a request to terminate or SLURM has ended a run in its own process."""
+    """Ctrl-C, a request to terminate or SLURM ended a run in its own process."""
 
 
 class FailedError(Exception):
-    """A run in its own process has ended with an error.
+    """A run in its own process ended with an error.
 
     Attributes:
         status: its exit status.
@@ -39,7 +39,7 @@ class FailedError(Exception):
 
 
 class EndedError(Exception):
-    """A run was ended early, since it does not do well."""
+    """A run was ended early, since it did not do well."""
 
 
 def fit(
@@ -48,22 +48,22 @@ def fit(
     arguments: Sequence[str],
     is_hopeless: Callable[[list[Row]], bool] = lambda validations: False,
 ) -> Row:
-    """Train, unless that has been done; a training that was stopped resumes from its last checkpoint.
+    """Train, unless that is done; a training that was stopped resumes from its last checkpoint.
 
     Args:
         recipe: name of its folder, or a module that is a LightningCLI.
-        folder: of the run.
-        arguments: of the recipe's ``fit``.
-        is_hopeless: is called with the validations so far, and ends the run if it returns True.
+        folder: folder of the run.
+        arguments: arguments of the recipe's ``fit``.
+        is_hopeless: called with the validations so far; ends the run if it returns True.
 
     Returns:
         What :class:`recipes.studies.result.RunResult` has written.
 
     Raises:
-        FailedError: the command has failed.
-        StoppedError: the user has stopped it.
+        FailedError: the command failed.
+        StoppedError: the user stopped it.
         EndedError: it was hopeless.
-        MisconfigurationException: it has left nothing.
+        MisconfigurationException: it left no results.
     """
     if not (folder / "fit.json").exists():
         if module_of(recipe) == recipe:  # Lightning's command line refuses to write it again
@@ -74,10 +74,10 @@ def fit(
 
 
 def tested(recipe: str, folder: Path, arguments: Sequence[str], kept: str | Path) -> Row:
-    """Test a checkpoint, unless that has been done; the arguments are those of :func:`fit`.
+    """Test a checkpoint, unless that is done; the arguments are those of :func:`fit`.
 
     Returns:
-        What the test has logged.
+        The metrics that the test logged.
     """
     if not (folder / "test.json").exists():
         run_process(command(recipe, "test", folder, [*arguments, f"--ckpt_path={kept}"]))
@@ -85,18 +85,18 @@ def tested(recipe: str, folder: Path, arguments: Sequence[str], kept: str | Path
 
 
 def module_of(recipe: str) -> str:
-    """Return the module that a recipe's name stands for; any other name is that of a LightningCLI."""
+    """Return the module for a recipe's name; any other name is that of a LightningCLI."""
     return f"recipes.{recipe}" if (RECIPES / recipe / "__main__.py").exists() else recipe
 
 
 def command(recipe: str, name: str, folder: Path, arguments: Sequence[str]) -> list[str]:
-    """Return a recipe's command that leaves what it has found in a folder.
+    """Return a recipe's command that leaves its results in a folder.
 
     Args:
         recipe: name of its folder.
         name: "fit" or "test".
-        folder: of the run.
-        arguments: of the command. Options of the last callback are meant for the last one among them.
+        folder: folder of the run.
+        arguments: arguments of the command. Options of the last callback belong to the last one among them.
     """
     return [
         *(sys.executable, "-m", module_of(recipe), name, *arguments),
@@ -107,7 +107,7 @@ def command(recipe: str, name: str, folder: Path, arguments: Sequence[str]) -> l
 
 
 def logging_in(folder: Path) -> list[str]:
-    """Return arguments by which a recipe leaves its log in a folder, and its checkpoints in ``checkpoints`` there.
+    """Return arguments that make a recipe log into a folder, with its checkpoints in ``checkpoints`` there.
 
     The folder is fixed, so that a resumed run finds its own checkpoints.
     """
@@ -121,28 +121,28 @@ def logging_in(folder: Path) -> list[str]:
 
 
 def resuming(folder: Path) -> list[str]:
-    """Return arguments by which a training resumes from its log's last checkpoint; none where there is none."""
-    # Of an epoch's end, or by time within a long one.
+    """Return arguments that resume a training from its log's last checkpoint; none if there is none."""
+    # From the end of an epoch, or by time within a long one.
     lasts = sorted(folder.glob("checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
     return [f"--ckpt_path={lasts[-1]}"] if lasts else []
 
 
 def written(path: Path) -> Row:
-    """Read what a command has left in a file.
+    """Read the file that a command has left.
 
     Raises:
-        MisconfigurationException: it has left nothing.
+        MisconfigurationException: it has left none.
     """
     if not path.exists():
         raise MisconfigurationException(
-            f"{path} is missing: a run has ended without it. Leave out options such as fast_dev_run"
+            f"{path} is missing: a run ended without writing it. Leave out options such as fast_dev_run"
         )
     found: Row = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
 def validations(folder: Path) -> list[Row]:
-    """Return what a run has logged so far by the end of each validation."""
+    """Return what a run has logged so far at the end of each validation."""
     path = folder / "validations.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
@@ -151,16 +151,16 @@ def run_process(command: Sequence[str], is_hopeless: Callable[[], bool] = lambda
     """Run a command to its end; Ctrl-C reaches it too.
 
     Args:
-        command: with its arguments.
-        is_hopeless: is asked from time to time, and ends the command if it returns True.
+        command: the command with its arguments.
+        is_hopeless: called from time to time; ends the command if it returns True.
 
     Raises:
-        FailedError: it has failed.
-        StoppedError: the user has stopped it.
+        FailedError: it failed.
+        StoppedError: the user stopped it.
         EndedError: it was hopeless.
     """
     is_stopped = False
-    # It ends when this process does, see recipes.studies.result.
+    # The command ends when this process does, see recipes.studies.result.
     with subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, OF_WORKER: "1"}) as process:
 
         def stop(number: int, _: Any) -> None:
@@ -169,7 +169,7 @@ def run_process(command: Sequence[str], is_hopeless: Callable[[], bool] = lambda
             is_stopped = True
             process.send_signal(number)
 
-        # Ctrl-C reaches the command by itself, but a request to end this process would leave it running.
+        # Ctrl-C reaches the command by itself, but a request to end only this process would leave it running.
         before = {number: signal.signal(number, stop) for number in _STOPS}
         try:
             while process.poll() is None:
@@ -184,10 +184,10 @@ def run_process(command: Sequence[str], is_hopeless: Callable[[], bool] = lambda
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            if process.poll() is None:  # it is hopeless, or can't be judged
+            if process.poll() is None:  # it is hopeless, or judging it failed
                 process.terminate()
                 process.wait()
-    # Of a signal that ends a process, Python reports the negative number, and a shell 128 more than the number.
+    # For a signal that ends a process, Python reports its negative number, and a shell 128 plus the number.
     status = process.returncode
     ended_by = -status if status < 0 else status - 128
     if is_stopped or ended_by in (signal.SIGINT, *_STOPS):
@@ -199,7 +199,7 @@ def run_process(command: Sequence[str], is_hopeless: Callable[[], bool] = lambda
 @cache  # the code that runs stays the same, whatever is checked out meanwhile
 def commit() -> str | None:
     """Return the commit of this code, with a plus sign if files differ from it; None outside of a clone."""
-    # Without tags, which would stand in place of the commit's hash.
+    # Without tags, which would replace the commit's hash.
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         git = subprocess.run(command, capture_output=True, text=True, check=False)

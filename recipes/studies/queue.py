@@ -1,7 +1,7 @@
 """Runs that several workers share: trials of an Optuna study, each done by one of them.
 
-A worker is the same command started once more, on any machine that reaches the storage. A trial whose worker was killed
-loses its heartbeat, and its run is queued again.
+A worker is the same command, started again on any machine that reaches the storage. If a worker is killed, its trial
+loses its heartbeat, and the run is queued again.
 """
 
 import json
@@ -41,28 +41,28 @@ class Run(Protocol):
 
     @property
     def name(self) -> str:
-        """That no other run of the study has."""
+        """A name that no other run of the study has."""
 
     def key(self) -> Row:
-        """Return what the run is made of, as JSON takes it."""
+        """Return what restores the run, as JSON."""
 
 
 AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 class DroppedError(Exception):
-    """A trial has come to nothing, but its worker goes on: the run has failed, or another worker does it."""
+    """A trial came to nothing, but its worker continues: the run failed, or another worker does it."""
 
 
 class Queue(Generic[AnyRun]):
-    """The runs of a study and what they have found.
+    """The runs of a study and their results.
 
     Args:
-        study: whose trials are the runs.
-        restore: makes a run of its key, which another worker may have queued.
+        study: study whose trials are the runs.
+        restore: makes a run from its key, since another worker may have queued it.
 
     Attributes:
-        rows: what the finished runs have found, each with its run's key, in the order in which they were queued.
+        rows: results of the finished runs, each with its run's key, in the order in which they were queued.
     """
 
     def __init__(self, study: Study, restore: Callable[[Row], AnyRun]) -> None:
@@ -88,7 +88,7 @@ class Queue(Generic[AnyRun]):
         return sum(trial.user_attrs["name"] == run.name and "failed" in trial.user_attrs for trial in failed)
 
     def reload(self) -> None:
-        """Read what other workers have found."""
+        """Read the results of other workers."""
         self._rows: dict[str, Row] = {}
         for trial in self._trials(*_DONE):
             found = trial.user_attrs
@@ -103,15 +103,15 @@ class Queue(Generic[AnyRun]):
         """Do runs, or wait for other workers that do them, until none is left.
 
         Args:
-            open_runs: returns those that may start now, by the rows that there are.
-            perform: does a run and returns what it has found; ``value`` is that of the trial, and with ``pruned`` the
-                run was ended early.
-            report: is called with the run before it starts.
+            open_runs: returns the runs that may start now, by the rows so far.
+            perform: does a run and returns its results; ``value`` is that of the trial, and with ``pruned`` the run was
+                ended early.
+            report: called with the run before it starts.
 
         Raises:
-            FailedError: this worker's first run has failed, as none before. Later ones are queued again while
-                ``open_runs`` has them.
-            StoppedError: the user has stopped a run; it is queued again by the next worker that looks.
+            FailedError: this worker's first run failed, and that run had not failed before. Later ones are queued again
+                while ``open_runs`` returns them.
+            StoppedError: the user stopped a run; the next worker that looks queues it again.
         """
         is_waiting = False
         while True:
@@ -122,14 +122,14 @@ class Queue(Generic[AnyRun]):
                 self._take(partial(self._perform, perform, report))
             else:
                 if not is_waiting:
-                    print("\nThis worker waits for runs of others; Ctrl-C loses nothing", flush=True)
+                    print("\nThis worker waits for other workers' runs; Ctrl-C loses nothing", flush=True)
                 is_waiting = True
                 time.sleep(_WAIT)
                 fail_stale_trials(self.study)
             self.reload()
 
     def _may_take(self, runs: Iterable[AnyRun]) -> bool:
-        """Say whether a trial waits to be taken, and queue the first run that no trial has if there is none."""
+        """Say whether a trial waits to be taken; if there is none, queue the first run without a trial."""
         if self._trials(TrialState.WAITING):
             return True
         queued = {trial.user_attrs["name"] for trial in self._trials(*_QUEUED)}
@@ -181,7 +181,7 @@ class Queue(Generic[AnyRun]):
         return float(row["value"])
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """Return the trials that are runs; somebody may have added others to the study."""
+        """Return the trials that are runs; others may have been added to the study."""
         trials = self.study.get_trials(deepcopy=False, states=states)
         return [trial for trial in trials if "run" in trial.user_attrs]
 
@@ -190,11 +190,11 @@ def open_study(url: str, name: str, mode: str, settings: Row, decided: Row) -> S
     """Create a study, or load the one that another worker has created.
 
     Args:
-        url: of Optuna's storage, as in "postgresql://user@host/database".
-        name: of the study.
+        url: URL of Optuna's storage, as in "postgresql://user@host/database".
+        name: name of the study.
         mode: "min" or "max" of a run's value.
-        settings: that all runs share, since their results would not be comparable otherwise.
-        decided: what the worker that creates the study decides for all; it is found in ``study.user_attrs``.
+        settings: settings that all runs share, since their results would not be comparable otherwise.
+        decided: what the worker that creates the study decides for all, kept in ``study.user_attrs``.
 
     Raises:
         MisconfigurationException: the storage can't be reached, or the study was begun with other settings.
@@ -218,11 +218,11 @@ def open_study(url: str, name: str, mode: str, settings: Row, decided: Row) -> S
 
 
 def begin_runs(folder: Path, settings: Row) -> None:
-    """Write down what a folder's runs depend on: a run that is found there is not trained again, in whatever study.
+    """Record the settings of a folder's runs: a run that is found there is not trained again, in whatever study.
 
     Args:
-        folder: of the runs.
-        settings: that all of them share.
+        folder: folder of the runs.
+        settings: settings that all of them share.
 
     Raises:
         MisconfigurationException: they were begun with other settings.
@@ -237,11 +237,11 @@ def begin_runs(folder: Path, settings: Row) -> None:
 
 
 def study_so_far(url: str, name: str) -> Study:
-    """Load a study to look at, whatever its settings; an empty one if nobody has begun it.
+    """Load a study to look at, whatever its settings; an empty one if it has not begun.
 
     Args:
-        url: of Optuna's storage.
-        name: of the study.
+        url: URL of Optuna's storage.
+        name: name of the study.
 
     Raises:
         MisconfigurationException: the storage can't be reached.
@@ -252,16 +252,16 @@ def study_so_far(url: str, name: str) -> Study:
 
 
 def file_storage(folder: Path) -> str:
-    """Return the URL of the SQLite file that a folder's runs are kept in if nothing else is given."""
+    """Return the URL of the SQLite file that holds a folder's runs by default."""
     folder.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{folder.absolute() / 'study.db'}"
 
 
 def open_storage(url: str) -> RDBStorage:
-    """Connect; workers that start together may both try to make the tables, and one of them tries again.
+    """Connect to a storage; if two workers make the tables at the same time, one of them tries again.
 
     Raises:
-        MisconfigurationException: it can't be reached.
+        MisconfigurationException: the storage can't be reached.
     """
     _silence()
     # SQLite's own wait for another process's transaction is 5 s.
@@ -282,13 +282,13 @@ def open_storage(url: str) -> RDBStorage:
 
 
 def _silence() -> None:
-    """Keep what Optuna says of itself from the user."""
+    """Silence Optuna's own messages."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 
 def _begin_immediately(connection: Connection) -> None:
-    """Lock an SQLite file before a transaction reads, and not only before it writes: a trial is taken by one worker."""
+    """Lock an SQLite file before a transaction reads, not only before it writes: one worker takes a trial."""
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
@@ -308,5 +308,5 @@ def _refuse_others(what: str, before: Row, settings: Row, remedy: str) -> None:
     if differing:
         changes = "; ".join(f"{each} was {before.get(each)} and is {settings.get(each)}" for each in differing)
         raise MisconfigurationException(
-            f"{what} begun with other options: {changes}. Give the ones of the beginning, or {remedy}"
+            f"{what} begun with other options: {changes}. Give the original ones, or {remedy}"
         )

@@ -1,4 +1,4 @@
-"""What a run of a recipe leaves for a study: JSON files of its validations, of the training, and of the test."""
+"""The results of a recipe's run for a study: JSON files of its validations, of the training, and of the test."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from recipes.studies.rows import Row
 from recipes.training.step_times import StepTimes
 
 OF_THE_CHOICE = ("best", "last", "monitor", "mode", "validations")
-"""Entries of ``fit.json`` by which a checkpoint or a setting is chosen; the others belong into a row."""
+"""Entries of ``fit.json`` for choosing a checkpoint or a setting; the others belong in a row."""
 
 _VERSIONS = ("torch", "lightning", "transformers", "peft", "lightning-flatlora")
 
@@ -26,11 +26,11 @@ _VERSIONS = ("torch", "lightning", "transformers", "peft", "lightning-flatlora")
 class RunResult(StepTimes):
     """Writes ``validations.json`` after each validation, ``fit.json`` after training and ``test.json`` after a test.
 
-    A resumed run keeps what it has validated and the time it has taken before. If the worker that started the run is
-    killed, the run ends too, since another worker will do it.
+    A resumed run keeps its earlier validations and its time so far. If the worker that started the run is killed, the
+    run ends too, since another worker will do it.
 
     Args:
-        folder: where the files land.
+        folder: folder of the files.
     """
 
     def __init__(self, folder: str) -> None:
@@ -52,7 +52,7 @@ class RunResult(StepTimes):
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # What keeps the best checkpoint by a metric tells what the run is judged by.
+        # The callback that keeps the best checkpoint by a metric tells how the run is judged.
         savers: list[Any] = trainer.checkpoint_callbacks
         monitored = next((each for each in savers if getattr(each, "monitor", None) is not None), None)
         saver: Any = monitored or trainer.checkpoint_callback
@@ -99,11 +99,11 @@ def _logged(trainer: L.Trainer) -> dict[str, float]:
 
 
 def end_with_worker() -> None:
-    """End this process when the worker that started it has ended, however it did.
+    """End this process when the worker that started it has ended, for whatever reason.
 
     The worker holds the other end of this process's input, which the ranks of a run share.
     """
-    # Not by sys.stdin, whose lock a thread must not hold when Python ends.
+    # Not through sys.stdin, whose lock a thread must not hold when Python ends.
     while os.read(0, 1):
         pass
     os._exit(1)

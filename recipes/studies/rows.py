@@ -1,4 +1,4 @@
-"""Rows of figures: a file of JSON lines, one for each run."""
+"""Rows of figures: a file of JSON lines, one per run."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,11 @@ def read(path: Path) -> list[Row]:
     """Return the rows of a file; none if there is no file."""
     if not path.exists():
         return []
-    # Not splitlines(), which also splits at characters that may stand in a row, such as U+2028.
+    # Not splitlines(), which also splits at characters that may occur in a row, such as U+2028.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a row, so that a stop leaves the file without it or with all of it."""
+    """Add a row, so that a stop leaves all of it or nothing in the file."""
     lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in (*read(path), row)]
     write_whole(path, "".join(lines))

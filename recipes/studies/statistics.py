@@ -1,4 +1,4 @@
-"""Means with their errors."""
+"""Means with their standard errors."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ from scipy import stats
 
 
 class Estimate(NamedTuple):
-    """A mean of some values and its standard error: nan where there is but one, or where a run has diverged."""
+    """A mean of some values and its standard error, nan for a single value or if a run has diverged."""
 
     mean: float
     error: float
@@ -35,7 +35,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def with_error(found: Estimate, form: str = ".1f") -> str:
-    """Show a mean and its standard error in a cell; without the error where there is one value.
+    """Show a mean and its standard error in a cell; without the error if there is one value.
 
     Example:
         >>> with_error(estimate([50.0, 52.0])), with_error(estimate([2.0]), "+.2f")
@@ -46,7 +46,7 @@ def with_error(found: Estimate, form: str = ".1f") -> str:
 
 
 def with_interval(found: Estimate, digits: int = 2) -> str:
-    """Show a difference and its 95 % interval; without the interval where there is one value.
+    """Show a difference and its 95 % interval; without the interval if there is one value.
 
     Example:
         >>> with_interval(estimate([1.0, 2.0, 3.0])), with_interval(estimate([0.5]), digits=1)
@@ -59,7 +59,7 @@ def with_interval(found: Estimate, digits: int = 2) -> str:
 
 
 def mean_cell(values: Sequence[float], digits: int = 1) -> str:
-    """Fill a table's cell: mean, standard error and number; the error is missing where there is one value.
+    """Fill a table's cell: mean, standard error and number; without the error if there is one value.
 
     Example:
         >>> mean_cell([50.0, 52.0]), mean_cell([50.0]), mean_cell([])

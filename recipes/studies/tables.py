@@ -6,7 +6,7 @@ from pandas import DataFrame
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Make a table for the terminal of lines of cells, of which the first is the head.
+    """Make a table for the terminal from lines of cells, the first of which is the head.
 
     Example:
         >>> print(aligned([["method", "loss"], ["LoRA", "2.1"]]))
@@ -18,7 +18,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Make a table of lines of cells, of which the first is the head.
+    """Make a Markdown table from lines of cells, the first of which is the head.
 
     Example:
         >>> print(markdown([["a", "b"], ["1", ""]]))

@@ -1,4 +1,4 @@
-"""What a search says: a table, a picture and one sentence."""
+"""The result of a search: a table, a picture and one sentence."""
 
 import json
 import math
@@ -30,14 +30,14 @@ _OR_COARSE = "Or the metric is too coarse: take a loss, by --metric."
 
 @dataclass(frozen=True)
 class Answer:
-    """The winners of both sides, and the control if there is one, on seeds that have chosen nothing.
+    """The winners of both sides, and the control if there is one, on the seeds that compare them.
 
     Attributes:
-        configs: of these, by side.
-        values: of the metric, by side and seed.
-        less_is_better: of the metric.
-        trials: of each side without a control, the mean of each of the settings that were tried.
-        is_fresh: whether these seeds have chosen nothing.
+        configs: settings of each side.
+        values: values of the metric, by side and seed.
+        less_is_better: whether a lower metric is better.
+        trials: for each side without a control, the mean of each of the settings that were tried.
+        is_fresh: whether these seeds were not used to choose the winners.
     """
 
     configs: Mapping[str, Config]
@@ -47,29 +47,29 @@ class Answer:
     is_fresh: bool = True
 
     def difference(self, side: str) -> Estimate:
-        """Return with the perturbation minus another side, paired by seed."""
+        """Return the difference of the perturbed side to another one, paired by seed."""
         return estimate([self.values[WITH][seed] - value for seed, value in self.values[side].items()])
 
     def gain(self, side: str) -> tuple[float, float]:
-        """Return the 95 % interval of the difference to another side, in which more is better."""
+        """Return the 95 % interval of the gain over another side, where more is better."""
         found = self.difference(side)
         mean = -found.mean if self.less_is_better else found.mean
         return mean - found.interval, mean + found.interval
 
     def diverged(self, side: str) -> int:
-        """Count the runs of a side that have."""
+        """Count the diverged runs of a side."""
         return sum(not math.isfinite(value) for value in self.values[side].values())
 
     @property
     def no_answer(self) -> str:
-        """Why values that are all equal say nothing; empty if they differ."""
+        """The reason why equal values say nothing; empty if they differ."""
         every = list(chain.from_iterable(self.trials.values()))
         groups: dict[str, tuple[Sequence[float], str]] = {"trials": (every, _NOT_LEARNT)}
         for side, found in self.values.items():
             if not self.diverged(side):
                 groups[f"final runs {TITLES[side]}"] = list(found.values()), _NO_SEEDS
         for what, (values, reason) in groups.items():
-            # One that diverged has the worst number there is.
+            # A run that diverged has the worst number there is.
             finite = [value for value in values if math.isfinite(value)]
             if len(finite) > 1 and len(set(finite)) == 1:
                 return f"No answer: all {len(finite)} {what} gave {finite[0]:.4g}. {reason} {_OR_COARSE}"
@@ -82,7 +82,7 @@ class Answer:
 
     @property
     def rival(self) -> str:
-        """The one of them that is hardest to beat: one that is better for sure, or else by the low end of the gain."""
+        """The one that is hardest to beat: one that is better for sure, or else by the low end of the gain."""
         finite = [side for side in self.others if not self.diverged(side)] or self.others
         gains = {side: self.gain(side) for side in finite}
         better = [side for side in gains if gains[side][1] < 0]
@@ -97,7 +97,7 @@ class Answer:
         return min(self.others, key=lambda side: sign * sum(self.values[side].values()))
 
     def verdict(self) -> str:
-        """Return one sentence: use it, don't, not known yet, or why there is no answer."""
+        """Return one sentence: use it, don't, not known yet, or why the runs give no answer."""
         if self.no_answer:
             return self.no_answer
         low, high = self.gain(self.rival)
@@ -119,7 +119,7 @@ class Answer:
 
     @property
     def missing(self) -> list[str]:
-        """What the runs lack for a better answer."""
+        """What the runs lack to give a better answer."""
         missing = []
         if not self.is_fresh:
             missing.append(
@@ -141,10 +141,10 @@ class Answer:
         return missing
 
     def text(self, metric: str) -> str:
-        """Make a table with a line for each side and one for each difference, and say what follows from it.
+        """Make a table with a line for each side and each difference, and say what follows from it.
 
         Args:
-            metric: its name.
+            metric: name of the metric.
         """
         lines = [["best", "settings tried", "mean"]]
         for side in self.configs:
@@ -161,23 +161,23 @@ class Answer:
         )
         if CONTROL in self.configs:
             notes.append(
-                "The winners differ in more than rho, so the control has the settings of the one with the perturbation "
-                "and rho 0: the difference to it is the perturbation's own part. The answer is against the LoRA that "
-                "is harder to beat"
+                "The winners differ in more than rho, so the control is LoRA with the settings that won with the "
+                "perturbation: the difference to it is due to the perturbation only. The answer compares with the LoRA "
+                "that is harder to beat"
             )
         return "\n".join([aligned(lines), "", *notes, "", self.verdict(), *self.missing, ""])
 
 
 def answer(rows: Sequence[Row], mode: str) -> Answer:
-    """Return both winners, and the control if it was run, on the seeds that all of them share.
+    """Return both winners, and the control if it was run, on the seeds that they share.
 
     Args:
-        rows: runs, each with its ``config``, ``seed``, ``stage`` and ``value``. The stage is "final" for seeds that
-            have chosen nothing; if there are none, those that have chosen the winners also judge them.
+        rows: runs, each with its ``config``, ``seed``, ``stage`` and ``value``. The stage is "final" for fresh seeds;
+            if there are none, the seeds that chose the winners also judge them.
         mode: "min" or "max" of the value.
 
     Raises:
-        MisconfigurationException: a side has no run, or the winners share fewer than two seeds.
+        MisconfigurationException: a side has no runs, or the winners share fewer than two seeds.
     """
     searched, final = by_config(rows, "search"), by_config(rows, "final")
     judging = searched if final.empty else final
@@ -205,13 +205,13 @@ def chosen(rows: Sequence[Row], mode: str) -> dict[str, Config]:
 
 
 def finalists(runs: DataFrame, mode: str) -> dict[str, Config]:
-    """Return each side's settings with the most seeds and, of these, the best mean.
+    """Return each side's settings with the most seeds and, among those, the best mean.
 
-    If they differ in more than rho, the control's are added: without it the difference would not be only the
-    perturbation's.
+    If they differ in more than rho, the control's are added: without it the difference would not be due to the
+    perturbation only.
 
     Args:
-        runs: by :func:`by_config`.
+        runs: table from :func:`by_config`.
         mode: "min" or "max" of the values.
     """
     sign = 1 if mode == "min" else -1
@@ -219,10 +219,10 @@ def finalists(runs: DataFrame, mode: str) -> dict[str, Config]:
     for side in SIDES:
         of_side = runs[runs.index.map(_side) == side]
         if of_side.empty:
-            raise MisconfigurationException(f"there are no runs {side} the perturbation, with which to compare")
+            raise MisconfigurationException(f"there are no runs {side} the perturbation to compare with")
         seeds = of_side.count(axis=1)
         means = of_side[seeds == seeds.max()].mean(axis=1)
-        # Of equal ones not the first, since a run that was stopped comes later.
+        # Among equals not the first, since a stopped run comes later.
         _, winner = min((sign * value, key) for key, value in means.items())
         found[side] = json.loads(winner)
     control = {**found[WITH], RHO: "0"}
@@ -232,7 +232,7 @@ def finalists(runs: DataFrame, mode: str) -> dict[str, Config]:
 
 
 def by_config(rows: Sequence[Row], stage: str) -> DataFrame:
-    """Return the values of a stage's runs, with a line for each of the settings and a column for each seed."""
+    """Return the values of a stage's runs, with a line per setting and a column per seed."""
     of_stage = [(_key(row["config"]), row["seed"], row["value"]) for row in rows if row["stage"] == stage]
     return DataFrame(of_stage, columns=["config", "seed", "value"]).pivot(
         index="config", columns="seed", values="value"
@@ -248,9 +248,9 @@ def _side(key: str) -> str:
 
 
 def draw(rows: Sequence[Row], setting: str, metric: str, mode: str) -> Figure:
-    """Draw the value of all trials against a setting: LoRA in its colour, and each rho in a shade of EFMLoRA's."""
+    """Draw the values of all trials against a setting: LoRA in its colour, and each rho in a shade of EFMLoRA's."""
     trials = DataFrame([{**row["config"], "value": row["value"]} for row in rows])
-    # By the first number of each value; others than numbers stay as they come.
+    # By the first number of each value; values that are not numbers keep their order.
     trials["order"] = pandas.to_numeric(trials[setting].str.partition("/")[0], errors="coerce")
     trials = trials.sort_values("order", kind="stable")
     figure = Figure(figsize=(6, 4), layout="constrained")

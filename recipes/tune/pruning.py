@@ -1,4 +1,4 @@
-"""When a trial ends early."""
+"""Ending trials early."""
 
 import math
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ class Watch:
     """Tells a trial its validations, and whether they are hopeless.
 
     Args:
-        trial: of Optuna.
-        metric: of a validation.
+        trial: the trial in Optuna's study.
+        metric: metric of a validation.
         mode: "min" or "max" of the metric.
-        others: the curves with which the trial's is compared; without them it is never hopeless.
+        others: curves to compare with; without them the trial is never hopeless.
 
     Attributes:
         curve: the metric after each validation.
@@ -30,12 +30,12 @@ class Watch:
         self.curve: list[float] = []
 
     def is_hopeless(self, validations: Sequence[Row]) -> bool:
-        """Say whether to end the trial; later validations than the one that ends it do not count.
+        """Say whether to end the trial; validations after the one that ends it do not count.
 
-        So the curve does not depend on when somebody looks.
+        So the curve does not depend on when this is called.
 
         Args:
-            validations: all so far.
+            validations: all validations so far.
         """
         for validation in validations[len(self.curve) :]:
             self.curve.append(validation.get(self.metric, math.nan))
@@ -46,13 +46,13 @@ class Watch:
 
 
 def is_worse_than_most(values: Sequence[float], others: Sequence[Sequence[float]], mode: str) -> bool:
-    """Return whether a run's best value so far is worse than the median of others after as many validations.
+    """Return whether a run's best value so far is worse than the others' median after as many validations.
 
-    As Optuna's median pruner, but not before half of the others' validations: a low rate begins slowly.
+    As Optuna's median pruner does, but not before half of the others' validations, since a low rate begins slowly.
 
     Args:
-        values: of the run, after each validation; one that is not finite is the worst there is.
-        others: of finished runs.
+        values: values of the run after each validation; one that is not finite is the worst there is.
+        others: values of finished runs.
         mode: "min" or "max" of the values.
 
     Example:
@@ -67,7 +67,7 @@ def is_worse_than_most(values: Sequence[float], others: Sequence[Sequence[float]
 
 
 def less_is_better(value: float, mode: str) -> float:
-    """Return a value of which less is better; infinity for a run that has diverged."""
+    """Return a value where less is better; infinity for a run that has diverged."""
     if not math.isfinite(value):
         return math.inf
     return value if mode == "min" else -value

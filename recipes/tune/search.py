@@ -1,4 +1,4 @@
-"""The runs of a search, which of them come next, and one of them, in its own process."""
+"""The runs of a search: which come next, and how one of them runs in its own process."""
 
 import hashlib
 import json
@@ -23,10 +23,10 @@ from recipes.tune.pruning import Watch, less_is_better
 from recipes.tune.space import RHO, Config, Space, arguments, seeds_of, short, size, suggestions
 
 SEARCH_SEEDS = (0, 1, 2)
-"""All trials are run with the first one, and the best third of them with the others."""
+"""All trials run with the first seed, and the best third of them with the others."""
 FIRST_FRESH_SEED = 100
-ROUND = 4  # trials of a side that may run at once; those of the first round are spread over the space
-_LEAST_REPEATED = 2  # trials of a side that are run with all seeds
+ROUND = 4  # trials of a side that may run at once; the first round's are spread over the space
+_LEAST_REPEATED = 2  # trials of a side that run with all seeds
 _FAILURES = 2  # of one run, after which it counts as diverged
 
 
@@ -36,9 +36,9 @@ class Run(NamedTuple):
     Attributes:
         side: "with" the perturbation, "without" it, or the "control".
         config: its settings; rho is 0 except with the perturbation.
-        seed: of ``--seed_everything`` and, in a recipe, of the data where it does not draw their parts.
-        stage: "search", or "final" for the winner of a side on seeds that have chosen nothing.
-        trial: its configuration's number.
+        seed: value of ``--seed_everything`` and, in a recipe, of the data's seed unless it draws their parts.
+        stage: "search", or "final" for a side's winner on fresh seeds.
+        trial: number of its configuration.
     """
 
     side: str
@@ -53,7 +53,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A path that no other run has, and that every system takes."""
+        """A path that no other run has, and that every system accepts."""
         settings = re.sub(r"[^\w.=+-]+", "_", short(self.config))[:100]
         own = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.stage}/{settings}-{own}/seed-{self.seed}"
@@ -65,19 +65,19 @@ class Run(NamedTuple):
 
 @dataclass
 class Options:
-    """What is searched, as the command line says it.
+    """What to search, as given on the command line.
 
     Attributes:
         recipe: a recipe's name, or the module of a LightningCLI.
         budget: trials of both sides together.
-        search: an option of fit and its values, in place of what the recipe searches; may be given several times, and
-            the picture is drawn against the first. Options that change together: model.lora.r/model.lora.lora_alpha
-            2/4 8/16.
-        rho: radii.
+        search: an option of fit and its values, in place of the recipe's own search; may be given several times, and
+            the picture is drawn against the first. Options that change together: model.lora.r/model.lora.lora_alpha 2/4
+            8/16.
+        rho: radii to try.
         fresh: seeds on which the winners are compared.
-        test: compare them on the test data, not on validation data.
-        metric: that validation logs; by default the one by which checkpoints are kept.
-        mode: of the metric.
+        test: compare the winners on the test data instead of validation data.
+        metric: metric that validation logs; by default the one by which checkpoints are kept.
+        mode: min or max of the metric.
         prune: end trials early that do worse than most; --no-prune lets all of them finish.
         folder: output folder; by default runs/tune/RECIPE.
         storage: URL of an Optuna storage that several machines share; by default a file in the folder.
@@ -100,18 +100,18 @@ class Options:
 
 @dataclass
 class Search:
-    """A search on each side, with as many trials, and the winners of both on fresh seeds, with a control.
+    """A search on each side, with equally many trials, and the winners of both on fresh seeds, with a control.
 
-    A side's trials come in rounds of four. Those of a round are chosen by the rounds before it, and ended early by
-    comparison with these, so that the search finds the same with any number of workers.
+    A side's trials come in rounds of four. The rounds before decide which trials a round has and which of them end
+    early, so the search finds the same with any number of workers.
 
     Attributes:
         options: what is searched.
-        more: options of the command's ``fit``.
-        space: the values of each setting and last of rho, of which the first is 0, the one without the perturbation.
-        queue: what is done.
-        folder: of the runs.
-        metric: on validation.
+        more: further options of the command's ``fit``.
+        space: values of each setting and, last, of rho, whose first value is 0: no perturbation.
+        queue: the queue, with the results so far.
+        folder: folder of the runs.
+        metric: metric of validation.
         mode: "min" or "max" of the metric.
     """
 
@@ -153,12 +153,12 @@ class Search:
         return mean(whole) if whole else 0.0
 
     def seconds_saved(self) -> float:
-        """Estimate what the trials that were ended early would have taken to their end."""
+        """Estimate how much longer the trials that ended early would have taken."""
         pruned = [float(row["seconds"]) for row in self.queue.rows if row["pruned"]]
         return self.seconds_of_a_run() * len(pruned) - sum(pruned)
 
     def trials_of(self, side: str) -> int:
-        """Return the number of trials of a side: as many as the other has, or all settings that there are."""
+        """Return a side's number of trials: as many as the other's, or all settings that exist."""
         return min(self.options.budget // 2, size(self.space_of(side)))
 
     def tried(self, side: str) -> dict[int, Row]:
@@ -173,7 +173,7 @@ class Search:
         return {**self.space, RHO: radii[:1] if side == WITHOUT else radii[1:]}
 
     def _open_trials(self, side: str) -> list[Run]:
-        """Return what is not done of a side's first round that is not finished."""
+        """Return the runs that are not done in a side's first unfinished round."""
         tried, trials = self.tried(side), self.trials_of(side)
         first = len(tried) // ROUND * ROUND
         missing = [number for number in range(first, min(first + ROUND, trials)) if number not in tried]
@@ -187,7 +187,7 @@ class Search:
         return [Run(side, configs[number - first], SEARCH_SEEDS[0], "search", number) for number in missing]
 
     def _before(self, side: str, trial: int) -> list[Row]:
-        """Return the trials of the rounds before a trial's."""
+        """Return the trials of the rounds before a trial's round."""
         tried = self.tried(side)
         return [tried[number] for number in range(trial // ROUND * ROUND)]
 
@@ -221,24 +221,24 @@ class Search:
     def perform(self, run: Run, trial: Trial) -> Row:
         """Do a run; one that has failed twice counts as diverged, so that the search can end.
 
-        Not so for a winner on fresh seeds, whose settings have worked in the search.
+        This does not apply to a winner on fresh seeds, whose settings worked in the search.
 
         Args:
-            run: to do.
-            trial: that carries it, which is told each validation.
+            run: run to do.
+            trial: its trial, which is told each validation.
 
         Returns:
-            The ``value`` of the weights that are kept, the worst if the run has diverged; the ``curve`` of the values
-            after each validation; whether it was ``pruned``; what was ``tested``; ``seconds`` and ``commit``.
+            The ``value`` of the kept weights, the worst one if the run diverged; the ``curve`` of the values after each
+            validation; whether it was ``pruned``; what was ``tested``; ``seconds`` and ``commit``.
 
         Raises:
-            FailedError: the run has failed.
-            StoppedError: the user has stopped it.
-            MisconfigurationException: the run has not logged the metric.
+            FailedError: the run failed.
+            StoppedError: the user stopped it.
+            MisconfigurationException: the run did not log the metric.
         """
         for name, values in self.space.items():
-            trial.suggest_categorical(name, values)  # for Optuna's own pictures: what was queued is found again
-        # While no run has ended well, the cause may be one that all of them share.
+            trial.suggest_categorical(name, values)  # for Optuna's own pictures: this finds the queued values
+        # While no run has ended well, the cause may be common to all of them.
         if self.queue.rows and self.queue.failures(run) >= _FAILURES:
             print(f"{run} has failed twice and counts as diverged", flush=True)
             return self._row(math.nan)
@@ -268,7 +268,7 @@ class Search:
         watch = Watch(trial, self.metric, self.mode, others)
         try:
             fitted = fit(self.options.recipe, folder, given, watch.is_hopeless)
-            if watch.is_hopeless(fitted["validations"]):  # those that the last look has missed
+            if watch.is_hopeless(fitted["validations"]):  # including those that the last look missed
                 raise EndedError
         except EndedError:
             best = min(watch.curve, key=lambda value: less_is_better(value, self.mode))
@@ -278,12 +278,12 @@ class Search:
         # If there is nothing to test on, the search ends at its start, and not after its last trial.
         if self.options.test and (run.stage == "final" or not self.queue.rows):
             kept = fitted["best"] or fitted["last"]
-            if not kept:  # the test would be of weights that are not trained
+            if not kept:  # the test would use untrained weights
                 raise MisconfigurationException(f"{run} has kept no checkpoint to test: keep one, or leave out --test")
             on_test = tested(self.options.recipe, folder, given, kept)
             value_on_test = _metric_of_test(on_test, self.metric)
             value = value_on_test if run.stage == "final" else value
-        # A run that was stopped and has gone on took longer than this process.
+        # A run that was stopped and resumed took longer than this process.
         seconds = max(time.perf_counter() - began, fitted["training_seconds"])
         return self._row(value, curve=watch.curve, tested=on_test, seconds=seconds)
 
@@ -293,7 +293,7 @@ class Search:
         return {**judgement, **unless_found, **found, "commit": commit()}
 
     def _check(self, run: Run, fitted: Row) -> None:
-        """Refuse a run that has not logged what it is judged by."""
+        """Refuse a run that has not logged the metrics that judge it."""
         logged = set().union(*fitted["validations"])
         missing = {self.metric, fitted["monitor"]} - {None, *logged}
         if missing:
@@ -306,7 +306,7 @@ class Search:
 
 
 def _metric_of_test(tested: Row, metric: str) -> float:
-    """Return what a test has logged in place of a validation's metric.
+    """Return the metric of a test that matches a validation's.
 
     Example:
         >>> _metric_of_test({"loss/test": 0.5}, "loss/val"), _metric_of_test({"test_loss": 0.5}, "eval_loss")
@@ -319,19 +319,19 @@ def _metric_of_test(tested: Row, metric: str) -> float:
 
 
 def _repeated(trials: int) -> int:
-    """Count the trials of a side that are run with all seeds."""
+    """Count the trials of a side that run with all seeds."""
     return min(trials, max(_LEAST_REPEATED, math.ceil(trials / 3)))
 
 
 def judged(row: Row) -> float:
-    """Return what a run is judged by, of which less is better."""
+    """Return the value that judges a run, where less is better."""
     return less_is_better(row["value"], row["mode"])
 
 
 def value_of_kept(fitted: Row, metric: str) -> float:
     """Return the metric of the weights that a run keeps: the best ones by its monitor or, without one, the last ones.
 
-    If the run has diverged, it is no number.
+    It is not finite if the run has diverged.
 
     Example:
         >>> fitted = {"monitor": "val_loss", "mode": "min", "validations": [{"val_loss": 2.0}, {"val_loss": 3.0}]}

@@ -1,4 +1,4 @@
-"""What a search sets: options of `fit`, and the values that are tried."""
+"""What a search sets: options of `fit`, and the values to try."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from optuna.trial import create_trial
 from scipy.stats.qmc import LatinHypercube
 
 Config = dict[str, str]
-"""The value of each setting, as it stands on the command line."""
+"""The value of each setting, as on the command line."""
 Space = Mapping[str, Sequence[str]]
 """The values of each setting, in order. Options that change together are one: "model.lora.r/model.lora.lora_alpha"."""
 
@@ -21,7 +21,7 @@ _ATTEMPTS = 100  # to find a configuration that has not been tried
 _RATES = ["5e-5", "1e-4", "3e-4", "1e-3", "3e-3"]
 _DROPOUTS = ["0", "0.1", "0.5", "0.9"]
 _RANK = "model.lora.r/model.lora.lora_alpha"
-# alpha follows the rank, so that the scaling s, and with it the size of an update, stays.
+# alpha follows the rank, so that the scaling s, and with it the size of an update, does not change.
 _SPACE: Space = {"model.learning_rate": _RATES, "model.lora.lora_dropout": _DROPOUTS, _RANK: ["2/4", "8/16", "32/64"]}
 SPACES: Mapping[str, Space] = {
     "classification": {**_SPACE, "model.head_learning_rate": ["null", "1e-3", "4e-3"]},
@@ -31,7 +31,7 @@ SPACES: Mapping[str, Space] = {
     "clip_fewshot": {**_SPACE, _RANK: ["2/1", "8/2", "32/4"]},  # its scaling is alpha / sqrt(r)
     "clip_contrastive": _SPACE,
 }
-"""What is searched in a recipe, besides rho, if the user does not say it."""
+"""What a recipe's search varies besides rho, unless the user says otherwise."""
 
 
 def seeds_of(recipe: str) -> list[str]:
@@ -57,18 +57,18 @@ def arguments(config: Config) -> list[str]:
 
 
 def parts(name: str, value: str) -> list[str]:
-    """Return the values of options that change together; of a single option its value, whatever is in it."""
+    """Return the values of options that change together; for a single option its value, whatever is in it."""
     return value.split("/") if "/" in name else [value]
 
 
 def short(config: Config) -> str:
-    """Return the settings for people.
+    """Return the settings in a form for people.
 
     Example:
         >>> short({"model.learning_rate": "1e-3", "model.lora.r/model.lora.lora_alpha": "2/4", "rho": "0.5"})
         'learning_rate=1e-3, r=2/4, rho=0.5'
     """
-    # Of options that change together, the first one's name and all values.
+    # For options that change together, the first one's name and all values.
     names = [name.partition("/")[0].rpartition(".")[2] for name in config]
     return ", ".join(f"{name}={value}" for name, value in zip(names, config.values(), strict=True))
 
@@ -76,13 +76,13 @@ def short(config: Config) -> str:
 def suggestions(space: Space, tried: Sequence[tuple[Config, float]], number: int) -> list[Config]:
     """Return configurations that have not been tried, by Optuna's tree-structured Parzen estimator.
 
-    The first ones are spread by a Latin hypercube, so that low and high rates are among them. They are the same for
-    both sides of a search, but for rho, and equal arguments give equal suggestions, so that all workers find the same.
+    The first ones are spread by a Latin hypercube, so that low and high rates are among them. Except for rho they are
+    the same on both sides of a search. Equal arguments give equal suggestions, so that all workers find the same.
 
     Args:
-        space: to search, with the values of each setting in order.
-        tried: what has been tried, and what came of it; the less the better.
-        number: of configurations.
+        space: space to search, with the values of each setting in order.
+        tried: configurations that have been tried, and their results; less is better.
+        number: number of configurations.
     """
     sampler = TPESampler(seed=len(tried), n_startup_trials=1, multivariate=True, constant_liar=True)
     study = create_study(sampler=sampler)
@@ -110,10 +110,10 @@ def _spread(space: Space, number: int) -> list[Config]:
 
 
 def _config(space: Space, places: Iterable[int]) -> Config:
-    """Return the values that stand at some places of each setting."""
+    """Return the configuration at these places among the values of each setting."""
     return {name: space[name][place] for name, place in zip(space, places, strict=True)}
 
 
 def size(space: Space) -> int:
-    """Count the configurations that there are."""
+    """Count all configurations."""
     return math.prod(len(values) for values in space.values())

@@ -1,8 +1,8 @@
-"""`python -m recipes.tune.verdict SOURCE --metric val_loss`: does the perturbation pay, by anybody's sweep?
+"""`python -m recipes.tune.verdict SOURCE --metric val_loss`: does the perturbation pay off in this sweep?
 
 SOURCE is a table (.csv, .json, .jsonl or .parquet), as Weights & Biases exports it, the URL of an Optuna storage, or a
-folder of Hydra's multirun with the CSV logs of Lightning. A run with rho 0, or without one, counts as LoRA. On each
-side the settings with the best mean win; their runs are compared by seed. Example: python -m recipes.tune.verdict
+folder of Hydra's multirun with Lightning's CSV logs. A run with rho 0, or without rho, counts as LoRA. On each side the
+settings with the best mean win; their runs are compared by seed. Example: python -m recipes.tune.verdict
 runs/tune/classification/results.csv --metric val_score
 """
 
@@ -34,20 +34,20 @@ _LESS_IS_BETTER = ("loss", "error", "perplexity", "nll")
 
 @dataclass
 class Options:
-    """Which columns of a sweep mean what.
+    """The sweep and its columns.
 
     Attributes:
         source: the sweep.
-        metric: the column to judge by; that of an Optuna study of another program is called value.
-        mode: of the metric; by default a study's direction, and of a table min for a loss, an error or a perplexity,
-            and else max.
-        rho: the column of the radius; by default the one whose name ends in rho.
-        seed: the column of the seed; by default the one whose name ends in seed or seed_everything.
-        settings: columns of the other settings; by default what Optuna or Hydra has set, and in a table the columns
+        metric: column to judge by; for an Optuna study of another program it is called value.
+        mode: min or max of the metric; by default a study's direction, and for a table min for a loss, an error or a
+            perplexity, otherwise max.
+        rho: column of the radius; by default the one whose name ends in rho.
+        seed: column of the seed; by default the one whose name ends in seed or seed_everything.
+        settings: columns of the other settings; by default those that Optuna or Hydra has set, and in a table those
             with a dot in their names.
-        fresh: seeds that have chosen nothing; by default those of rows whose column stage is final.
+        fresh: seeds that were not used to choose; by default those of rows whose column stage is final.
         study: name of the Optuna study, if the storage has several.
-        picture: a file to draw the trials into.
+        picture: file for a picture of the trials.
     """
 
     source: str
@@ -62,7 +62,7 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print table and sentence, and draw the picture; returns the exit status."""
+    """Print the table and the sentence, draw the picture, and return the exit status."""
     options, others = parse_known_options(Options, arguments, "python -m recipes.tune.verdict", __doc__)
     if others:
         raise MisconfigurationException(f"there is no option {others[0]}; see --help")
@@ -82,13 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _of_files(options: Options, mode: str) -> DataFrame:
-    """Read a sweep as one table with a line for each run."""
+    """Read a sweep as one table with a line per run."""
     source = options.source
     path = Path(source)
     if path.is_dir():
         return _of_hydra(path, options, mode)
     readers = {
-        ".csv": lambda path: pandas.read_csv(path, dtype=str),  # 1e-2 stays what it was called
+        ".csv": lambda path: pandas.read_csv(path, dtype=str),  # so that 1e-2 keeps its spelling
         ".json": pandas.read_json,
         ".jsonl": lambda path: pandas.read_json(path, lines=True),
         ".parquet": pandas.read_parquet,
@@ -121,7 +121,7 @@ def _of_optuna(url: str, options: Options) -> tuple[DataFrame, str]:
 
 
 def _of_hydra(folder: Path, options: Options, mode: str) -> DataFrame:
-    """Return the overrides of each run and the best value that its CSV logs have."""
+    """Return each run's overrides and the best value in its CSV logs."""
     runs, metric = [], options.metric
     for path in sorted(folder.rglob(".hydra/overrides.yaml")):
         overrides = dict(each.lstrip("+~").split("=", 1) for each in yaml.safe_load(path.read_text()))
@@ -131,7 +131,7 @@ def _of_hydra(folder: Path, options: Options, mode: str) -> DataFrame:
                 overrides[metric] = logged[metric].min() if mode == "min" else logged[metric].max()
         runs.append(overrides)
     if not runs:
-        raise MisconfigurationException(f"{folder} has no run of Hydra, whose folder has .hydra/overrides.yaml")
+        raise MisconfigurationException(f"{folder} has no Hydra run, that is, no folder with .hydra/overrides.yaml")
     found = DataFrame(runs)
     options.settings = options.settings or [name for name in found if found[name].nunique(dropna=False) > 1]
     return found
@@ -141,7 +141,7 @@ def table_of(rows: Sequence[Row]) -> DataFrame:
     """Return the rows of a search as a table: stage, trial, seed, the settings, the metric, and the rest."""
     lines = DataFrame([{**row, **row["config"], row["metric"]: row["value"]} for row in rows])
     names = ["stage", "trial", "seed", *rows[0]["config"], rows[0]["metric"], "pruned", "seconds", "commit"]
-    # Not as they were done, so that equal searches have equal tables.
+    # Not in the order in which they were done, so that equal searches have equal tables.
     return lines[names].sort_values(["stage", "trial", "seed", RHO], ascending=[False, True, True, True])
 
 
@@ -177,7 +177,7 @@ def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
     runs = [str([row["config"], row["seed"], row["stage"]]) for row in rows]
     if len(set(runs)) < len(runs):
         equal = sweep.groupby(runs).nunique().max()
-        # Not what each run has of its own, such as its name.
+        # Without what differs in every run, such as its name.
         differing = [name for name in sweep if equal[name] > 1 and sweep[name].nunique() < len(sweep) / 2]
         raise MisconfigurationException(
             f"several runs have the same seed and the same settings ({', '.join(settings) or 'none'}): name by "
@@ -187,7 +187,7 @@ def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
 
 
 def _finished(sweep: DataFrame, metric: str) -> DataFrame:
-    """Leave out runs without the metric, and those that have crashed, say, by Weights & Biases' column State."""
+    """Leave out runs without the metric, and those that did not finish by Weights & Biases' column State."""
     found = sweep[sweep[metric].notna()]
     if len(found) < len(sweep):
         print(f"{len(sweep) - len(found)} runs have no {metric} and are left out")
@@ -199,7 +199,7 @@ def _finished(sweep: DataFrame, metric: str) -> DataFrame:
 
 
 def _column(sweep: DataFrame, option: str, given: str | None, *others: str) -> str:
-    """Return the name of a column: the one that is given, or the only one whose last part is the option's name."""
+    """Return the name of a column: the given one, or the only one whose last part is the option's name."""
     names = [name for name in sweep if name.replace("/", ".").rpartition(".")[2] in (option, *others)]
     names = [name for name in sweep if name == given] if given else names
     if len(names) != 1:

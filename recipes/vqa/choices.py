@@ -1,15 +1,16 @@
-"""Multiple-choice questions: their options as letters, and which one a generated answer names."""
+"""Multiple-choice questions: their options as letters, and the letter that a generated answer names."""
 
 import re
 import string
 from collections.abc import Sequence
 
 _OPENS, _CLOSES = r"[(\[*\"']*", r"[)\]*\"']*"
-# The answer is a letter and no more: "B", "b.", "(B)", "**B**".
+# The answer is only a letter: "B", "b.", "(B)", "**B**".
 _ALONE = re.compile(rf"{_OPENS}([a-z]){_CLOSES}[.:,)]?{_CLOSES}", re.IGNORECASE)
-# It begins with a letter that punctuation sets apart: "B. Louisiana", "(B) Louisiana", "b: it lies in the south".
+# It begins with a letter set apart by punctuation: "B. Louisiana", "(B) Louisiana", "b: it lies in the south".
 _FIRST = re.compile(r"(?:[(\[*]+([a-z])[.:,]?[)\]*]+[.:,)]?|([a-z])[.:)])(?=\s)", re.IGNORECASE)
-# It says so: "The answer is B.", "Answer: (B)", "option B because". A capital, for "the answer is a boat" is a text.
+# It announces the letter: "The answer is B.", "Answer: (B)", "option B because". A capital, since "the answer is a
+# boat" is a text.
 _NAMED = re.compile(
     rf"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is)?\s*:?\s*{_OPENS}([A-Z])"
     r"(?=\s*$|\s*[)\].:,;*\"']|\s+(?:because|since|as)\b)"
@@ -18,13 +19,13 @@ _ANNOUNCED = re.compile(r"^(?:the\s+)?(?:correct\s+|right\s+)?answer(?:\s+is\s*:
 
 
 def letter_by_lmms_eval(answer: str) -> str | None:
-    """Return the letter that lmms-eval's task scienceqa reads in an answer; None where it reads none.
+    """Return the letter that lmms-eval's task scienceqa reads in an answer; None if it reads none.
 
-    It takes a letter alone, and a capital at the beginning that a full stop follows, whatever comes then. Its releases
-    differ: some take a small letter alone, as here, and then miss the second form; others take capitals alone.
+    It takes a single letter, or a capital at the beginning with a full stop after it, whatever comes then. Its releases
+    differ: some take a single small letter, as here, and then miss the second form; others take only single capitals.
 
     Args:
-        answer: as generated.
+        answer: generated answer.
 
     Example:
         >>> [letter_by_lmms_eval(answer) for answer in ("B. Louisiana", "b", "The answer is B.", "")]
@@ -37,14 +38,14 @@ def letter_by_lmms_eval(answer: str) -> str | None:
 
 
 def chosen_letter(answer: str, choices: Sequence[str]) -> str | None:
-    """Return the letter of the option that an answer names; None where it names none, or several.
+    """Return the letter of the option that an answer names; None if it names none, or several.
 
-    Besides what :func:`letter_by_lmms_eval` takes, the other usual spellings count: a letter in brackets, one that the
-    answer announces, and an option's own text.
+    Besides those that :func:`letter_by_lmms_eval` takes, the other usual forms count: a letter in brackets, a letter
+    that the answer announces, and an option's own text.
 
     Args:
-        answer: as generated.
-        choices: the options' texts.
+        answer: generated answer.
+        choices: texts of the options.
 
     Example:
         >>> [chosen_letter(answer, ["Texas", "Louisiana"]) for answer in ("B. Louisiana", "The answer is A.", "b", "")]
@@ -63,7 +64,7 @@ def chosen_letter(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def _letters_of_text(text: str, choices: Sequence[str]) -> set[str]:
-    """Return the letters of the options whose text this is."""
+    """Return the letters of the options with this text."""
     said = _plain(_ANNOUNCED.sub("", text))
     return {string.ascii_uppercase[number] for number, choice in enumerate(choices) if said and _plain(choice) == said}
 

@@ -16,13 +16,14 @@ from recipes.language.templates import TemplateEncoder
 
 
 class Rendered(NamedTuple):
-    """A question and its answer as a chat template writes them.
+    """A question and its answer, rendered by a chat template.
 
     Attributes:
-        text: question and answer and what was said before, with a mark where an image is.
-        prompt: the same without the answer, and with the opening of one.
-        learnt: for each token of the text, the mark counted as one, whether it is learnt: answers and their end tokens.
-        length: tokens in all.
+        text: question, answer and what was said before, with a mark for the image.
+        prompt: the same without the answer, but with the opening of one.
+        learnt: for each token of the text, the mark counted as one, whether it is learnt: answers and their end tokens
+            are.
+        length: number of tokens.
     """
 
     text: str
@@ -32,14 +33,15 @@ class Rendered(NamedTuple):
 
 
 class QuestionEncoder(TemplateEncoder):
-    """Encode questions about one image each, which stands before the first of them.
+    """Encodes questions about one image each, which comes before the first of them.
 
     Args:
-        processor: of a vision-language model, with a fast tokenizer, whose end token also pads if no other does.
+        processor: processor of a vision-language model, with a fast tokenizer; its end token also pads if no other
+            does.
         chat_template: see :class:`recipes.language.templates.TemplateEncoder`.
         system_prompt: see there.
         template_arguments: see there.
-        max_pixels: largest number of pixels of an image, and so of its tokens; larger ones are scaled down. None leaves
+        max_pixels: most pixels of an image, which also limits its tokens; larger images are scaled down. None leaves
             that to the processor.
 
     Raises:
@@ -65,12 +67,12 @@ class QuestionEncoder(TemplateEncoder):
         """Return a question and its answer as text, and which of its tokens are answers.
 
         Args:
-            question: the last one.
-            answer: to it.
+            question: the last question.
+            answer: answer to it.
             history: messages before the question, whose answers are learnt too.
 
         Raises:
-            MisconfigurationException: an answer can't be found in the template's text, or a text holds the mark of an
+            MisconfigurationException: an answer can't be found in the rendered text, or a text holds the mark of an
                 image.
         """
         messages = [*self._asked(question, history), {"role": "assistant", "content": answer}]
@@ -80,7 +82,7 @@ class QuestionEncoder(TemplateEncoder):
         return Rendered(text, prompt, learnt, len(learnt))
 
     def prompt(self, question: str, history: Sequence[Message] = ()) -> str:
-        """Return a question as text that an answer is to follow.
+        """Return a question as text for an answer to follow.
 
         Raises:
             MisconfigurationException: a text holds the mark of an image.
@@ -88,7 +90,7 @@ class QuestionEncoder(TemplateEncoder):
         return self._prompt(self._asked(question, history))
 
     def __call__(self, texts: Sequence[str], images: Sequence[Image], padding_side: str) -> dict[str, Tensor]:
-        """Return the model's inputs for texts with an image each: tokens padded on a side, and pixels."""
+        """Return the model's inputs for texts with an image each: tokens, padded on one side, and pixels."""
         bos = self.tokenizer.bos_token
         inputs = self.processor(
             text=list(texts),
@@ -96,7 +98,7 @@ class QuestionEncoder(TemplateEncoder):
             padding=True,
             padding_side=padding_side,
             return_tensors="pt",
-            # A template may have written the beginning token itself, which must not stand there twice.
+            # A template may have written the beginning token itself, which must not come twice.
             add_special_tokens=not (bos and texts[0].startswith(bos)),
         )
         return dict(inputs)
@@ -122,11 +124,11 @@ class QuestionEncoder(TemplateEncoder):
 
 
 def sized(image: Image, max_pixels: int | None) -> Image:
-    """Return an image in its own proportions with a number of pixels at most: the same one if it has no more.
+    """Return an image with at most a number of pixels, in its own proportions; a smaller one does not change.
 
     Args:
         image: of any size.
-        max_pixels: largest width times height; None for any.
+        max_pixels: largest width times height; None for no limit.
 
     Example:
         >>> import PIL.Image
@@ -144,11 +146,11 @@ def sized(image: Image, max_pixels: int | None) -> Image:
 def answer_labels(inputs: dict[str, Tensor], learnt: Sequence[Sequence[bool]]) -> Tensor:
     """Return labels (rows, T) of inputs padded on the right: the token itself inside an answer, else -100.
 
-    The image stands before all answers, and its mark is one token that becomes many: tokens are counted from the end.
+    The image comes before all answers, and its mark is one token that becomes many, so tokens are counted from the end.
 
     Args:
         inputs: ``input_ids`` and ``attention_mask``, (rows, T).
-        learnt: of each row's tokens, see :class:`Rendered`.
+        learnt: for each row's tokens, see :class:`Rendered`.
 
     Example:
         >>> ids = torch.tensor([[7, 8, 9, 0], [5, 6, 7, 8]])

@@ -1,4 +1,4 @@
-"""VQAData: questions about images, split without leaks, in batches that a resumed run continues."""
+"""VQAData: questions about images, split without leaks, in resumable batches."""
 
 import hashlib
 import os
@@ -29,34 +29,35 @@ from recipes.vqa.prompts import Prompt
 class VQAData(PartedData):
     """Any visual question answering data set, for a generative vision-language model.
 
-    Shares are of the training split's images: all questions about an image stay together. Questions without an image
-    are left out.
+    Shares divide the training split by its images: all questions about an image stay together. Questions without an
+    image are left out.
 
     Args:
         dataset: a Hub name, a local folder or .json, .jsonl, .parquet or .csv file, or "packaged:easy_vqa",
-            "packaged:easy_vqa_plain" (without negation) or "packaged:easy_vqa_negated" (those with it). "{split}"
-            stands for the split. Only `predict` needs none.
-        image_folder: where relative image paths start, None for the file's own folder; "{split}" stands for the split.
-            In `predict`, which has no split, a folder of splits counts as None.
-        columns: the data's own names of columns, each with the name by which this recipe knows it, such as
-            ``{"picture": "image", "caption": "answer"}``.
-        type_column: the column with the questions' types, for the metrics; None takes the first that is there of
-            type, question_type, answer_type, category and subject.
-        prompt: what the model is asked: a text with {question}, and for questions with choices {choices} and {hint}.
-            None is the question alone, or the hint, the question, the choices and what to answer with.
-        choice_separator: stands between two choices.
-        processor: name or folder of a processor; None takes the module's.
-        max_length: tokens of question and answer; longer ones are left out, and counted.
+            "packaged:easy_vqa_plain" (without negation) or "packaged:easy_vqa_negated" (only negated). "{split}" is
+            replaced by the split. Only `predict` needs none.
+        image_folder: where relative image paths start, None for the file's own folder; "{split}" is replaced by the
+            split. In `predict`, which has no split, a folder with "{split}" counts as None.
+        columns: the data's own names of columns, each with the recipe's name, such as ``{"picture": "image",
+            "caption": "answer"}``.
+        type_column: column with the questions' types, for the metrics; None takes the first that exists of type,
+            question_type, answer_type, category and subject.
+        prompt: text put to the model, with {question} and, for questions with choices, {choices} and {hint}. None is
+            only the question or, with choices, the hint, the question, the choices and how to answer.
+        choice_separator: text between two choices.
+        processor: name or folder of a processor; None takes the model's.
+        max_length: most tokens of question and answer; longer ones are left out and counted.
         chat_template: a Jinja template or a file with one; None takes the processor's own.
-        system_prompt: a system message; None leaves that to the template. Where the template takes none, it stands at
-            the head of the question.
+        system_prompt: a system message; None leaves that to the template. If the template takes none, the question
+            begins with it.
         template_arguments: variables of the chat template, such as {"enable_thinking": false}.
-        max_pixels: largest number of pixels of an image; larger ones are scaled down, in their proportions. With
-            models that keep an image's size, such as Qwen2-VL, it bounds the tokens: 28 x 28 pixels are one. None
-            leaves that to the processor.
+        max_pixels: most pixels of an image; larger ones are scaled down in their proportions. With models that keep an
+            image's size, such as Qwen2-VL, it limits the tokens: one for 28 x 28 pixels. None leaves that to the
+            processor.
         check_images: decode every image once before training, to find broken ones.
-        skip_unreadable: leave out, and count, questions with an image that can't be read, instead of an error.
-        questions: a file with ``image`` and ``question`` in each row, perhaps ``choices`` and ``hint``, for `predict`.
+        skip_unreadable: leave out and count questions whose image can't be read, instead of raising an error.
+        questions: a file for `predict` with ``image`` and ``question`` in each row, and optionally ``choices`` and
+            ``hint``.
     """
 
     image_folder: str | None = None
@@ -105,7 +106,7 @@ class VQAData(PartedData):
 
     @override
     def identities(self, rows: Any) -> list[Hashable]:
-        # Many questions are asked about an image, and a repeated one is known by what was said before it, too.
+        # Many questions are asked about an image, and a repeated one is also identified by what was said before it.
         asked = rows.select_columns(["image", "question", "history"])
         return [(_image_key(row["image"], Path()), row["question"], str(row["history"])) for row in asked]
 
@@ -139,7 +140,7 @@ class VQAData(PartedData):
             raise MisconfigurationException(
                 "predict needs --data.questions FILE, with image and question in each row, such as a .jsonl file"
             )
-        # A prediction has no split, so that a folder of splits is none for it.
+        # A prediction has no split, so a folder of splits does not apply.
         asked_in = self.questions, self.questions, self.image_folder
         table = sources.load_questions(*asked_in, prompt=self._prompt, answered=False)
         folder = sources.image_folder_of(*asked_in)
@@ -163,9 +164,9 @@ def collated(rows: dict[str, list[Any]], encoder: QuestionEncoder, with_prompts:
     questions' ``types`` and ``choices``, and in evaluation ``prompts``: inputs without the answers, padded on the left.
 
     Args:
-        rows: in columns.
-        encoder: of the model.
-        with_prompts: for evaluation.
+        rows: rows given in columns.
+        encoder: the model's encoder.
+        with_prompts: add the prompts, for evaluation.
     """
     images = open_images(rows["image"], rows["question"])
     inputs = encoder(rows["text"], images, padding_side="right")
@@ -182,9 +183,9 @@ def _rendered(row: dict[str, Any], encoder: QuestionEncoder) -> dict[str, Any]:
 
 
 def _image_key(image: dict[str, Any], folder: Path) -> str:
-    """Return what decides on an image's part: its content if it is in the data set, else its file's path in the folder.
+    """Return the key that decides an image's part: its content if it is in the data set, else its path in the folder.
 
-    Not the name alone, which may be rgb.png in every folder.
+    A file's name would not do, since it may be rgb.png in every folder.
     """
     if image["bytes"]:
         return hashlib.sha256(image["bytes"]).hexdigest()

@@ -15,8 +15,8 @@ def open_image(image: dict[str, Any], name: str) -> Image:
     """Return an image in RGB.
 
     Args:
-        image: in the form of ``datasets``, with ``bytes`` or a ``path``.
-        name: for the error, where the image has no path.
+        image: image in the form of ``datasets``, with ``bytes`` or a ``path``.
+        name: name for the error if the image has no path.
 
     Raises:
         MisconfigurationException: it can't be read.
@@ -35,20 +35,20 @@ def too_long(size: Size) -> str | None:
 
     Example:
         >>> too_long((640, 480)), too_long((1, 300))
-        (None, '1 x 300 pixels: it may be 200 times as long as wide at most')
+        (None, '1 x 300 pixels: it may be at most 200 times as long as wide')
     """
     if max(size) <= _LONGEST * min(size):
         return None
-    return f"{size[0]} x {size[1]} pixels: it may be {_LONGEST} times as long as wide at most"
+    return f"{size[0]} x {size[1]} pixels: it may be at most {_LONGEST} times as long as wide"
 
 
 def usable(table: Any, name: str, skip_unreadable: bool) -> list[int]:
     """Return the indices of the rows whose image can be read: each image is decoded once.
 
     Args:
-        table: with a column ``image`` in the form of ``datasets``, not decoded.
-        name: of the data set.
-        skip_unreadable: leave out rows with a broken image, instead of an error.
+        table: a table with a column ``image`` in the form of ``datasets``, not decoded.
+        name: name of the data set.
+        skip_unreadable: leave out rows with a broken image, instead of raising an error.
 
     Raises:
         MisconfigurationException: an image can't be read, and is not to be skipped, or none is left.

@@ -1,4 +1,4 @@
-"""How good answers are: exact match and VQA accuracy, over all questions and for each type of question."""
+"""The quality of answers: exact match and VQA accuracy, over all questions and for each type of question."""
 
 import re
 from collections import Counter
@@ -21,12 +21,12 @@ _CONTRACTED = {
     "'re": "there they what why you",
 }
 _WHOLE = ("ma'am", "o'clock", "'twas", "'ow's'at", "y'all", "y'all'll", "y'all'd've")
-_AGREEING = 3  # people who make an answer fully right
-_PEOPLE = 4  # with at least so many answers, three are left when one is set aside
+_AGREEING = 3  # people whose agreement makes an answer fully right
+_PEOPLE = 4  # the fewest answers of which three are left when one is set aside
 
 
 def _contractions() -> dict[str, str]:
-    """Return the whole of each contraction, by how it is written without some of its apostrophes."""
+    """Return each contraction's full form, by its spellings without some of its apostrophes."""
     words = list(_WHOLE)
     for ending, stems in _CONTRACTED.items():
         words += [stem + ending for stem in stems.split()]
@@ -45,15 +45,15 @@ _APOSTROPHES = _contractions()
 
 
 def normalized_answer(answer: str) -> str:
-    """Return an answer as the VQA challenges' script compares it.
+    """Return an answer in the form in which the VQA challenges' script compares it.
 
-    Lower case; without punctuation and articles; numbers up to ten in digits; contractions with their apostrophes. A
-    mark of punctuation between letters separates words, unless there are others next to a space. Unlike in that script,
-    an answer of articles alone stays as it is: else "A" would be equal to no answer at all. And a contraction of three
-    words gets its apostrophes even where all of them are missing ("wouldntve").
+    It is in lower case, without punctuation and articles, with numbers up to ten in digits and contractions with their
+    apostrophes. A punctuation mark between letters separates words, unless there are others next to a space. Unlike in
+    that script, an answer of articles only stays as it is, since "A" would otherwise equal an empty answer; and a
+    contraction of three words gets its apostrophes even if all of them are missing ("wouldntve").
 
     Args:
-        answer: of a person or of a model.
+        answer: answer of a person or of a model.
 
     Example:
         >>> normalized_answer("The two Cats, dont know.")
@@ -77,7 +77,7 @@ def _without_punctuation(text: str) -> str:
 
 
 def expected_answer(answers: list[str]) -> str:
-    """Return the answer that most annotators gave, the first of them if several did.
+    """Return the answer that most annotators gave; among equals the first.
 
     Example:
         >>> expected_answer(["red", "dark red", "Red", "dark red", "red."])
@@ -94,8 +94,8 @@ def vqa_accuracy(answer: str, answers: list[str]) -> float:
     and 1.
 
     Args:
-        answer: as generated.
-        answers: of four people or more; of fewer, three can't be left.
+        answer: generated answer.
+        answers: answers of at least four people; of fewer, three can't be left.
 
     Example:
         >>> [round(vqa_accuracy("dog", ["dog"] * n + ["cat"] * (10 - n)), 3) for n in range(5)]
@@ -109,7 +109,7 @@ def vqa_accuracy(answer: str, answers: list[str]) -> float:
 
 
 def is_right(answer: str, expected: list[str], choices: list[str]) -> bool:
-    """Return whether an answer is the expected one, or names the expected option if there are choices; none is wrong.
+    """Return whether an answer is the expected one or, with choices, names the expected option; an empty one is wrong.
 
     Example:
         >>> is_right("B. Louisiana", ["B"], ["Texas", "Louisiana"]), is_right("", ["A"], ["Texas", "Louisiana"])
@@ -122,13 +122,13 @@ def is_right(answer: str, expected: list[str], choices: list[str]) -> bool:
 
 
 def scores(answer: str, expected: list[str], kind: str, choices: list[str]) -> dict[str, float]:
-    """Return what a generated answer scores by each metric that its question has.
+    """Return a generated answer's score by each metric that its question has.
 
     Args:
-        answer: by the model.
+        answer: generated answer.
         expected: answers of one or several people.
-        kind: of the question, "" for none.
-        choices: the question's options, none if it is answered freely.
+        kind: type of the question, "" for none.
+        choices: options of the question, none for a free answer.
 
     Example:
         >>> scores("red", ["red"], "What colour?", [])

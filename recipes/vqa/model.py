@@ -11,10 +11,10 @@ from recipes.language.model import DType, Quantization, load_pretrained, quantiz
 from recipes.offline import packaged
 
 PACKAGED = "packaged"
-# The language model's blocks, by the names that transformers gives them; the vision tower's are other ones.
+# The language model's blocks, by the names that transformers gives them; those of the vision tower differ.
 LANGUAGE_MODEL = r".*(language|text)_model.*\.(q|v)_proj"
-# Vision towers and connectors, by transformers' names: they stay as they are when the language model is quantized. The
-# patterns are compared with the beginnings of module names.
+# Vision towers and connectors, by transformers' names: they are not quantized with the language model. The patterns are
+# matched to the beginnings of module names.
 _NOT_QUANTIZED = [r"(.*\.)?(visual|vision_tower|vision_model|multi_modal_projector|connector)", r"(.*\.)?lm_head"]
 _HINT = (
     "of a vision-language model (image-text-to-text), a local directory with one, or 'packaged' for the model of "
@@ -24,19 +24,19 @@ DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": LANGUAGE_MODEL}
 
 
 def packaged_model() -> Path:
-    """Return where ``python -m recipes.pretrain.vqa`` leaves its model."""
+    """Return the folder of the model that ``python -m recipes.pretrain.vqa`` trains."""
     return packaged.cache_dir() / "easy-vqa-idefics3"
 
 
 def model_source(name: str) -> str:
-    """Return what ``from_pretrained`` takes for a name.
+    """Return what ``from_pretrained`` loads for a name.
 
     Raises:
         MisconfigurationException: the name is "packaged", and that model has not been trained yet.
     """
     if name == PACKAGED and not packaged_model().exists():
         raise MisconfigurationException(
-            f"model={PACKAGED!r} has to be trained once, in about ten minutes: python -m recipes.pretrain.vqa"
+            f"model={PACKAGED!r} must be trained first, in about ten minutes: python -m recipes.pretrain.vqa"
         )
     return str(packaged_model()) if name == PACKAGED else name
 
@@ -57,8 +57,8 @@ def load_base(name: str, dtype: DType, quantization: Quantization | None = None)
 
     Args:
         name: a Hub name, a local directory, or "packaged" for the model of ``python -m recipes.pretrain.vqa``.
-        dtype: of the weights; "auto" takes what the checkpoint has.
-        quantization: hold the language model's weights in 4 or 8 bits through bitsandbytes.
+        dtype: dtype of the weights; "auto" takes the checkpoint's.
+        quantization: hold the language model's weights in 4 or 8 bits with bitsandbytes.
 
     Raises:
         MisconfigurationException: there is no such model, it is of another kind, or bitsandbytes is missing.

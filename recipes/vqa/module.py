@@ -21,18 +21,18 @@ class VQA(LanguageModel):
     """A generative vision-language model with LoRA, or trained as a whole.
 
     Args:
-        model: a Hub name, a local directory, or "packaged" for the model of ``python -m recipes.pretrain.vqa``; it has
-            to be given.
+        model: a Hub name, a local directory, or "packaged" for the model of ``python -m recipes.pretrain.vqa``;
+            required.
         lora: fields of peft's LoraConfig; None trains all weights, which are then in float32.
-        dtype: of the frozen weights, "auto" as in the checkpoint; None is bfloat16 where the Trainer's precision is
-            "bf16-mixed", else float32. The adapter is always in float32.
-        max_new_tokens: tokens of a generated answer.
-        validation_answers: questions that one validation answers and compares, the first ones; 0 answers none. Testing
-            answers all.
-        kwargs: of the next class: the optimizer's settings, ``gradient_checkpointing``, and others.
+        dtype: dtype of the frozen weights; "auto" takes the checkpoint's; None is bfloat16 if the Trainer's precision
+            is "bf16-mixed", else float32. The adapter is always in float32.
+        max_new_tokens: longest generated answer, in tokens.
+        validation_answers: how many questions, the first ones, each validation answers and compares; 0 answers none.
+            Testing answers all.
+        kwargs: the optimizer's settings, ``gradient_checkpointing``, and others.
 
     Raises:
-        MisconfigurationException: all weights are to be trained, in another dtype than float32 or quantized.
+        MisconfigurationException: all weights are to be trained, but quantized or in a dtype other than float32.
     """
 
     task = "image-text-to-text"
@@ -55,7 +55,7 @@ class VQA(LanguageModel):
                 )
             # In bfloat16 most of AdamW's small steps would be rounded away.
             self.dtype_name = "float32"
-        # Kept apart, because self.lora holds the default where it was None.
+        # Kept separately, because self.lora holds the default if it was None.
         self.trains_all = lora is None
         self.validation_answers = validation_answers
 
@@ -92,7 +92,7 @@ class VQA(LanguageModel):
         if metrics.compared >= most:
             return
         first = self.among_first(most, len(batch["answers"]), metrics)
-        # Of the whole batch, on all ranks, which sharded models need.
+        # For the whole batch on all ranks, which sharded models need.
         answers = self.answers(batch["prompts"])
         rows = zip(answers, batch["answers"], batch["types"], batch["choices"], strict=True)
         for row in islice(rows, first):

@@ -1,4 +1,4 @@
-"""What the model is asked: a question in a text of one's own, with its options where it has some."""
+"""The text put to the model: a question in a template, with its options if it has some."""
 
 from collections.abc import Sequence
 from string import Formatter, ascii_uppercase
@@ -12,15 +12,15 @@ _WITH_CHOICES = "{hint}\n{question}\n{choices}\nAnswer with the letter of the ri
 class Prompt:
     """Put a text around a question.
 
-    A line of it whose parts are all empty, such as that of a hint where a row has none, is left out.
+    A line whose parts are all empty, such as that of a hint in a row without one, is left out.
 
     Args:
-        template: a text with {question}, and perhaps with {choices} and {hint}; None is the question alone, or for
-            questions with choices the hint, the question, each choice on a line, and what to answer with.
-        separator: stands between two choices.
+        template: a text with {question}, and optionally {choices} and {hint}; None is only the question or, with
+            choices, the hint, the question, each choice on a line, and how to answer.
+        separator: text between two choices.
 
     Raises:
-        MisconfigurationException: the text lacks the question, or names something else.
+        MisconfigurationException: the text lacks the question, or names something else in braces.
 
     Example:
         >>> Prompt("{question} {choices}", ", ")("Which is larger?", ["a mouse", "a horse"])
@@ -38,7 +38,7 @@ class Prompt:
         if not is_fit:
             raise MisconfigurationException(
                 f"prompt={template!r} must hold {{question}}, may hold {{choices}} and {{hint}}, and no other name in "
-                "braces. Braces that are meant as such are doubled"
+                "braces. Double all other braces"
             )
 
     def __call__(self, question: str, choices: Sequence[str] = (), hint: str = "") -> str:

@@ -1,8 +1,8 @@
 """Where questions about images come from: any data set that ``datasets`` reads, and a packaged one.
 
 Every source gives rows of six columns: ``image`` (bytes, or a path), ``history`` (messages before the question, mostly
-none), ``question``, ``answers`` (of one or several people), ``choices`` (options' texts; none where the answer is free)
-and ``type`` (of the question, "" where the data don't say).
+none), ``question``, ``answers`` (of one or several people), ``choices`` (texts of the options; none for a free answer)
+and ``type`` (type of the question, "" if unknown).
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,18 +52,18 @@ def load_questions(
 
     Args:
         name: a Hub name, a local .json, .jsonl or .parquet file, or "packaged:" and a task.
-        split: the split to read, or the file itself. "{split}" in ``image_folder`` stands for it.
+        split: split to read, or the file itself. "{split}" in ``image_folder`` is replaced by it.
         image_folder: where relative image paths start; None is the file's own folder.
-        config_name: which of a Hub data set's configurations; None where it has one.
-        revision: of a Hub data set.
-        type_column: the column with the questions' types; None takes the first of :data:`TYPE_COLUMNS` that is there.
-        prompt: what the model is asked; None is the question, and its choices where there are some.
-        names: the data's own names of columns, each with the name by which this module knows it.
-        answered: whether there have to be answers.
+        config_name: configuration of a Hub data set; None if it has only one.
+        revision: revision of a Hub data set.
+        type_column: column with the questions' types; None takes the first of :data:`TYPE_COLUMNS` that exists.
+        prompt: text put to the model; None is the question and, if there are any, its choices.
+        names: the data's own names of columns, each with the one that this module knows.
+        answered: whether there must be answers.
 
     Raises:
-        MisconfigurationException: there is no such file, folder, data set, task, split or column, no row in it that can
-            be used, or one that says two things.
+        MisconfigurationException: there is no such file, folder, data set, task, split or column, no usable row, or a
+            row that says two things.
     """
     folder = image_folder_of(name, split, image_folder)
     if image_folder is not None and not folder.is_dir():
@@ -88,9 +88,9 @@ def load_questions(
 
 
 def image_folder_of(name: str, split: str, image_folder: str | None) -> Path:
-    """Return where relative image paths start: in the folder that is given, or in that of the file which is read.
+    """Return where relative image paths start: in the given folder, or in that of the file that is read.
 
-    A file that is given as a split has no name that could stand in a folder of splits.
+    A file that is given as a split has no name to put into a folder of splits.
     """
     if image_folder is None or ("{split}" in image_folder and is_file(split)):
         return Path(name).expanduser().parent
@@ -116,7 +116,7 @@ def _check_columns(name: str, columns: list[str], type_column: str | None, answe
 
 @dataclass
 class _Converter:
-    """From a row of a data set to one of :data:`FEATURES`."""
+    """Turns a row of a data set into one of :data:`FEATURES`."""
 
     name: str
     folder: Path
@@ -131,7 +131,7 @@ class _Converter:
         self.type_column = self.type_column or _first(TYPE_COLUMNS, self.columns)
         if self.turns is not None and self.prompt.template is not None:
             raise MisconfigurationException(
-                f"dataset={self.name!r} holds conversations, which say themselves what the model is asked: set prompt "
+                f"dataset={self.name!r} holds conversations, which themselves say what the model is asked: set prompt "
                 "to null"
             )
 
@@ -151,7 +151,7 @@ class _Converter:
         several = given if isinstance(given, list) else [given]
         images = [image for image in several if image and (image["bytes"] or image["path"])]
         if len(images) != 1:
-            raise UnusableRowError(f"has {len(images)} images, and needs one")
+            raise UnusableRowError(f"has {len(images)} images, but needs one")
         image: Row = images[0]
         return image if image["bytes"] else {"bytes": None, "path": str(self.folder / image["path"])}
 
@@ -174,7 +174,7 @@ def _first(names: Sequence[str], columns: Sequence[str]) -> str | None:
 
 
 def _written(value: Any, name: str) -> str:
-    """Return a text, or a number as one; a whole number that stands among others of a column without a point."""
+    """Return a text, or a number as one; in a column with missing numbers a whole number has no point."""
     if isinstance(value, list | dict):
         raise MisconfigurationException(f"must have a text as {name}, got {value!r}")
     if isinstance(value, float) and value.is_integer():
@@ -196,12 +196,12 @@ def _choices(given: Any) -> list[str]:
     """Return the texts of the options."""
     given = [] if given is None else given
     if not isinstance(given, list) or None in given or len(given) > len(ascii_uppercase):
-        raise MisconfigurationException(f"must have a list of {len(ascii_uppercase)} texts at most as choices: {given}")
+        raise MisconfigurationException(f"must have a list of at most {len(ascii_uppercase)} texts as choices: {given}")
     return [_written(choice, "choice") for choice in given]
 
 
 def _letter_of(answer: Any, choices: list[str]) -> str:
-    """Return the letter of the right choice, which the data give as its number from 0, its letter or its text."""
+    """Return the letter of the right choice, which the data give by its number from 0, its letter or its text."""
     letters = ascii_uppercase[: len(choices)]
     text = _written(answer, "answer")
     meant = set()

@@ -1,6 +1,6 @@
-"""Conversations about an image, in the forms that data sets have them, as a question and what was said before it.
+"""Conversations about an image, in the formats of data sets, as a question and what was said before it.
 
-There are LLaVA's ``conversations`` (turns with "from" and "value"), the ``messages`` of LLaMA-Factory, trl and
+These are LLaVA's ``conversations`` (turns with "from" and "value"), the ``messages`` of LLaMA-Factory, trl and
 transformers ("role" and "content", a text or a list of parts), and the ``texts`` of the_cauldron ("user" and
 "assistant").
 """
@@ -19,7 +19,7 @@ _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant
 def last_question(conversation: Any) -> dict[str, Any]:
     """Return a conversation as a question with its answer and what was said before.
 
-    The mark of the image is taken off: the chat template places the image before the first question.
+    The mark of the image is removed: the chat template places the image before the first question.
 
     Args:
         conversation: turns in one of the forms.
@@ -28,8 +28,8 @@ def last_question(conversation: Any) -> dict[str, Any]:
         ``history`` (messages before the last question), ``question``, ``answers`` (one) and ``choices`` (none).
 
     Raises:
-        UnusableRowError: turns that are not a conversation of user and assistant by turns, an empty one, several
-            images, or an image in another turn than the first.
+        UnusableRowError: the turns are not an alternating conversation of user and assistant, or are empty; there are
+            several images, or an image in a turn after the first.
         MisconfigurationException: a turn is in none of the forms.
 
     Example:
@@ -46,8 +46,8 @@ def last_question(conversation: Any) -> dict[str, Any]:
     texts = [message["content"].replace(MARK, "").strip() for message in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2) or not all(texts):
         raise UnusableRowError(
-            "has no conversation of human and gpt (or user and assistant) by turns, each with a text, that ends with "
-            f"the latter, perhaps after a system message; got {[message['role'] for message in messages]}"
+            "needs an alternating conversation of human and gpt (or user and assistant), each turn with a text, that "
+            f"ends with the latter, optionally after a system message; got {[message['role'] for message in messages]}"
         )
     marks = sum(message["content"].count(MARK) for message in messages)
     if marks > 1 or marks != spoken[0]["content"].count(MARK):

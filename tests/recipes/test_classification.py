@@ -71,7 +71,7 @@ def test_the_head_may_have_a_rate_of_its_own(tiny: str, animals: str, rate: floa
     ("rows", "message"),
     [
         ([{"sentence": "a", "mood": 0}], r"\['label', 'text'\]: name .* --data.text sentence --data.label mood"),
-        ([{"text": "a", "label": 0}, {"text": "b", "label": 0}], "'label' must hold numbers or names of two classes"),
+        ([{"text": "a", "label": 0}, {"text": "b", "label": 0}], "must hold numbers or names of at least two classes"),
         ([{"text": "a", "label": [0]}, {"text": "b", "label": [1]}], r"got \[.\[0\].*a text has one label"),
         ([{"text": "a", "label": i} for i in (0, 1)], r"nothing is left for .*texts \(1 different ones\).*share=0"),
     ],
@@ -173,7 +173,7 @@ def test_numbers_are_predicted_for_pairs(tiny: str, jsonl: Any, tmp_path: Path) 
     assert (first["one"], first["other"], second["one"]) == ("A", "B", "C")
     assert isinstance(first["number"], float)
     (tmp_path / "bad.csv").write_text("one\nA\n")
-    with pytest.raises(MisconfigurationException, match=r"has the columns \['one'\], and not \['other'\]"):
+    with pytest.raises(MisconfigurationException, match=r"has the columns \['one'\] but not \['other'\]"):
         prepared(tiny, "predict", dataset=dataset, regression=True, text=["one", "other"], predict_file="bad.csv")
 
 
@@ -242,7 +242,7 @@ def test_an_encoder_reads_a_pair_as_its_tokenizer_gives_it(roberta: str, jsonl: 
     data = prepared(roberta, dataset=jsonl(rows), text=["one", "other"], validation_share=0, test_share=0)
     known = transformers.AutoTokenizer.from_pretrained(roberta)
     assert data.parts["train"]["input_ids"][3] == known("It rains.", "Is it wet, 3?")["input_ids"]
-    with pytest.raises(MisconfigurationException, match="more than two columns, which needs a template"):
+    with pytest.raises(MisconfigurationException, match="names more than two columns, which needs a template"):
         prepared(roberta, text=["one", "other", "third"])
 
 

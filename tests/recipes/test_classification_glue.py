@@ -151,9 +151,9 @@ def test_hidden_labels_are_refused_when_they_are_evaluated(roberta: str, glue: s
     [
         ({"config_name": "sst3"}, "can't be read.*sst3.*not found"),
         ({"validation_split": "dev"}, "split='dev' can't be read.*dev"),
-        ({"text": ["premise"]}, r"has the columns \['idx', 'label', 'sentence'\], and not \['premise'\]"),
+        ({"text": ["premise"]}, r"has the columns \['idx', 'label', 'sentence'\] but not \['premise'\]"),
         ({"regression": True, "label": "sentence"}, "'sentence' must hold numbers for a regression"),
-        ({"regression": True, "shots": 4}, "shots are of classes"),
+        ({"regression": True, "shots": 4}, "shots needs classes"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str, roberta: str, glue: str) -> None:
@@ -192,7 +192,7 @@ def test_csv_files_for_each_part(roberta: str, tmp_path: Path) -> None:
     assert {part: rows["labels"][:] for part, rows in data.parts.items()} == {"train": [1, 0] * 6, "validation": [1]}
     assert prepared(roberta, "test", **settings).parts["test"]["labels"][:] == [0] * 3
     (tmp_path / "dev.csv").write_text("review,liked\nokay,perhaps")
-    with pytest.raises(MisconfigurationException, match=r"'perhaps', which is none of the classes \['no', 'yes'\]"):
+    with pytest.raises(MisconfigurationException, match=r"'perhaps', which is not among the classes \['no', 'yes'\]"):
         prepared(roberta, **settings)
 
 

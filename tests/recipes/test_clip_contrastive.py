@@ -152,5 +152,5 @@ def test_a_run_is_exported(method: str, small_clip: str, pictures: str, tmp_path
     assert any("resblocks.1.attn" in name for name in moved)
     assert any("ln_2" in name for name in moved) == (method == "full")
     assert any("lora_B" in name for name in weights) == (method != "full")
-    with pytest.raises(MisconfigurationException, match="exported is there already and is not an empty folder"):
+    with pytest.raises(MisconfigurationException, match="exported exists and is not an empty folder"):
         export_main(checkpoint, Path("exported"))

@@ -173,7 +173,7 @@ def test_faults_of_a_folder_are_named(pictures: str, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     shutil.copy(Path(pictures) / "red-circle.png", folder / "one.png")
-    with pytest.raises(MisconfigurationException, match=r"needs a .txt next to each, or a metadata"):
+    with pytest.raises(MisconfigurationException, match=r"needs a .txt file next to each, or a metadata"):
         sources.load_pictures(str(folder))
     (folder / "two.txt").write_text("a circle")
     for name in ("two.png", "._two.png", ".ipynb_checkpoints/two.png", "__MACOSX/two.png"):  # of which one is a picture
@@ -203,10 +203,10 @@ def test_an_image_that_is_written_in_two_ways_is_one_picture(pictures: str, tmp_
         ({"dataset": None}, "no data: give a file"),
         ({"dataset": "no-*.tar"}, r"no-\*.tar'.* can't be read: .*there is no such file"),
         ({"dataset": "packaged:chess"}, "unknown packaged task 'chess', give one of packaged:emoji"),
-        ({"test_dataset": "a.csv", "test_split": "test"}, "test_dataset and test_split both say what test reads"),
+        ({"test_dataset": "a.csv", "test_split": "test"}, "test_dataset and test_split both choose the test data"),
         (
             {"dataset": "data.csv", "test_dataset": "./data.csv"},
-            "'./data.csv' is read from where the training data are: give another test_dataset",
+            "'./data.csv' is where the training data come from: give another test_dataset",
         ),
     ],
 )
@@ -242,8 +242,8 @@ def test_no_image_is_on_two_sides_and_none_moves_when_the_data_grow(
     ("options", "message"),
     [
         ({"test_dataset": "held_out.csv"}, None),
-        ({"test_dataset": "./my.csv"}, "'./my.csv' is what the checkpoint's run was trained on"),
-        ({"test_split": "train"}, "is what the checkpoint's run was trained on"),
+        ({"test_dataset": "./my.csv"}, "the checkpoint's run was trained on './my.csv'"),
+        ({"test_split": "train"}, "the checkpoint's run was trained on"),
         ({"test_share": 0.2}, None),
         (
             {"test_share": 0.2, "seed": 1},

@@ -181,10 +181,10 @@ def test_predict_gives_each_image_of_a_folder_a_class(tiny_clip: str, images: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": None}, "FewShotData: dataset: give a folder with one folder for each class"),
+        ({"dataset": None}, "FewShotData: dataset: give a folder with one folder per class"),
         ({"validation_shots": 5}, "'blue_grey' has 2 images in validation .*validation_shots=5"),
         ({"dataset": "missing"}, "dataset='missing' is not a folder, and not one of .*eurosat"),
-        ({"shots": 11}, "'blue_grey' has 6 images in train .*shots=11, and so have 2 other classes"),
+        ({"shots": 11}, "'blue_grey' has 6 images in train .*shots=11, as 2 other classes have"),
         ({"templates": ["a photo"]}, "templates must be texts with one {}.*'a photo'"),
         ({"class_names": {"red": "r", "pink": "p"}}, r"class_names has names for \['pink'\], but .*'blue_grey'"),
         ({"class_names": {"red": "Green"}}, "several classes are called green, Green"),
@@ -201,11 +201,11 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
             sources.load_source(str(folder))
 
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", r"has the classes \[\]: it needs two at least")
+    refused(tmp_path / "empty", r"has the classes \[\]: it needs at least two")
     (filled(tmp_path / "one", 4) / "void").mkdir()
     refused(tmp_path / "one", "no images in train .* of the classes void")
     filled(tmp_path / "half" / "train", 2)
-    refused(tmp_path / "half", "has the folders train: give it train, test and perhaps validation")
+    refused(tmp_path / "half", "has the folders train: it needs train, test and optionally validation")
     filled(tmp_path / "half" / "test", 2)
     (tmp_path / "half" / "test" / "red").rename(tmp_path / "half" / "test" / "pink")
     refused(tmp_path / "half", "no images in test .* of the classes red")

@@ -54,7 +54,7 @@ def test_aircraft_has_text_files(tmp_path: Path) -> None:
     (folder / "variants.txt").write_text("707-320\nDC-9-30\n")
     refused(tmp_path, "fgvc_aircraft", "'F-16A/B' is not in list")
     (folder / "variants.txt").unlink()
-    refused(tmp_path, "fgvc_aircraft", "not as .*DATASETS.md lays them out.* No such file or directory: .*variants.txt")
+    refused(tmp_path, "fgvc_aircraft", "not laid out as in .*DATASETS.md.* No such file or directory: .*variants.txt")
 
 
 def test_imagenet_has_folders_and_names_that_are_alike(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_images_that_are_missing_or_broken_or_too_few_stop_a_run_before_training
     broken.write_bytes(whole[:300])
     refused(tmp_path, "eurosat", "1 of 9 images can't be read: .*eurosat_1_8.jpg")
     broken.unlink()
-    refused(tmp_path, "eurosat", "1 of its 33 images are not in .*2750.*Complete them")
+    refused(tmp_path, "eurosat", "1 of its 33 images are not in .*2750.*Add them")
 
 
 @pytest.mark.parametrize(
@@ -117,4 +117,4 @@ def test_files_of_another_schema_are_refused(
     file.write_text(json.dumps(split))
     refused(tmp_path, "eurosat", message)
     file.unlink()
-    refused(tmp_path, "eurosat", "files in .*eurosat are not as .*DATASETS.md lays them out.*split_zhou_EuroSAT.json")
+    refused(tmp_path, "eurosat", "files in .*eurosat are not laid out as in .*DATASETS.md.*split_zhou_EuroSAT.json")

@@ -163,10 +163,10 @@ def test_other_names_of_columns_are_given(jsonl: Any) -> None:
     ("row", "message"),
     [
         ({"text": "Why? So."}, r"columns \['text'\]. Known are 'messages'.*'query' and 'response'.*--data.columns"),
-        ({"question": "Why?", "answer": True}, "'answer' must hold texts or numbers, and a row holds True"),
+        ({"question": "Why?", "answer": True}, "'answer' must hold texts or numbers, but a row holds True"),
         ({"messages": [{"role": "narrator", "content": "Once"}]}, "a message of 'narrator'; the roles are system"),
         ({"conversations": ["Why?", "So."]}, "'conversations' must hold lists of role and content"),
-        ({"messages": [{**ASK, "content": True}]}, "a message must hold texts or numbers, and a row holds True"),
+        ({"messages": [{**ASK, "content": True}]}, "a message must hold texts or numbers, but a row holds True"),
     ],
 )
 def test_what_is_not_understood_is_named(row: dict[str, Any], message: str, jsonl: Any) -> None:

@@ -120,5 +120,5 @@ def test_bad_folders_are_named(adapter: Path, tiny: str, tmp_path: Path) -> None
         exporting.export(adapter, adapter)
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"layer_replication": [[0, 1], [0, 1]]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(MisconfigurationException, match="or with layer_replication are not read"):
+    with pytest.raises(MisconfigurationException, match="or with layer_replication are not supported"):
         exporting.export(tmp_path, tmp_path / "merged")

@@ -55,5 +55,5 @@ def test_own_splits_are_taken_where_nothing_else_is_given(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["./mine", "/no/where", "~/nowhere", "one/two/three"])
 def test_a_folder_that_is_not_there_is_no_name_on_the_hub(name: str) -> None:
-    with pytest.raises(MisconfigurationException, match=r"is not a folder, and not a file|find any data file"):
+    with pytest.raises(MisconfigurationException, match=r"is neither a folder nor a file|find any data file"):
         read_table(name, "train")

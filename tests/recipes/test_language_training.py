@@ -219,9 +219,9 @@ def test_conversations_longer_than_a_model_reads_are_refused(tiny: str, sums: st
         runner.fit(model, InstructionData(sums, batch_size=4, **options))
         return runner
 
-    with pytest.raises(MisconfigurationException, match=r"reads 48 tokens. The longest text .*data.max_length"):
+    with pytest.raises(MisconfigurationException, match=r"reads at most 48 tokens. The longest text .*data.max_length"):
         fit()
     # An answer of max_new_tokens has no room, which matters where one is written.
-    with pytest.raises(MisconfigurationException, match=r"reads 48 tokens. .*max_new_tokens=64"):
+    with pytest.raises(MisconfigurationException, match=r"reads at most 48 tokens. .*max_new_tokens=64"):
         fit(max_length=48, exact_match_examples=1)
     assert fit(max_length=48).global_step == 1

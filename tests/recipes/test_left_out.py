@@ -54,10 +54,10 @@ MESSAGES = [{"role": "user", "content": "<image>Why?"}, {"role": "assistant", "c
     [
         ({"question": "why?", "answer": "so"}, {"answer": " "}, r"row 1 has no question or no answer"),
         ({"question": "why?", "answer": "so"}, {"question": ""}, "row 1 has no question or no answer"),
-        ({"question": "why?", "answer": "so"}, {"images": ["0.png", "1.png"]}, "row 1 has 2 images, and needs one"),
-        ({"messages": MESSAGES}, {"messages": MESSAGES[:1]}, "row 1 has no conversation of human and gpt .* by turns"),
+        ({"question": "why?", "answer": "so"}, {"images": ["0.png", "1.png"]}, "row 1 has 2 images, but needs one"),
+        ({"messages": MESSAGES}, {"messages": MESSAGES[:1]}, "row 1 needs an alternating conversation of human"),
         ({"messages": MESSAGES}, {"messages": MESSAGES * 2}, "row 1 may have <image> once, in the first turn of the"),
-        ({"messages": MESSAGES}, {"images": []}, "row 1 has 0 images, and needs one"),
+        ({"messages": MESSAGES}, {"images": []}, "row 1 has 0 images, but needs one"),
     ],
 )
 def test_of_questions_about_images(

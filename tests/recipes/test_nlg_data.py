@@ -133,7 +133,7 @@ def test_a_test_is_named_by_its_own_file(gpt2: str, tmp_path: Path) -> None:
     ("rows", "message"),
     [
         ([{"question": "a", "reply": "b"}], r"has the columns \['question', 'reply'\].*mr and ref"),
-        ([{"mr": "a", "ref": [1]}], "row 0 needs a text, and holds 1"),
+        ([{"mr": "a", "ref": [1]}], "row 0 needs a text, but holds 1"),
         ([{"mr": "word " * 40, "ref": "b"}], "nothing is left to use.*no token of the text within max_length=20"),
     ],
 )

@@ -187,7 +187,7 @@ def test_runs_of_other_options_are_not_mixed(tmp_path: Path) -> None:
     work(queue_of(tmp_path))
     with pytest.raises(
         MisconfigurationException,
-        match=r"rate was 1e-3 and is 1e-4. Give the ones of the beginning, or another --folder",
+        match=r"rate was 1e-3 and is 1e-4. Give the original ones, or another --folder",
     ):
         queue_of(tmp_path, rate="1e-4")
     optuna.create_study(storage=file_storage(tmp_path), study_name="own")

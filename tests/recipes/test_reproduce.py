@@ -109,7 +109,7 @@ def test_a_table_from_plan_to_figures(
     assert main([*given, "--plan"]) == 0  # which needs no options to look
     assert f"Done: {len(rows)}. 0 runs may start now." in capsys.readouterr().out
     with pytest.raises(
-        MisconfigurationException, match=r"options was \[.* and is \[.*'--data.shots=4'\]. Give the ones"
+        MisconfigurationException, match=r"options was \[.* and is \[.*'--data.shots=4'\]. Give the original ones"
     ):
         main([*given, *prompts, "--data.shots=4"])
 

@@ -45,7 +45,7 @@ def test_files_of_other_endings(tmp_path: Path, name: str) -> None:
 )
 def test_no_part_is_read_from_where_training_is(name: str, split: str | None, is_refused: bool) -> None:
     for settings in ({"validation_split": split}, {"test_split": split}):
-        refused = pytest.raises(MisconfigurationException, match="is read from where the training data are")
+        refused = pytest.raises(MisconfigurationException, match="is where the training data come from")
         with refused if is_refused else nullcontext():
             PartedData(name, **settings).division.refuse_wrong_splits("fit")
 
@@ -58,7 +58,7 @@ def test_a_packaged_data_set_has_its_own_splits_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.xlsx", "?", r"a.xlsx' is not a folder, and not a file that ends in .json, .jsonl, .parquet, .csv, .tsv"),
+        ("a.xlsx", "?", r"a.xlsx' is neither a folder nor a file that ends in .json, .jsonl, .parquet, .csv, .tsv"),
         ("empty.csv", "", r"empty.csv': there is no such file, or it is empty"),
         ("other.csv", None, r"other.csv': there is no such file, or it is empty"),
         ("wide.csv", "text,label\na film, a good one,1\nb,0\n", r"more values than .* put texts with commas in"),
@@ -111,11 +111,11 @@ def test_columns_that_nobody_reads_are_named(tmp_path: Path, caplog: pytest.LogC
     file = written(tmp_path / "a.jsonl")
     with caplog.at_level(logging.INFO):
         sources.load_chats(file, "train")
-    assert "read are answer, question; left out are source" in caplog.text
+    assert "columns read: answer, question; left out: source" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
         sources.load_chats(file, "train", columns={"question": "question", "answer": "answer"})
-    assert "left out are" not in caplog.text
+    assert "left out: " not in caplog.text
 
 
 # -- folders
@@ -136,7 +136,7 @@ def test_the_files_that_are_read_of_a_folder_are_named(
 ) -> None:
     for name in names:
         save_table(tmp_path / "mine" / name)
-    warned = pytest.warns(UserWarning, match=f"not read are {unread}, in no split") if unread else nullcontext()
+    warned = pytest.warns(UserWarning, match=f"{unread} are not read, being in no split") if unread else nullcontext()
     with caplog.at_level(logging.INFO), warned:
         assert len(data.read_table(str(tmp_path / "mine"), "train")) == number
     assert any(message.endswith(said) for message in caplog.messages)

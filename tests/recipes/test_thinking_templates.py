@@ -131,7 +131,7 @@ def test_predict_asks_as_was_trained(
         options.append("--data.template_arguments={enable_thinking: true}")
     base = config_arguments("instruction_tuning", "lora")
     cli = quick("fit", base, *options, "--trainer.max_steps=1")
-    assert ("writes" in caplog.text and "prompts get it too" in caplog.text) != thinks
+    assert ("writes" in caplog.text and "added to prompts" in caplog.text) != thinks
     last = cli.trainer.checkpoint_callback.last_model_path
     caplog.clear()
     quick("predict", base, *options, f"--ckpt_path={last}", "--data.prompts=prompts.txt")

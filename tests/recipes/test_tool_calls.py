@@ -85,9 +85,9 @@ def test_models_own_templates_write_their_own_calls(name: str, call: str, jsonl:
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        (LLAMA3, "the chat template does not write the calls of tools"),
+        (LLAMA3, "the chat template leaves out tool calls"),
         (MISTRAL, "the model's chat template can't render a conversation: TemplateError: Conversation roles"),
-        (QWEN3, "the chat template does not write the calls of tools"),
+        (QWEN3, "the chat template leaves out tool calls"),
     ],
     ids=["llama3", "mistral", "qwen3 without tools"],
 )
@@ -139,10 +139,10 @@ def test_a_call_that_would_be_learnt_wrongly_is_refused(name: str, jsonl: Any) -
 
 def test_what_is_no_call_is_counted(tiny: str, jsonl: Any) -> None:
     whys = {
-        "weather(Paris)": "tools, their calls and arguments must be JSON objects, and a row has 'weather",
+        "weather(Paris)": "tools, their calls and arguments must be JSON objects, but a row has 'weather",
         "{}": "no answer",
-        '{"function": "weather"}': "a call of a tool must have a name, and a row",
-        '{"name": "weather", "arguments": 3}': "tools, their calls and arguments must be JSON objects, and a row has 3",
+        '{"function": "weather"}': "a call of a tool must have a name, but a row",
+        '{"name": "weather", "arguments": 3}': "tools, their calls and arguments must be JSON objects, but a row has 3",
     }
     rows = [{"messages": [ASK, {"role": "assistant", "tool_calls": call}]} for call in (*whys, '{"name": "now"}')]
     *broken, whole = sources.load_chats(jsonl(rows), "train")

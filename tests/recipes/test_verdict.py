@@ -86,7 +86,7 @@ def test_hydras_folders_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = said(tmp_path / "multirun", folder=tmp_path, capsys=capsys)
     assert "with the perturbation: lr=0.01, rho=0.5\n" in out
     assert "Use it, with rho=0.5: it is better than LoRA, by 0.29" in out
-    with pytest.raises(MisconfigurationException, match=r"csv has no run of Hydra, whose folder has .hydra/"):
+    with pytest.raises(MisconfigurationException, match=r"csv has no Hydra run, that is, no folder with .hydra/"):
         main([str(tmp_path / "multirun" / "0" / "csv")])
 
 

@@ -63,7 +63,7 @@ def test_the_offline_model_is_trained_once(
 ) -> None:
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(offline, "BATCH", 4)
-    with pytest.raises(MisconfigurationException, match=r"trained once.*python -m recipes.pretrain.vqa"):
+    with pytest.raises(MisconfigurationException, match=r"trained first.*python -m recipes.pretrain.vqa"):
         VQA("packaged", DEFAULT_LORA).prepare_data()
     folder = offline.build(steps=2, dataset=drawn)
     with monkeypatch.context() as patch:
@@ -103,14 +103,14 @@ ROW = {"image": "0.png", "question": "why?", "answer": "so"}
     ("row", "message"),
     [
         ({"image": "0.png", "reply": "b"}, r"columns \['image', 'reply'\].*'question' or .*; 'answers' or 'answer'"),
-        (ROW | {"image": None}, "1 of 1 rows can't be used: row 0 has 0 images, and needs one. Nothing is left"),
+        (ROW | {"image": None}, "1 of 1 rows can't be used: row 0 has 0 images, but needs one. Nothing is left"),
         (ROW | {"image": "broken.png"}, r"broken.png \(.*cannot identify"),
         (ROW | {"image": "gone.png"}, r"gone.png \(no such file\)"),
-        (ROW | {"image": "line.jpg"}, r"line.jpg \(1 x 300 pixels: it may be 200 times as long as wide at most\)"),
+        (ROW | {"image": "line.jpg"}, r"line.jpg \(1 x 300 pixels: it may be at most 200 times as long as wide\)"),
         (ROW | {"question": "what is an <image>?"}, "holds '<image>', the mark of an image"),
         (ROW | {"question": ["why?"]}, r"row 0 must have a text as question, got \['why\?'\]"),
         (ROW | {"answer": None, "answers": [{"text": "so"}]}, r"must have a text as answer, got \{'text': 'so'\}"),
-        (ROW | {"choices": ["so", None], "answer": 0}, r"must have a list of 26 texts.* as choices: \['so', None\]"),
+        (ROW | {"choices": ["so", None], "answer": 0}, r"a list of at most 26 texts as choices: \['so', None\]"),
         (ROW | {"A": "so", "B": "no"}, "write the options' columns into one list 'choices'"),
     ],
 )

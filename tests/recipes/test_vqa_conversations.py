@@ -61,11 +61,11 @@ def test_all_answers_of_a_conversation_are_learnt(model: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ([], r"has no conversation of human and gpt .*by turns.*got \[\]"),
+        ([], r"needs an alternating conversation of human and gpt .*got \[\]"),
         (turns("<image> Why?"), r"ends with the latter.*got \['user'\]"),
         (turns("<image> Why?", "So.")[::-1], r"got \['assistant', 'user'\]"),
         ([*turns("<image> Why?"), *turns("Why?", "So.")], r"got \['user', 'user', 'assistant'\]"),
-        (turns("<image> ", "So."), "each with a text"),
+        (turns("<image> ", "So."), "each turn with a text"),
         (turns("<image><image> Which?", "One."), "may have <image> once, in the first turn of the user"),
         (turns("Why?", "So.", "<image> Why?", "So."), "may have <image> once, in the first turn of the user"),
         ([{"from": "bot", "value": "?"}], r"must have turns with 'from' or 'role', one of.*human.*got"),
@@ -158,5 +158,5 @@ def test_a_line_whose_parts_are_empty_is_left_out() -> None:
 
 @pytest.mark.parametrize("template", ["Why?", "{question} {answer}", "{question} {}", "{question", "{question} {0}"])
 def test_bad_texts_are_named(template: str) -> None:
-    with pytest.raises(MisconfigurationException, match="Braces that are meant as such are doubled"):
+    with pytest.raises(MisconfigurationException, match="Double all other braces"):
         Prompt(template)

@@ -155,8 +155,8 @@ def test_padding_changes_no_generated_answer(model: str, drawn: str) -> None:
         (["0", "1", "2"], 2, "C"),
         (["red", "green"], 1.0, "B"),
         (["red", "green"], True, "must have as answer .*got True"),
-        ("['red', 'green']", "A", "must have a list of 26 texts at most as choices"),
-        ([str(number) for number in range(30)], 0, "must have a list of 26 texts at most as choices"),
+        ("['red', 'green']", "A", "must have a list of at most 26 texts as choices"),
+        ([str(number) for number in range(30)], 0, "must have a list of at most 26 texts as choices"),
     ],
 )
 def test_choices_in_the_forms_that_data_sets_have(choices: Any, answer: Any, expected: str, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from recipes.vqa.module import VQA
 
 pytestmark = [
     pytest.mark.usefixtures("command_line", "own_datasets"),
-    pytest.mark.filterwarnings("ignore:.*4 of 12 rows can't be used. row 2 has 0 images, and needs one:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*4 of 12 rows can't be used. row 2 has 0 images, but needs one:UserWarning"),
 ]
 
 CONFIGS = RECIPES / "vqa" / "configs"
@@ -121,7 +121,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def run(command: str, model: str, overlays: list[str], *options: str, method: str = "efmlora") -> RecipeCLI:
-    """A command with a method's configurations, laid over those of the data."""
+    """A command with a method's configurations, added to those of the data."""
     base, *rest = config_arguments("vqa", method)
     laid = [f"--config={CONFIGS / name}.yaml" for name in overlays]
     return RecipeCLI([command, base, *laid, *rest, f"--model.init_args.model={model}", *QUICK, *options])
