@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What is installed: for the demos the recipes' dependencies, for lint and tests the tools too.
+# What is installed: for the demo the recipes' dependencies, for lint and tests the tools too.
 RECIPES := $(VENV)/.recipes
 DEV := $(VENV)/.dev
 # Whose layers the tests train, and whose bounds on its dependencies exclude transformers 5.
@@ -13,7 +13,7 @@ OLDEST := .venv-oldest
 .PHONY: help test test-oldest demo lint docs gpu-test slurm-test benchmark clean
 
 help:
-	@echo "make demo       what the perturbation changes, against LoRA with and without dropout, in one picture"
+	@echo "make demo       a picture of what the perturbation changes, next to LoRA with and without dropout"
 	@echo "make test       lint, type check, the site and all tests"
 	@echo "make docs       the site, in docs/_build/html"
 	@echo "make test-oldest  the package's tests with the oldest supported Lightning, peft and torchmetrics"
@@ -27,8 +27,8 @@ $(DEV): EXTRAS := recipes,dev
 $(RECIPES) $(DEV): pyproject.toml
 	@echo "Installing the package with [$(EXTRAS)] into $(VENV), once: PyTorch, transformers and others, about 0.7 GB to"
 	@echo "fetch and 2 GB on the disk. On Linux pip may take PyTorch's CUDA build, which is 3 GB more; PyTorch's CPU build,"
-	@echo "installed into $(VENV) beforehand, is taken as it is. This takes minutes. The demos then fetch an"
-	@echo "encoder and texts, 0.2 GB."
+	@echo "installed into $(VENV) beforehand, is kept. This takes minutes. The demo then fetches an encoder and"
+	@echo "texts, 0.2 GB."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --progress-bar=on -e '.[$(EXTRAS)]'
