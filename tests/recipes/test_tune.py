@@ -246,7 +246,7 @@ def test_a_run_has_a_folder_of_its_own() -> None:
 
 
 def test_runs_that_diverged_are_no_traceback(tmp_path: Path) -> None:
-    search, _ = finished(tmp_path, budget=4)
+    search, _ = finished(tmp_path, rank_8=True, budget=12)
     control, lora = "Not known yet: LoRA with the same other settings diverged", "Not known yet: LoRA diverged"
     for side, sentence, winner in ((CONTROL, control, WITHOUT), (WITHOUT, lora, CONTROL), (WITH, "Don't: it", WITHOUT)):
         found = answer(changed(search, **{side: math.inf}), "min")
