@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning_utilities.core import rank_zero
 from rich.console import Console
 from typing_extensions import override
 
@@ -26,8 +27,6 @@ _HINTS = (
 )
 _REMARKS = ("💡 Tip", "TPU available", "Loading `train_dataloader` to estimate", "Failed to load CPU gemm_4bit_forward")
 """How the lines begin that others log in every run, and that tell its user nothing."""
-_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "bitsandbytes.backends.cpu.ops")
-"""Who logs them: a logger's filter sees nothing of other loggers."""
 _FORM = "{desc}{n_fmt} of {total_fmt}, {elapsed}<{remaining}{postfix}"
 
 
@@ -89,8 +88,9 @@ def without_hints() -> None:
     """Silence what other libraries say in every run, and that tells its user nothing."""
     for message in _HINTS:
         warnings.filterwarnings("ignore", message=message)
-    for name in _LOGGERS:
-        logging.getLogger(name).addFilter(_tells_something)
+    # A logger's filter does not see the lines of others. Lightning's logger is that of its package imported last.
+    for logger in (rank_zero.log, logging.getLogger("bitsandbytes.backends.cpu.ops")):
+        logger.addFilter(_tells_something)
 
 
 def _tells_something(record: logging.LogRecord) -> bool:

@@ -1,11 +1,11 @@
 """What a log shows of long work: how far it is, and that it is done."""
 
-import logging
 import warnings
 
 import lightning as L
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning_utilities.core import rank_zero
 
 from recipes.command_line import progress as progress_module
 from recipes.command_line.progress import ProgressLines, progress, progress_bar, without_hints
@@ -54,7 +54,7 @@ def test_what_others_say_in_every_run_is_silent_and_nothing_else() -> None:
 def test_a_trainers_tips_are_silent_and_its_other_lines_are_not(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("lightning.pytorch.utilities.rank_zero"), "filters", [])
+    monkeypatch.setattr(rank_zero.log, "filters", [])
     L.Trainer(accelerator="cpu", logger=False)
     assert any("Tip" in message for message in caplog.messages)
     caplog.clear()
