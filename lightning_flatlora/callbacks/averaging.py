@@ -49,6 +49,10 @@ class AdapterAveraging(Callback):
         self.load_state_dict({})
 
     @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.load_state_dict({})  # the checkpoint may be of a run without averages
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a checkpoint's state, which stays whole and on the CPU until training starts."""
         self._step, self._count = state_dict.get("step", 0), state_dict.get("count", 0)

@@ -182,7 +182,9 @@ class LoopMethod:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Use the gradients of the coming step, once."""
-        if self._is_within_step():
+        # This step is inside another: a parent class's, a wrapped optimizer's, or a retry after an error. No hook tells
+        # that a step has raised an error, but a new gradient tells that it has ended.
+        if self._steps_within > 0 and not self._received.identities:
             self._steps_within += 1
             return
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -194,11 +196,6 @@ class LoopMethod:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._steps_within = max(self._steps_within - 1, 0)
-
-    def _is_within_step(self) -> bool:
-        """Say whether a step is inside another: a parent class's, a wrapped optimizer's, or a retry after an error."""
-        # No hook tells that a step has raised an error, but a new gradient tells that it has ended.
-        return self._steps_within > 0 and not self._received.identities
 
     def _use_gradients(self) -> None:
         self._warn_of_late_start()

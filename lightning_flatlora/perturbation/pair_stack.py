@@ -21,15 +21,6 @@ LARGEST_STACK = 2**19
 LARGEST_STACK_ON_ACCELERATORS = 2**23
 
 
-def _let_memory_be_kept() -> None:
-    """Let glibc keep the stacks' memory from one step to the next, by freeing a larger block.
-
-    Otherwise it returns their memory to the system in each step and faults every page in again, which takes a quarter
-    of E's time with small layers.
-    """
-    torch.empty(2**24, dtype=torch.uint8)
-
-
 class PairState(NamedTuple):
     """The state of a pair that survives a new search of the model, and goes into a checkpoint.
 
@@ -175,7 +166,9 @@ def stacked(pairs: Iterable[LoRAPair], estimator: Estimator, sharding: Sharding)
         for start in range(0, len(group), size):
             stacks.append(PairStack(group[start : start + size], estimator, sharding))
     if stacks and stacks[0].E.device.type == "cpu":
-        _let_memory_be_kept()
+        # Freeing this larger block lets glibc keep the stacks' memory from one step to the next. Otherwise it returns
+        # it in each step and faults every page in again, which takes a quarter of E's time with small layers.
+        torch.empty(2**24, dtype=torch.uint8)
     return stacks
 
 

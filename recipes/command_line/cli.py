@@ -1,6 +1,7 @@
 """The command line that all recipes share."""
 
 import os
+import shlex
 import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
@@ -250,7 +251,7 @@ class RecipeCLI(LightningCLI):
         rank_zero_info(
             f"The run is in {folder}\n"
             f"Its {'best' if is_best else 'last'} checkpoint: {path}{figure}\n"
-            f"Next: {self.parser.prog} test --ckpt_path {path}{more}"
+            f"Next: {self.parser.prog} test --ckpt_path {shlex.quote(path)}{more}"
         )
 
     @override

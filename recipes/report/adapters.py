@@ -95,7 +95,9 @@ def base_and_task(folder: AdapterFolder, options: Options) -> tuple[str, str]:
         MisconfigurationException: there is no adapter that can be measured.
     """
     path = folder.path / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        raise MisconfigurationException(f"--adapter {folder.path} is not an adapter's folder: it has no {path.name}")
+    config = json.loads(path.read_text(encoding="utf-8"))
     kind, task = config.get("peft_type"), config.get("task_type")
     base = options.base or config.get("base_model_name_or_path")
     if kind != "LORA" or task not in _MODELS or not base:

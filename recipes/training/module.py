@@ -170,8 +170,8 @@ class RecipeModule(L.LightningModule):
         rank_zero_info(f"{'No limit of' if math.isinf(steps) else steps} optimizer steps{done}")
         if steps < _FEW and not getattr(self.trainer, "fast_dev_run", False):
             rank_zero_warn(
-                f"Only {steps} optimizer steps, in which little is learnt: lower --data.batch_size or "
-                "--trainer.accumulate_grad_batches, or raise --trainer.max_epochs"
+                f"Only {steps} optimizer steps, in which little is learned: lower --data.batch_size or "
+                "--trainer.accumulate_grad_batches, or raise --trainer.max_epochs or --trainer.max_steps"
             )
 
     @override

@@ -224,6 +224,18 @@ def test_another_run_takes_nothing_from_the_last_or_from_a_file_that_was_evaluat
     assert same(weights(again), weights(expected))
 
 
+def test_a_used_object_takes_nothing_into_a_run_that_had_no_averages(tmp_path: Path) -> None:
+    fit(tmp_path, Classifier(), [saver(tmp_path)], max_epochs=2)
+    resumed = {}
+    for name, averaging in (("new", AdapterAveraging(0.8)), ("used", AdapterAveraging(0.8))):
+        if name == "used":
+            fit(tmp_path, Classifier(net=make_net(seed=3)), [averaging], max_epochs=1)
+        resumed[name] = Classifier()
+        trainer = trainer_of(tmp_path, [averaging, saver(tmp_path / name)], max_epochs=3)
+        trainer.fit(resumed[name], make_loader(), make_loader(1), ckpt_path=tmp_path / "step=12.ckpt")
+    assert same(weights(resumed["used"]), weights(resumed["new"]))
+
+
 @pytest.mark.parametrize("hook", ["validation_step", "training_step", "on_train_epoch_end"])
 def test_after_an_error_the_module_has_the_training_weights(tmp_path: Path, hook: str) -> None:
     plain, broken = Classifier(), Classifier()

@@ -148,7 +148,7 @@ def test_labels_are_given_or_the_folders_names(tmp_path: Path) -> None:
         (["--batch_size", "0"], "--batch_size 1 or more.* batch_size=0"),
         (["--adapter", "adapter", "x/adapter"], "labels must differ"),
         (["--adapter", "ia3"], "ia3 can't be measured: its adapter_config.json must say .* got IA3, None and None"),
-        (["--adapter", "mine"], "mine can't be measured: .* got None, None and None"),
+        (["--adapter", "mine"], "mine is not an adapter's folder: it has no adapter_config.json"),
         (["--output", "adapter"], "--output adapter holds adapter_config.json: give another folder"),
     ],
 )

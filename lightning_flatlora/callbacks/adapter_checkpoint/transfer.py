@@ -29,7 +29,7 @@ from lightning_flatlora.wrappers import clean_name
 MARK = "lightning_flatlora_adapter"
 # A key of the state dict, without a weight. Lightning's load_from_checkpoint, which misses the base, ends its error by
 # the keys that it doesn't know.
-HINT = "this file leaves out the frozen base: load it by lightning_flatlora's load_adapter_checkpoint(module, path)"
+HINT = "this file lacks the frozen base: train with AdapterCheckpoint, or call load_adapter_checkpoint(module, path)"
 
 
 def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
