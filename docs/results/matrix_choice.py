@@ -1,0 +1,268 @@
+"""The arms of column A in protocol_matrix.md, which runs are open by the rows so far, and what is chosen by them."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+from matrix_disturbances import B_NOISE, BASE_NOISE, CLEAN, DISTURBANCES, PRIMARY  # beside this file
+from scipy.stats.qmc import LatinHypercube
+
+from recipes.studies.rows import Row
+
+Settings = Mapping[str, Any]
+
+LORA, EFMLORA, FMLORA, RANDOM = "LoRA", "EFMLoRA", "FMLoRA", "RandomPerturbation"
+BI_LORA, QAT = "Bi-LoRA", "QAT-LoRA"
+STRENGTHS: dict[str, list[float]] = {
+    LORA: [],
+    EFMLORA: [2, 8, 32, 128],
+    FMLORA: [2, 8, 32, 128],
+    RANDOM: [0.1, 0.3, 1, 3],
+    BI_LORA: [0.05, 0.5, 5, 50],
+    QAT: [2, 3, 4],
+}
+"""Of each arm, in order: rho, sigma, or bits."""
+SPACE: dict[str, list[Any]] = {
+    "rate": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
+    "head_rate": ["same", 1e-3, 4e-3],
+    "rank": [2, 8, 32],
+    "dropout": [0.0, 0.1, 0.5, 0.9],
+    "averaging": ["none", "0.99", "from step 300"],
+}
+POINTS = 48
+HYPERCUBE = 1  # the first seed that draws 48 different settings
+SEARCH_SEEDS = (0, 1, 2)
+FINAL_SEEDS = range(100, 120)
+BEST = 8  # settings that the first seed leaves
+DISTURBED = [name for name in DISTURBANCES if name != CLEAN]
+BOUND = 0.1  # nats of clean validation loss above the lowest of LoRA's
+FURTHER = 4  # the factor by which a grid is extended
+TESTED = {BASE_NOISE: (LORA, RANDOM), B_NOISE: (LORA, EFMLORA)}
+"""Hypotheses A1 and A2. Their arms also get final runs of each choice that a resampling of the search seeds makes, and
+of the choice without a bound; without a bound the others choose by the first seed.
+"""
+
+
+class Run(NamedTuple):
+    """One training and its evaluation.
+
+    Attributes:
+        arm: a key of :data:`STRENGTHS`.
+        settings: a value of each key of :data:`SPACE`.
+        strength: of the arm; None for LoRA.
+        seed: of the examples, the adapter's start, the order of the batches, dropout and noise.
+        stage: "search", with all disturbances on validation, or "final", on test.
+        disturbances: that are evaluated.
+    """
+
+    arm: str
+    settings: Settings
+    strength: float | None
+    seed: int
+    stage: str = "search"
+    disturbances: Sequence[str] = tuple(DISTURBANCES)
+
+    @property
+    def name(self) -> str:
+        """That no other run has."""
+        return json.dumps([self.arm, self.settings, self.strength, self.seed], sort_keys=True)
+
+    def key(self) -> Row:
+        """Return the first entries of its row."""
+        return {**self._asdict(), "disturbances": list(self.disturbances)}
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return f"{self.stage}: {self.arm} {self.strength or ''} with {values}, seed {self.seed}"
+
+
+class Setting(NamedTuple):
+    """An arm's setting with what its search seeds have found.
+
+    Attributes:
+        run: the first seed's.
+        losses: validation losses by disturbance and seed.
+    """
+
+    run: Run
+    losses: dict[str, dict[int, float]]
+
+    def mean(self, disturbance: str, seeds: Sequence[int]) -> float:
+        """Return the mean over seeds, which may repeat."""
+        return sum(self.losses[disturbance][seed] for seed in seeds) / len(seeds)
+
+    def has(self, seeds: Iterable[int]) -> bool:
+        """Say whether all of these seeds are there."""
+        return all(seed in self.losses[CLEAN] for seed in seeds)
+
+
+def points() -> list[tuple[Settings, float]]:
+    """Return the settings that all arms share, and where in its grid, from 0 to 1, an arm's strength is."""
+    drawn = LatinHypercube(len(SPACE) + 1, scramble=False, rng=HYPERCUBE).random(POINTS)
+    found = []
+    for *places, last in drawn:
+        settings = {}
+        for (name, values), place in zip(SPACE.items(), places, strict=True):
+            settings[name] = values[int(place * len(values))]
+        found.append((settings, float(last)))
+    return found
+
+
+def searched() -> list[Run]:
+    """Return the runs of all settings on the first seed."""
+    runs = []
+    for (settings, place), arm in product(points(), STRENGTHS):
+        grid = STRENGTHS[arm]
+        runs.append(Run(arm, settings, grid[int(place * len(grid))] if grid else None, SEARCH_SEEDS[0]))
+    return runs
+
+
+def settings_of(rows: Iterable[Row]) -> list[Setting]:
+    """Gather the rows of the search by arm and setting."""
+    found: dict[str, Setting] = {}
+    for row in rows:
+        if row["stage"] == "search":
+            run = Run(row["arm"], row["settings"], row["strength"], SEARCH_SEEDS[0])
+            setting = found.setdefault(run.name, Setting(run, {}))
+            for disturbance, measured in row["validation"].items():
+                setting.losses.setdefault(disturbance, {})[row["seed"]] = measured["loss"]
+    return list(found.values())
+
+
+# -- the choice
+
+
+def bound(settings: Iterable[Setting], seeds: Sequence[int]) -> float:
+    """Return the highest clean loss that a choice may have, by the seeds that count."""
+    lowest = min(each.mean(CLEAN, seeds) for each in settings if each.run.arm == LORA and each.has(seeds))
+    return lowest + BOUND
+
+
+def ranked(settings: Sequence[Setting], arm: str, disturbance: str, is_bounded: bool = True) -> list[Setting]:
+    """Return an arm's settings within the bound, by their disturbed loss on the first seed."""
+    first = SEARCH_SEEDS[:1]
+    own = [each for each in settings if each.run.arm == arm and each.has(first)]
+    if is_bounded:
+        highest = bound(settings, first)
+        own = [each for each in own if each.mean(CLEAN, first) <= highest]
+    return sorted(own, key=lambda each: each.mean(disturbance, first))
+
+
+def chosen(
+    settings: Sequence[Setting], arm: str, disturbance: str, seeds: Sequence[int] = SEARCH_SEEDS
+) -> Setting | None:
+    """Choose among the best eight of the first seed by the mean over seeds.
+
+    Args:
+        settings: of all arms.
+        arm: that chooses.
+        disturbance: under which.
+        seeds: of the search, on which the clean losses are compared too; those of a resampling repeat.
+
+    Returns:
+        None if no setting is within the bound.
+    """
+    highest = bound(settings, seeds)
+    best = ranked(settings, arm, disturbance)[:BEST]
+    within = [each for each in best if each.mean(CLEAN, seeds) <= highest]
+    return min(within, key=lambda each: each.mean(disturbance, seeds), default=None)
+
+
+def chosen_freely(settings: Sequence[Setting], arm: str, disturbance: str) -> Setting:
+    """Choose without a bound on the clean loss: as above for the arms of the hypotheses, else by the first seed."""
+    best = ranked(settings, arm, disturbance, is_bounded=False)[:BEST]
+    seeds = seeds_without_bound(arm, disturbance)
+    return min(best, key=lambda each: each.mean(disturbance, seeds))
+
+
+def seeds_without_bound(arm: str, disturbance: str) -> tuple[int, ...]:
+    """Return the search seeds by which an arm chooses without a bound."""
+    return SEARCH_SEEDS if arm in TESTED.get(disturbance, ()) else SEARCH_SEEDS[:1]
+
+
+# -- the stages
+
+
+def further(settings: Sequence[Setting], arm: str, disturbance: str) -> list[Run]:
+    """Return the runs one value beyond the grid, if an arm's best strength under a disturbance is at its end."""
+    # If the bound excludes all, the nearest to it show the way.
+    order = ranked(settings, arm, disturbance) or ranked(settings, arm, CLEAN, is_bounded=False)
+    tried = [each.run.strength for each in settings if each.run.arm == arm]
+    best, at = order[0].run.strength, []
+    if best == max(tried):
+        # Two more bits are a step that is smaller by a factor of four.
+        at.append(best + 2 if arm == QAT else best * FURTHER)
+    if best == min(tried) and arm != QAT:  # below 2 bits is no grid
+        at.append(best / FURTHER)
+    runs: dict[str, Run] = {}
+    for setting, strength in product(order, at):
+        run = setting.run._replace(strength=strength)
+        if len(runs) < BEST:
+            runs[run.name] = run  # a point that comes again, with another strength, counts once
+    return list(runs.values())
+
+
+def extended(rows: Iterable[Row]) -> list[Run]:
+    """Return the runs that extend the grids, as far as the rows tell."""
+    every = {each.run.name: each for each in settings_of(rows)}
+    seen = [every[run.name] for run in searched()]
+    found: dict[str, Run] = {}
+    while True:
+        more: dict[str, Run] = {}
+        for arm, disturbance in product(STRENGTHS, PRIMARY):
+            if STRENGTHS[arm]:
+                more.update({run.name: run for run in further(seen, arm, disturbance)})
+        found.update(more)
+        if not more or not every.keys() >= more.keys():
+            return list(found.values())
+        seen += [every[name] for name in more]
+
+
+def repeated(rows: Iterable[Row]) -> list[Run]:
+    """Return the runs of the best eight on the other search seeds."""
+    settings = settings_of(rows)
+    kinds = [(arm, disturbance, True) for arm, disturbance in product(STRENGTHS, DISTURBED)]
+    kinds.append((LORA, CLEAN, True))  # for the bound
+    for disturbance, arms in TESTED.items():
+        kinds += [(arm, disturbance, False) for arm in arms]
+    runs: dict[str, Run] = {}
+    for kind in kinds:
+        for setting, seed in product(ranked(settings, *kind)[:BEST], SEARCH_SEEDS[1:]):
+            run = setting.run._replace(seed=seed)
+            runs[run.name] = run
+    return list(runs.values())
+
+
+def resamplings() -> list[tuple[int, ...]]:
+    """Return all ways to draw the search seeds with replacement, each as likely as the others."""
+    return list(product(SEARCH_SEEDS, repeat=len(SEARCH_SEEDS)))
+
+
+def final(rows: Iterable[Row]) -> list[Run]:
+    """Return the final runs: of all choices, each under what it was chosen for, and of others for the hypotheses."""
+    settings = settings_of(rows)
+    choices = [(chosen(settings, arm, each), each) for arm, each in product(STRENGTHS, DISTURBED)]
+    for disturbance, arms in TESTED.items():
+        for arm, seeds in product(arms, resamplings()):
+            choices.append((chosen(settings, arm, disturbance, seeds), disturbance))
+        choices += [(chosen_freely(settings, arm, disturbance), disturbance) for arm in arms]
+    judged: dict[str, tuple[Run, set[str]]] = {}
+    for setting, disturbance in choices:
+        if setting:
+            _, under = judged.setdefault(setting.run.name, (setting.run, {CLEAN}))
+            under.add(disturbance)
+    runs = []
+    for seed, (run, under) in product(FINAL_SEEDS, judged.values()):
+        names = [each for each in DISTURBANCES if each in under]
+        runs.append(run._replace(seed=seed, stage="final", disturbances=names))
+    return runs
+
+
+def open_runs(rows: Sequence[Row], is_done: Callable[[Run], bool]) -> list[Run]:
+    """Return the runs that are left of the first stage that is not done; none at the end."""
+    for stage in (lambda rows: searched(), extended, repeated, final):
+        missing = [run for run in stage(rows) if not is_done(run)]
+        if missing:
+            return missing
+    return []

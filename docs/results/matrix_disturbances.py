@@ -1,0 +1,174 @@
+"""The disturbances of column A in protocol_matrix.md, and the losses of a finished adapter under them.
+
+The adapter stays as it is: a copy of the encoder's layer computes with the disturbed base and factors, merged.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatlora.full_weight.weight_noise import derived_seed
+from recipes.demo.data import Batch, evaluation_batches
+from recipes.demo.encoder import CutEncoder, pooled
+from recipes.offline.texts import Example
+from recipes.report.rounding import rounded
+
+DRAWS = 8
+CLEAN = "clean"
+BASE_NOISE, B_NOISE = "base, noise 1", "B, noise 3"
+PRIMARY = (BASE_NOISE, B_NOISE)
+
+
+class Layer(NamedTuple):
+    """One adapted linear layer.
+
+    Attributes:
+        W: its base, (n, m).
+        A: (r, m).
+        B: (n, r).
+        scaling: of the update.
+    """
+
+    W: Tensor
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    def merged(self) -> Tensor:
+        """Return W + s B A."""
+        return self.W + self.scaling * self.B @ self.A
+
+
+Change = Callable[[str, Layer], Layer]
+"""Gives a disturbed layer for a name and a layer."""
+
+
+def noisy(weight: Tensor, size: float, draw: int, name: str) -> Tensor:
+    """Add Gaussian noise whose Frobenius norm is ``size`` times the weight's.
+
+    Args:
+        weight: shape (n, m).
+        size: without a unit.
+        draw: the draw and the name decide the noise's direction.
+        name: of the weight.
+    """
+    direction = _direction(tuple(weight.shape), draw, name).to(weight.dtype)
+    return weight + size * torch.linalg.vector_norm(weight) * direction
+
+
+@cache
+def _direction(shape: tuple[int, ...], draw: int, name: str) -> Tensor:
+    """Draw a matrix of norm 1, which all arms and seeds share."""
+    generator = torch.Generator().manual_seed(derived_seed(draw, zlib.crc32(name.encode())))
+    normal = torch.randn(shape, generator=generator)
+    return normal / torch.linalg.vector_norm(normal)
+
+
+def _noise_on_base(size: float, draw: int, name: str, layer: Layer) -> Layer:
+    return layer._replace(W=noisy(layer.W, size, draw, f"{name}, base"))
+
+
+def _noise_on_B(size: float, draw: int, name: str, layer: Layer) -> Layer:
+    return layer._replace(B=noisy(layer.B, size, draw, f"{name}, B"))
+
+
+def _rounded_base(bits: int, name: str, layer: Layer) -> Layer:
+    return layer._replace(W=rounded(layer.W, bits))
+
+
+def _rounded_factors(bits: int, name: str, layer: Layer) -> Layer:
+    return layer._replace(A=rounded(layer.A, bits), B=rounded(layer.B, bits))
+
+
+def _all() -> dict[str, list[Change]]:
+    found: dict[str, list[Change]] = {CLEAN: [lambda name, layer: layer]}
+    for size in (0.3, 1.0):
+        found[f"base, noise {size:g}"] = [partial(_noise_on_base, size, draw) for draw in range(DRAWS)]
+    for bits in (4, 3, 2):
+        found[f"base, {bits} bits"] = [partial(_rounded_base, bits)]
+    for size in (1.0, 3.0):
+        found[f"B, noise {size:g}"] = [partial(_noise_on_B, size, draw) for draw in range(DRAWS)]
+    for bits in (4, 3, 2):
+        found[f"A and B, {bits} bits"] = [partial(_rounded_factors, bits)]
+    return found
+
+
+DISTURBANCES: Mapping[str, Sequence[Change]] = _all()
+"""Of each the draws, over which the mean is taken; the first one is none."""
+
+
+def layers_of(net: nn.Module, bases: Mapping[str, Tensor]) -> dict[str, Layer]:
+    """Return an encoder's adapted layers.
+
+    Args:
+        net: with peft's LoRA layers.
+        bases: the undisturbed base of each, since an arm may train on another one.
+    """
+    found = {}
+    for path, module in net.named_modules():
+        if hasattr(module, "lora_B"):
+            name = path.removeprefix("base_model.model.")
+            A, B = module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach()
+            found[name] = Layer(bases[name], A, B, module.scaling["default"])
+    if found.keys() != bases.keys():
+        raise ValueError(f"the adapter must be on {sorted(bases)}, and is on {sorted(found)}")
+    return found
+
+
+def linear_weights(net: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of all Linear layers by their names."""
+    return {name: module.weight.detach() for name, module in net.named_modules() if isinstance(module, nn.Linear)}
+
+
+class Evaluation:
+    """The mean loss and the accuracy on some texts.
+
+    Args:
+        encoder: with the undisturbed base.
+        examples: the texts.
+    """
+
+    def __init__(self, encoder: CutEncoder, examples: Sequence[Example]) -> None:
+        self.batches = evaluation_batches(examples, encoder.states)
+        self.copy = encoder.upper().eval().requires_grad_(False)
+        self.bases = {name: weight.clone() for name, weight in linear_weights(self.copy).items()}
+
+    @torch.no_grad()
+    def measure(self, net: nn.Module, head: nn.Module, names: Iterable[str]) -> dict[str, dict[str, float]]:
+        """Return ``loss`` in nats and ``accuracy`` under each disturbance; a loss that is not finite counts as a guess.
+
+        Args:
+            net: the adapted encoder; it is only read.
+            head: gives logits of the classes.
+            names: of :data:`DISTURBANCES`.
+        """
+        layers = layers_of(net, self.bases)
+        found = {}
+        for name in names:
+            drawn = [self._once(layers, head, change) for change in DISTURBANCES[name]]
+            losses, accuracies = zip(*drawn, strict=True)
+            found[name] = {"loss": sum(losses) / len(drawn), "accuracy": sum(accuracies) / len(drawn)}
+        return found
+
+    def _once(self, layers: Mapping[str, Layer], head: nn.Module, change: Change) -> tuple[float, float]:
+        for name, layer in layers.items():
+            self.copy.get_submodule(name).weight.copy_(change(name, layer).merged())
+        total, right, texts, classes = 0.0, 0, 0, 0
+        for batch in self.batches:
+            logits = self._logits(batch, head)
+            total += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
+            right += int((logits.argmax(1) == batch["labels"]).sum())
+            texts += len(logits)
+            classes = logits.shape[1]
+        loss = total / texts
+        return (loss if math.isfinite(loss) else math.log(classes)), right / texts
+
+    def _logits(self, batch: Batch, head: nn.Module) -> Tensor:
+        hidden = self.copy(batch["hidden"], batch["owners"])
+        logits: Tensor = head(pooled(hidden, batch["owners"], len(batch["labels"])))
+        return logits

@@ -1,0 +1,144 @@
+"""The tables of column A in protocol_matrix.md."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+from matrix_choice import (  # beside this file
+    DISTURBED,
+    FINAL_SEEDS,
+    LORA,
+    SEARCH_SEEDS,
+    STRENGTHS,
+    TESTED,
+    Run,
+    Setting,
+    chosen,
+    chosen_freely,
+    resamplings,
+    seeds_without_bound,
+    settings_of,
+)
+from matrix_disturbances import CLEAN
+from scipy import stats
+
+from recipes.studies.rows import Row
+from recipes.studies.statistics import Estimate, estimate, with_error, with_interval
+from recipes.studies.tables import markdown
+
+DRAWS = 10_000
+Finals = dict[str, dict[int, Row]]
+"""Of a setting's name the final rows by seed."""
+
+
+def finals_of(rows: Sequence[Row]) -> Finals:
+    """Gather the final rows."""
+    found: Finals = defaultdict(dict)
+    for row in rows:
+        if row["stage"] == "final":
+            name = Run(row["arm"], row["settings"], row["strength"], SEARCH_SEEDS[0]).name
+            found[name][row["seed"]] = row
+    return found
+
+
+def on_test(finals: Finals, setting: Setting, disturbance: str, measure: str = "loss") -> list[float]:
+    """Return what a setting has on test under a disturbance, by seed."""
+    return [finals[setting.run.name][seed]["test"][disturbance][measure] for seed in FINAL_SEEDS]
+
+
+def difference(finals: Finals, one: Setting, other: Setting, disturbance: str) -> Estimate:
+    """Return the mean difference of two settings' test losses, paired by seed."""
+    losses = zip(on_test(finals, one, disturbance), on_test(finals, other, disturbance), strict=True)
+    return estimate([mine - its for mine, its in losses])
+
+
+def covering(settings: Sequence[Setting], finals: Finals, arm: str, disturbance: str) -> tuple[float, float]:
+    """Return the 95 % interval of the difference to LoRA that also resamples the search seeds and repeats the choice.
+
+    Each draw takes search seeds with replacement, chooses by them, and compares the two choices on final seeds drawn
+    with replacement. If they leave an arm no setting within the bound, its choice is the one by all seeds.
+    """
+    differences = []
+    for seeds in resamplings():
+        losses = []
+        for each in (arm, LORA):
+            choice = chosen(settings, each, disturbance, seeds) or chosen(settings, each, disturbance)
+            losses.append(on_test(finals, choice, disturbance))  # type: ignore[arg-type]
+        differences.append(np.subtract(*losses))
+    generator = np.random.default_rng(0)
+    which = generator.integers(len(differences), size=DRAWS)
+    seeds = generator.integers(len(FINAL_SEEDS), size=(DRAWS, len(FINAL_SEEDS)))
+    means = np.array(differences)[which[:, None], seeds].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def short(setting: Setting) -> str:
+    """Show an arm's strength and its other settings."""
+    strength = "" if setting.run.strength is None else f"{setting.run.strength:g}; "
+    return strength + ", ".join(map(str, setting.run.settings.values()))
+
+
+def main_table(settings: Sequence[Setting], finals: Finals) -> str:
+    """Show each arm's choice within the bound, on test."""
+    head = ["disturbance", "arm", "strength; rate, head's, rank, dropout, averaging", "test loss", "minus LoRA's"]
+    lines = [[*head, "clean loss", "accuracy, %", "clean accuracy, %"]]
+    for disturbance, arm in product(DISTURBED, STRENGTHS):
+        choice, of_lora = (chosen(settings, each, disturbance) for each in (arm, LORA))
+        if choice is None:
+            lines.append([disturbance, arm, "none within the bound", *[""] * 5])
+            continue
+        is_compared = arm != LORA and of_lora is not None
+        lines.append(
+            [
+                *(disturbance, arm, short(choice), with_error(estimate(on_test(finals, choice, disturbance)), ".3f")),
+                with_interval(difference(finals, choice, of_lora, disturbance), 3) if is_compared else "",
+                with_error(estimate(on_test(finals, choice, CLEAN)), ".3f"),
+                with_error(estimate([100 * each for each in on_test(finals, choice, disturbance, "accuracy")])),
+                with_error(estimate([100 * each for each in on_test(finals, choice, CLEAN, "accuracy")])),
+            ]
+        )
+    return markdown(lines)
+
+
+def hypotheses(settings: Sequence[Setting], finals: Finals) -> str:
+    """Show A1 and A2: the p-value, and the interval that covers the search."""
+    lines = [["disturbance", "arm", "minus LoRA's", "p", "search resampled", "without the bound"]]
+    for disturbance, (_, arm) in TESTED.items():
+        free = [chosen_freely(settings, each, disturbance) for each in (arm, LORA)]
+        unbounded = with_interval(difference(finals, *free, disturbance), 3)
+        own, of_lora = (chosen(settings, each, disturbance) for each in (arm, LORA))
+        if own is None or of_lora is None:
+            lines.append([disturbance, arm, "none within the bound", "", "", unbounded])
+            continue
+        found = with_interval(difference(finals, own, of_lora, disturbance), 3)
+        p = stats.ttest_rel(on_test(finals, own, disturbance), on_test(finals, of_lora, disturbance)).pvalue
+        low, high = covering(settings, finals, arm, disturbance)
+        lines.append([disturbance, arm, found, f"{p:.2g}", f"[{low:+.3f}, {high:+.3f}]", unbounded])
+    return markdown(lines)
+
+
+def free_table(settings: Sequence[Setting]) -> str:
+    """Show what each arm chooses without the bound, on validation."""
+    head = ["disturbance", "arm", "strength; rate, head's, rank, dropout, averaging", "seeds", "loss", "clean loss"]
+    lines = [head]
+    for disturbance, arm in product(DISTURBED, STRENGTHS):
+        choice, seeds = chosen_freely(settings, arm, disturbance), seeds_without_bound(arm, disturbance)
+        losses = [f"{choice.mean(each, seeds):.3f}" for each in (disturbance, CLEAN)]
+        lines.append([disturbance, arm, short(choice), str(len(seeds)), *losses])
+    return markdown(lines)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Show all tables; every run must be there."""
+    settings, finals = settings_of(rows), finals_of(rows)
+    parts = [
+        "Test losses in nats, mean ± standard error over 20 seeds; differences with 95 % intervals, paired by seed\n",
+        main_table(settings, finals),
+        "\nHypotheses; p before Holm's correction, which takes column B's too\n",
+        hypotheses(settings, finals),
+        "\nChosen without the bound on the clean loss; validation losses\n",
+        free_table(settings),
+    ]
+    return "\n".join(parts) + "\n"
