@@ -56,9 +56,6 @@ TASK = "all_subjects"
 CLASSES = len(texts.TASKS[TASK].classes)
 FROZEN_LAYERS, LENGTH = 5, 32
 SHOTS, STEPS, BATCH = 16, 600, 8
-TEXTS = {"validation": 200, "test": 2000}
-"""The first ones of the parts as they fall, whose order is by a hash with seed 0."""
-
 
 GUESSED = {
     "search": POINTS,
@@ -137,7 +134,7 @@ def trained(run: Run, encoder: CutEncoder, steps: int = STEPS) -> Classifier:
 @cache
 def evaluation(part: str) -> Evaluation:
     """Return that on a part, which all runs share."""
-    return Evaluation(kept(FROZEN_LAYERS, LENGTH), texts.all_of_parts(TASK)[part][: TEXTS[part]])
+    return Evaluation(kept(FROZEN_LAYERS, LENGTH), texts.parts(TASK)[part])
 
 
 def perform(run: Run, steps: int = STEPS) -> Row:
@@ -166,7 +163,7 @@ def perform(run: Run, steps: int = STEPS) -> Row:
 
 def queue_of(folder: Path) -> Queue[Run]:
     """Return the runs in a folder."""
-    shared = {"task": TASK, "shots": SHOTS, "steps": STEPS, "batch": BATCH, "texts": TEXTS}
+    shared = {"task": TASK, "shots": SHOTS, "steps": STEPS, "batch": BATCH}
     study = open_study(file_storage(folder), "matrix_a", "min", shared, {})
     return Queue(study, lambda key: Run(**key))
 

@@ -20,6 +20,8 @@ from recipes.report.rounding import rounded
 
 DRAWS = 8
 CLEAN = "clean"
+TEMPERATURES = torch.cat([torch.ones(1), torch.logspace(-0.5, 1, 31)])
+"""By which logits are divided; the first one leaves them."""
 BASE_NOISE, B_NOISE = "base, noise 1", "B, noise 3"
 PRIMARY = (BASE_NOISE, B_NOISE)
 
@@ -140,7 +142,10 @@ class Evaluation:
 
     @torch.no_grad()
     def measure(self, net: nn.Module, head: nn.Module, names: Iterable[str]) -> dict[str, dict[str, float]]:
-        """Return ``loss`` in nats and ``accuracy`` under each disturbance; a loss that is not finite counts as a guess.
+        """Return what a classifier has under each disturbance.
+
+        These are ``loss`` in nats, ``calibrated``, the loss at the temperature that is best for it, and ``accuracy``. A
+        loss that is not finite counts as a guess.
 
         Args:
             net: the adapted encoder; it is only read.
@@ -151,22 +156,21 @@ class Evaluation:
         found = {}
         for name in names:
             drawn = [self._once(layers, head, change) for change in DISTURBANCES[name]]
-            losses, accuracies = zip(*drawn, strict=True)
-            found[name] = {"loss": sum(losses) / len(drawn), "accuracy": sum(accuracies) / len(drawn)}
+            losses = torch.stack([each for each, _ in drawn]).mean(0)
+            accuracy = sum(each for _, each in drawn) / len(drawn)
+            found[name] = {"loss": float(losses[0]), "calibrated": float(losses.min()), "accuracy": accuracy}
         return found
 
-    def _once(self, layers: Mapping[str, Layer], head: nn.Module, change: Change) -> tuple[float, float]:
+    def _once(self, layers: Mapping[str, Layer], head: nn.Module, change: Change) -> tuple[Tensor, float]:
+        """Return the loss at each of :data:`TEMPERATURES`, and the accuracy."""
         for name, layer in layers.items():
             self.copy.get_submodule(name).weight.copy_(change(name, layer).merged())
-        total, right, texts, classes = 0.0, 0, 0, 0
-        for batch in self.batches:
-            logits = self._logits(batch, head)
-            total += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-            right += int((logits.argmax(1) == batch["labels"]).sum())
-            texts += len(logits)
-            classes = logits.shape[1]
-        loss = total / texts
-        return (loss if math.isfinite(loss) else math.log(classes)), right / texts
+        logits = torch.cat([self._logits(batch, head) for batch in self.batches])
+        labels = torch.cat([batch["labels"] for batch in self.batches])
+        losses = [nn.functional.cross_entropy(logits / temperature, labels) for temperature in TEMPERATURES]
+        guessed = math.log(logits.shape[1])
+        accuracy = float((logits.argmax(1) == labels).float().mean())
+        return torch.stack(losses).nan_to_num(guessed, guessed, guessed), accuracy
 
     def _logits(self, batch: Batch, head: nn.Module) -> Tensor:
         hidden = self.copy(batch["hidden"], batch["owners"])

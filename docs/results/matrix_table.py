@@ -83,17 +83,18 @@ def short(setting: Setting) -> str:
 def main_table(settings: Sequence[Setting], finals: Finals) -> str:
     """Show each arm's choice within the bound, on test."""
     head = ["disturbance", "arm", "strength; rate, head's, rank, dropout, averaging", "test loss", "minus LoRA's"]
-    lines = [[*head, "clean loss", "accuracy, %", "clean accuracy, %"]]
+    lines = [[*head, "calibrated", "clean loss", "accuracy, %", "clean accuracy, %"]]
     for disturbance, arm in product(DISTURBED, STRENGTHS):
         choice, of_lora = (chosen(settings, each, disturbance) for each in (arm, LORA))
         if choice is None:
-            lines.append([disturbance, arm, "none within the bound", *[""] * 5])
+            lines.append([disturbance, arm, "none within the bound", *[""] * 6])
             continue
         is_compared = arm != LORA and of_lora is not None
         lines.append(
             [
                 *(disturbance, arm, short(choice), with_error(estimate(on_test(finals, choice, disturbance)), ".3f")),
                 with_interval(difference(finals, choice, of_lora, disturbance), 3) if is_compared else "",
+                with_error(estimate(on_test(finals, choice, disturbance, "calibrated")), ".3f"),
                 with_error(estimate(on_test(finals, choice, CLEAN)), ".3f"),
                 with_error(estimate([100 * each for each in on_test(finals, choice, disturbance, "accuracy")])),
                 with_error(estimate([100 * each for each in on_test(finals, choice, CLEAN, "accuracy")])),

@@ -54,7 +54,8 @@ def run_recipe(method: str, precision: str, folder: Path) -> None:
             *("fit", "--model.model=packaged", f"--data.dataset={data}", "--data.validation_share=0"),
             *(f"--data.batch_size={BATCH}", f"--data.max_length={TOKENS}", f"--model.learning_rate={RATE}"),
             *("--model.lora={r: 8, lora_alpha: 16, target_modules: all-linear}", f"--trainer.precision={precision}"),
-            *(f"--trainer.max_steps={STEPS}", "--trainer.logger=false", "--trainer.enable_checkpointing=false"),
+            *(f"--trainer.max_steps={STEPS}", "--trainer.enable_checkpointing=false"),
+            *("--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={folder}"),
             *((f"--method={method.lower()}", "--rho=0.05") if method != "LoRA" else ("--method=lora",)),
         ],
     )
@@ -156,7 +157,7 @@ def main() -> None:
             subprocess.run([sys.executable, *sys.argv, "--one", program, method], check=True)
             found = json.loads((options.folder / "one.json").read_text())
             row = {"program": program, "method": method, "round": number, "precision": options.precision, **found}
-            row |= {"threads": torch.get_num_threads(), "processor": platform.processor(), "versions": versions}
+            row |= {"threads": torch.get_num_threads(), "processor": platform.machine(), "versions": versions}
             print(row, flush=True)
             with (options.folder / "trainers.jsonl").open("a") as rows:
                 rows.write(json.dumps(row) + "\n")

@@ -51,14 +51,14 @@ def parts(task: str) -> dict[str, list[Example]]:
         task: a key of :data:`TASKS`.
     """
     classes = len(TASKS[task].classes)
-    return {part: _balanced(examples, classes) for part, examples in all_of_parts(task).items()}
+    return {part: _balanced(examples, classes) for part, examples in _all_of_parts(task).items()}
 
 
 def shots(task: str, number: int, seed: int) -> list[Example]:
     """Draw this many examples of each class for training, or all that a rare class has."""
     drawn: list[Example] = []
     taken: Counter[int] = Counter()
-    for example in in_order(all_of_parts(task)["train"], seed):
+    for example in in_order(_all_of_parts(task)["train"], seed):
         if taken[example.label] < number:
             taken[example.label] += 1
             drawn.append(example)
@@ -66,7 +66,7 @@ def shots(task: str, number: int, seed: int) -> list[Example]:
 
 
 @cache
-def all_of_parts(task: str) -> dict[str, list[Example]]:
+def _all_of_parts(task: str) -> dict[str, list[Example]]:
     """Return the parts before the classes are balanced."""
     by_text = {}
     for example in TASKS[task].read():

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_flatlora.full_weight.weight_noise import derived_seed
 from recipes.demo.encoder import CutEncoder
@@ -24,7 +25,17 @@ from recipes.studies.rows import Row
 sys.path.append(str(Path(__file__).parents[2] / "docs" / "results"))
 import matrix_a
 from matrix_choice import LORA, QAT, STRENGTHS, Run
-from matrix_disturbances import B_NOISE, BASE_NOISE, CLEAN, DISTURBANCES, DRAWS, Evaluation, linear_weights, noisy
+from matrix_disturbances import (
+    B_NOISE,
+    BASE_NOISE,
+    CLEAN,
+    DISTURBANCES,
+    DRAWS,
+    TEMPERATURES,
+    Evaluation,
+    linear_weights,
+    noisy,
+)
 
 TASK = "matrix_test"  # kept in a process, so a name that no other test uses
 SETTINGS = {"rate": 2e-2, "head_rate": "same", "rank": 2, "dropout": 0.0, "averaging": "none"}
@@ -52,7 +63,7 @@ def encoder(dtype: torch.dtype = torch.float32) -> CutEncoder:
 def task(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A small task and encoder in place of the study's."""
     monkeypatch.setitem(texts.TASKS, TASK, Source(("heart", "teeth"), made_up))
-    given = {"TASK": TASK, "CLASSES": 2, "SHOTS": 4, "BATCH": 4, "TEXTS": {"validation": 9, "test": 11}}
+    given = {"TASK": TASK, "CLASSES": 2, "SHOTS": 4, "BATCH": 4}
     for name, value in given.items():
         monkeypatch.setattr(matrix_a, name, value)
     monkeypatch.setattr(matrix_a, "kept", lambda frozen_layers, length: encoder())
@@ -157,6 +168,12 @@ def test_losses_are_those_of_dense_disturbances(disturbance: str, task: None) ->
     assert len(lora_layers(module)) == 6
     assert found["loss"] == pytest.approx(sum(losses) / texts_in_all, rel=1e-6)
     assert found["accuracy"] == pytest.approx(sum(rights) / texts_in_all)
+    assert found["calibrated"] <= found["loss"]
+    if disturbance == CLEAN:
+        labels = torch.cat([batch["labels"] for batch in evaluated.batches])
+        logits = torch.cat([module.logits(batch) for batch in evaluated.batches]).detach()
+        at = [F.cross_entropy(logits / temperature, labels).item() for temperature in TEMPERATURES]
+        assert found["calibrated"] == pytest.approx(min(at))
     # Whatever was measured before, and bit for bit.
     evaluated.measure(module.net, module.head, DISTURBANCES)
     assert evaluated.measure(module.net, module.head, [disturbance])[disturbance] == found

@@ -45,7 +45,9 @@ Losses = Callable[[Run, str], float]
 
 def row_of(run: Run, losses: Losses) -> Row:
     part = "test" if run.stage == "final" else "validation"
-    found = {each: {"loss": losses(run, each), "accuracy": 0.5} for each in run.disturbances}
+    found = {
+        each: {"loss": losses(run, each), "calibrated": losses(run, each), "accuracy": 0.5} for each in run.disturbances
+    }
     return {**run.key(), part: found}
 
 
