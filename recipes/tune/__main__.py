@@ -1,11 +1,11 @@
 """Is the perturbation worth it for your own run? One search with EFMLoRA, one without, and an answer.
 
 Give the recipe's name and the options of its `fit`. Both searches have as many trials of learning rate, dropout, rank
-and, in classification, the head's rate; one of them may also choose rho. The best third of the trials is run with two
-more seeds, and the winner of each side with fresh ones; if the winners differ in more than rho, so is LoRA with the
-other winner's settings. Trials that do worse than most end early. Each run is its own process; finished runs are kept
-in an Optuna study: start the command as often as you like, also on other machines with --storage; after Ctrl-C
-the same command resumes. It ends with a table, a picture, the winner's settings, and the answer. Example: python -m
+and, in classification, the head's rate; one of them may also choose rho. The best third of the trials is repeated with
+two more seeds, and the winner of each side with fresh ones, as is LoRA with EFMLoRA's settings if they differ in more
+than rho. Trials that do worse than most end early. Each run is its own process; finished runs are kept in an Optuna
+study: start the command as often as you like, also on other machines with --storage; after Ctrl-C the same command
+resumes. It ends with a table, a picture, the winner's settings, and the answer. Example: python -m
 recipes.tune classification --budget 20 --data.dataset my.csv --model.model NAME --trainer.max_epochs 3
 """
 

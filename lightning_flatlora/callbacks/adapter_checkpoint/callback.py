@@ -163,7 +163,7 @@ class SavesAdapters(_Base):
 
 
 class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
-    """Save as Lightning's ModelCheckpoint does, but without the frozen base.
+    """Save as Lightning's ModelCheckpoint does, including optimizers and callbacks, but without the frozen base.
 
     Its files are the same under every strategy: one ``NAME.ckpt``, whole values on the CPU, written by rank zero. So a
     run may be resumed on another number of processes, or under another strategy, as long as its Trainer has an
@@ -175,9 +175,9 @@ class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
     required a gradient, such as a head that was trained and then frozen. The rest of the base is recognized on loading.
 
     With ``save_last=True`` every save writes ``last.ckpt``, even if the monitored value is not among the best.
-    A process that is killed at any moment leaves a checkpoint to resume from. It deletes no file that it has not
-    written, and errors in saving are raised when the fit starts. Rank zero writes directly, not through
-    a CheckpointIO plugin. docs/checkpoints.md has more.
+    A process that is killed at any moment leaves a checkpoint to resume from. The callback deletes only files that
+    it has written, and a save that would fail raises its error when the fit starts. Rank zero writes directly, not
+    through a CheckpointIO plugin. docs/checkpoints.md has more.
 
     Args:
         args: as for ModelCheckpoint; ``save_last="link"`` writes a file, as ``save_last=True`` does.

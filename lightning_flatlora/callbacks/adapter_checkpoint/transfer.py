@@ -275,7 +275,7 @@ def _load_weights(
     others = [name for name, s in scalings.items() if not math.isclose(s, saved.get(name, s), rel_tol=1e-5)]
     # Not refused, as a callback that sets the scaling while a fit runs may be about to set it again.
     _report(others, f"is of another lora_alpha, r or use_rslora in {len(others)} layers", refuse=False)
-    # This module may have trained before a part of what the file leaves out.
+    # This module may already have trained a part of what the file leaves out.
     now = {name: kept[name] for name in left_out if name in kept}
     others = contents.differing(left_out, contents.identities_of({**base, **now}, is_sharded(model)))
     problem = f"leaves out {len(others)} tensors of the base, which are not those of the run that was saved"
