@@ -1,4 +1,4 @@
-"""What a command line leaves out: the recipe's own configuration, the method's, and those of the run that goes on."""
+"""Complete a command line with the configurations of the recipe, the method, and the run that is resumed."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ from recipes.command_line.configs import base_file, is_method, method_file, meth
 from recipes.command_line.taken import Settings
 
 CLIP_FIELDS = ("projections", "blocks", "towers")
-"""Where an adapter on a CLIP model goes."""
+"""Fields that say where an adapter on a CLIP model goes."""
 _SETS_CALLBACKS = re.compile(r"--trainer\.callbacks|\bcallbacks\+?[\"']?\s*:")
 
 
@@ -35,14 +35,14 @@ def option(arguments: Sequence[str], name: str) -> str | None:
 
 @dataclasses.dataclass
 class CommandLine:
-    """The arguments behind a command, taken apart.
+    """The arguments after a command, sorted.
 
     Args:
         recipe: name of the recipe's folder.
-        configs: files of ``--config``, without the recipe's base and the files of methods.
-        method: of ``--method``, or of a method's file.
-        checkpoint: of ``--ckpt_path``.
-        options: all others.
+        configs: files given by ``--config``, without the recipe's base and the files of methods.
+        method: given by ``--method``, or by a method's file.
+        checkpoint: given by ``--ckpt_path``.
+        options: all other arguments.
     """
 
     recipe: str
@@ -52,13 +52,13 @@ class CommandLine:
     options: list[str]
 
     def arguments(self, run: Settings) -> list[str]:
-        """Return them as the parser takes them: configurations first, so that the options apply to what these choose.
+        """Return them as the parser takes them: configurations first, so that the options override them.
 
-        In order they are the recipe's base, the settings of a run, those that are given, and the method. If the method
+        The order is the recipe's base, the settings of a run, those that are given, and the method. If the method
         or callbacks are given, the callbacks are those of a new run, and only the run's method is added to them.
 
         Args:
-            run: what is taken of the settings of the run that goes on; empty for a new one.
+            run: settings taken from the run that is resumed; empty for a new one.
         """
         configs = [str(base_file(self.recipe))] if base_file(self.recipe).exists() else []
         method, had = self.method or run.get("method"), run.get("method")
@@ -79,7 +79,7 @@ class CommandLine:
         return [*given, *self.options]
 
     def callbacks(self) -> str:
-        """Return the texts that set callbacks, of configurations and of the options; empty if none does."""
+        """Return the texts that set callbacks, in configurations and options; empty if none does."""
         texts = [" ".join(self.options)]
         for config in self.configs:
             texts.append(Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config)
@@ -91,7 +91,7 @@ class CommandLine:
 
 
 def taken_apart(recipe: str, arguments: Sequence[str]) -> CommandLine:
-    """Take the arguments behind a command apart.
+    """Sort the arguments after a command.
 
     Example:
         >>> line = taken_apart("nlg", ["--rho=1", f"--config={method_file('nlg', 'efmlora')}", "-c=own.yaml"])
@@ -133,7 +133,7 @@ def refuse_unknown_fields(lora: Any) -> None:
     """Refuse a misspelt field of an adapter before a model is loaded.
 
     Args:
-        lora: fields of peft's LoraConfig, and on CLIP models where the adapter goes; anything else is left alone.
+        lora: fields of peft's LoraConfig, and on CLIP models where the adapter goes; anything else is ignored.
 
     Raises:
         MisconfigurationException: there is no such field, or a value that peft would misread.
@@ -143,5 +143,5 @@ def refuse_unknown_fields(lora: Any) -> None:
     unknown = sorted(fields.keys() - known - set(CLIP_FIELDS))
     if unknown:
         raise MisconfigurationException(f"lora: peft's LoraConfig has no {', '.join(unknown)}, only {', '.join(known)}")
-    if isinstance(fields.get("modules_to_save"), str):  # peft would take its letters
+    if isinstance(fields.get("modules_to_save"), str):  # peft would take each letter as a name
         raise MisconfigurationException(f"lora: modules_to_save must be a list, such as [{fields['modules_to_save']}]")

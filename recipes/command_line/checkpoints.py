@@ -11,7 +11,7 @@ from recipes.command_line.taken import Settings, taken
 
 LAST = "last*.ckpt"
 LAST_IF_ANY = "last-if-any"
-"""Of ``--ckpt_path``: the last checkpoint of the run itself, and none at its first start."""
+"""Value of ``--ckpt_path``: the run's own last checkpoint, or none at its first start."""
 _STEP_SETTINGS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
 
@@ -20,7 +20,7 @@ def last_checkpoint(name: str, settings: Namespace, command: str) -> Path | None
 
     Args:
         name: "last", or "last-if-any", which begins a fit without one.
-        settings: of the run that asks.
+        settings: the settings of the current run.
         command: "fit" or another one.
 
     Raises:
@@ -46,7 +46,7 @@ def last_checkpoint(name: str, settings: Namespace, command: str) -> Path | None
 
 
 def _folders(settings: Namespace) -> list[Path]:
-    """Return the folders in which savers have their own, and the one of the runs, which the first logger names."""
+    """Return the folders that savers set themselves, and the runs' folder, which the first logger names."""
     folders = []
     for callback in listed(settings.trainer.callbacks):
         if callback.get("init_args", {}).get("dirpath"):
@@ -58,7 +58,7 @@ def _folders(settings: Namespace) -> list[Path]:
 
 
 def settings_of_run(checkpoint: str) -> Settings:
-    """Return what may be taken of the settings of a checkpoint's run, and say what is not; empty without its file.
+    """Return the settings of a checkpoint's run that may be taken, and report the others; empty without its file.
 
     Raises:
         MisconfigurationException: there is no such checkpoint.
@@ -74,7 +74,7 @@ def settings_of_run(checkpoint: str) -> Settings:
     if not is_there or not written:
         return {}
     run, left_out = taken(written)
-    # What a run started from does not matter any more: its checkpoint holds all that it took over.
+    # The checkpoint that a run started from no longer matters: its own holds all that it took over.
     run.get("model", {}).get("init_args", {}).pop("start_from", None)
     file = path.parent.parent / "config.yaml"
     rank_zero_info(f"The settings are as in {file}, except for strategy, plugins, loggers and what is given here")
@@ -84,12 +84,12 @@ def settings_of_run(checkpoint: str) -> Settings:
 
 
 def differing_settings(before: Settings, now: Settings) -> list[str]:
-    """Return the settings in which a fit that goes on differs from the run before, a text for each."""
+    """Return a text for each setting in which a resumed fit differs from the run before."""
     there, here = _compared(before), _compared(now)
     differences = []
     for name in dict.fromkeys([*there, *here]):
         one, other = there.get(name), here.get(name)
-        # What was null in the model or the data may be what a longer run adds.
+        # A longer run may set what was null in the model or the data.
         is_added = one is None and name.startswith(("model.", "data."))
         if one != other and not is_added:
             differences.append(f"{name} {one!r} there, {other!r} here")
@@ -97,7 +97,7 @@ def differing_settings(before: Settings, now: Settings) -> list[str]:
 
 
 def _compared(settings: Settings) -> Settings:
-    """Return the settings of the model, the data, and of what a step does, by dotted names."""
+    """Return the settings of the model, the data and the training steps, by dotted names."""
     compared = {name: settings.get(name) for name in ("model", "data", "optimizer", "seed_everything")}
     methods = methods_of_run(settings)
     compared["trainer"] = {name: settings["trainer"].get(name) for name in _STEP_SETTINGS} | methods

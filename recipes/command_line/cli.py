@@ -40,14 +40,14 @@ _OF_FOLDERS = ("CSVLogger", "TensorBoardLogger")
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of what is written before and after the options."""
+    """Keeps the line breaks of the texts before and after the options."""
 
 
 class ConfigSaver(SaveConfigCallback):
-    """Write the run's ``config.yaml``, if all ranks agree, and give another file of that name a new one first.
+    """Write the run's ``config.yaml``, if all ranks agree, after renaming another file of that name.
 
-    A run that is resumed into its old folder finds one there, and a run without a logger writes where it was started,
-    which may be where a user keeps a file of that name.
+    A run that is resumed into its old folder finds one there. A run without a logger writes into the current folder,
+    in which a user may keep a file of that name.
     """
 
     @override
@@ -65,28 +65,28 @@ class ConfigSaver(SaveConfigCallback):
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI for any recipe's module and data module, whose loggers write into one folder a run.
+    """LightningCLI for any recipe's module and data module, whose loggers write into one folder per run.
 
-    ``run_name`` is the name of all loggers whose own name is null: an overlay of a method names its runs in one line.
+    ``run_name`` names all loggers whose own name is null: a method's overlay names its runs in one line.
 
     The recipe's ``base.yaml`` comes before all that is given. With ``--ckpt_path`` the settings of the checkpoint's run
     come between the two, from its ``config.yaml`` (:func:`recipes.command_line.taken.taken`), and in a fit a warning
-    names what is given otherwise than there. ``--ckpt_path last`` is the newest last checkpoint of the runs that log
-    into the same folder. ``--ckpt_path last-if-any`` makes one command both a run's first start and its return: a fit
-    that goes on saves where the run has saved before, and what is given otherwise is an error.
+    names the settings that differ from it. ``--ckpt_path last`` is the newest last checkpoint of the runs that log
+    into the same folder. ``--ckpt_path last-if-any`` lets one command both start a run and resume it: a resumed fit
+    saves where the run has saved before, and a setting that differs is an error.
 
     ``--method`` chooses a method's configuration, ``--rho`` its radius. ``--optimizer`` and ``--lr_scheduler`` each
-    replace their own part of what the recipe trains with. Switching the checkpoints off drops the callbacks that the
+    replace only their own part of the recipe's training. Switching the checkpoints off drops the callbacks that the
     configuration lists for them.
 
-    ``trainer.precision: null`` is what the device computes fast
+    ``trainer.precision: null`` is the device's fast precision
     (:func:`recipes.command_line.precision.fast_precision`). The choice is printed and written into the run's
     ``config.yaml``: a run that is resumed with that file keeps it.
 
     Args:
-        args: of the command line; None takes those of the process.
+        args: the command line's arguments; None takes those of the process.
         recipe: name of the recipe's folder; empty for a program without one.
-        settings: further ones of LightningCLI.
+        settings: further arguments of LightningCLI.
     """
 
     def __init__(self, args: ArgsType = None, recipe: str = "", **settings: Any) -> None:
@@ -109,7 +109,7 @@ class RecipeCLI(LightningCLI):
         )
 
     def _parser_settings(self) -> dict[str, Any]:
-        """Return the settings of the parsers: no abbreviations, and a help that names the files of settings."""
+        """Return the settings of the parsers: no abbreviations, and a help that names the configuration files."""
         program = f"python -m recipes.{self._recipe}"
         about, files = settings_help(self._recipe)
         common = {"allow_abbrev": False, "formatter_class": _HelpFormatter, "description": about, "epilog": files}
@@ -142,7 +142,7 @@ class RecipeCLI(LightningCLI):
             line.checkpoint = str(found) if found else None
         if line.checkpoint is not None:
             self._run = settings_of_run(line.checkpoint)
-        # LightningCLI warns of arguments that it is given beside the process's.
+        # LightningCLI warns of arguments that it is given in addition to the process's.
         self.config = parser.parse_args([command, *line.arguments(self._run)])
 
     @override
@@ -173,12 +173,10 @@ class RecipeCLI(LightningCLI):
         if trainer.precision is not None or "Precision" in str(trainer.plugins):
             return
         trainer.precision = fast_precision(trainer.accelerator if isinstance(trainer.accelerator, str) else "auto")
-        rank_zero_info(
-            f"Precision {trainer.precision}, in which this device computes fast; --trainer.precision sets another"
-        )
+        rank_zero_info(f"Precision {trainer.precision}, which is fast on this device; --trainer.precision sets another")
 
     def _set_rho(self, settings: Namespace) -> None:
-        """Hand ``--rho`` to the method, and forget it, so that the run's ``config.yaml`` has it once."""
+        """Pass ``--rho`` to the method, and remove it, so that the run's ``config.yaml`` has it once."""
         rho, settings.rho = settings.rho, None
         if rho is None:
             return
@@ -210,11 +208,11 @@ class RecipeCLI(LightningCLI):
         folder = settings.default_root_dir or next(filter(None, folders), None)
         trainer = super().instantiate_trainer(**{"callbacks": callbacks, "default_root_dir": folder, **kwargs})
         for logger in trainer.loggers:
-            _ = logger.version  # fixed at first sight: all must look before the first has made its folder
+            _ = logger.version  # fixed when first read: all must read it before the first has made its folder
         return trainer
 
     def _wanted_callbacks(self, settings: Namespace) -> list[L.Callback]:
-        """Return the callbacks of the Trainer's settings, and a progress bar, without what is switched off."""
+        """Return the callbacks of the Trainer's settings, and a progress bar, without those that are switched off."""
         callbacks: list[L.Callback] = [*listed(settings.callbacks)]
         # A checkpoint lacks the frozen weights, and needs its saver: with one Lightning refuses enable_checkpointing.
         # In a fast_dev_run Lightning suppresses every file but the one at the end of training.
@@ -237,7 +235,7 @@ class RecipeCLI(LightningCLI):
                 self._compare_with_run(now)
 
     def after_fit(self) -> None:
-        """Say where the run is, which checkpoint is best, and what comes next; Lightning calls it."""
+        """Print the run's folder, its best checkpoint, and the next command; called by Lightning."""
         folder = self.trainer.log_dir  # every rank has to ask
         saver: Any = self.trainer.checkpoint_callback
         path = saver and (saver.best_model_path or saver.last_model_path)
@@ -256,13 +254,13 @@ class RecipeCLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Take nothing from the hyper-parameters in a checkpoint, which Lightning would lay over the model's.
+        """Ignore the hyper-parameters in a checkpoint, with which Lightning would override the model's.
 
         They may name any class, and the recipes save none.
         """
 
     def _compare_with_run(self, now: Settings) -> None:
-        """Name what a fit that goes on has otherwise than its run; an evaluation on other data is meant to."""
+        """Report settings of a resumed fit that differ from its run's; an evaluation may use other data."""
         differences = "; ".join(differing_settings(self._run, now))
         problem = f"--ckpt_path {self._get(self.config, 'ckpt_path')} is of a run with other settings: {differences}"
         if differences and self._goes_on:

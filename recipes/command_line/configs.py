@@ -1,4 +1,4 @@
-"""The YAML files that come with the recipes: a base for each recipe, and overlays to lay over it."""
+"""The YAML files that come with the recipes: a base for each recipe, and overlays that override it."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import yaml
 
 RECIPES = Path(__file__).parent.parent
 _NO_METHODS = ("AdapterCheckpoint", "FlatnessMonitor", "Requeue")
-"""Callbacks of the package that leave the training as it is."""
+"""Callbacks of the package that do not change the training."""
 _MATTER = (
     "data.dataset",
     "model.model",
@@ -17,11 +17,11 @@ _MATTER = (
     "data.batch_size",
     "trainer.max_epochs",
 )
-"""The settings that ``--help`` begins with, besides the method and its rho."""
+"""The settings that ``--help`` begins with, apart from the method and its rho."""
 
 
 def base_file(recipe: str) -> Path:
-    """Return the file of what a recipe trains by itself: plain LoRA."""
+    """Return the file of a recipe's default training: plain LoRA."""
     return RECIPES / recipe / "configs" / "base.yaml"
 
 
@@ -33,7 +33,7 @@ def method_file(recipe: str, method: str) -> Path:
 
 def methods_of(recipe: str) -> list[str]:
     """Return the methods that a recipe has configurations for."""
-    # LoRA has no overlay: it is what the base trains.
+    # LoRA has no overlay: the base trains it.
     names = {"lora"}
     for folder in (RECIPES / "configs", RECIPES / recipe / "configs"):
         names.update(path.stem for path in folder.glob("methods/*.yaml"))
@@ -41,9 +41,9 @@ def methods_of(recipe: str) -> list[str]:
 
 
 def settings_help(recipe: str) -> tuple[str, str]:
-    """Return texts for users: what comes before the list of all options in ``--help``, and the files there are.
+    """Return two texts for ``--help``: the one before the list of options, and the names of the configuration files.
 
-    The first one has what the recipe is, three commands, the settings that matter, and all of the model and the data.
+    The first describes the recipe, with three commands, the settings that matter, and all of the model and the data.
     """
     files: list[Path] = []
     for folder in (RECIPES / recipe, RECIPES / "configs"):
@@ -66,7 +66,7 @@ def _about(recipe: str) -> str:
 
 
 def _described(text: str, option: str) -> str:
-    """Return a line with an option, its default and its comment, as a text in YAML has them."""
+    """Return a line with an option, its default and its comment, read from a YAML text."""
     part, _, name = option.rpartition(".")
     section = text[text.index(f"\n{part.partition('.')[0]}") :]
     default, comment = re.findall(rf"\n +{name}: (\S+) # (.+)", section)[0]
@@ -76,7 +76,7 @@ def _described(text: str, option: str) -> str:
 def written_settings(saved: Path) -> dict[str, Any]:
     """Read all settings of a run, as LightningCLI has written them; empty if there are none.
 
-    They may be somebody else's: whoever gives them to a parser needs :func:`recipes.command_line.taken.taken`.
+    They may be somebody else's: before giving them to a parser, use :func:`recipes.command_line.taken.taken`.
 
     Args:
         saved: a checkpoint of the run, or the folder next to it: ``runs/.../version_N/checkpoints/NAME``.
@@ -89,7 +89,7 @@ def written_settings(saved: Path) -> dict[str, Any]:
 
 
 def listed(setting: Any) -> list[Any]:
-    """Return what a setting of the Trainer holds, as a list; one thing may be given in place of a list of it.
+    """Return a setting of the Trainer as a list; a single value may stand for a list of one.
 
     Example:
         >>> listed(None), listed("one"), listed(["one", "two"])
@@ -104,7 +104,7 @@ def methods_of_run(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the package's methods among the callbacks of a run, by name, with their arguments; none is plain LoRA.
 
     Args:
-        settings: as :func:`written_settings` gives them.
+        settings: the run's, as :func:`written_settings` returns them.
 
     Example:
         >>> callback = {"class_path": "lightning_flatlora.EFMLoRA", "init_args": {"rho": 0.1}}

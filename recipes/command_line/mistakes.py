@@ -1,4 +1,4 @@
-"""A mistake of the user's ends a command with its message, and without a traceback."""
+"""End a command on a user's mistake, with its message and without a traceback."""
 
 import sys
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from recipes.command_line.progress import without_hints
 
 @contextmanager
 def without_traceback() -> Iterator[None]:
-    """End the process with status 1 and a message where the settings or the data are wrong; for ``__main__``.
+    """End the process with status 1 and a message if the settings or the data are wrong; for ``__main__``.
 
-    What other libraries say in every run is silenced, see :func:`recipes.command_line.progress.without_hints`.
+    Routine messages of other libraries are silenced, see :func:`recipes.command_line.progress.without_hints`.
     """
     without_hints()
     try:
@@ -26,9 +26,9 @@ def without_traceback() -> Iterator[None]:
 
 
 def mistake_behind(error: BaseException | None) -> MisconfigurationException | None:
-    """Return the message for the user that an exception is, or was raised from; None where it is a defect of the code.
+    """Return the user's message in an exception or in one that it was raised from; None if it is a defect of the code.
 
-    jsonargparse raises a ValueError of many lines in place of what a class has raised.
+    jsonargparse replaces the exception that a class has raised by a ValueError of many lines.
 
     Example:
         >>> mistake_behind(ValueError("a defect")) is None

@@ -21,8 +21,8 @@ def model_card(base: str, lora: Any, run: dict[str, Any], task: str | None, libr
         base: the model that was trained on.
         lora: fields of its LoRA's configuration; None without an adapter.
         run: the run's settings, as LightningCLI writes them into ``config.yaml``; empty if they are not known.
-        task: the Hub's name of what the model does.
-        library: that loads the files: "peft" for the adapter itself, another one for a whole model.
+        task: the Hub's name of the model's task.
+        library: the one that loads the files: "peft" for the adapter itself, another one for a whole model.
     """
     methods = list(methods_of_run(run))
     if "rho" in (run.get("model", {}).get("init_args") or {}):
@@ -65,5 +65,5 @@ def _shown(value: Any) -> Any:
 
 
 def _is_on_hub(name: str) -> bool:
-    """Return whether a name looks like one of the Hub's, which are an owner and a name."""
+    """Return whether a name looks like one of the Hub's: an owner and a name."""
     return name.count("/") == 1 and not name.startswith((".", "~")) and not Path(name).exists()

@@ -1,4 +1,4 @@
-"""The command line of a program: its options are the fields of a dataclass, and their documentation is the help."""
+"""Command lines from dataclasses: the fields are the options, and their documentation is the help."""
 
 import json
 import sys
@@ -16,9 +16,9 @@ def parse_options(kind: type[Kind], arguments: Sequence[str] | None, prog: str, 
     Args:
         kind: a dataclass with an ``Attributes`` section in its docstring. A list of lists is an option that may be
             given several times.
-        arguments: of the command line; None takes the process's own.
-        prog: as the program is called.
-        description: for ``--help``.
+        arguments: the command line's; None takes the process's own.
+        prog: the program's name.
+        description: text for ``--help``.
     """
     parser = ArgumentParser(prog=prog, description=description)
     parser.add_class_arguments(kind, as_group=False)
@@ -29,12 +29,12 @@ def parse_options(kind: type[Kind], arguments: Sequence[str] | None, prog: str, 
 def parse_known_options(
     kind: type[Kind], arguments: Sequence[str] | None, prog: str, description: str | None
 ) -> tuple[Kind, list[str]]:
-    """Read a command line as :func:`parse_options`, of which other options are handed on to another program.
+    """Read a command line like :func:`parse_options`, and pass unknown options on to another program.
 
     A field without a default has no ``--`` in front of it.
 
     Returns:
-        The dataclass, and what is handed on.
+        The dataclass, and the arguments to pass on.
     """
     parser = ArgumentParser(prog=prog, description=description)
     parser.add_class_arguments(kind, as_group=False, as_positional=True)
@@ -43,7 +43,7 @@ def parse_known_options(
 
 
 def known_names(option: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Return the names that an option has been given, each once.
+    """Return the names given to an option, each once.
 
     Raises:
         SystemExit: one of them is not known.
@@ -83,7 +83,7 @@ def _split(kind: type, arguments: Sequence[str] | None) -> tuple[list[str], list
 
 
 def _groups(arguments: Sequence[str]) -> list[list[str]]:
-    """Return each option with the values that follow it, and before them what comes before the first option.
+    """Return each option with the values that follow it, preceded by the values before the first option.
 
     Example:
         >>> _groups(["table1", "--plan", "--seeds", "13", "21"])

@@ -1,4 +1,4 @@
-"""In which precision a device computes fast: one choice for recipes, demos, studies and tests."""
+"""Choose the precision that is fast on a device, in one place for recipes, demos, studies and tests."""
 
 import os
 from typing import Literal, cast, get_args
@@ -23,7 +23,7 @@ def fast_precision(accelerator: str = "auto") -> Precision:
     The device is asked, not timed: on a busy machine timings differ from run to run, and between the processes of a
     run. With AVX512_BF16 a product of bfloat16 took half of float32's time (an AMD EPYC, 192 and 512 rows); without it
     PyTorch computes bfloat16 up to 50 times slower than float32. On ARM nothing was measured.
-    The environment variable ``FLATLORA_PRECISION`` overrides the choice, for all that asks here.
+    The environment variable ``FLATLORA_PRECISION`` overrides the choice everywhere.
 
     Args:
         accelerator: as the Trainer takes it, "auto", "cpu", "gpu", "cuda" or "mps".

@@ -1,4 +1,4 @@
-"""How far long work has come: a bar in a terminal, and in a log a line every ten seconds."""
+"""Progress of long work: a bar in a terminal, and a line every ten seconds in a log."""
 
 import logging
 import sys
@@ -19,14 +19,14 @@ _HINTS = (
     ".*set_vital.*",
     "The `srun` command is available on your system but is not used",
     "Precision .* is not supported by the model summary",
-    "The dirpath has changed",  # of every run that goes on
+    "The dirpath has changed",  # in every resumed run
     r"\s*By default only one JsonargparseDeprecationWarning",
     r"\s*``instantiate_classes`` was deprecated",
     "The '.*_dataloader' does not have many workers",  # the recipes' own numbers suit their data
-    "Checkpoint directory .* exists and is not empty",  # of a run that comes back
+    "Checkpoint directory .* exists and is not empty",  # in a resumed run
 )
 _REMARKS = ("💡 Tip", "TPU available", "Loading `train_dataloader` to estimate", "Failed to load CPU gemm_4bit_forward")
-"""How the lines begin that others log in every run, and that tell its user nothing."""
+"""Beginnings of lines that other libraries log in every run and that are of no use to its user."""
 _FORM = "{desc}{n_fmt} of {total_fmt}, {elapsed}<{remaining}{postfix}"
 
 
@@ -36,18 +36,18 @@ def progress_bar(name: str) -> ProgressBar:
 
 
 def progress(what: str, total: int) -> Tqdm:
-    """Return a bar for other work, or its lines: a context in which ``update()`` counts what is done.
+    """Return a bar for other work, or its lines: a context in which ``update()`` counts the steps done.
 
     Args:
-        what: is being done.
-        total: its steps.
+        what: name of the work.
+        total: number of its steps.
     """
     kind = Tqdm if is_live() else Lines
     return kind(desc=f"{what}: ", total=total, file=sys.stdout)
 
 
 class Lines(Tqdm):
-    """A bar whose states are lines, one every ten seconds and one at the end, as a file can't be drawn over."""
+    """A bar printed as lines, one every ten seconds and one at the end, for files, which can't be redrawn."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         self._shown, self._shown_at = 0, monotonic()
@@ -55,7 +55,7 @@ class Lines(Tqdm):
 
     @override
     def reset(self, total: float | None = None) -> None:
-        self._shown = 0  # Lightning begins each epoch with it
+        self._shown = 0  # Lightning begins each epoch with a reset
         super().reset(total)
 
     @override
@@ -71,7 +71,7 @@ class ProgressLines(TQDMProgressBar):
     """Lightning's progress bar in lines.
 
     Args:
-        name: that begins each line, a method's for example.
+        name: begins each line, such as a method's name.
     """
 
     def __init__(self, name: str) -> None:
@@ -85,7 +85,7 @@ class ProgressLines(TQDMProgressBar):
 
 
 def without_hints() -> None:
-    """Silence what other libraries say in every run, and that tells its user nothing."""
+    """Silence messages that other libraries print in every run and that are of no use to its user."""
     for message in _HINTS:
         warnings.filterwarnings("ignore", message=message)
     # A logger's filter does not see the lines of others. Lightning's logger is that of its package imported last.
@@ -98,12 +98,12 @@ def _tells_something(record: logging.LogRecord) -> bool:
 
 
 def quiet() -> None:
-    """Silence in a demo also Lightning's remarks on devices."""
+    """Silence Lightning's remarks on devices too, for a demo."""
     without_hints()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 def is_live() -> bool:
-    """Return whether what is shown can be drawn over."""
+    """Return whether the output can be redrawn."""
     console = Console()
     return console.is_terminal or console.is_jupyter

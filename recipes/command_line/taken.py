@@ -1,4 +1,4 @@
-"""What of another run's settings may be taken over: a run's folder may come from somebody else.
+"""Choose which of another run's settings may be taken over: its folder may come from somebody else.
 
 Nothing is taken that chooses code other than the recipes', this package's and PyTorch's optimizers, or where files are
 written.
@@ -17,9 +17,9 @@ _CLASSES = re.compile(
     r"lightning_flatlora(\.\w+){1,3}|torch\.optim(\.\w+){1,2}|"
     r"lightning\.pytorch\.(callbacks\.ModelCheckpoint|cli\.ReduceLROnPlateau)"
 )
-"""The paths of the classes that are taken; of which kind each is, the parser checks."""
+"""The paths of the classes that are taken; the parser checks that each is of the right kind."""
 _WORDS = re.compile(r"([\w {}:=,+@-]|\.\d)*")
-"""Texts that are neither the path of a class nor that of a file, also after Lightning has put metrics into them."""
+"""Texts that are neither the path of a class nor that of a file, even after Lightning has put metrics into them."""
 _PLAIN = ("seed_everything", "method", "run_name", "optimizer", "lr_scheduler")
 _OF_MACHINE = ("strategy", "plugins", "profiler", "logger", "default_root_dir", "model_registry")
 """Settings of the Trainer that are never taken."""
@@ -33,10 +33,10 @@ _LOADER: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # reads all that t
 def taken(run: Settings) -> tuple[Settings, list[str]]:
     """Divide the settings of a run into those that may be taken over, and the names of the others.
 
-    What is never taken has no name there: ``weights_only``, and the Trainer's strategy, plugins, profiler and loggers.
+    Some are never taken and not named: ``weights_only``, and the Trainer's strategy, plugins, profiler and loggers.
 
     Args:
-        run: as LightningCLI has written them.
+        run: the settings as LightningCLI has written them.
     """
     found, others = _divided({name: run.get(name) for name in _PLAIN}, "", _is_plain)
     for name in ("model", "data"):
@@ -88,7 +88,7 @@ def _is_setting(name: str, value: Any) -> bool:
 def runs_no_code(value: Any) -> bool:
     """Return whether no parser, and neither transformers nor peft, imports code or writes files for a value.
 
-    A text that YAML reads as a list or a dict is refused, since the parser reads it so, too.
+    A text that YAML reads as a list or a dict is refused, since the parser does so too.
     """
     if isinstance(value, str):
         try:

@@ -1,1 +1,1 @@
-"""What the perturbation changes (``python -m recipes.demo``)."""
+"""Show what the perturbation changes (``python -m recipes.demo``)."""

@@ -1,7 +1,7 @@
-"""`make demo`: what EFMLoRA's perturbation changes, next to a change of LoRA that costs nothing, in one picture.
+"""`make demo`: one picture of what EFMLoRA's perturbation changes, next to a change of LoRA that costs nothing.
 
 Adapters of the uppermost layer of a small sentence encoder are trained on few examples, with LoRA, LoRA with dropout
-0.9, and EFMLoRA, at five learning rates and with four seeds. Two processes share the runs. What is finished is kept:
+0.9, and EFMLoRA, at five learning rates and with four seeds. Two processes share the runs. Finished runs are kept:
 after Ctrl-C the same command resumes.
 """
 
@@ -27,11 +27,11 @@ _WRITTEN = ("table.txt", "demo.png")
 
 
 def main(folder: Path = Path("runs/demo"), processes: int = 2) -> int:
-    """Run what is not there yet, and report; returns the exit status.
+    """Do the missing runs, and report; return the exit status.
 
     Args:
         folder: output folder.
-        processes: that share the runs, one thread each.
+        processes: number of processes that share the runs, one thread each.
     """
     begin_folder(folder, "results.jsonl", _WRITTEN)
     settings = Settings()
@@ -52,7 +52,7 @@ def main(folder: Path = Path("runs/demo"), processes: int = 2) -> int:
 
 
 def _done(results: Path, runs: list[DemoRun], processes: int) -> list[Row]:
-    """Do what is missing; the rows of all runs, in their order."""
+    """Do the missing runs, and return the rows of all, in order."""
     rows = {}
     for row in read(results):
         rows[_name(row)] = row
@@ -61,7 +61,7 @@ def _done(results: Path, runs: list[DemoRun], processes: int) -> list[Row]:
         performed: Iterable[Row]
         if processes > 1 and missing:
             start = multiprocessing.get_context("spawn")
-            # They end with this one, and Ctrl-C is this one's.
+            # They end with this process, which handles Ctrl-C.
             performed = stack.enter_context(start.Pool(processes, begin)).imap_unordered(perform, missing)
         else:
             begin()

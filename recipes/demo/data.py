@@ -1,4 +1,4 @@
-"""The batches of a training, and of an evaluation: short texts that share a row."""
+"""Batches for training and evaluation, in which short texts share a row."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,8 +20,8 @@ _EVAL_BATCH = 64
 def training_batches(
     examples: Sequence[Example], states: States, batch_size: int, steps: int, seed: int
 ) -> DataLoader[Batch]:
-    """Make a batch for each step, from passes over the examples in ever new random orders."""
-    # A generator only for the order, so that all methods see the same batches, however many random numbers they draw.
+    """Make a batch for each step, from passes over the examples, each in a new random order."""
+    # The order has its own generator: all methods see the same batches, however many random numbers they draw.
     generator = torch.Generator().manual_seed(seed)
     order = RandomSampler(range(len(examples)), num_samples=steps * batch_size, generator=generator)
     collate = partial(packed, states=states)
@@ -37,11 +37,11 @@ def evaluation_batches(examples: Sequence[Example], states: States) -> list[Batc
 
 
 def packed(examples: Sequence[Example], states: States) -> Batch:
-    """Make a batch in which short texts stand in one row, as long as the longest text, so that little is padding.
+    """Make a batch in which short texts share a row, as long as the longest text, so that there is little padding.
 
     Args:
         examples: n texts and their classes.
-        states: of the texts.
+        states: give the hidden states of a text.
 
     Returns:
         ``hidden`` (R, T, d), ``owners`` (R, T), the index of each token's text among the examples, -1 for padding, and

@@ -13,10 +13,10 @@ from recipes.offline import packaged
 
 
 class UpperLayers(nn.Module):
-    """The layers that are trained, on rows of tokens in which several texts may stand side by side.
+    """The layers that are trained, on rows of tokens that several texts may share.
 
     Args:
-        layers: of a BERT, with eager attention.
+        layers: a BERT's, with eager attention.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
@@ -46,12 +46,12 @@ class UpperLayers(nn.Module):
 class CutEncoder:
     """An encoder whose lower layers are computed once for each text and kept.
 
-    They are frozen and have no dropout. Each text is computed by itself, so that what is kept depends on nothing else.
+    They are frozen and have no dropout. Each text is computed by itself, so that its states depend on nothing else.
 
     Args:
         model: a BERT with eager attention and without dropout, see :func:`load_encoder`.
         tokenizer: its own.
-        frozen_layers: how many of its layers are kept from training.
+        frozen_layers: number of its layers that are not trained.
         length: tokens kept of a text.
     """
 
@@ -83,7 +83,7 @@ class CutEncoder:
 def load_encoder(frozen_layers: int, length: int) -> CutEncoder:
     """Load all-MiniLM-L6-v2, in float32; the arguments are those of :class:`CutEncoder`."""
     folder = packaged.minilm()
-    # Without the pooler, in whose place the mean over the tokens is taken. Eager attention is the fastest on such short
+    # Without the pooler, which the mean over the tokens replaces. Eager attention is the fastest on such short
     # texts: on a CPU the fused backward pass takes longer than all the rest of a layer.
     model = AutoModel.from_pretrained(
         folder,

@@ -1,4 +1,4 @@
-"""What is trained: the upper layers of an encoder with LoRA, and a new head."""
+"""The trained module: the upper layers of an encoder with LoRA, and a new head."""
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,13 +14,13 @@ _RANK = 8
 
 
 class TaskClassifier(RecipeModule):
-    """Classes of texts from the mean over the tokens.
+    """Classifies texts by the mean over their tokens.
 
     Args:
-        encoder: whose upper layers get LoRA.
+        encoder: the one whose upper layers get LoRA.
         classes: their number.
-        learning_rate: AdamW's at its highest.
-        dropout: on the adapter's input.
+        learning_rate: AdamW's highest learning rate.
+        dropout: probability, on the adapter's input.
     """
 
     validation_step = None  # type: ignore[assignment]  # Lightning warns of one without data

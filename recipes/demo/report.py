@@ -38,7 +38,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw the loss against the rate, and around the weights that each method's best rate has trained, as a PNG."""
+    """Draw the loss against the rate, and around the weights trained at each method's best rate, as a PNG."""
     figure = Figure(figsize=(10.5, 4), layout="constrained")
     rates, around = figure.subplots(1, 2)
     for arm in ARMS:
@@ -91,7 +91,7 @@ def _losses(rows: Sequence[Row], arm: str, rate: float) -> list[float]:
 def _best_rate(rows: Sequence[Row], arm: str) -> float:
     """Return the rate with the lowest mean loss."""
     means = {rate: estimate(_losses(rows, arm, rate)).mean for rate in RATES}
-    # One at which a run has diverged has no mean.
+    # A rate at which a run has diverged has no mean.
     return min(RATES, key=lambda rate: math.inf if math.isnan(means[rate]) else means[rate])
 
 

@@ -35,20 +35,20 @@ ARMS: dict[str, dict[str, Any]] = {LORA: {}, WITH_DROPOUT: {"dropout": 0.9}, EFM
 
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 SEEDS = (40, 41, 42, 43)
-"""Which have chosen neither dropout nor rho."""
+"""Seeds with which neither dropout nor rho was chosen."""
 
 DISTANCES = (0.0, 1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 20.0, 24.0, 28.0, 32.0)
-"""From the weights, along the steepest direction that B can express, in the full weights' units."""
+"""Distances from the weights, along the steepest direction that B can express, in the full weights' units."""
 
 
 class DemoRun(NamedTuple):
-    """One training.
+    """One training run.
 
     Attributes:
         arm: one of :data:`ARMS`.
-        rate: AdamW's at its highest.
-        seed: of the examples, the adapter's start, the order of the batches, and dropout.
-        settings: of the demo.
+        rate: AdamW's highest learning rate.
+        seed: for the examples, the adapter's start, the order of the batches, and dropout.
+        settings: the demo's.
     """
 
     arm: str
@@ -62,7 +62,7 @@ class DemoRun(NamedTuple):
 
 
 def begin() -> None:
-    """Prepare a process for runs; Ctrl-C is left to the first one, with which the others end."""
+    """Prepare a process for runs; only the first process handles Ctrl-C, and the others end with it."""
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     quiet()
@@ -74,9 +74,9 @@ def perform(run: DemoRun) -> Row:
 
     Returns:
         A JSON line: the run's key; ``validation_loss`` in nats; ``losses_around``, the validation loss at each of
-        :data:`DISTANCES`; and what the run took, where, and with which versions.
+        :data:`DISTANCES`; and the run's cost, machine and versions.
     """
-    gc.collect()  # the last run's models: their parts point at each other
+    gc.collect()  # frees the last run's models, whose parts refer to each other
     began = time.perf_counter()
     settings = run.settings
     encoder = kept(settings.frozen_layers, settings.length)

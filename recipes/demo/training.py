@@ -18,21 +18,21 @@ from recipes.offline import texts
 from recipes.training.module import BARE
 
 kept = cache(load_encoder)
-"""The encoder, loaded once in a process."""
+"""The encoder, loaded once per process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that decides a run besides its method, rate and seed.
+    """Everything that determines a run, apart from its method, rate and seed.
 
     Attributes:
-        task: of the packaged texts.
-        frozen_layers: of the encoder.
+        task: one of the packaged texts.
+        frozen_layers: number of the encoder's frozen layers.
         length: tokens kept of a text.
-        shots: training examples of a class.
-        steps: of training.
-        batch_size: texts of a step.
-        precision: of training.
+        shots: training examples per class.
+        steps: training steps.
+        batch_size: texts per step.
+        precision: Lightning's, for training.
     """
 
     task: str = "all_subjects"
@@ -45,8 +45,8 @@ class Settings:
 
 
 def on_one_thread() -> None:
-    """Leave the next core to another process, so that a run repeats bit for bit, and drop notices of the libraries."""
-    transformers.utils.logging.set_verbosity_error()  # of the pooler, which the encoder leaves out
+    """Leave the next core to another process, so that a run repeats bit for bit, and silence the libraries' notices."""
+    transformers.utils.logging.set_verbosity_error()  # silences those on the pooler, which the encoder leaves out
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
 
@@ -55,15 +55,15 @@ def trained(settings: Settings, encoder: CutEncoder, seed: int, config: Mapping[
     """Train a new adapter and head.
 
     Args:
-        settings: of the run.
-        encoder: whose upper layers get the adapter.
-        seed: of the examples, the adapter's start, the order of the batches, and dropout.
-        config: of the module, and ``rho`` if EFMLoRA is added.
+        settings: the run's.
+        encoder: the one whose upper layers get the adapter.
+        seed: for the examples, the adapter's start, the order of the batches, and dropout.
+        config: the module's arguments, and ``rho`` if EFMLoRA is added.
     """
     own = dict(config)
     rho = own.pop("rho", None)
     callbacks: list[L.Callback] = [] if rho is None else [EFMLoRA(rho)]
-    # Again for each training, so that all adapters of a seed begin with one A, and all heads alike.
+    # Again for each training, so that all adapters of a seed begin with the same A, and all heads alike.
     L.seed_everything(seed, verbose=False)
     module = TaskClassifier(encoder, len(texts.TASKS[settings.task].classes), **own)
     examples = texts.shots(settings.task, settings.shots, seed)

@@ -9,6 +9,6 @@ from recipes.report.run import main
 if __name__ == "__main__":
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # what is missing is checked here
+    transformers.utils.logging.set_verbosity_error()  # missing weights are checked here
     with without_traceback():
         main()

@@ -32,14 +32,14 @@ class Adapted:
     """A model that is ready to be measured: in evaluation mode, its factors trainable.
 
     Attributes:
-        label: of the adapter.
+        label: the adapter's.
         base: name or folder of the base model.
-        task: as peft calls it.
+        task: peft's name of it.
         model: base and adapter.
-        tokenizer: the adapter's own, where its folder holds one, else the base's.
-        pairs: of the factors.
-        noise: on the full weights.
-        left_out: what can't be perturbed, and why.
+        tokenizer: the adapter's own if its folder holds one, else the base's.
+        pairs: the adapter's pairs of factors.
+        noise: draws noise on the full weights.
+        left_out: layers that can't be perturbed, and why.
     """
 
     label: str
@@ -68,7 +68,7 @@ def load_adapter(folder: AdapterFolder, options: Options) -> Adapted:
     base, task = base_and_task(folder, options)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # which are checked here
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # checked here instead
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft on new transformers
             saved = load_peft_weights(str(folder.path), device="cpu")
             tokenizer = _tokenizer(folder, base)
@@ -80,7 +80,7 @@ def load_adapter(folder: AdapterFolder, options: Options) -> Adapted:
         if options.bits:
             check_roundable(search.pairs)
         noise = WeightNoise(model)
-    except Exception as error:  # the readers of safetensors and pickles have types of their own, derived from nothing
+    except Exception as error:  # the readers of safetensors and pickles raise types without a common base
         raise MisconfigurationException(
             f"--adapter {folder.path} on --base {base} can't be measured: {error!r:.400}"
         ) from error

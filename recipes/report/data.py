@@ -56,7 +56,7 @@ def mean_loss(adapted: Adapted, rows: Sequence[Row], options: Options) -> tuple[
 
     Args:
         adapted: the model.
-        rows: of the data.
+        rows: the data's.
         options: batch size and length.
 
     Returns:
@@ -126,7 +126,7 @@ def _encoded(
 
 
 def class_of(label: object, names: dict[str, int]) -> int:
-    """Find the number of a class, given as such or by the name that the model's configuration has for it.
+    """Find the number of a class, given as a number or by its name in the model's configuration.
 
     Raises:
         ValueError: there is no such class.

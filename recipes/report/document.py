@@ -1,4 +1,4 @@
-"""The report's folder: tables, pictures, and how all of it was measured."""
+"""Write the report's folder: tables, pictures, and how everything was measured."""
 
 import platform
 import re
@@ -19,12 +19,12 @@ _LIBRARIES = ("lightning-flatlora", "torch", "transformers", "peft")
 
 
 def write(results: Sequence[Measured], options: Options, command: str) -> None:
-    """Write the report, in place of one that is there.
+    """Write the report, replacing an earlier one.
 
     Args:
-        results: one an adapter.
-        options: of the report; its folder exists.
-        command: the command line, which goes into it.
+        results: one per adapter.
+        options: the report's; its folder exists.
+        command: the command line, to be shown in the report.
     """
     report, curves, surface, rounding, layers = [options.output / name for name in FILES]
     draw_curves(results, options, curves)

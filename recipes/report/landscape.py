@@ -25,13 +25,14 @@ class Landscape:
 
     Attributes:
         steps: distances along the adversarial direction in the weights' units, from -radius to radius, shape (points,).
-        adversarial: there, shape (points,).
+        adversarial: losses at these, shape (points,).
         shares: distances along random directions, from -sigma to sigma of ``||W0||_F``, shape (points,). At the
-            adversarial distances one would see nothing: hardly any part of a random direction matters.
-        random: there, shape (directions, points).
+            adversarial distances nothing would show, since hardly any part of a random direction matters.
+        random: losses at these, shape (directions, points).
         sigmas: sizes of the noise, relative to the rows' norms, from 0 to 2 sigma, shape (sizes,).
-        noise: under noise on the full weights, shape (directions, sizes).
-        surface: rows along a random direction, columns along the adversarial one, shape (points, points); or None.
+        noise: losses under noise on the full weights, shape (directions, sizes).
+        surface: losses on a plane, rows along a random direction, columns along the adversarial one, shape
+            (points, points); or None.
     """
 
     steps: Tensor
@@ -48,9 +49,9 @@ def measure_landscape(point: Point, noise: WeightNoise, norm: float, options: Op
 
     Args:
         point: the loss around the adapter.
-        noise: on the full weights.
-        norm: from :func:`lightning_flatlora.flatness.base_norm`.
-        options: how far, how many and which draws.
+        noise: draws noise on the full weights.
+        norm: the weights' norm, from :func:`lightning_flatlora.flatness.base_norm`.
+        options: distances, numbers of points and draws, and the seed.
 
     Returns:
         The :class:`Landscape`, after one forward pass for each of its numbers.
@@ -59,7 +60,7 @@ def measure_landscape(point: Point, noise: WeightNoise, norm: float, options: Op
     adversarial = adversarial_direction(point.perturbation, point.gradient)
     steps = 2 * max(options.rho) * torch.linspace(-1, 1, options.points, dtype=torch.float64)
     shares = torch.linspace(-options.sigma, options.sigma, options.points, dtype=torch.float64)
-    # Noise has no sign, so the sizes start at 0, where the middle of the other curves is.
+    # Noise has no sign, so the sizes start at 0, the middle of the other curves.
     sigmas = 2 * shares[options.points // 2 :]
     seeds = [derived_seed(options.seed, index) for index in range(options.directions)]
     surface = None

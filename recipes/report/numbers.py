@@ -1,4 +1,4 @@
-"""The measures of one adapter, as the report's numbers, and all that is kept of it after its model was deleted."""
+"""The measures of one adapter, as the report's numbers, and all that is kept once its model is deleted."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from recipes.report.landscape import Landscape
 from recipes.report.options import Options
 
 UNITS = {"CAUSAL_LM": "nats per token", "SEQ_CLS": "nats per example"}
-"""Of the loss, by the adapter's task."""
+"""Units of the loss, by the adapter's task."""
 
 LOSS = "loss"
 NORM = "norm of the adapted weights ‖W0‖"
@@ -26,12 +26,12 @@ def sam_name(rho: float) -> str:
 
 
 class Quantity(NamedTuple):
-    """A number with its unit, and its standard error or its range over the layers where it has one.
+    """A number with its unit, and its standard error or its range over the layers if it has one.
 
     Attributes:
-        name: what is measured.
-        unit: of the number; empty where it has none.
-        value: the number, or the median over the layers (of an even number the lower of the middle two).
+        name: the measure's name.
+        unit: the number's; empty if it has none.
+        value: the number, or the median over the layers (the lower of the middle two if their number is even).
         error: standard error over random draws.
         span: smallest and largest over the layers.
     """
@@ -61,11 +61,11 @@ class Measured:
 
     Attributes:
         label: its name.
-        unit: of the loss.
-        about: what it is, by the heads of a table's columns.
+        unit: the loss's.
+        about: facts about it, by the heads of a table's columns.
         quantities: the instruments' numbers.
         landscape: losses around it.
-        left_out: what could not be perturbed, and why.
+        left_out: layers that could not be perturbed, and why.
         rounding: losses and layers from :func:`recipes.report.rounding.measure_rounding`; empty without --bits.
     """
 
@@ -83,12 +83,12 @@ class Measured:
 
 
 def measure_numbers(point: Point, unit: str, options: Options) -> Iterator[Quantity]:
-    """Measure every number of the report, in its order, one after the other.
+    """Measure the report's numbers one by one, in its order.
 
     Args:
         point: the loss around the adapter, with noise.
-        unit: of the loss.
-        options: which numbers, and their radii in place of the point's.
+        unit: the loss's.
+        options: which numbers to measure, and radii to use instead of the point's.
 
     Yields:
         The quantities.

@@ -1,4 +1,4 @@
-"""The options of the report's command line, and what is wrong with them."""
+"""The options of the report's command line, and their checks."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class AdapterFolder:
 
     Attributes:
         label: its name in tables and pictures.
-        path: of the folder.
+        path: the folder's.
     """
 
     label: str
@@ -47,24 +47,24 @@ class Options:
     Attributes:
         adapter: [LABEL=]FOLDER, one or more, as peft's save_pretrained or AdapterCheckpoint write them; of causal
             language models and of sequence classifiers.
-        data: a .jsonl, .json, .csv or .parquet file, or whatever else `datasets` reads. Columns: text; prompt and
+        data: a .jsonl, .json, .csv or .parquet file, or anything else that `datasets` reads. Columns: text; prompt and
             completion; or messages (through the chat template; loss on the assistant's tokens). Classifiers: text and
             label.
         base: name on the Hub or folder of the base model; by default the one that each adapter names.
-        output: folder of the report, for nothing else; an earlier report in it is replaced.
+        output: folder for the report only; an earlier report in it is replaced.
         rho: radii of SAM's ball, ||s E A|| in the weights' units; pictures go to twice the largest. Take those that
-            you train with: what is small depends on the model and on how many layers are adapted.
-        sigma: noise on the weights, relative to their rows' norms; pictures go to twice that, and to once that, of the
-            norm of all weights, along random directions.
-        points: points of a curve and of each side of the surface; odd.
+            you train with: which radii are small depends on the model and on the number of adapted layers.
+        sigma: noise on the weights, relative to their rows' norms; pictures go to twice that, and along random
+            directions to sigma times the norm of all weights.
+        points: points per curve and per side of the surface; odd.
         directions: random directions in each mean and band.
         samples: draws for expected sharpness and the Hessian's trace.
-        examples: how many of the data, drawn with the seed.
+        examples: number of examples, drawn from the data with the seed.
         batch_size: examples at once; it changes memory, not results.
         max_length: tokens kept of an example.
         chat_template: file of a Jinja template for messages; by default the tokenizer's own.
-        seed: of examples, directions and draws.
-        dtype: of the base; bfloat16 rounds away small rises.
+        seed: for examples, directions and draws.
+        dtype: the base's; bfloat16 rounds away small rises.
         curvature: measure the Hessian, in about the time of 100 points.
         surface: draw the loss over a plane, by points x points evaluations.
         bits: numbers of bits from 2 to 24, as in --bits 8 4 3 2: measure the loss after rounding the adapted weights to
@@ -124,8 +124,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     """Parse a command line.
 
     Raises:
-        MisconfigurationException: something is wrong with it.
-        SystemExit: for --help, and for what jsonargparse refuses.
+        MisconfigurationException: an option is wrong.
+        SystemExit: for --help, and for arguments that jsonargparse refuses.
     """
     description = "How flat is the loss around finished LoRA adapters? Writes report.md, curves.png and surface.png."
     return parse_options(Options, arguments, "python -m recipes.report", description)

@@ -1,4 +1,4 @@
-"""The landscapes as pictures: curves of all adapters in one, surfaces side by side."""
+"""The landscapes as pictures: curves of all adapters in one picture, surfaces side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ _STYLES = ["o-", "s--", "^-.", "v:", "x:"]
 
 
 def draw_curves(results: Sequence[Measured], options: Options, path: Path) -> None:
-    """Draw the loss's rise along the adversarial direction, random ones and under noise, a line per adapter."""
+    """Draw the loss's rise along the adversarial direction, along random ones, and under noise, a line per adapter."""
     figure = Figure(figsize=(15, 5.2), layout="constrained")
     panels = figure.subplots(1, 3)
     for index, result in enumerate(results):
@@ -46,7 +46,7 @@ def draw_curves(results: Sequence[Measured], options: Options, path: Path) -> No
 def draw_surfaces(results: Sequence[Measured], path: Path) -> None:
     """Draw the loss's rise on a plane through each adapter, with the same levels for all, as a PNG."""
     rises = [r.landscape.surface - r.value(LOSS) for r in results if r.landscape.surface is not None]
-    # The same levels for all, or the surfaces could not be compared.
+    # Otherwise the surfaces could not be compared.
     levels = MaxNLocator(_LEVELS).tick_values(*(float(edge) for edge in torch.stack(rises).aminmax()))
     figure = Figure(figsize=(5 * len(rises) + 1.2, 4.8), layout="constrained")
     grid = figure.subplots(1, len(rises), squeeze=False, sharex=True, sharey=True)

@@ -1,4 +1,4 @@
-"""What a finished adapter survives: rounding to a few bits, before or after it is merged into its base."""
+"""How a finished adapter withstands rounding to a few bits, before or after it is merged into its base."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +32,7 @@ def check_roundable(pairs: Iterable[LoRAPair]) -> None:
     """Refuse an adapter that can't be rounded and merged here.
 
     Raises:
-        ValueError: the message says which layer can't be, and why.
+        ValueError: with the layer that can't be, and why.
     """
     for pair in pairs:
         for layer in pair.layers:
@@ -40,7 +40,7 @@ def check_roundable(pairs: Iterable[LoRAPair]) -> None:
 
 
 def _base(layer: Any, name: str) -> tuple[Tensor, ParameterRef, bool]:
-    """Return a layer's W0 (..., n, m), float32 or wider, where it is read, and whether it is stored transposed."""
+    """Return a layer's W0 (..., n, m), float32 or wider, and whether it is stored transposed."""
     module = layer.get_base_layer()
     ref = ParameterRef(module, getattr(layer, "parameter_name", "weight"))
     is_known = isinstance(layer, ParamWrapper) or isinstance(module, nn.Linear | nn.Embedding | Conv1D)
@@ -87,7 +87,7 @@ def measure_rounding(loss: Loss, pairs: Sequence[LoRAPair], all_bits: Iterable[i
 
     Args:
         loss: the mean over the examples.
-        pairs: of the adapter, which have passed :func:`check_roundable`.
+        pairs: the adapter's, which have passed :func:`check_roundable`.
         all_bits: the numbers of bits.
 
     Returns:
@@ -114,7 +114,7 @@ def _loss(loss: Loss, pairs: Iterable[LoRAPair], way: str, near: Callable[[Tenso
 
 
 def _read_instead(pair: LoRAPair, way: str, near: Callable[[Tensor], Tensor]) -> Iterator[tuple[ParameterRef, Tensor]]:
-    """Yield which parameters are read otherwise in one of the ways, and what is read."""
+    """Yield the parameters that one of the ways replaces, with their replacements."""
     if way != FACTORS:
         for layer in pair.layers:
             weight, ref, is_transposed = _base(layer, pair.name)

@@ -1,4 +1,4 @@
-"""From a command line to a report."""
+"""Turn a command line into a report."""
 
 import shlex
 import sys
@@ -23,10 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the report that a command line asks for.
 
     Args:
-        arguments: of the command line; None takes the process's own.
+        arguments: the command line's; None takes the process's own.
 
     Raises:
-        MisconfigurationException: for a mistake of the user's, before anything is written.
+        MisconfigurationException: for a user's mistake, before anything is written.
     """
     command = ["python", "-m", "recipes.report", *(sys.argv[1:] if arguments is None else arguments)]
     options = parse(arguments)
@@ -46,7 +46,7 @@ def measure(options: Options) -> list[Measured]:
     for folder in options.adapters:
         _, task = base_and_task(folder, options)
         columns_for(task, rows)
-    # Loaded to see that they fit, before hours of measuring; the first one is loaded for that anyway.
+    # Loaded to see that they fit, before hours of measuring; the first one is loaded to be measured anyway.
     for folder in options.adapters[1:]:
         mean_loss(load_adapter(folder, options), rows, options)
     return [_measure_one(folder, rows, options) for folder in options.adapters]

@@ -1,7 +1,7 @@
-"""`python -m recipes.reproduce TABLE`: one of the paper's tables, with what is published.
+"""`python -m recipes.reproduce TABLE`: one of the paper's tables, next to the published figures.
 
-Each run is its own process, and what is finished is kept: the same command resumes after a stop. Options that are
-not listed here go to every run, as they would to the recipe's `fit`, for example `--model.model /models/roberta`.
+Each run is its own process, and finished runs are kept: the same command resumes after a stop. Options that are
+not listed here are passed to every run's `fit`, for example `--model.model /models/roberta`.
 """
 
 import sys
@@ -28,16 +28,16 @@ from recipes.studies.queue import Queue, begin_runs, file_storage, open_study, s
 
 @dataclass
 class Options:
-    """What is run.
+    """Options of the command.
 
     Attributes:
         table: table1 to table6, or table1_offline, which needs no download.
         plan: print runs, steps and downloads, and start nothing.
-        methods: of lora, efmlora, fmlora, lora_sam, flat_lora, nbar, obar; by default those of the table.
-        tasks: by default all of the table.
-        seeds: by default those of the table.
-        protocol: tuned chooses learning rate and rho on validation data; paper takes the learning rate of the paper's
-            protocol, and chooses only a rho that the paper does not state.
+        methods: any of lora, efmlora, fmlora, lora_sam, flat_lora, nbar, obar; by default the table's.
+        tasks: by default all of the table's.
+        seeds: by default the table's.
+        protocol: tuned chooses learning rate and rho on validation data; paper takes the paper's learning
+            rate, and chooses rho only if the paper does not state it.
         folder: output folder, which all workers share; by default runs/reproduce/TABLE.
         storage: URL of an Optuna storage for workers on several machines; by default a file in the folder.
         study: the study's name in the storage; by default the table's.
@@ -58,14 +58,14 @@ class Options:
         self.methods = known_names("--methods", self.methods, METHODS) or list(table.methods)
         self.tasks = known_names("--tasks", self.tasks, table.tasks) or list(table.tasks)
         self.seeds = list(dict.fromkeys(self.seeds or table.seeds))
-        # A seed that has chosen the settings would favour them in the test.
+        # The seed that chose the settings would favour them in the test.
         if table.tuning_seed in self.seeds:
             raise SystemExit(f"--seeds: seed {table.tuning_seed} chooses the settings, so it can't be used for testing")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing and print the table; returns the exit status."""
-    # What is not one of these options is meant for the recipe, whose own parser refuses what is wrong.
+    """Do the missing runs and print the table; return the exit status."""
+    # Other options are meant for the recipe, whose own parser checks them.
     options, more = parse_known_options(Options, arguments, "python -m recipes.reproduce", __doc__)
     folder = options.folder or Path("runs/reproduce") / options.table
     study = _study(options, folder, more)
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return failure.status
     print(_write_table(folder, plan))
     print(f"Runs and table.md are in {folder}")
-    # Another worker, which has more memory perhaps, may have done a run since.
+    # Another worker, perhaps with more memory, may have done a failed run since.
     failed = dict.fromkeys(f"  {run.name}" for run in plan.failed if plan.queue.find(run) is None)
     if failed:
         print("Failed, with the error above; the same command tries them again:", *failed, sep="\n")
@@ -101,7 +101,7 @@ def _study(options: Options, folder: Path, more: list[str]) -> Study:
         return study_so_far(options.storage or in_folder, name)
     folder.mkdir(parents=True, exist_ok=True)
     if not any((folder / task).exists() for task in TABLES[options.table].tasks):
-        set_aside(folder / "table.md")  # of somebody else
+        set_aside(folder / "table.md")  # somebody else's
     decided = {"precision": fast_precision(option(more, "--trainer.accelerator") or "auto")}
     study = open_study(options.storage or file_storage(folder), name, "max", {"options": more}, decided)
     begin_runs(folder, {"options": more, "precision": study.user_attrs["precision"]})

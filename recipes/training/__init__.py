@@ -1,1 +1,1 @@
-"""What the LightningModules of all recipes have in common."""
+"""The common parts of all recipes' LightningModules."""

@@ -1,16 +1,16 @@
-"""A model that has diverged is never right."""
+"""Count a diverged model's predictions as wrong."""
 
 import torch
 from torch import Tensor, nn
 
 
 def wrong_where_nan(scores_nc: Tensor, label_n: Tensor) -> Tensor:
-    """Return scores in which a row that holds a NaN is sure of a wrong class, since argmax would take the first one.
+    """Return scores in which a row with a NaN chooses a wrong class, since argmax would take the first NaN.
 
     Infinite scores stay as they are: they still have an order.
 
     Args:
-        scores_nc: of each class, the higher the better, (N, C); C is 2 or more.
+        scores_nc: each class's score, the higher the better, (N, C); C is 2 or more.
         label_n: the right classes, (N,).
 
     Returns:

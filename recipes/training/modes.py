@@ -8,9 +8,9 @@ from torch import nn
 
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Keep a network in evaluation mode inside; afterwards each of its parts has the mode that it had."""
+    """Keep a network in evaluation mode inside; afterwards each part gets back its own mode."""
     with ExitStack() as stack:
-        # Of each part, since frozen batch norms are in evaluation mode while the rest trains.
+        # For each part, since frozen batch norms are in evaluation mode while the rest trains.
         for part in net.modules():
             stack.callback(setattr, part, "training", part.training)
         net.eval()

@@ -1,4 +1,4 @@
-"""What the LightningModules of all recipes do alike."""
+"""The base class of all recipes' LightningModules."""
 
 import math
 import reprlib
@@ -28,14 +28,14 @@ from recipes.training.sharding import check_strategy, shard
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 
 BARE: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-"""Arguments of a Trainer for programs that keep what they need themselves."""
+"""Arguments of a Trainer for programs that write their own results."""
 _SCHEDULE = "--lr_scheduler"
 _FEW = 20
-"""Optimizer steps, below which a fit warns that these are few."""
+"""A fit with fewer optimizer steps warns that these are few."""
 
 
 def refuse_paths_outside(checkpoint: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose savers name files that are not of its run, and which they would delete.
+    """Refuse a checkpoint whose savers name, and would delete, files outside its run.
 
     Raises:
         MisconfigurationException: there is such a path.
@@ -52,31 +52,31 @@ def refuse_paths_outside(checkpoint: dict[str, Any]) -> None:
 
 
 class RecipeModule(L.LightningModule):
-    """A model with LoRA: its training by a loss, and validation and test, which are the same under two names.
+    """A model with LoRA, trained with a loss; validation and test are the same under two names.
 
     A recipe defines :meth:`load_net`, :meth:`loss`, :meth:`evaluate` and :meth:`log_evaluation`. It trains with AdamW
-    and a schedule that spans the run, or what was chosen instead, and clips by norm under FSDP1 too.
+    and a schedule that spans the run, unless others are chosen, and clips by norm under FSDP1 too.
 
     Args:
         learning_rate: AdamW's largest learning rate.
         weight_decay: AdamW's, on what is trained.
-        betas: AdamW's, of its averages of the gradient and of the gradient's square.
-        eps: AdamW's, which is added to the root of the average square.
+        betas: AdamW's decay rates for the averages of the gradient and of its square.
+        eps: AdamW's, added to the root of the average square.
         schedule: the learning rate after warm-up: "linear" or "cosine" to 0, or "constant_with_warmup".
         warmup_steps: optimizer steps over which the learning rate rises from 0.
-        warmup_share: the same as a share of the run's steps; the longer of the two counts.
-        kwargs: of the next class; a recipe's module may stand before an FMLoRAModule.
+        warmup_share: warm-up as a share of the run's steps; the longer of the two counts.
+        kwargs: passed to the next class; a recipe's module may come before an FMLoRAModule.
 
     Attributes:
         net: the model, which :meth:`configure_model` loads.
         lora: fields of peft's LoraConfig.
         quantization: the format of the frozen weights.
-        writer: what writes the file of predictions; None where nothing is predicted.
-        task: the Hub's name of what the model does.
+        writer: writes the file of predictions; None if nothing is predicted.
+        task: the Hub's name of the model's task.
         adapter_card: what AdapterCheckpoint writes as README.md next to the adapter; None leaves that to peft.
-        chosen_optimizer: in place of AdamW, as LightningCLI gives it: ``class_path`` and ``init_args``. It gets the
+        chosen_optimizer: replaces AdamW, as LightningCLI gives it: ``class_path`` and ``init_args``. It gets the
             same parameters; ``learning_rate``, ``weight_decay``, ``betas`` and ``eps`` have no effect then.
-        chosen_scheduler: in place of the recipe's schedule, in the same form; LightningCLI's are stepped once an epoch.
+        chosen_scheduler: replaces the recipe's schedule, in the same form; LightningCLI has it stepped every epoch.
     """
 
     lora: Any = None
@@ -87,7 +87,7 @@ class RecipeModule(L.LightningModule):
     chosen_optimizer: Any = None
     chosen_scheduler: Any = None
     _cut: Any = None
-    """The fit loop's state at the step in whose epoch the run was told to stop."""
+    """The fit loop's state at the step at which the run was stopped within an epoch."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class RecipeModule(L.LightningModule):
             shard(self.net, self.device_mesh["data_parallel"])
 
     def must_fit(self) -> dict[str, Any]:
-        """Return what has to be as it was in a checkpoint's run, by the words for it; known once the model is there."""
+        """Return, by name, what must match a checkpoint's run; known once the model is loaded."""
         return {}
 
     @override
@@ -162,7 +162,7 @@ class RecipeModule(L.LightningModule):
         self._tell_size(steps)
 
     def _tell_size(self, steps: float) -> None:
-        """Print how many optimizer steps the run has, and examples the parts of its data; warn of few steps."""
+        """Print the number of optimizer steps and of examples in each part of the data; warn of few steps."""
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ResumableData) and self.trainer.is_global_zero:
             rank_zero_info(f"Data: {data.sizes()}")
@@ -181,13 +181,13 @@ class RecipeModule(L.LightningModule):
         self._cut = deepcopy(self.trainer.fit_loop.state_dict()) if is_cut else None
 
     def recipe_schedule(self, optimizer: Optimizer) -> LRScheduler:
-        """Return the schedule if none was chosen, which is stepped with every optimizer step."""
+        """Return the default schedule, which is stepped with every optimizer step."""
         steps = self.optimizer_steps()
         warmup_steps = max(self.warmup_steps, math.ceil(self.warmup_share * steps))
         return cast("LRScheduler", get_scheduler(self.schedule, optimizer, warmup_steps, steps))
 
     def parameter_groups(self) -> list[Any]:
-        """Return what the optimizer gets: trained parameters, or groups of them."""
+        """Return the trained parameters for the optimizer, or groups of them."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def new_optimizer(self) -> Optimizer:
@@ -229,7 +229,7 @@ class RecipeModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         model = self.trainer.strategy.model
-        # A rank holds a part of the gradients: it can limit each value by itself, but does not know the norm of all.
+        # A rank holds part of the gradients: it can clip each value, but does not know the norm of all.
         if isinstance(model, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm != "value":
             model.clip_grad_norm_(gradient_clip_val)  # over all ranks; Lightning refuses it
         else:
@@ -242,7 +242,7 @@ class RecipeModule(L.LightningModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["must_fit"] = self._all_that_must_fit()
         if self._cut is not None:
-            # By max_time, after which Lightning counts the epoch as done: resuming would leave out the rest of it.
+            # After a stop by max_time Lightning counts the epoch as done: resuming would leave out the rest of it.
             checkpoint["loops"]["fit_loop"] = self._cut
 
     @override
@@ -254,7 +254,7 @@ class RecipeModule(L.LightningModule):
         """
         super().on_load_checkpoint(checkpoint)
         refuse_paths_outside(checkpoint)
-        if self._trainer is None:  # without a Trainer there are no data, and so no classes
+        if self._trainer is None:  # without a Trainer there is no data, and so no classes
             return
         now = self._all_that_must_fit()
         differences = []
@@ -300,7 +300,7 @@ class RecipeModule(L.LightningModule):
 
 
 def _difference(before: Any, now: Any) -> str:
-    """Return two values in short; of lists what only one of them has, unless they differ in their order.
+    """Return two values in short; for lists only the elements that differ, unless only their order does.
 
     Example:
         >>> _difference(["cat", "dog", "fish"], ["cat", "bird", "fish"])

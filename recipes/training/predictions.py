@@ -1,4 +1,4 @@
-"""Where a run leaves its files, and the file of what it predicts."""
+"""A run's folder, and its file of predictions."""
 
 import csv
 import json
@@ -14,23 +14,23 @@ from recipes.training.ranks import gathered
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """Return where a run leaves its files. Every rank has to ask: they agree on it then."""
+    """Return a run's folder. Every rank must call this, so that all agree on it."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 class PredictionWriter(L.Callback):
-    """Write what is predicted of each example into the run's folder: all ranks' into one file, in the examples' order.
+    """Write the predictions of all ranks into one file in the run's folder, in the examples' order.
 
     A batch holds ``indices``, its examples' numbers from 0, and a predict_step returns a mapping for each. The file
-    grows with each batch, so that a stop loses none of it.
+    grows with each batch, so that a stopped run loses none of it.
 
     Args:
-        name: of the file; .jsonl or .csv.
-        examples: what to call them when the file is written, such as "images".
+        name: the file's; it ends in .jsonl or .csv.
+        examples: word for them in the final message, such as "images".
         shows: print each prediction, a mapping with ``prompt`` and ``answer``.
 
     Raises:
-        MisconfigurationException: another ending.
+        MisconfigurationException: the name ends otherwise.
     """
 
     def __init__(self, name: str, examples: str, shows: bool = False) -> None:

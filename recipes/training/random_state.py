@@ -14,13 +14,13 @@ from recipes.training.ranks import gathered, rank
 class RandomState(Callback):
     """Save the states of Python's, NumPy's and PyTorch's generators in checkpoints and put them back on resume.
 
-    Lightning does neither. With a data loader that can resume (torchdata's ``StatefulDataLoader``) and draws from a
-    generator of its own, a run resumed in mid-epoch equals the uninterrupted one bit for bit, dropout included.
-    Each process saves its own and gets it back; on another number of processes they share what there is.
+    Lightning does neither. With a data loader that can resume (torchdata's ``StatefulDataLoader``) and draws from its
+    own generator, a run resumed in mid-epoch equals the uninterrupted one bit for bit, dropout included.
+    Each process saves its own and gets it back; on another number of processes they share the saved ones.
     """
 
     def __init__(self) -> None:
-        # Put back only when training starts, because what happens before that draws numbers too.
+        # Put back only when training starts, because the setup before that draws numbers too.
         self._loaded: dict[str, Any] | None = None
 
     @override
@@ -59,7 +59,7 @@ def collect_random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Put back what :func:`collect_random_state` gave; devices that are not here are passed over."""
+    """Put back what :func:`collect_random_state` gave; missing devices are skipped."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"].cpu())

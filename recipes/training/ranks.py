@@ -1,4 +1,4 @@
-"""Which process of a run this is, and what the others hold."""
+"""This process's index within a run, and the values of the others."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 
 def gathered(value: Any) -> list[Any]:
-    """Return every process's value, in rank order, on each of them; all have to call it.
+    """Return every process's value, in rank order, on each of them; all must call it.
 
     Example:
         >>> gathered("alone")

@@ -19,12 +19,12 @@ _METHODS = ("generate", "encode_image", "encode_text")
 
 
 class FSDP2(ModelParallelStrategy):
-    """Lightning's strategy for FSDP2, over all devices of all nodes, whatever their number; one file a checkpoint.
+    """Lightning's strategy for FSDP2, over all devices of any number of nodes, with one file per checkpoint.
 
     ModelParallelStrategy's own defaults would split each layer over the devices of a node (tensor parallelism) instead.
 
     Args:
-        process_group_backend: "nccl" or "gloo"; None takes the device's.
+        process_group_backend: "nccl" or "gloo"; None takes the device's default.
     """
 
     def __init__(self, process_group_backend: str | None = None) -> None:
@@ -42,23 +42,23 @@ class FSDP2(ModelParallelStrategy):
 class BlocksAndFactors:
     """FSDP1's ``auto_wrap_policy``: each transformer block is a unit, and each trained layer inside it another.
 
-    FSDP1 flattens a unit into one tensor: it has to be of one dtype, and where a part of it is trained, the frozen part
-    gets a gradient too. With the adapter's factors apart the frozen base keeps its own dtype, and no gradient.
+    FSDP1 flattens a unit into one tensor: it must be of one dtype, and if a part of it is trained, the frozen part
+    gets a gradient too. With separate units for the adapter's factors the frozen base keeps its dtype and no gradient.
     """
 
     def __init__(self) -> None:
         self._blocks: set[int] = set()
 
     def __call__(self, module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-        """Answer FSDP on its way down from the root: whether to descend into a module, and whether to wrap it."""
-        # Only the model around a block says that it is one, and FSDP asks about that model first: hence the set.
+        """Tell FSDP, on its way down from the root, whether to descend into a module and whether to wrap it."""
+        # Only the model around a block names it as one, and FSDP asks about that model first: hence the set.
         self._blocks |= {id(block) for block in blocks(module)}
         is_trained_layer = any(p.requires_grad for p in module.parameters(recurse=False))
         return recurse or id(module) in self._blocks or is_trained_layer
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the transformer blocks inside: what transformers does not split, open_clip's and timm's blocks."""
+    """Return the transformer blocks inside: modules that transformers does not split, open_clip's and timm's blocks."""
     names: set[str] = set()
     stacked: set[int] = set()
     for module in model.modules():
@@ -83,7 +83,7 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> None:
     for block in reversed(blocks(net)):  # FSDP2 wants inner modules first
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
-    for method in _METHODS:  # they bypass the forward of `net`, which gathers what is in no block, such as embeddings
+    for method in _METHODS:  # they bypass `net`'s forward, which gathers parameters outside blocks, such as embeddings
         if hasattr(net, method):
             register_fsdp_forward_method(net, method)
 
@@ -94,7 +94,7 @@ def is_sharded(net: nn.Module) -> bool:
 
 
 def check_strategy(strategy: Strategy, quantization: str | None = None, lora: dict[str, Any] | None = None) -> None:
-    """Refuse what can't be sharded, before the model is loaded.
+    """Refuse, before the model is loaded, settings that can't be sharded.
 
     Raises:
         MisconfigurationException: with the remedy.

@@ -1,4 +1,4 @@
-"""How long each training step takes, without its data's loading."""
+"""Time each training step, without the loading of its data."""
 
 import statistics
 import time
@@ -12,10 +12,10 @@ from typing_extensions import override
 
 
 class StepTimes(L.Callback):
-    """Seconds from each batch's start to its end, when the device is idle; training ends with the median's line.
+    """Measures each batch from its start until the device is idle again; prints the median after training.
 
     Attributes:
-        seconds: of all steps so far, those before a resume included.
+        seconds: one per batch so far, including those before a resume.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class StepTimes(L.Callback):
 
 
 def idle_time(device: torch.device) -> float:
-    """Return the time in seconds when a device has done all that was asked of it."""
+    """Return the time in seconds, once a device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,11 +1,11 @@
-"""Is the perturbation worth it for your own run? One search with EFMLoRA and one without, and a sentence.
+"""Is the perturbation worth it for your own run? One search with EFMLoRA, one without, and an answer.
 
 Give the recipe's name and the options of its `fit`. Both searches have as many trials of learning rate, dropout, rank
-and, in classification, the head's rate; one of them may also choose rho. The best third of the trials is run with two
-more seeds, and the winner of each side with fresh ones; if the winners differ in more than rho, so is LoRA with the
-other winner's settings. Trials that do worse than most end early. Each run is its own process, and what is finished is
-kept in an Optuna study: start the command as often as you like, also on other machines with --storage, and after Ctrl-C
-the same command resumes. The end is a table, a picture, the settings of the winner, and the answer. Example: python -m
+and, in classification, the head's rate; one of them may also choose rho. The best third of the trials is repeated with
+two more seeds, and the winner of each side with fresh ones, as is LoRA with EFMLoRA's settings if they differ in more
+than rho. Trials that do worse than most end early. Each run is its own process; finished runs are kept in an Optuna
+study: start the command as often as you like, also on other machines with --storage; after Ctrl-C the same command
+resumes. It ends with a table, a picture, the winner's settings, and the answer. Example: python -m
 recipes.tune classification --budget 20 --data.dataset my.csv --model.model NAME --trainer.max_epochs 3
 """
 
@@ -36,8 +36,8 @@ from recipes.tune.verdict import table_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is not there yet; write the results; returns the exit status."""
-    # What is not one of these options is meant for `fit`, whose own parser refuses what is wrong.
+    """Do the missing runs and write the results; return the exit status."""
+    # Other options are meant for `fit`, whose own parser checks them.
     given = list(sys.argv[1:] if arguments is None else arguments)
     given = ["--prune=false" if argument == "--no-prune" else argument for argument in given]
     options, more = parse_known_options(Options, given, "python -m recipes.tune", __doc__)
@@ -73,7 +73,7 @@ def _write(search: Search) -> None:
 
 
 def _one_more_hour(search: Search, found: Answer) -> str:
-    """Return what one more hour of one worker would buy, or as many as a seed of all winners takes."""
+    """Say what one more hour of a worker would buy, or the hours that one more seed of all winners takes."""
     hours = max(1, math.ceil(search.seconds_of_a_run() * len(found.configs) / 3600))
     runs = hours * 3600 / search.seconds_of_a_run()
     offers = []
@@ -85,7 +85,7 @@ def _one_more_hour(search: Search, found: Answer) -> str:
             f"--fresh {seeds}, by which the interval would shrink from ± {now.interval:.3g} to about "
             f"± {then.interval:.3g}"
         )
-    # A third of the trials is run with two more seeds.
+    # A third of the trials run with two more seeds.
     budget = min(search.options.budget + int(runs * 3 / 5), 2 * size(search.space_of(WITH)))
     if budget > search.options.budget:
         offers.append(f"--budget {budget}")
@@ -101,7 +101,7 @@ def _search(options: Options, more: list[str]) -> Search:
     if options.metric is None:
         metric, mode = _monitor(options.recipe, [*more, f"--rho={options.rho[0]}"])
     folder = options.folder or Path("runs/tune") / options.recipe
-    # More trials or seeds may be asked for later, all else would make the rows incomparable.
+    # More trials or seeds may be added later; any other change would make the rows incomparable.
     judged = {"metric": metric, "mode": mode, "test": options.test, "prune": options.prune}
     settings = {"command": options.recipe, "options": more, **judged, **space}
     begin_folder(folder, "search", ["results.csv", "table.txt", "trials.png", "best.yaml"])
@@ -140,7 +140,7 @@ def _printed_settings(command: str, arguments: Sequence[str]) -> str:
     printed = subprocess.run(line, capture_output=True, text=True, check=False)
     if printed.returncode:
         raise MisconfigurationException(f"the options of {command} fit are wrong:\n{printed.stderr.strip()}")
-    # Behind what the module may print when it is imported.
+    # After anything that the module may print on import.
     return printed.stdout[max(0, printed.stdout.find("# lightning")) :]
 
 
@@ -174,7 +174,7 @@ def _space(options: Options, more: Sequence[str]) -> Space:
 
 
 def _fixing(arguments: Sequence[str], name: str) -> str | None:
-    """Return the option that sets a setting, or a dict that it is in; None if none is given.
+    """Return the option that sets a setting, or a dict that holds it; None if neither is given.
 
     Example:
         >>> _fixing(["--model.lora={r: 2}"], "model.lora.r")

@@ -1,1 +1,1 @@
-"""Checkpoints of the size of the adapter, each with a folder that peft can load."""
+"""Checkpoints as small as the adapter, each with a folder that peft can load."""

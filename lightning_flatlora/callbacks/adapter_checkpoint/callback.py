@@ -1,4 +1,4 @@
-"""AdapterCheckpoint: Lightning's ModelCheckpoint decides when to save, and the files have the adapter's size."""
+"""AdapterCheckpoint: Lightning's ModelCheckpoint decides when to save; the files are as small as the adapter."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -34,13 +34,13 @@ class SavesAdapters(_Base):
         super().__init__(*args, **kwargs)
         self.finder = finder
         if self.save_last == "link":
-            # A link spares a copy of a large file. Here it would only bring moments in which it leads nowhere.
+            # A link saves copying a large file. These files are small, and a link would at times point nowhere.
             self.save_last = True
         # The identities of the parameters that the optimizers of this fit have trained so far.
         self._seen: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to a fit: a copy or pickle that is made in the middle of one has no part in it."""
+        """Leave out the state of a fit, which a copy or pickle made during it must not carry along."""
         return without_logging(self)
 
     @override
@@ -70,7 +70,7 @@ class SavesAdapters(_Base):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Try a whole save when training starts, so that what would fail fails now."""
+        """Try a complete save when training starts, so that errors appear now and not hours later."""
         super().on_train_start(trainer, pl_module)
         self._seen.clear()
         saves = self.save_top_k != 0 or self.save_last
@@ -78,7 +78,7 @@ class SavesAdapters(_Base):
             self._dry_run(trainer)
 
     def _dry_run(self, trainer: Trainer) -> None:
-        """Write a whole checkpoint into a temporary place and remove it; if a rank could not, all raise an error."""
+        """Write a complete checkpoint to a temporary place and remove it; if one rank fails, all raise an error."""
         error: Exception | None = None
         try:
             with adapters_only(trainer, self.finder):
@@ -88,7 +88,7 @@ class SavesAdapters(_Base):
                     self._save_and_remove(trainer, checkpoint)
         except Exception as any_error:
             error = any_error
-        # One rank may fail alone, for example by a callback's state. It ends the others, too, which would wait for it.
+        # A single rank may fail, for example on a callback's state. All must then stop, or the others would wait.
         if trainer.strategy.reduce_boolean_decision(error is not None, all=False):
             reason = f": {type(error).__name__}: {error}" if error else " on another rank, whose error says why"
             problem = f"AdapterCheckpoint: saving into {self.dirpath} would fail{reason}"
@@ -112,7 +112,7 @@ class SavesAdapters(_Base):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Note, before an optimizer steps, which parameters it trains."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        # What a step trains may be frozen again before the next save.
+        # A parameter that this step trains may be frozen again before the next save.
         trained = {id(parameter) for parameter in parameters_of(optimizer) if parameter.requires_grad}
         if not trained <= self._seen:
             contents.note_trained(pl_module)
@@ -122,13 +122,13 @@ class SavesAdapters(_Base):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Save when a batch ends, if a step or an interval is due, as in automatic optimization."""
         # In manual optimization ModelCheckpoint never saves by time, and says that it would rather save the weights
-        # from before the step. A checkpoint at a batch's end is what is wanted in both kinds of optimization.
+        # from before the step. Both kinds of optimization need the checkpoint at the batch's end.
         seen: Any = pl_module if pl_module.automatic_optimization else SimpleNamespace(automatic_optimization=True)
         super().on_train_batch_end(trainer, seen, *args, **kwargs)
 
     @override
     def file_exists(self, filepath: str | Path, trainer: Trainer) -> bool:
-        """Report whether a name is taken, by a file or by a folder that stands where the checkpoint's own would be."""
+        """Report whether a name is taken, by a file or by a folder in the place of the checkpoint's own."""
         folder = export.folder_of(Path(filepath))
         return super().file_exists(filepath, trainer) or super().file_exists(folder, trainer)
 
@@ -136,7 +136,7 @@ class SavesAdapters(_Base):
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         super()._save_topk_checkpoint(trainer, monitor_candidates)
         # Since 2.6 Lightning writes last.ckpt only if it has saved another file here, such as one of the best. A run
-        # that comes back would repeat all epochs since then.
+        # that is resumed would repeat all epochs since then.
         if self.save_last:
             self._last_global_step_saved = trainer.global_step
 
@@ -147,14 +147,14 @@ class SavesAdapters(_Base):
 
     @override
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
-        # A checkpoint that is resumed says itself which ones came before it, and Lightning deletes folders as well.
+        # A resumed checkpoint names the ones before it, and Lightning would delete folders as well as files.
         is_within = Path(str(self.dirpath)).resolve() in Path(previous).resolve().parents
         return is_within and super()._should_remove_checkpoint(trainer, previous, current)
 
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         path, folder = Path(filepath), export.folder_of(Path(filepath))
-        # On rank zero only: for a slower rank the folder would vanish while it looks. A folder whose file somebody has
+        # On rank zero only: a slower rank would find the folder gone. A folder whose file somebody has
         # deleted was kept on purpose.
         if trainer.is_global_zero and path.exists() and export.is_ours(folder, path):
             export.remove_folder(folder)
@@ -163,21 +163,21 @@ class SavesAdapters(_Base):
 
 
 class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
-    """Save as Lightning's ModelCheckpoint does, without the frozen base: what learns, optimizer, schedulers, callbacks.
+    """Save as Lightning's ModelCheckpoint does, including optimizers and callbacks, but without the frozen base.
 
     Its files are the same under every strategy: one ``NAME.ckpt``, whole values on the CPU, written by rank zero. So a
     run may be resumed on another number of processes, or under another strategy, as long as its Trainer has an
-    AdapterCheckpoint too. Beside each file lies a folder ``NAME`` that ``PeftModel.from_pretrained(base, folder)``
+    AdapterCheckpoint too. Next to each file is a folder ``NAME`` that ``PeftModel.from_pretrained(base, folder)``
     loads (with one subfolder for each adapter that is not called "default", as peft writes them).
 
-    It works with any LightningModule that holds a peft model, or a model with an adapter by ``add_adapter``. The file
+    It works with any LightningModule that holds a peft model, or a model with an adapter from ``add_adapter``. The file
     holds the adapters, everything outside of the base, all buffers, and every parameter of the base that has ever
     required a gradient, such as a head that was trained and then frozen. The rest of the base is recognized on loading.
 
-    With ``save_last=True`` each moment to save writes ``last.ckpt``, also if the monitored value is not among the best.
-    A process that is killed at any moment leaves a checkpoint to resume from. No file is deleted that this callback has
-    not written, and what would fail at the first save fails when the fit starts. Rank zero writes directly, not through
-    a CheckpointIO plugin. docs/checkpoints.md has more.
+    With ``save_last=True`` every save writes ``last.ckpt``, even if the monitored value is not among the best.
+    A process that is killed at any moment leaves a checkpoint to resume from. The callback deletes only files that
+    it has written, and a save that would fail raises its error when the fit starts. Rank zero writes directly, not
+    through a CheckpointIO plugin. docs/checkpoints.md has more.
 
     Args:
         args: as for ModelCheckpoint; ``save_last="link"`` writes a file, as ``save_last=True`` does.
@@ -187,8 +187,8 @@ class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
         kwargs: as for ModelCheckpoint.
 
     Raises:
-        MisconfigurationException: at the start of a fit: the module holds no adapter, ``dirpath`` is not a local
-            folder, or the strategy can't save like this; on resuming, the base is another one than the checkpoint's.
+        MisconfigurationException: at the start of a fit, if the module holds no adapter, ``dirpath`` is not a local
+            folder, or the strategy can't save like this; on resuming, if the base is not the checkpoint's.
 
     Example:
         >>> import lightning as L

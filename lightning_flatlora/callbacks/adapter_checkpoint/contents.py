@@ -1,4 +1,4 @@
-"""Say what a checkpoint holds: adapters, all that is outside of the base, buffers, and what has been trained.
+"""Choose what a checkpoint holds: adapters, all that is outside the base, buffers, and trained parameters.
 
 The rest of the base is recognized on loading, by the shapes of its parameters and a few of their values.
 """
@@ -32,10 +32,10 @@ Identity = dict[str, Any] | None
 
 @contextmanager
 def unwrapped(module: nn.Module) -> Iterator[None]:
-    """Take out, for a while, the modules that FSDP1, compilation and activation checkpointing have put in between.
+    """Remove for a while the modules that FSDP1, compilation and activation checkpointing have inserted.
 
-    Inside, names are clean, so that peft finds its layers, and FSDP1's hooks, which would gather the model, rest. So do
-    functions that somebody has put in the place of a part's state_dict, to leave the base out as alpaca-lora does.
+    Inside, names are clean, so that peft finds its layers, and FSDP1's hooks, which would gather the model, do not run.
+    Neither do replacements of a part's ``state_dict``, such as alpaca-lora's, which leaves out the base.
 
     Example:
         >>> from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -57,11 +57,11 @@ def unwrapped(module: nn.Module) -> Iterator[None]:
 
 
 def divided_state(module: nn.Module, finder: Finder | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divide a module's state dict in what every checkpoint holds and what is of the base, by clean names.
+    """Split a module's state dict, by clean names, into the entries that every checkpoint holds and the base's.
 
     Returns:
         The entries of adapters, of buffers, of all that was ever trained and of everything outside of the base; and the
-        other parameters of the base, with None for what a quantized layer keeps beside its weight, and creates again.
+        other parameters of the base, with None for what a quantized layer keeps next to its weight and can recreate.
     """
     with unwrapped(module):
         # By PyTorch's method, since a module's own may leave entries out or rename them. And before all else, since
@@ -119,7 +119,7 @@ def hosts(module: nn.Module, finder: Finder | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {name: child for name, child in module.named_children() if name in first_parts}
     named = list(module.named_modules())
     of_peft = [(name, part) for name, part in named if isinstance(part, PeftModel)]
-    # The innermost first: peft leaves its configs in the module that it was given, and the attribute of a module around
+    # Innermost first: peft leaves its configs in the module that it was given, and the attribute of a module around
     # that is a user's own.
     injected = [(name, part) for name, part in reversed(named) if "peft_config" in vars(part)]
     covered: set[nn.Module] = set()
@@ -156,7 +156,7 @@ def scalings_of(module: nn.Module, finder: Finder | None = None) -> dict[str, fl
 
 
 def plain_name(name: str) -> str:
-    """Give a parameter's name without the layers that peft has put around it, which may come in the middle of a fit.
+    """Give a parameter's name without the layers that peft has put around it, perhaps in the middle of a fit.
 
     Example:
         >>> plain_name("net.head.base_layer.weight"), plain_name("net._orig_mod.head.original_module.bias")
@@ -166,7 +166,7 @@ def plain_name(name: str) -> str:
 
 
 def trained_names(module: nn.Module) -> set[str]:
-    """Give the plain names of what has ever required a gradient in a module, or was in a file that it has loaded."""
+    """Give the plain names of all that ever required a gradient in a module, or was in a file that it has loaded."""
     # Kept by the module and not by a callback, since another Trainer may come, or load_adapter_checkpoint without one.
     names: set[str] = vars(bare(module)).setdefault("_ever_trained", set())
     return names
@@ -186,7 +186,7 @@ def note_rewritten(module: nn.Module) -> None:
         if differs:
             rank_zero_warn(
                 f"AdapterCheckpoint: peft rewrote the base of {host_name or 'the module'}, as init_lora_weights says, "
-                "and would do it otherwise the next time. So the .ckpt files hold it. The folders don't: to use the "
+                "and would rewrite it differently next time. So the .ckpt files hold it. The folders don't: to use the "
                 "adapter elsewhere, load the .ckpt by load_adapter_checkpoint, and merge it by merge_and_unload"
             )
         for name, layer in host.named_modules(prefix=host_name):
@@ -200,11 +200,11 @@ def note_rewritten(module: nn.Module) -> None:
 
 
 def identities_of(parameters: Mapping[str, Tensor | None], sharded: bool = False) -> dict[str, Identity]:
-    """Describe the parameters of a base, so that another base is recognized; None for what is not compared.
+    """Describe the parameters of a base, so that another base is recognized; None for those not compared.
 
     Args:
-        parameters: by name.
-        sharded: whether this rank holds parts of them, whose samples would say nothing.
+        parameters: the base's, by name.
+        sharded: whether this rank holds only parts of them, whose samples would be meaningless.
 
     Example:
         >>> identities_of({"w": torch.ones(2, 3)})["w"]["sample"]
@@ -214,7 +214,7 @@ def identities_of(parameters: Mapping[str, Tensor | None], sharded: bool = False
 
 
 def _identity(tensor: Tensor | None) -> Identity:
-    """Read a few elements, evenly spaced from the first to the last, since new rows of an embedding are at its end."""
+    """Read a few elements, evenly spaced from the first to the last, since an embedding's new rows are at its end."""
     # Packed weights of 4 or 8 bits are of integers, and change with the way in which they are packed.
     if tensor is None or not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
         return None
@@ -229,7 +229,7 @@ def _identity(tensor: Tensor | None) -> Identity:
 
 
 def differing(expected: Mapping[str, Identity], found: Mapping[str, Identity]) -> list[str]:
-    """Name the parameters that are not as a checkpoint describes them, or that only one side has.
+    """Name the parameters that differ from a checkpoint's description, or that only one side has.
 
     A parameter of another dtype may differ by its rounding. What can't be read on one side is not compared.
     """
@@ -238,10 +238,10 @@ def differing(expected: Mapping[str, Identity], found: Mapping[str, Identity]) -
 
 
 def _same(old: Identity, new: Identity) -> bool:
-    """Compare two samples up to rounding to the coarser of two dtypes, or to what another machine computes.
+    """Compare two samples up to rounding to the coarser of two dtypes, or up to another machine's arithmetic.
 
-    Frozen weights are not rounded again. So within one dtype even the next number of bfloat16 is another value: the
-    weights of a chat model differ that little from those of its base.
+    Frozen weights are not rounded again. So within one dtype even the next bfloat16 number counts as different:
+    a chat model's weights differ that little from its base's.
     """
     if old is None or new is None:
         return True

@@ -1,4 +1,4 @@
-"""Write a checkpoint's file and its folder in peft's own format, and know which folders on the disk are ours.
+"""Write a checkpoint's file and its folder in peft's own format, and recognize our folders on the disk.
 
 A folder is ours if it holds our list, which names its checkpoint and all that was written into it. It is deleted if
 nothing else is in it, and a folder that is not ours is never written into.
@@ -26,13 +26,13 @@ from lightning_flatlora.callbacks.adapter_checkpoint import contents
 from lightning_flatlora.pairs.finders import litgpt_pairs
 from lightning_flatlora.pairs.lora_pair import Finder
 
-# Of what we write into files and folders; those that name none are of the first, too.
+# Version of what we write into files and folders; those that name none are of the first version, too.
 FORMAT = 1
 # In each folder: the name and the step of its checkpoint, and the names of what we wrote.
 LIST = ".adapter_checkpoint.json"
-# The end of the hidden names of what is not complete yet.
+# Suffix of the hidden names of incomplete files and folders.
 PARTIAL = ".adapter-checkpoint-partial"
-# Seconds after which nobody writes there any more.
+# Seconds after which such a place is taken to be abandoned.
 _STALE = 3600
 
 
@@ -45,11 +45,11 @@ def write(
     is one whose file somebody has deleted.
 
     Args:
-        checkpoint: with the values in its "state_dict", by the module's clean names.
+        checkpoint: has the values in its "state_dict", by the module's clean names.
         frozen: what is known of the base.
-        path: of the file.
+        path: the file's.
         module: holds the adapters.
-        finder: of factors that are not peft's.
+        finder: finds factors that are not peft's.
     """
     folder = folder_of(path)
     try:
@@ -62,7 +62,7 @@ def write(
             # Lightning may write to another disk, and copies.
             with file.open("wb") as opened:
                 torch.save(checkpoint, opened)
-            # With what an older one has left there.
+            # Together with leftovers of an older one.
             names = {str(each.relative_to(adapters)) for each in adapters.rglob("*")}
             names.update(_read_list(folder).get("files", ()))
             found = {"checkpoint": path.name, "step": checkpoint["global_step"], "files": sorted(names)}
@@ -210,12 +210,12 @@ def check(path: Any, step: int | None = None) -> None:
     if step not in (None, other) and is_ours(folder, file):
         rank_zero_warn(
             f"AdapterCheckpoint: {file} is of step {step} and its folder of step {other}, as a save was interrupted. "
-            "What is loaded is the file, and the next save replaces both"
+            "The file is loaded, and the next save replaces both"
         )
 
 
 def checked(mark: Any) -> Any:
-    """Refuse what a checkpoint says of itself if it is not as we write it."""
+    """Refuse a checkpoint's mark if it is not as we write it."""
     version = mark.get("format", FORMAT) if isinstance(mark, dict) else None
     if version != FORMAT or not all(isinstance(mark.get(part), dict) for part in ("left_out", "scalings")):
         raise MisconfigurationException(

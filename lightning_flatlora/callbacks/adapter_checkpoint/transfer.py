@@ -33,7 +33,7 @@ HINT = "this file lacks the frozen base: train with AdapterCheckpoint, or call l
 
 
 def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
-    """Let the checkpoints that a trainer saves leave out the frozen base, until the stack that is returned is closed.
+    """Leave the frozen base out of a trainer's checkpoints until the returned stack is closed.
 
     Every rank takes part in the gathering, and rank zero writes.
     """
@@ -77,7 +77,7 @@ def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
 
 
 # Not PyTorch's get_optimizer_state_dict and set_optimizer_state_dict, which take a step to create the state of every
-# parameter, also of those that have none: because nothing of them lies on this rank, or because they had no gradient.
+# parameter, even of those without one: they have no part on this rank, or had no gradient.
 def gather_state(optimizer: Optimizer, sharding: Sharding) -> dict[str, Any]:
     """Give a sharded optimizer's state in its own format, with whole values on the CPU; every rank must call this."""
     parameters, packed = parameters_of(optimizer), optimizer.state_dict()
@@ -85,7 +85,7 @@ def gather_state(optimizer: Optimizer, sharding: Sharding) -> dict[str, Any]:
     odd = {*packed, *state} - {"state", "param_groups", *range(len(parameters))}
     outline: dict[tuple[int, str], Any] = {}
     for index, parameter in enumerate(parameters):
-        # Under FSDP1 a rank may have nothing of a parameter, and then has no state for it or an old one.
+        # Under FSDP1 a rank may hold no part of a parameter, and then has no state for it, or an old one.
         values = state.get(index, {}) if parameter.numel() else {}
         for key, value in values.items():
             if is_split(key, value, parameter.shape):
@@ -93,7 +93,7 @@ def gather_state(optimizer: Optimizer, sharding: Sharding) -> dict[str, Any]:
             elif isinstance(value, Tensor) and value.numel() > 1:
                 value = value.shape
             outline[index, key] = value
-    # Before anything is refused, since a rank that failed alone would leave the others waiting.
+    # Before anything is refused, since a single rank that failed would leave the others waiting.
     merged = sharding.merged(outline)
     odd.update(key for (_, key), value in merged.items() if isinstance(value, torch.Size))
     if odd:
@@ -138,16 +138,16 @@ def load_adapter_checkpoint(
     """Load the weights of a checkpoint that AdapterCheckpoint has written, without a Trainer.
 
     Lightning's ``load_from_checkpoint`` and a Trainer without an AdapterCheckpoint expect the frozen base in the file.
-    This function expects that the module has its base already, from the same source as in training, or makes it in
+    Here the module must have its base already, from the same source as in training, or make it in
     ``configure_model``, which is called first.
 
     Args:
         module: the LightningModule, with the base and the adapter in place once ``configure_model`` has been called.
-        path: the file, or its name; one of Lightning's own is loaded too.
+        path: the file, or its name; Lightning's own checkpoints work too.
         strict: refuse a file that lacks an adapter's weight or has one that the module doesn't know.
-        weights_only: let the file create only tensors and plain values. Turn this off for a file that you trust and
-            whose hyper-parameters are of other classes.
-        finder: the one that the AdapterCheckpoint had.
+        weights_only: let the file create only tensors and plain values. Turn this off only for a file that you
+            trust, if its hyper-parameters are of other classes.
+        finder: that of the AdapterCheckpoint.
 
     Returns:
         The module.
@@ -179,13 +179,13 @@ def load_adapter_checkpoint(
 
 
 def read_adapters(trainer: Trainer, finder: Finder | None) -> None:
-    """Let a trainer's strategy load such checkpoints, too, from now on; other checkpoints are loaded as before."""
+    """Let a trainer's strategy load these checkpoints too; other checkpoints are loaded as before."""
     strategy, connector = trainer.strategy, trainer._checkpoint_connector
     load_checkpoint, load_model_state_dict = strategy.load_checkpoint, strategy.load_model_state_dict
     resume_start = connector.resume_start
 
     def start(path: Any = None, *args: Any, **options: Any) -> None:
-        # Lightning takes such a file without being asked, whichever run has left it in the folder.
+        # Lightning loads such a file unasked, whichever run has left it in the folder.
         if os.path.basename(str(path)).startswith("hpc_ckpt_") and not int(os.environ.get("SLURM_RESTART_COUNT", 0)):
             raise MisconfigurationException(
                 f"AdapterCheckpoint: {path} is of another run, whose SLURM job Lightning has requeued: give the "
@@ -195,7 +195,7 @@ def read_adapters(trainer: Trainer, finder: Finder | None) -> None:
         exists = not path or "://" in str(path) or os.path.exists(path)
         if exists:
             resume_start(path, *args, **options)
-        # All ranks come here, with a checkpoint or without, before any of them waits for the others to load one.
+        # All ranks come here, with or without a checkpoint, before any of them waits for the others to load one.
         step = connector._loaded_checkpoint.get("global_step", 0)
         steps = strategy.all_gather(torch.tensor(step, device=strategy.root_device)).flatten().tolist()
         if len(set(steps)) > 1:
@@ -226,7 +226,7 @@ def read_adapters(trainer: Trainer, finder: Finder | None) -> None:
                 checkpoint[key] = {name: saved.get(clean_name(name), value) for name, value in own.items()}
         # Such strategies restore optimizers from files of their own format.
         if trainer.state.fn == "fit" and not strategy.lightning_restore_optimizer:
-            # None if only weights were saved: whether that is an error is for Lightning to say.
+            # None if only weights were saved: Lightning decides whether that is an error.
             states = checkpoint.get("optimizer_states", [])
             for optimizer, saved in zip(strategy.optimizers, states, strict=bool(states)):
                 scatter_state(optimizer, saved, sharding_of(strategy.model))
@@ -248,9 +248,9 @@ def _is_ours(path: Any) -> bool:
 def _load_weights(
     module: nn.Module, checkpoint: dict[str, Any], strict: bool, finder: Finder | None, trainer: Trainer | None = None
 ) -> None:
-    """Load a checkpoint's weights, and compare the base with the one that it leaves out.
+    """Load a checkpoint's weights, and check that the base is the one that it leaves out.
 
-    The trainer's strategy may have split the parameters. What does not fit is refused if ``strict``.
+    The trainer's strategy may have split the parameters. Weights that do not fit are refused if ``strict``.
     """
     model = trainer.strategy.model if trainer else None
     mark = export.checked(checkpoint[MARK])
@@ -275,11 +275,11 @@ def _load_weights(
     others = [name for name, s in scalings.items() if not math.isclose(s, saved.get(name, s), rel_tol=1e-5)]
     # Not refused, as a callback that sets the scaling while a fit runs may be about to set it again.
     _report(others, f"is of another lora_alpha, r or use_rslora in {len(others)} layers", refuse=False)
-    # Of what the file leaves out, this module may have trained a part before.
+    # This module may already have trained a part of what the file leaves out.
     now = {name: kept[name] for name in left_out if name in kept}
     others = contents.differing(left_out, contents.identities_of({**base, **now}, is_sharded(model)))
     problem = f"leaves out {len(others)} tensors of the base, which are not those of the run that was saved"
-    # To continue a run on another base would not be the same run. To evaluate on a base that was quantized, or is
+    # A run continued on another base would be a different run. To evaluate on a base that was quantized, or is
     # newer, may be intended, which the file can't know.
     _report(others, problem, refuse=strict and trainer is not None and trainer.state.fn == "fit")
 
@@ -294,4 +294,4 @@ def _report(names: list[str], problem: str, refuse: bool) -> None:
             "fits by setting the module's strict_loading to False"
         )
     if names:
-        rank_zero_warn(f"{text}? What follows is of the model as it is now")
+        rank_zero_warn(f"{text}? The results will be those of the model as it is now")
