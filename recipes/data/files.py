@@ -35,7 +35,8 @@ def read_lines(path: str | Path) -> list[str]:
         path: path of a file in UTF-8; "~" is the user's home folder.
 
     Raises:
-        MisconfigurationException: there is no such file, or it is in another encoding.
+        OSError: it can't be read.
+        MisconfigurationException: it is in another encoding.
 
     Example:
         >>> import tempfile
@@ -48,8 +49,6 @@ def read_lines(path: str | Path) -> list[str]:
     # Not splitlines(), which also splits at rare characters that may stand within a text, such as U+2028.
     try:
         return Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise MisconfigurationException(f"{path} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise MisconfigurationException(f"{path} is not in UTF-8 ({error}): save it in UTF-8") from error
 

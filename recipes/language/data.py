@@ -1,6 +1,7 @@
 """The base class of data modules of texts: the tokenizer, and the file of prompts for `predict`."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -46,10 +47,12 @@ def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[s
         option: the data module's option that names the file.
 
     Raises:
-        MisconfigurationException: no file is given, or it is empty.
+        MisconfigurationException: no file is given, there is no such file, or it is empty.
     """
     if path is None:
         raise MisconfigurationException(f"predict needs --data.{option} FILE, a text file with one {kind} per line")
+    if not Path(path).expanduser().is_file():
+        raise MisconfigurationException(f"--data.{option} {path}: there is no such file")
     prompts = [line.strip() for line in read_lines(path) if line.strip()]
     if not prompts:
         raise MisconfigurationException(f"{option}={path!r} holds no {kind}: write one per line")

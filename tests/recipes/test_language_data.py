@@ -57,3 +57,8 @@ def test_own_splits_are_taken_where_nothing_else_is_given(tmp_path: Path) -> Non
 def test_a_folder_that_is_not_there_is_no_name_on_the_hub(name: str) -> None:
     with pytest.raises(MisconfigurationException, match=r"is neither a folder nor a file|find any data file"):
         read_table(name, "train")
+
+
+def test_a_missing_file_of_prompts_is_named() -> None:
+    with pytest.raises(MisconfigurationException, match="--data.prompts nope.txt: there is no such file"):
+        read_prompts("nope.txt", "prompt")
