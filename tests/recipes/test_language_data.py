@@ -60,5 +60,5 @@ def test_a_folder_that_is_not_there_is_no_name_on_the_hub(name: str) -> None:
 
 
 def test_a_missing_file_of_prompts_is_named() -> None:
-    with pytest.raises(MisconfigurationException, match="--data.prompts nope.txt: there is no such file"):
+    with pytest.raises(MisconfigurationException, match=r"--data\.prompts nope\.txt: there is no such file"):
         read_prompts("nope.txt", "prompt")
