@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def main() -> None:
         found = measure(*options.one, options.precision, options.folder)
         (options.folder / "one.json").write_text(json.dumps(found))
         return
-    runs = [(program, method) for program in PROGRAMS for method in METHODS]
+    runs = list(product(PROGRAMS, METHODS))
     versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "lightning")}
     for number in range(options.rounds):
         # There and back, so that a machine that gets slower favours none.

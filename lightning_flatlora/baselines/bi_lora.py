@@ -153,9 +153,13 @@ class BiLoRAStep(FullWeightStep):
             return
         average_gradients(self.factors)
         happens = self.sharding.all_finite([*also_finite, *self.factors], self.factors[0].device)
+        settings: dict[int, dict[str, Any]] = {}  # of the optimizer that is about to step, as far as Adam has them too
+        for group in self.optimizer.param_groups:
+            own = {name: group[name] for name in ("lr", "betas", "eps") if name in group}
+            settings.update(dict.fromkeys(map(id, group["params"]), own))
         for term in self.terms:
             ascent: Any = self._ascents[term.names[0]]
-            ascent.param_groups[0].update(self._settings_of(term.pairs[0].B))
+            ascent.param_groups[0].update(settings[id(term.pairs[0].B)])
             # As a loss scaler does: the kernel then changes nothing.
             ascent.found_inf = 1.0 - happens.to(term.weight.device, torch.float32)
             ascent.step()
@@ -164,12 +168,6 @@ class BiLoRAStep(FullWeightStep):
         for factor in self.factors:
             factor.mul_(shrinkage.to(factor.device, factor.dtype))
         self.forget_gradients()
-
-    def _settings_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Return a parameter's settings in the optimizer that is about to step, as far as Adam has them too."""
-        groups = self.optimizer.param_groups
-        group = next(group for group in groups if any(each is parameter for each in group["params"]))
-        return {name: group[name] for name in ("lr", "betas", "eps") if name in group}
 
     @torch.no_grad()
     def norm(self) -> Tensor:
