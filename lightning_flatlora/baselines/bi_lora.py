@@ -159,7 +159,8 @@ class BiLoRAStep(FullWeightStep):
             settings.update(dict.fromkeys(map(id, group["params"]), own))
         for term in self.terms:
             ascent: Any = self._ascents[term.names[0]]
-            ascent.param_groups[0].update(settings[id(term.pairs[0].B)])
+            # Next to a pair that is in no optimizer, nothing climbs.
+            ascent.param_groups[0].update(settings.get(id(term.pairs[0].B), {"lr": 0.0}))
             # As a loss scaler does: the kernel then changes nothing.
             ascent.found_inf = 1.0 - happens.to(term.weight.device, torch.float32)
             ascent.step()
