@@ -264,7 +264,6 @@ class FlatnessMonitor(Callback):
 
 def _method_of(trainer: Trainer) -> Any:
     """Find the method whose settings apply, or None. EFMLoRA comes first, since it also schedules an FMLoRAModule."""
-    callback: Any = (
-        callback_of(trainer, EFMLoRA) or callback_of(trainer, FMLoRA) or callback_of(trainer, FMLoRAModuleCallback)
-    )
+    found: Any = [callback_of(trainer, kind) for kind in (EFMLoRA, FMLoRA, FMLoRAModuleCallback)]
+    callback = next(filter(None, found), None)
     return callback.method if callback else None

@@ -62,7 +62,7 @@ class LoopMethod:
         refuse(method, _loop_problems(model, optimizer, method, total_steps))
         # The inner one carries the state. A wrapper, such as Lookahead, may change gradients before the inner one
         # steps.
-        self._model, self._optimizer, self._stepped = model, inner, outer
+        self._model, self._optimizer = model, inner
         method.optimizer = inner
         self._gates = ForwardGates()
         self._hooks = ExitStack()
@@ -121,7 +121,8 @@ class LoopMethod:
             name = search.pairs[0].name
             problems.append(f"trainable LoRA factors, such as {name}, are not in the optimizer: add them to it")
         refuse(method, problems)
-        self._leave_layers()
+        self._gates.uninstall()
+        self._received.unwatch()
         self.search = search
         self._orphans = assignment.orphans
         method.take_pairs(assignment.pairs[0], module, self._model)
@@ -138,13 +139,10 @@ class LoopMethod:
         if not isinstance(self.method, TwoPassStep):
             self._gates.install(self.perturbation)
 
-    def _leave_layers(self) -> None:
-        self._gates.uninstall()
-        self._received.unwatch()
-
     def close(self) -> None:
         """Leave no trace on the model's layers and the optimizer, but keep the state. Calling it again does nothing."""
-        self._leave_layers()
+        self._gates.uninstall()
+        self._received.unwatch()
         self.method.close()
         self._hooks.close()
         _RUNNING.discard(self)

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from checkpointed_bases import WEIGHTS, assert_resumes, epochs, saver, state
+from checkpointed_bases import WEIGHTS, assert_resumes, saver, state
 from helpers import Classifier, fit, make_net, needs_weight_averaging, same, trainer_of, weights
 from hostile_modules import of_hydra, two_linear, under_peft
 from lightning.pytorch import callbacks as lightnings
@@ -25,8 +25,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_flatlora import EFMLoRA, load_adapter_checkpoint
-
-BASE = "net.base_model.model.0.base_layer.weight"
 
 
 @needs_weight_averaging
@@ -59,18 +57,12 @@ def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, deca
         assert same(ends[0][part], ends[1][part])
 
 
-@pytest.mark.filterwarnings("ignore:Swapping scheduler", "ignore:SWA is currently only supported every epoch")
-def test_stochastic_weight_averaging_is_resumed(tmp_path: Path) -> None:
-    """Its state is in the file as it gives it, with its copy of the whole model."""
-
-    def averaging() -> list[L.Callback]:
-        return [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2, annealing_epochs=1)]
-
-    assert_resumes(tmp_path, Classifier, callbacks=averaging, save=epochs, file="epoch=1.ckpt", max_epochs=4)
-    file = torch.load(tmp_path / "1" / "epoch=2.ckpt", weights_only=False)
-    averages = file["callbacks"]["StochasticWeightAveraging"]["average_model_state"]
-    assert BASE in averages
-    assert BASE not in file["state_dict"]
+def test_stochastic_weight_averaging_is_refused(tmp_path: Path) -> None:
+    """Its state is a copy of the whole model."""
+    callbacks = [saver(tmp_path), StochasticWeightAveraging(swa_lrs=0.01)]
+    with pytest.raises(MisconfigurationException, match="save the frozen base too: use AdapterAveraging"):
+        fit(tmp_path, Classifier(), callbacks)
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 class WithLoraFA(Classifier):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.serialization import get_unsafe_globals_in_checkpoint
@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks.adapter_checkpoint import contents, export
 from lightning_flatlora.callbacks.adapter_checkpoint.transfer import adapters_only, read_adapters
+from lightning_flatlora.callbacks.both_lightnings import callbacks_of, is_lightning
 from lightning_flatlora.callbacks.logging import without_logging
 from lightning_flatlora.callbacks.strategies import checkpoint_problems
 from lightning_flatlora.methods.checks import refuse
@@ -58,7 +59,7 @@ class SavesAdapters(_Base):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse, when a fit starts, a module without an adapter and strategies that can't save one."""
+        """Refuse, when a fit starts, a module without an adapter, and whatever can't save it alone."""
         super().on_fit_start(trainer, pl_module)
         problems = checkpoint_problems(trainer.strategy)
         if not contents.hosts(pl_module, self.finder):
@@ -66,6 +67,8 @@ class SavesAdapters(_Base):
                 f"{type(pl_module).__name__} holds no peft model: wrap its network with peft.get_peft_model, give a "
                 "finder for other layers, or use Lightning's ModelCheckpoint"
             )
+        if any(is_lightning(each, StochasticWeightAveraging) for each in callbacks_of(trainer)):
+            problems.append("StochasticWeightAveraging would save the frozen base too: use AdapterAveraging")
         refuse(self, problems)
 
     @override
