@@ -1,7 +1,7 @@
 """A job of a real SLURM on this machine, see slurm.py: `make slurm-test`.
 
-One job does all runs, since its processes take longest to start. Two of the runs are signalled and requeue it; each of
-its lives does the runs that no former one has ended.
+One job does all runs, since its processes take longest to start. Two of the runs are signalled and requeue the job;
+after each start it does the runs that no earlier start has finished.
 """
 
 import os
@@ -46,7 +46,7 @@ class Signals(L.Callback):
 
 
 def train(folder: str, strategy: str) -> dict[str, Any]:
-    """Train to the end, from the last checkpoint if there is one; "single" is one process without a signal."""
+    """Train to the end, from the last checkpoint if there is one; "single" means one process without a signal."""
     signals, driver, module = Signals(), EFMLoRA(RHO, beta=BETA), ShardedAutomatic(network())
     saver = AdapterCheckpoint(Path(folder), save_top_k=0, save_last=True)
     callbacks: list[L.Callback] = [driver, saver]
