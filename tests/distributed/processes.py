@@ -35,7 +35,7 @@ def start(
     """Call a function of a module in a new process, which leads its own group like one that is started from a terminal.
 
     Args:
-        function: what the process does; its path, working directory and environment are those of this process now.
+        function: what the process does; sys.path, working directory and environment are this process's current ones.
         arguments: the function's arguments.
         output: the file for the process's output.
         environment: additional variables.

@@ -59,7 +59,7 @@ class Wide(nn.Module):
 
 
 def traffic(folder: str, strategy: str, **settings: Any) -> dict[str, Any]:
-    """The largest tensor in the collectives while a checkpoint is saved and loaded, of the factors and of the base."""
+    """Bytes of the largest tensor in collectives of saving and loading, and of the largest factor and base weight."""
     largest = {}
 
     def counted(name: str, action: Callable[..., Any]) -> Callable[..., Any]:

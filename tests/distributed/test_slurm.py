@@ -32,7 +32,7 @@ STEPS = EPOCHS * BATCHES
 
 
 class Signals(L.Callback):
-    """At a step has SLURM signal the job, if the run has not come back; further steps take so long that it arrives."""
+    """Has SLURM signal the job at a step of a run's first start; further steps are slow, so that it arrives in time."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.began = trainer.global_step
