@@ -176,7 +176,7 @@ def test_faults_of_a_folder_are_named(pictures: str, tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"needs a .txt file next to each, or a metadata"):
         sources.load_pictures(str(folder))
     (folder / "two.txt").write_text("a circle")
-    for name in ("two.png", "._two.png", ".ipynb_checkpoints/two.png", "__MACOSX/two.png"):  # of which one is a picture
+    for name in ("two.png", "._two.png", ".ipynb_checkpoints/two.png", "__MACOSX/two.png"):  # the first is a picture
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(Path(pictures) / "red-circle.png", folder / name)
     for text in (None, " \n"):
