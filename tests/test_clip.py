@@ -224,7 +224,7 @@ def test_the_way_back_to_plain_open_clip(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["siglip", "hf"])
 def test_towers_with_linears_of_their_own(kind: str, tmp_path: Path) -> None:
-    """timm's fused qkv, its attention pooling, and a transformers text tower: LoRA on these Linears reaches all."""
+    """timm's fused qkv and attention pooling, and a transformers text tower: LoRA on these Linears reaches them all."""
     model = siglip() if kind == "siglip" else hf_text(tmp_path)
     split_attention(model)
     targets = lora_targets(model)
