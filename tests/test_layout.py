@@ -1,4 +1,4 @@
-"""The direction of imports: equations know no state, no state knows Lightning, the library knows no recipe."""
+"""The direction of imports: equations know no state, state knows no Lightning, and the library knows no recipe."""
 
 import ast
 import gc
