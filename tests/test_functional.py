@@ -41,7 +41,7 @@ def scaling(dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.mark.parametrize("estimator", ["average", "projected"])
 def test_equals_the_dense_definition_of_the_paper(estimator: str) -> None:
-    """Eqs. 10-12 and 14 with true pseudo-inverses; the factors are well-conditioned, so damping changes only 1e-5."""
+    """Eqs. 10-12 and 14 with true pseudo-inverses; for well-conditioned factors damping changes about 1e-5."""
     A, B, grad_A, grad_B = factors()
     from_B, from_A = grad_B @ torch.linalg.pinv(A.T) / S, torch.linalg.pinv(B.T) @ grad_A / S
     dense = (from_B + from_A) / 2 if estimator == "average" else from_B

@@ -264,7 +264,7 @@ def test_measures_in_training_mode_are_those_of_eval_mode(how: str | None) -> No
     assert net.training
     training = values()
     net.eval()
-    # There is no dropout, in which alone the modes would differ.
+    # There is no dropout, and the modes differ in nothing else.
     assert same(training, values())
     assert float(training["ema_sharpness"].abs()) > 1e-6
     # The open object reads perturbed weights afterwards, as before.

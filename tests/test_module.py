@@ -1,4 +1,4 @@
-"""FMLoRAModule does by hand what Lightning does for the FMLoRA callback; with EFMLoRA it takes the average's place.
+"""FMLoRAModule does by hand what Lightning does for the FMLoRA callback; with EFMLoRA it uses the average.
 
 Also, what a subclass may not do.
 """

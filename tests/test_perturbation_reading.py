@@ -136,7 +136,7 @@ def test_what_is_read_has_the_gradient_of_the_parameter() -> None:
 
 @pytest.mark.parametrize("as_parameters", [False, True])
 def test_a_teacher_by_functional_call_computes_with_its_own_values(as_parameters: bool) -> None:
-    """While everything that torch.func differentiates is perturbed, as the parameters are."""
+    """What torch.func differentiates is perturbed, as the parameters are."""
     model, pairs = model_and_pairs()
     perturbation = Perturbation(pairs)
     perturbation.install()

@@ -1,7 +1,7 @@
 """The loss around P1's winners and the control: increases of the loss, and critical sharpness.
 
 From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/around.py FOLDER_OF_P1 ROWS``. It measures the
-adapters of the eight final seeds that still equal those of P1's rows, on the first 32 questions of the test part, in
+adapters of eight final seeds, which are still those of P1's rows, on the first 32 questions of the test part, in
 float32. Existing rows are kept.
 """
 
@@ -35,7 +35,7 @@ SAMPLES = 4
 
 
 def losses(net: nn.Module, rows: Any, padding: int) -> list[Callable[[], Tensor]]:
-    """The loss of each batch of right answers; their mean is in nats per token."""
+    """Return the loss of each batch of right answers; their mean is in nats per token."""
     right = [(row["input_ids"][row["gold"]], row["labels"][row["gold"]]) for row in rows]
     right.sort(key=lambda each: len(each[0]))  # similar lengths in a batch need little padding
     batches = [right[start : start + BATCH] for start in range(0, len(right), BATCH)]

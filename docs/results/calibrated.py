@@ -29,7 +29,7 @@ LARGEST = 20.0  # temperature
 
 
 def logits_and_targets(net: nn.Module, rows: Any, padding: int) -> tuple[Tensor, Tensor]:
-    """For all tokens of the right answers, the logits (tokens, vocabulary) and the tokens' ids (tokens,)."""
+    """Return the logits (tokens, vocabulary) and the ids (tokens,) of all tokens of the right answers."""
     right = [(row["input_ids"][row["gold"]], row["labels"][row["gold"]]) for row in rows]
     right.sort(key=lambda each: len(each[0]))  # similar lengths in a batch need little padding
     found, targets = [], []
@@ -46,7 +46,7 @@ def logits_and_targets(net: nn.Module, rows: Any, padding: int) -> tuple[Tensor,
 
 
 def loss_at(temperature: float, logits: Tensor, targets: Tensor) -> float:
-    """The loss in nats per token."""
+    """Return the loss in nats per token."""
     return float(nn.functional.cross_entropy(logits / temperature, targets))
 
 

@@ -67,7 +67,7 @@ GUESSED = {
 
 
 class Classifier(TaskClassifier):
-    """The demo's module with LoRA on all linear layers, a rank, a base that may be rounded, and the head's own rate.
+    """The demo's module with LoRA of any rank on all linear layers, maybe a rounded base, and a rate for the head.
 
     Args:
         encoder: LoRA is added to its upper layers.

@@ -33,7 +33,7 @@ class Layer(NamedTuple):
         W: the base weight, (n, m).
         A: (r, m).
         B: (n, r).
-        scaling: of the update.
+        scaling: the update's factor s.
     """
 
     W: Tensor
@@ -57,7 +57,7 @@ def noisy(weight: Tensor, size: float, draw: int, name: str) -> Tensor:
         weight: shape (n, m).
         size: relative, without a unit.
         draw: determines the noise's direction, together with the name.
-        name: of the weight.
+        name: the weight's name.
     """
     direction = _direction(tuple(weight.shape), draw, name).to(weight.dtype)
     return weight + size * torch.linalg.vector_norm(weight) * direction

@@ -95,7 +95,7 @@ def clip_fewshot(place: Path) -> Recipe:
 
 
 def instruction_tuning(place: Path, tiny: str, tokenizer: Any) -> Recipe:
-    """A tiny model whose answers differ between questions, in length too; half of the data have its own answers."""
+    """A tiny model whose answers differ in words and length; half of the rows contain its own answers."""
     talker = str(place / "talker")
     config = transformers.AutoConfig.from_pretrained(tiny, tie_word_embeddings=False, initializer_range=0.3)
     torch.manual_seed(1)
@@ -144,7 +144,7 @@ def nlg(place: Path) -> Recipe:
 
 
 def vqa(place: Path) -> Recipe:
-    """Images of different sizes, half of which have the model's own answers, and five questions to predict."""
+    """Images of different sizes, half of them with the model's own answers, and five questions to predict."""
     model = save_vlm("qwen2_5_vl", place / "model")
     rows, asked = draw(place, 28), [{"image": f"{i}.png", "question": f"is it {COLOURS[i % 3]}?"} for i in range(5)]
     module = VQA(model, DEFAULT_LORA, "float32", max_new_tokens=4)

@@ -1,4 +1,4 @@
-"""What someone else's config.yaml may choose: neither code of others nor where files are written."""
+"""What someone else's config.yaml must not choose: code of others, and where files are written."""
 
 import inspect
 from pathlib import Path
