@@ -1,8 +1,8 @@
-"""Every test is deterministic and takes one thread, so that two cores give the same answer as sixty-four.
+"""Every test is deterministic and uses one thread, so that two cores give the same result as sixty-four.
 
-`make test` shares the files among two processes: a file's tests run in one of them, one after another, and share what
-its fixtures of wider scope hold. Starting Python with all libraries takes about ten seconds, more than most tests:
-`launch.launch` runs many cases on a few ranks, and `processes.start` starts a process that has imported them already.
+`make test` splits the files between two processes: a file's tests run in one of them, one after another, and share
+its fixtures of wider scope. Starting Python with all libraries takes about ten seconds, longer than most tests:
+`launch.launch` runs many cases on a few ranks, and `processes.start` starts a process that already has the imports.
 """
 
 import gc
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep the libraries' million objects, which stay to the end, out of every garbage collection."""
+    """Exclude the libraries' million objects, which live until the end, from garbage collection."""
     gc.collect()
     gc.freeze()
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_flatlora import FMLoRAModule, find_pairs
 
 RHO, BETA = 0.4, 0.7
-BATCHES, SIZE = 26, 4  # 26 is no multiple of 4: the last accumulation window is shorter
+BATCHES, SIZE = 26, 4  # 26 is not a multiple of 4, so the last accumulation window is shorter
 
 
 def network() -> nn.Module:
@@ -25,7 +25,7 @@ def network() -> nn.Module:
 
 def dataset() -> TensorDataset:
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(BATCHES * SIZE, 6, generator=generator)  # float32 values, as FSDP1's plugin casts what comes in
+    x = torch.randn(BATCHES * SIZE, 6, generator=generator)  # float32 values, since FSDP1's plugin casts the inputs
     return TensorDataset(x.double(), torch.randint(0, 3, (BATCHES * SIZE,), generator=generator))
 
 
@@ -70,7 +70,7 @@ class Manual(_Learner, FMLoRAModule):
 def fit_in_float64(
     module: L.LightningModule, epochs: int, callbacks: list[L.Callback], loader: Any = None, **settings: Any
 ) -> None:
-    """Train on the batches above, in an order that does not change; other settings go to the Trainer."""
+    """Train on the batches above in a fixed order; other settings go to the Trainer."""
     loader = DataLoader(dataset(), batch_size=SIZE) if loader is None else loader
     settings = {"max_epochs": epochs, "precision": "64-true", **settings}
     trainer_of(None, callbacks, **settings).fit(module, loader)

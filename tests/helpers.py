@@ -1,4 +1,4 @@
-"""A small LoRA classifier in the shapes that the callbacks and the module meet, and what the tests ask of it."""
+"""A small LoRA classifier, in the variants that callbacks and module may meet, and questions that tests ask of it."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ from lightning_flatlora.perturbed_read import READINGS
 
 
 def since_lightning(version: str, reason: str) -> pytest.MarkDecorator:
-    """Skips where Lightning is older, for a reason of Lightning's own."""
+    """Skip the test with older versions of Lightning, because of a problem in Lightning itself."""
     return pytest.mark.skipif(Version(L.__version__) < Version(version), reason=reason)
 
 
@@ -52,7 +52,7 @@ CALLBACKS: dict[str, Any] = {"efmlora": EFMLoRA, "fmlora": FMLoRA, **BASELINES}
 
 
 def make_net(dropout: float = 0.0, seed: int = 0, rank: int = 2) -> nn.Module:
-    """Three linear layers under peft; the last keeps a trained bias, so that not all that learns is LoRA."""
+    """Three linear layers under peft; the last has a trained bias, so that not only LoRA is trained."""
     torch.manual_seed(seed)
     layers = [nn.Linear(FEATURES, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES)]
     config = LoraConfig(r=rank, lora_alpha=4, lora_dropout=dropout, target_modules=["0", "2", "4"])
@@ -66,7 +66,7 @@ def make_loader(batches: int = 6, batch_size: int = 4, seed: int = 1, dtype: tor
 
 
 def make_dataset(samples: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> TensorDataset:
-    """Inputs, labels, and a third number of each sample that is 1: the loss's factor, for batches that overflow."""
+    """Inputs, labels, and a factor of the loss for each sample, which is 1 except in batches that should overflow."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(samples, FEATURES, generator=generator, dtype=dtype)
     labels = torch.randint(CLASSES, (samples,), generator=generator)
@@ -74,7 +74,7 @@ def make_dataset(samples: int, seed: int = 1, dtype: torch.dtype = torch.float32
 
 
 class Losses:
-    """What both modules compute: cross-entropy, times the batch's factor; hooks of the test run inside the step."""
+    """What both modules share: cross-entropy, times the batch's factor; a test can add functions that run inside."""
 
     net: nn.Module
 
@@ -119,7 +119,7 @@ class Classifier(Losses, LightningModule):
 
 
 class ByHand(Classifier):
-    """Manual optimization: a step of each optimizer."""
+    """Manual optimization: steps each optimizer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -134,7 +134,7 @@ class ByHand(Classifier):
 
 
 class FromIterator:
-    """To be added to a module that takes its batches from the iterator itself."""
+    """A mix-in for a module that takes its batches from the iterator itself."""
 
     def training_step(self: Any, dataloader_iter: Any) -> Any:
         batch, batch_idx, _ = next(dataloader_iter)
@@ -149,14 +149,14 @@ class TwoPassClassifier(Losses, FMLoRAModule):
 
 
 def with_own(own: type[Any]) -> tuple[type[Any], type[Any]]:
-    """Both modules with the methods of a class of a test's own."""
+    """Both modules with the methods of a test's own class."""
     if own is object:
         return Classifier, TwoPassClassifier
     return type("Automatic", (own, Classifier), {}), type("Manual", (own, TwoPassClassifier), {})
 
 
 def trains(chosen: Callable[[str, nn.Parameter], bool]) -> type[Any]:
-    """A class, to be added to a module's, whose optimizer holds the chosen parameters."""
+    """A mix-in whose optimizer holds the chosen parameters."""
 
     def configure_optimizers(self: Any) -> Any:
         return torch.optim.AdamW([p for name, p in self.named_parameters() if chosen(name, p)], lr=self.lr)
@@ -179,7 +179,7 @@ def build(
     """One front end or baseline, or plain LoRA.
 
     Returns:
-        The module, its flatness callbacks, and what the Trainer needs beside (accumulation).
+        The module, its flatness callbacks, and further arguments of the Trainer (accumulation).
     """
     automatic, manual = classes or with_own(own)
     every = {} if every_n_steps is None else {"every_n_steps": every_n_steps}
@@ -224,7 +224,7 @@ def fit(
     seed: int = 3,
     **kwargs: Any,
 ) -> Trainer:
-    """Train from one seed and return the Trainer."""
+    """Train from a fixed seed and return the Trainer."""
     torch.manual_seed(seed)
     if val is None:
         val, kwargs = make_loader(1), {"limit_val_batches": 0, **kwargs}
@@ -234,7 +234,7 @@ def fit(
 
 
 def calling(**functions: Callable[..., Any]) -> Callback:
-    """A callback that calls a function in each of these hooks with what Lightning gives."""
+    """A callback that calls the given function in each of these hooks, with Lightning's arguments."""
 
     def method_of(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda self, *args, **kwargs: function(*args, **kwargs)
@@ -269,7 +269,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def E_hat(callback: Any) -> dict[str, Tensor]:
-    """Copies of a callback's perturbations, by the name of B; a baseline has none."""
+    """Copies of a callback's perturbations, by the name of B; empty for a baseline."""
     return {} if callback.perturbation is None else callback.perturbation.state_dict()["E"]
 
 
@@ -279,7 +279,7 @@ def driver_of(trainer: Trainer) -> Any:
 
 
 def is_perturbed(module: nn.Module) -> bool:
-    """Whether any layer reads B + E at this moment."""
+    """Whether any layer currently reads B + E."""
     return any(perturbed_read.shown(m) is not None for m in module.modules())
 
 
@@ -289,7 +289,7 @@ def is_installed(module: nn.Module) -> bool:
 
 
 def assert_no_trace(module: nn.Module) -> None:
-    """No overlaid class and no attribute of one is left in a module."""
+    """No overlaid class, and no attribute of one, is left in a module."""
     hidden = {READINGS, GATES}
     assert not [name for name, m in module.named_modules() if isinstance(m, Overlay) or hidden & m.__dict__.keys()]
 
@@ -305,7 +305,7 @@ def assert_same_run(trainer: Trainer, other: Trainer) -> None:
 
 
 def assert_copies_are_plain(net: nn.Module) -> None:
-    """Copies and pickles made now are of plain classes, with the stored weights and no trace of E."""
+    """Copies and pickles made now have plain classes, the stored weights and no trace of E."""
     stored = net.state_dict()
     buffer = io.BytesIO()
     torch.save(net, buffer)
@@ -317,7 +317,7 @@ def assert_copies_are_plain(net: nn.Module) -> None:
 
 
 class Send(Callback):
-    """Sends this process a signal in a hook, in one of its calls."""
+    """Sends a signal to this process at a given call of a hook."""
 
     def __init__(self, hook: str, call: int = 0, number: int = signal.SIGUSR1) -> None:
         self.left = call
@@ -343,7 +343,7 @@ class At(Callback):
 
 
 def moved(module: nn.Module) -> list[str]:
-    """The adapters and layers that read another weight than the stored one at this moment."""
+    """The adapters and layers that currently read something other than their stored weight."""
     names = []
     for name, part in module.named_modules():
         if ".lora_B." in name and not torch.equal(part.weight, part._parameters["weight"]):
@@ -358,9 +358,9 @@ def two_adapters() -> Any:
 
 
 class ResumableLoader:
-    """A loader that shuffles by epoch and resumes where it was, as torchdata's StatefulDataLoader does.
+    """A loader that shuffles each epoch and resumes where it was, as torchdata's StatefulDataLoader does.
 
-    Lightning restores its state in the middle of an epoch only; between epochs it gives samplers the epoch's number.
+    Lightning only restores its state within an epoch; between epochs it passes the epoch's number to samplers.
     """
 
     def __init__(self, batches: list[Any]) -> None:

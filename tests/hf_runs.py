@@ -1,4 +1,4 @@
-"""Runs by transformers' Trainer of the network that Lightning's Trainer also trains."""
+"""Runs by transformers' Trainer, of the network that is also trained by Lightning's Trainer."""
 
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 class Model(nn.Module):
-    """The network as transformers' models are called."""
+    """The network, with the call signature of transformers' models."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def trainer_of(
 
 
 class TwoPasses(Trainer):  # type: ignore[misc]
-    """The Trainer of transformers with FMLoRA, as on docs/other_loops.md."""
+    """transformers' Trainer with FMLoRA, as on docs/other_loops.md."""
 
     flat: FMLoRA
 
@@ -88,7 +88,7 @@ class TwoPasses(Trainer):  # type: ignore[misc]
 
 
 def trained_by(name: str, folder: Path, resume: str | None = None, rho: Any = RHO, **settings: Any) -> tuple[Any, Any]:
-    """Train by a method; the trainer and the method's object."""
+    """Train with a method; returns the trainer and the method's object."""
     if name == "FMLoRA":
         trainer = trainer_of(folder, kind=TwoPasses, **settings)
         method: Any = FMLoRA
@@ -102,7 +102,7 @@ def trained_by(name: str, folder: Path, resume: str | None = None, rho: Any = RH
 
 
 def on_two_ranks(folder: str, name: str, window: int = 1) -> dict[str, Any]:
-    """The trained weights and E of this rank, under the DDP that transformers starts."""
+    """This rank's trained weights and E, under the DDP that transformers starts."""
     settings = {"per_device_train_batch_size": SIZE // 2, "gradient_accumulation_steps": window}
     trainer, flat = trained_by(name, Path(folder), ddp_backend="gloo", **settings)
     return {

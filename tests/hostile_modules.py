@@ -1,6 +1,6 @@
-"""Modules that do what other people's do, by name: they write, count, draw, take batches apart, and hold odd layers.
+"""Modules that do what other people's modules do, by name: they write, count, draw, empty batches, and hold odd layers.
 
-At a learning rate of 0 the clean passes of every run agree, so whatever a step writes must be what a plain run writes.
+At a learning rate of 0 the clean passes of all runs agree, so a step must write exactly what a plain run writes.
 """
 
 import random
@@ -33,7 +33,7 @@ from lightning_flatlora.pairs.finders import litgpt_pairs, nemo_pairs, torchtune
 class Hostile:
     """Added to the classifiers of helpers.py.
 
-    ``seen``, a tuple, gets from each pass the batch's number and what the loss depends on besides the weights.
+    Each pass adds to the tuple ``seen`` the batch's number and what the loss depends on besides the weights.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -43,11 +43,11 @@ class Hostile:
         self.prepare()
 
     def prepare(self) -> None:
-        """Make what the module holds besides its network."""
+        """Create what the module holds besides its network."""
 
     @property
     def own(self) -> list[Any]:
-        """The numbers and containers that count."""
+        """The module's own numbers and containers, which must match."""
         return []
 
     def saw(self, batch_idx: int, *values: Any) -> None:
@@ -65,7 +65,7 @@ class Registering(nn.Module):
 
 
 class WritesBuffers(Hostile):
-    """By name, by ``.data``, in place; grown, registered late, expanded, of a type that knows no arithmetic."""
+    """By name, through ``.data``, in place; grown, registered late, expanded, and of a dtype without arithmetic."""
 
     def prepare(self) -> None:
         module: Any = self
@@ -80,7 +80,7 @@ class WritesBuffers(Hostile):
     def loss(self, batch: Any, batch_idx: int) -> Any:
         self.saw(batch_idx, self.average.sum(), self.queue.sum(), self.small.float().sum(), self.last.sum())
         self.saw(batch_idx, self.part(), len(self.bank))
-        # The input is written before it is remembered.
+        # The input is changed before it is stored.
         raw = batch[0].mul_(0.5)
         inputs = raw * self.mask + self.average + self.queue + self.last
         self.average.data.lerp_(raw.mean(0), 0.5)
@@ -94,7 +94,7 @@ class WritesBuffers(Hostile):
 
 
 class KeepsAttributes(Hostile):
-    """Numbers, lists, dicts and sets of its own, private ones too; and it draws from all generators."""
+    """Its own numbers, lists, dicts and sets, some of them private; it also draws from all generators."""
 
     def prepare(self) -> None:
         self.steps, self.rate, self._private = 0, 1.0, [0]
@@ -120,7 +120,7 @@ class KeepsAttributes(Hostile):
         self.tally["a"] += 1
         self.table[str(self.steps)] = self.rate
         loss = super().loss((batch[0] * sum(drawn), *batch[1:]), batch_idx)
-        # Written into, and replaced by another one.
+        # First changed in place, then replaced.
         self.losses.append(0.0)
         self.losses = [*self.losses, loss.item()]
         return loss
@@ -142,7 +142,7 @@ class Normalizes(Hostile):
 
 
 class LoggedValue(nn.Module):
-    """Logs by a method that it was given before anything could take that method's place."""
+    """Logs with a method that it received before anything could replace that method."""
 
     def __init__(self, log: Any) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class Measures(Hostile):
 
 
 class FreezesLate(Hostile):
-    """Decides in configure_optimizers, and not earlier, what is trained, as NeMo's speech language models do."""
+    """Decides only in configure_optimizers what is trained, as NeMo's speech language models do."""
 
     def prepare(self) -> None:
         self.encoder = nn.Linear(FEATURES, FEATURES)
@@ -203,17 +203,17 @@ class FreezesLate(Hostile):
 
 
 class Teaches(Hostile):
-    """Momentum encoders of a head, written after the step; their copies may require gradients and get none."""
+    """Momentum encoders of a head, updated after the step; their copies may require gradients, but get none."""
 
     def prepare(self) -> None:
         self.head, self.teacher = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
         self.average = AveragedModel(self.head)
         self.teacher.requires_grad_(False)
-        # The first update of all would be a copy, which shows nothing.
+        # The very first update would just copy, which shows nothing.
         self.average.update_parameters(self.teacher)
 
     def loss(self, batch: Any, batch_idx: int) -> Any:
-        # A trained weight may be written inside, as one that is kept in a range.
+        # A trained weight may be changed inside a step, for instance to keep it in a range.
         with torch.no_grad():
             self.head.weight.clamp_(-0.1, 0.1)
         return super().loss((self.head(batch[0]), *batch[1:]), batch_idx)
@@ -240,7 +240,7 @@ TEACHERS: dict[str, Callable[[Any], None]] = {"teacher": by_data, "average.modul
 """How the parameters of each of these names are written."""
 
 
-# -- batches that a step writes or takes apart; what else may be one is in test_replay.py
+# -- batches that a step writes to or empties; for other kinds of batches, see test_replay.py
 
 
 class Adds(Hostile):
@@ -252,7 +252,7 @@ class Adds(Hostile):
 
 
 class Pops(Hostile):
-    """Takes all out of its batch."""
+    """Takes everything out of its batch."""
 
     def loss(self, batch: Any, batch_idx: int) -> Any:
         inputs, more = batch.pop("inputs"), batch.pop("more")
@@ -263,14 +263,14 @@ class Pops(Hostile):
 
 
 class IsQuantized(Hostile):
-    """Its state dict holds more than a new one can take."""
+    """Its state dict has more entries than a new module can load."""
 
     def prepare(self) -> None:
         self.strict_loading = False
 
 
 class Logits(nn.Module):
-    """Any network on the classifier's inputs, whose outputs are one row for each sample."""
+    """Any network on the classifier's inputs; its outputs are one row per sample."""
 
     def __init__(self, net: nn.Module, prepared: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
@@ -290,7 +290,7 @@ class Attention(nn.Module):
 
 
 class Experts(nn.Module):
-    """Layers of which each batch uses one."""
+    """Each batch uses only one of its layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,7 +301,7 @@ class Experts(nn.Module):
 
 
 class FusedExperts(nn.Module):
-    """The experts of transformers 5: one parameter holds all, and peft puts a parametrization around it in forward."""
+    """The experts of transformers 5: one parameter holds them all, and peft parametrizes it during the forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ class FusedExperts(nn.Module):
 
 
 class BesideFusedExperts(nn.Module):
-    """A Linear, before experts whose parameter another module reads without their adapter."""
+    """A Linear followed by experts whose parameter is also read by another module, without their adapter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -381,14 +381,14 @@ def imitated(kind: type[nn.Module]) -> nn.Module:
 
 
 class Bert(nn.Module):
-    """LoRA by transformers' own add_adapter, without a PeftModel; the new head trains too."""
+    """LoRA by transformers' own add_adapter, without a PeftModel; the new head is trained, too."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
         self.bert = BertForSequenceClassification(BertConfig(vocab_size=16, num_labels=CLASSES, **sizes))
-        # It may ask for a peft that is newer than the newest release.
+        # transformers may require a peft that is not released yet.
         with patch("transformers.integrations.peft.check_peft_version"):
             self.bert.add_adapter(LoraConfig(r=2, target_modules=["query", "value"]))
         self.bert.classifier.requires_grad_(True)
@@ -399,7 +399,7 @@ class Bert(nn.Module):
 
 
 def of_hydra() -> nn.Module:
-    """Its LoraConfig holds the lists of a configuration library, which are not Python's lists."""
+    """Its LoraConfig holds a configuration library's lists, which are not Python lists."""
     torch.manual_seed(0)
     node = OmegaConf.create({"r": 2, "target_modules": ["0", "2"], "rank_pattern": {"0": 3}})
     return get_peft_model(two_linear(), LoraConfig(**node))
@@ -416,7 +416,7 @@ def quantized(kind: str) -> nn.Module:
 
 
 class ByAnotherLibrary(torch.autograd.Function):
-    """Reentrant checkpointing as other libraries write it."""
+    """Reentrant checkpointing as other libraries implement it."""
 
     @staticmethod
     def forward(ctx: Any, net: nn.Module, x: Tensor) -> Tensor:
@@ -436,7 +436,7 @@ class ByAnotherLibrary(torch.autograd.Function):
 
 
 class Checkpointed(nn.Module):
-    """Its forward pass runs a second time inside backward."""
+    """Its forward pass runs a second time during the backward pass."""
 
     def __init__(self, net: nn.Module, how: Callable[..., Any]) -> None:
         super().__init__()
@@ -450,7 +450,7 @@ CHECKPOINTS: dict[str, Callable[..., Any]] = {
     "reentrant": partial(checkpoint, use_reentrant=True),
     "not reentrant": partial(checkpoint, use_reentrant=False),
     "to the end": partial(checkpoint, use_reentrant=False, early_stop=False),
-    # It does not care for dropout.
+    # It doesn't restore the random state for dropout.
     "another library's": ByAnotherLibrary.apply,
 }
 
@@ -468,16 +468,16 @@ OF_LAYERS = ("efmlora", "loops.EFMLoRA")
 
 @dataclass
 class Kind:
-    """What a module does to be hostile.
+    """How a module is hostile.
 
     Attributes:
         own: the class that is added to a classifier.
         net: makes its network.
-        as_batch: makes a batch of the loader of a tuple.
-        settings: what a method needs there.
-        front_ends: under which it is trained.
-        saves_adapters: whether AdapterCheckpoint writes the files, and not ModelCheckpoint.
-        like: the kind whose run, bit for bit, it must have.
+        as_batch: turns a tuple of the loader into a batch.
+        settings: additional settings of the method.
+        front_ends: the front ends that train it.
+        saves_adapters: whether AdapterCheckpoint writes the files instead of ModelCheckpoint.
+        like: the kind whose run it must equal bit for bit.
     """
 
     own: type[Any] = Hostile
@@ -538,7 +538,7 @@ KINDS: dict[str, Kind] = {
 for title, how in CHECKPOINTS.items():
     dropout, like = (0.0, "not checkpointed") if title == "another library's" else (0.2, "dropout")
     makes = partial(lambda how, dropout: Checkpointed(make_net(dropout), how), how, dropout)
-    # loops.EFMLoRA refuses those whose forward records nothing: see test_loop_reads.py.
+    # loops.EFMLoRA refuses those whose forward pass records no graph: see test_loop_reads.py.
     front_ends = ("fmlora", "module", "loops.FMLoRA", "efmlora")
     if "to the end" in title or "not" in title:
         front_ends = (*front_ends, "loops.EFMLoRA")

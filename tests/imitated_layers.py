@@ -1,4 +1,4 @@
-"""LoRA layers of other projects, imitated by their structure, and how they are trained in the tests."""
+"""LoRA layers of other projects, imitated in their structure, and how tests train them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ class OfTorchtune(nn.Module):
 
 
 class OfNeMo(nn.Module):
-    """A base and an adapter beside it, scaled by alpha / dim."""
+    """A base with an adapter next to it, scaled by alpha / dim."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class OnHuggingFace(nn.Linear):
 
 
 class Bare(nn.Module):
-    """Parameters of the layer itself."""
+    """The factors are parameters of the layer itself."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""litgpt's own GPT with LoRA, tiny and in float64, as a LightningModule, and what the tests compare it with."""
+"""litgpt's own GPT with LoRA, tiny and in float64, as a LightningModule, and references for comparison."""
 
 import copy
 from typing import Any
@@ -42,7 +42,7 @@ STACKED = {
 
 
 def gpt(which: str = "q, k, v", dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A GPT whose base is frozen and whose B is not zero, always the same."""
+    """A GPT with a frozen base and nonzero B, always the same."""
     torch.manual_seed(0)
     model = lora.GPT(lora.Config(**SETTINGS, **STACKED[which], lora_dropout=dropout))
     lora.mark_only_lora_as_trainable(model)
@@ -96,7 +96,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 class SplitAttention(nn.Module):
-    """The dense counterpart of litgpt's LoRAQKVLinear: a pair of parameters for each of q, k and v that has LoRA."""
+    """The dense counterpart of litgpt's LoRAQKVLinear, with separate parameters for each of q, k and v with LoRA."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class SplitAttention(nn.Module):
 
 
 def split(model: nn.Module) -> tuple[nn.Module, list[tuple[nn.Parameter, nn.Parameter, float]]]:
-    """A copy of a GPT with separate factors, and all of its pairs (A, B, s)."""
+    """A copy of a GPT with separate factors, and all of its triples (A, B, s)."""
     model = copy.deepcopy(model)
     pairs = []
     for name, layer in list(model.named_modules()):
@@ -137,7 +137,7 @@ def split(model: nn.Module) -> tuple[nn.Module, list[tuple[nn.Parameter, nn.Para
 
 
 def joined(model: nn.Module) -> dict[str, Tensor]:
-    """The LoRA parameters of a split copy under the names of the GPT that it was made of."""
+    """The LoRA parameters of a split copy, under the names of the original GPT."""
     factors = {}
     for name, module in model.named_modules():
         if isinstance(module, SplitAttention):

@@ -1,4 +1,4 @@
-"""Training loops without a Trainer, and the same runs by Lightning's."""
+"""Training loops without a Trainer, and the same runs with Lightning's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_flatlora import CosineRho, loops
 
 METHODS = ("EFMLoRA", "FMLoRA")
-SIZE, BATCHES = 4, 10  # no multiple of the accumulation window: the last one is shorter
+SIZE, BATCHES = 4, 10  # not a multiple of the accumulation window, so the last one is shorter
 
 
 def batches(dtype: torch.dtype = torch.float64, size: int = SIZE) -> list[Any]:
@@ -73,7 +73,7 @@ def run(
     scheduler: Any = None,
     after_step: Callable[[int], Any] | None = None,
 ) -> None:
-    """The loop as Lightning's Trainer runs it. EFMLoRA's is the loop of plain LoRA, for which ``flat`` is None."""
+    """The loop as Lightning's Trainer runs it. With EFMLoRA it is plain LoRA's loop, for which ``flat`` is None."""
     for index, batch in enumerate(data):
         torch.manual_seed(index)
         steps = (index + 1) % window == 0 or index == len(data) - 1
@@ -104,7 +104,7 @@ def one_pass() -> list[Any]:
 def train(
     name: str, net: nn.Module, data: list[Any], rho: Any = None, method: dict[str, Any] | None = None, **settings: Any
 ) -> Any:
-    """Train in plain PyTorch; what drove it."""
+    """Train in plain PyTorch; returns the method's object."""
     optimizer = optimizer_of(net)
     flat = method_of(name, net, optimizer, rho, **(method or {}))
     run(flat, net, optimizer, data, scheduler=scheduler_of(optimizer), **settings)

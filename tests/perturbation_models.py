@@ -11,7 +11,7 @@ RHO = 0.3
 
 
 class Net(nn.Module):
-    """A convolution and two Linear layers of one shape, so that there are two groups."""
+    """A convolution and two Linear layers of equal shape, so that there are two groups."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A network under LoRA whose frozen base is kept in 4 or 8 bits."""
+"""A LoRA network whose frozen base is stored in 4 or 8 bits."""
 
 from typing import Any
 
@@ -30,6 +30,6 @@ def network(quantize: Any) -> nn.Module:
     layers = (nn.Linear(FEATURES, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES))
     net = nn.Sequential(*layers)
     net[0], net[2] = quantize(net[0]), quantize(net[2])
-    net.is_loaded_in_4bit, net.is_loaded_in_8bit = quantize is four_bits, quantize is eight_bits  # as transformers says
+    net.is_loaded_in_4bit, net.is_loaded_in_8bit = quantize is four_bits, quantize is eight_bits  # as transformers does
     config = LoraConfig(r=3, lora_alpha=5, target_modules=["0", "2"], modules_to_save=["4"])
     return get_peft_model(net, config)

@@ -1,7 +1,7 @@
-"""The method written a second time: dense, float64, one pair after another, weights really moved and put back.
+"""The method written a second time: dense, in float64, one pair at a time, with weights that are moved and restored.
 
-It follows Algorithms 1 and 2 line by line in plain PyTorch and shares no code with the package. Full n x n and n x m
-matrices are made on purpose. The pseudo-inverse of a Gram matrix is the damped one that the project defines.
+It follows Algorithms 1 and 2 line by line in plain PyTorch and shares no code with the package. It forms full n x n and
+n x m matrices on purpose. The pseudo-inverse of a Gram matrix is the damped one that the project defines.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,12 +21,12 @@ def pinv_of_gram(K: Tensor) -> Tensor:
 
 
 def ascent(A: Tensor, B: Tensor, G_A: Tensor | None, G_B: Tensor, s: float, estimator: str) -> tuple[Tensor, Tensor]:
-    """(1/s) G_hat A⁺ and ||G_hat||^2 of one pair; all matrices two-dimensional.
+    """(1/s) G_hat A⁺ and ||G_hat||^2 of one pair; all matrices are two-dimensional.
 
-    What A's gradient adds beyond A's row space counts as far as B^T G_B and G_A A^T, equal without penalties, agree.
+    A's gradient outside of A's row space counts as far as B^T G_B and G_A A^T agree; without penalties they are equal.
     """
     K_A = pinv_of_gram(A @ A.T)
-    # Exact gradients of B are in A's row space; a damped inverse, unlike a pseudo-inverse, enlarges what is not.
+    # Exact gradients of B lie in A's row space; a damped inverse, unlike a pseudo-inverse, enlarges any other part.
     projector = K_A @ A @ A.T
     G_B = G_B @ projector
     X = G_B @ K_A
@@ -63,7 +63,7 @@ class Reference:
     loss: Callable[[nn.Module, Any], Tensor]
     optimizer: torch.optim.Optimizer
     rho: Callable[[int], float]
-    beta: float | None = None  # None: FMLoRA
+    beta: float | None = None  # None for FMLoRA
     estimator: str = "average"
     norm_scope: str = "global"
     start_step: int = 0
@@ -77,7 +77,7 @@ class Reference:
     losses: list[float] = field(default_factory=list)
 
     def train(self, batches: list[Any]) -> None:
-        """One epoch; the last window may be shorter, and is divided by ``accumulate`` all the same, as Lightning's."""
+        """One epoch; a shorter last window is also divided by ``accumulate``, as in Lightning."""
         for start in range(0, len(batches), self.accumulate):
             window = batches[start : start + self.accumulate]
             self.optimizer.zero_grad()
@@ -119,7 +119,7 @@ class Reference:
             loss = self.loss(self.model, batch) / self.accumulate
             self.losses.append(float(loss.detach()) * self.accumulate)
             loss.backward()
-        fresh = self.fresh() if self.due else None  # the perturbed B enters: it is still in place
+        fresh = self.fresh() if self.due else None  # uses the perturbed B, which is still in place
         if self.ema is not None:
             self.move_back()
         if fresh is not None and self.ema is None:

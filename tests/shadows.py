@@ -1,4 +1,4 @@
-"""A shadow of the weights, written right after the optimizer's own update, and spies that compare it in every hook."""
+"""A shadow of the weights, taken right after the optimizer's own update, and spies that compare it in every hook."""
 
 from typing import Any
 
@@ -28,11 +28,11 @@ MODULE_HOOKS = [
 
 
 class Shadow:
-    """What the weights must be: taken at the start and after each update of the optimizer, never else.
+    """What the weights must be: copied at the start and after each update by the optimizer, and at no other time.
 
     Args:
         net: the network.
-        trained_only: leaves out frozen weights, which peft's MultiheadAttention makes anew in each pass.
+        trained_only: ignore frozen weights, which peft's MultiheadAttention recreates in each pass.
     """
 
     def __init__(self, net: nn.Module, trained_only: bool = False) -> None:
@@ -49,7 +49,7 @@ class Shadow:
         return {name: p for name, p in self.net.named_parameters() if p.requires_grad or not self.trained_only}
 
     def look(self, who: str, where: str) -> None:
-        """The stored bits, by every way to get at them, are the shadow's."""
+        """The stored bits, read in every possible way, are the shadow's."""
         now = self.looked_at()
         assert list(now) == list(self.parameters), (who, where)
         assert all(now[name] is parameter for name, parameter in self.parameters.items()), (who, where)
@@ -79,7 +79,7 @@ class Shadow:
 
 
 def spy(shadow: Shadow, name: str) -> Callback:
-    """A callback that looks in every hook there is."""
+    """A callback that looks in every hook."""
 
     def hook_of(hook: str) -> Any:
         return lambda self, *args, **kwargs: shadow.look(name, hook)
@@ -88,7 +88,7 @@ def spy(shadow: Shadow, name: str) -> Callback:
 
 
 def spied(base: type[Any]) -> type[Any]:
-    """A module class that looks around every hook it has, and that Lightning calls."""
+    """A module class that looks around each of its hooks that Lightning calls."""
 
     def hook_of(hook: str) -> Any:
         original = getattr(base, hook)
@@ -101,13 +101,13 @@ def spied(base: type[Any]) -> type[Any]:
 
         return method
 
-    # An FMLoRAModule refuses hooks that would wait for ever.
+    # An FMLoRAModule refuses hooks that would never be called.
     hooks = [hook for hook in MODULE_HOOKS if not (issubclass(base, FMLoRAModule) and hook in _NOT_CALLED)]
     return type(f"Spied{base.__name__}", (base,), {hook: hook_of(hook) for hook in hooks})
 
 
 def watched(front_end: str, **settings: Any) -> tuple[Any, list[Callback], dict[str, Any], Shadow]:
-    """A front end whose module and callbacks are all watched."""
+    """A front end with spies in its module and between its callbacks."""
     net = make_net(dropout=0.2)
     shadow = Shadow(net)
     module, callbacks, kwargs = build(
@@ -121,6 +121,6 @@ def watched(front_end: str, **settings: Any) -> tuple[Any, list[Callback], dict[
 
 
 def shown(net: nn.Module) -> dict[str, torch.Tensor]:
-    """The E that each reader adds now, by module name."""
+    """The E that each reader adds now, by the module's name."""
     E = {name: perturbed_read.shown(module) for name, module in net.named_modules()}
     return {name: tensor.clone() for name, tensor in E.items() if tensor is not None}

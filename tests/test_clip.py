@@ -1,4 +1,4 @@
-"""open_clip models with split attention: the same outputs, LoRA on each projection, and the way back."""
+"""open_clip models with split attention: same outputs, LoRA on each projection, and the way back."""
 
 import copy
 import re
@@ -41,7 +41,7 @@ def coca() -> nn.Module:
     pooled = {"attentional_pool": True, "attn_pooler_heads": 4, "output_tokens": True}
     text = TEXT | {"embed_cls": True, "output_tokens": True, "layers": 2}
     model = CoCa(embed_dim=24, vision_cfg=VISION | pooled, text_cfg=text, multimodal_cfg=DECODER)
-    nn.init.normal_(model.text_decoder.text_projection, std=0.2)  # which open_clip leaves uninitialized
+    nn.init.normal_(model.text_decoder.text_projection, std=0.2)  # open_clip leaves it uninitialized
     return model
 
 
@@ -72,11 +72,11 @@ BATCH_OF_THREE = torch.Generator().manual_seed(1)
 IMAGES = torch.randn(3, 3, SIZE, SIZE, generator=BATCH_OF_THREE)
 TEXTS = torch.randint(1, WORDS - 1, (3, LENGTH), generator=BATCH_OF_THREE)
 TEXTS[:, 7:] = 0  # padding
-TEXTS[:, 6] = WORDS - 1  # the end, which CLIP looks for as the largest number
+TEXTS[:, 6] = WORDS - 1  # the end token, which CLIP finds as the largest number
 
 
 def outputs(model: Any) -> list[Tensor]:
-    """Whatever a model gives; CoCa has logits of captions too."""
+    """All outputs of a model; CoCa also has logits of captions."""
     found = model(IMAGES, TEXTS)
     values = found.values() if isinstance(found, dict) else found
     return [model.encode_image(IMAGES), model.encode_text(TEXTS), *(v for v in values if torch.is_floating_point(v))]
@@ -89,7 +89,7 @@ def assert_equal_outputs(one: Any, other: Any, tolerance: float = 1e-6) -> None:
 
 
 def perturb_all(model: nn.Module) -> None:
-    """Random values in every parameter, biases and scales too, which start as zeros and ones."""
+    """Random values for every parameter, including biases and scales, which start as zeros and ones."""
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -108,7 +108,7 @@ def lora(model: nn.Module, **settings: Any) -> PeftModel:
     return peft_model
 
 
-# -- the same function
+# -- same outputs
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -202,7 +202,7 @@ def test_features_that_no_clip_uses_are_refused(settings: dict[str, bool]) -> No
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_way_back_to_plain_open_clip(name: str) -> None:
-    """With the adapter merged in, loaded strictly by a model that was never split."""
+    """With the adapter merged, the weights are loaded strictly by a model that was never split."""
     plain = MODELS[name]().eval()
     adapted = copy.deepcopy(plain)
     split_attention(adapted)
@@ -224,7 +224,7 @@ def test_the_way_back_to_plain_open_clip(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["siglip", "hf"])
 def test_towers_with_linears_of_their_own(kind: str, tmp_path: Path) -> None:
-    """timm's fused qkv, its attention pooling, and a transformers text tower: LoRA on these Linears reaches all."""
+    """timm's fused qkv and attention pooling, and a transformers text tower: LoRA on these Linears reaches them all."""
     model = siglip() if kind == "siglip" else hf_text(tmp_path)
     split_attention(model)
     targets = lora_targets(model)
@@ -290,7 +290,7 @@ def test_settings_that_choose_nothing(settings: dict[str, Any], words: str) -> N
 
 
 def test_weights_that_the_model_reads_itself_are_refused() -> None:
-    """CLIP's ResNet keeps q, k, v in Linears that it never calls."""
+    """CLIP's ResNet stores q, k and v in Linears that it never calls."""
     model = clip({"layers": [1, 1, 1, 1], "width": 8, "patch_size": None})
     split_attention(model)
     targets = lora_targets(model)

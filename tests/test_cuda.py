@@ -1,4 +1,4 @@
-"""The package on a CUDA device: `make gpu-test`. Elsewhere these skip."""
+"""The package on a CUDA device: `make gpu-test`. On other machines these tests are skipped."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,7 +28,7 @@ pytestmark = [
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Inside, whatever makes the host wait for the device is an error."""
+    """Within it, anything that makes the host wait for the device is an error."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -68,7 +68,7 @@ def test_every_precision_trains_flat(tmp_path: Path, front_end: str, precision: 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_16_mixed_with_an_overflow_goes_on_as_without_that_batch(tmp_path: Path, front_end: str) -> None:
-    """The first scale overflows; once it has fallen, the run trains, and no E was poisoned."""
+    """The first scale overflows; once it has fallen, the run trains, and no E was spoiled."""
     module, callbacks, more = build(front_end)
     scaler = GradScaler(DEVICE, init_scale=2.0**40, growth_interval=10**6)
     seen: list[bool] = []
@@ -94,7 +94,7 @@ def test_the_engine_never_waits_for_the_device(estimator: Any, norm_scope: Any) 
     perturbation = Perturbation(find_pairs(net).pairs, estimator, norm_scope)
     perturbation.install()
     inputs = torch.randn(4, 6, device=DEVICE)
-    for _ in range(2):  # the first call makes handles and workspaces
+    for _ in range(2):  # the first call creates handles and workspaces
         net(inputs).sum().backward()
         torch.cuda.synchronize()
         with no_waiting():
@@ -139,7 +139,7 @@ def test_a_loop_never_waits_and_follows_a_model_that_has_moved(moves_later: bool
     for index in range(4):
         net(inputs).square().sum().backward()
         torch.cuda.synchronize()
-        with no_waiting() if index > 1 else nullcontext():  # the first ones make states, handles and workspaces
+        with no_waiting() if index > 1 else nullcontext():  # the first steps create states, handles and workspaces
             optimizer.step()
         optimizer.zero_grad()
     assert flat.step == 4
@@ -155,7 +155,7 @@ def test_noise_is_the_same_in_both_directions_and_is_not_waited_for() -> None:
     with no_waiting(), noise.applied(0.5, seed=3):
         pass
     with noise.applied(0.5, seed=3):
-        assert torch.autograd.gradcheck(net, inputs.requires_grad_())  # fails if backward drew another noise
+        assert torch.autograd.gradcheck(net, inputs.requires_grad_())  # fails if backward drew different noise
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
@@ -170,7 +170,7 @@ def test_a_monitor_leaves_a_run_as_it_is(tmp_path: Path, front_end: str) -> None
 
 
 def test_both_passes_draw_the_same_dropout_masks(tmp_path: Path) -> None:
-    """With a rho too small to be seen, FMLoRA's descent has the loss of its ascent."""
+    """With a negligible rho, FMLoRA's descent has the loss of its ascent."""
     module, callbacks, more = build("fmlora", rho=1e-12, net=make_net(dropout=0.5))
     losses: list[torch.Tensor] = []
     original = module.loss

@@ -1,4 +1,4 @@
-"""The pages name what exists and all that is public, their programs run, and versions stand in all places alike."""
+"""The pages name only what exists and all that is public, their programs run, and versions agree everywhere."""
 
 import ast
 import importlib
@@ -54,7 +54,7 @@ def documented() -> set[str]:
 
 
 def public_names(module: str) -> list[str]:
-    """What a module lists, passes on as ``from ... import name as name``, or else defines itself."""
+    """The names in a module's ``__all__``, or else those of ``from ... import name as name`` and of its classes."""
     imported: Any = importlib.import_module(module)
     if hasattr(imported, "__all__"):
         return imported.__all__
@@ -70,7 +70,7 @@ def public_names(module: str) -> list[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_public_name_is_on_the_site(module: str) -> None:
-    # The callbacks are documented under the shorter name that people import them by.
+    # The callbacks are documented under the shorter name by which people import them.
     place = module.removesuffix(".callbacks")
     wanted = {f"{place}.{name}" for name in public_names(module)}
     assert wanted - documented() == set()
@@ -86,7 +86,7 @@ def programs(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-# Those of the other loops have a test of their own below, and those of the recipes read a run's files.
+# Those of the other loops have their own test below, and those of the recipes read a run's files.
 PAGES_WITH_PROGRAMS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS_ALONE = []
 for each in PAGES_WITH_PROGRAMS:
@@ -107,7 +107,7 @@ def test_the_program_of_a_page_runs_in_a_process_of_its_own(
 def test_the_program_for_many_devices_runs_on_two_processes(tmp_path: Path) -> None:
     (program,) = programs(ROOT / "docs" / "many_devices.md")
     (tmp_path / "program.py").write_text(program)
-    # Lightning starts the second process by the command of the first.
+    # Lightning starts the second process with the first one's command.
     done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "GLOBAL_RANK: 1" in done.stderr
@@ -116,7 +116,7 @@ def test_the_program_for_many_devices_runs_on_two_processes(tmp_path: Path) -> N
 
 def test_modules_of_the_recipes_that_pages_name_exist() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
-        # A block of plain text holds the commands of an earlier commit, which the page names.
+        # A block of plain text contains the commands of an earlier commit, which the page names.
         text = re.sub(r"```text\n.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         for name in re.findall(r"\brecipes(?:\.[a-z_]+)+", text):
             place = name.removesuffix(".py").replace(".", "/")
@@ -132,7 +132,7 @@ def test_what_pages_import_exists() -> None:
                 exec(line, {})
 
 
-@pytest.mark.filterwarnings("ignore")  # LightningCLI's, of its parser
+@pytest.mark.filterwarnings("ignore")  # LightningCLI's warnings about its parser
 @pytest.mark.parametrize("name", ["callbacks.md", "choosing_rho.md", "flatness.md"])
 def test_the_configurations_of_a_page_make_its_callback(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["fit"])
@@ -163,7 +163,7 @@ def tiny_of_hub(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # trl's own
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # trl's own warning
 @pytest.mark.parametrize("index", range(len(PROGRAMS)), ids=PROGRAMS)
 def test_the_programs_for_other_loops_run(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (API.parent / "other_loops.md").read_text(encoding="utf-8")
@@ -177,11 +177,11 @@ def test_the_programs_for_other_loops_run(index: int, tmp_path: Path, monkeypatc
         pytest.importorskip("trl", reason="trl is not installed")
         programs[index] = programs[index].replace(HUB_NAME, str(tiny_of_hub(tmp_path / "model")))
     names: dict[str, Any] = {}
-    if PROGRAMS[index] == "fused":  # with the model of the first program
+    if PROGRAMS[index] == "fused":  # it uses the model of the first program
         exec(programs[0], names)
         names["batch"] = torch.randn(16, 8)
     exec(programs[index], names)
-    if PROGRAMS[index] in ("callback", "FMLoRA in transformers"):  # with model and arguments of another program
+    if PROGRAMS[index] in ("callback", "FMLoRA in transformers"):  # they use another program's model and arguments
         of_trainer: dict[str, Any] = {}
         exec(programs[2], of_trainer)
         of_trainer["flat"].close()
@@ -234,13 +234,13 @@ def test_commands_and_links_exist() -> None:
 
 
 def anchors(page: str) -> set[str]:
-    """Of each heading, as GitHub makes them."""
+    """The anchor of each heading, as GitHub creates them."""
     headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def blocks(page: Path) -> list[str]:
-    """The code and commands that a page or a notebook shows."""
+    """The code and commands shown on a page or in a notebook."""
     text = page.read_text()
     if page.suffix == ".ipynb":
         return ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
@@ -275,7 +275,7 @@ DECLARED = (ROOT / "pyproject.toml").read_text()
 
 def test_the_floors_are_those_of_the_package() -> None:
     declared = {"Python": re.findall(r'^requires-python = "(.+)"', DECLARED, re.MULTILINE)}
-    # A release that is excluded comes behind the floor.
+    # An excluded release comes after the lower bound.
     for line in re.findall(r'"([\w-]+(?:\[\w+\])?>=[\d.]+)[,!=\d.]*"', DECLARED):
         requirement = Requirement(line)
         declared.setdefault(requirement.name, []).append(str(requirement.specifier))
@@ -343,13 +343,13 @@ ANYWHERE = {"conftest.py", "__main__.py", "results.jsonl"}
 
 
 def quoted(page: str) -> list[str]:
-    """What stands in backticks, commands in blocks apart."""
+    """Everything in backticks, except blocks of commands."""
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
     return re.findall(r"`([^`]+)`", text)
 
 
 def names_in(body: list[ast.stmt]) -> dict[str, ast.stmt]:
-    """What a module or a class defines, functions, classes and variables, by name."""
+    """The functions, classes and variables of a module or a class, by name."""
     names: dict[str, ast.stmt] = {}
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

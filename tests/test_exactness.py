@@ -1,4 +1,4 @@
-"""Run for run, the package equals the literal algorithms in float64: 100 AdamW steps, differences below 1e-10."""
+"""The package equals the literal algorithms in float64, run for run: 100 AdamW steps, differences below 1e-10."""
 
 import math
 from functools import cache

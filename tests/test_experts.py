@@ -1,4 +1,4 @@
-"""LoRA on parameters that hold several experts: one pair holds a product for each, and every one is a layer."""
+"""LoRA on parameters that hold several experts: one pair holds a product per expert, and each counts as a layer."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -32,7 +32,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Fused(nn.Module):
-    """Two parameters of all experts on one module, whose ParamWrappers are nested, behind a router of its own."""
+    """One module with two parameters for all experts, so that ParamWrappers are nested; the batch has the routing."""
 
     def __init__(self, is_transposed: bool) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Fused(nn.Module):
 
 
 class Apart(nn.Module):
-    """The same experts, each with two Linear layers of its own."""
+    """The same experts, each with its own two Linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def fused(is_transposed: bool = False) -> nn.Module:
 
 
 def apart_from(model: nn.Module) -> nn.Module:
-    """The network of Linear layers with the weights and factors of a fused one."""
+    """The network of Linear layers with a fused network's weights and factors."""
     net = nn.Sequential(Apart().double())
     other: Any = get_peft_model(net, LoraConfig(**LORA, target_modules=r".*\.(up|down)\.\d"))
     experts = next(module for module in model.modules() if isinstance(module, Fused))
@@ -90,7 +90,7 @@ def apart_from(model: nn.Module) -> nn.Module:
 
 
 def by_expert(model: nn.Module) -> dict[tuple[bool, int], tuple[Tensor, Tensor]]:
-    """A and B of every expert, by whether it is that of ``up`` and its number, of either network."""
+    """A and B of every expert of either network, by its number and whether they are those of ``up``."""
     factors = {}
     for pair in find_pairs(model).pairs:
         is_up = pair.A.shape[1] == WIDTH
@@ -103,7 +103,7 @@ def by_expert(model: nn.Module) -> dict[tuple[bool, int], tuple[Tensor, Tensor]]
 
 
 def batches() -> Iterator[Batch]:
-    """In the first and third batch an expert has no token, and in the second only one has."""
+    """In the first and third batch one expert has no tokens, and in the second only one expert has any."""
     generator = torch.Generator().manual_seed(5)
     for which in ([0, 0, 1, 1], [2, 2, 2, 2], [0, 2, 0, 2], [0, 1, 2, 1], [1, 1, 0, 2]):
         yield torch.randn(4, WIDTH, generator=generator, dtype=torch.float64), torch.tensor(which)
@@ -155,7 +155,7 @@ def test_an_expert_without_tokens_keeps_its_perturbation() -> None:
         return [pair.products(pair.A, E)[1].clone() for pair, E in zip(pairs, read(perturbation), strict=True)]
 
     first, second, third, *_ = batches()
-    # Experts 0 and 1, then 2 only, then 0 and 2.
+    # Experts 0 and 1, then only 2, then 0 and 2.
     one, two, three = step(first), step(second), step(third)
     for before, between, after in zip(one, two, three, strict=True):
         assert before[:2].abs().sum((1, 2)).min() > 0
@@ -216,7 +216,7 @@ def test_flatness_is_measured_as_of_experts_with_layers_of_their_own() -> None:
         rise = loss_at(point.loss, pairs, (1e-6, direction)) - loss_at(point.loss, pairs, (-1e-6, direction))
         torch.testing.assert_close(rise / 2e-6, slope, rtol=1e-6, atol=1e-9)
     for name, value in values[0].items():
-        # The radius is a mean over pairs, of which the fused network has two and not six.
+        # The radius is a mean over pairs, of which the fused network has two instead of six.
         if name != "radius":
             torch.testing.assert_close(value, values[1][name], msg=name)
 

@@ -1,4 +1,4 @@
-"""Other libraries' loops with one line: Fabric, accelerate, litgpt's own program, transformers' Trainer and trl's."""
+"""Other libraries' loops plus one line: Fabric, accelerate, litgpt's own program, transformers' Trainer and trl's."""
 
 import inspect
 import json
@@ -88,7 +88,7 @@ def by_accelerate(net: nn.Module, optimizer: Any) -> tuple[Any, Any, Any]:
 def test_the_object_may_be_made_before_and_after_wrapping(
     own_accelerate: None, name: str, made: str, wrap: Callable[..., Any]
 ) -> None:
-    """accelerate loads an optimizer's state into it as it wraps it."""
+    """When accelerate wraps an optimizer, it loads the optimizer's own state into it again."""
     net = net_of()
     bare = optimizer_of(net)
     flat = method_of(name, net, bare) if made == "before" else None
@@ -101,7 +101,7 @@ def test_the_object_may_be_made_before_and_after_wrapping(
 
 
 def test_loops_of_accelerate(own_accelerate: None) -> None:
-    """Its own loop, without a Trainer, in which an accumulating step is no step; and its own checkpoints."""
+    """Its own loop without a Trainer, in which accumulating doesn't count as a step; and its own checkpoints."""
     whole, first, second = trained_plainly("EFMLoRA", batches(), window=2), net_of(), net_of()
     with TemporaryDirectory() as folder:
         for net, data in ((first, batches()[:4]), (second, batches()[4:])):
@@ -137,7 +137,7 @@ def tokenizer_of_words() -> Any:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A pretrained model as litgpt keeps one: random weights, a tokenizer of words, and instructions beside it."""
+    """A pretrained model in litgpt's format: random weights, a tokenizer of words, and instructions next to it."""
     pytest.importorskip("litgpt", reason="litgpt is not installed: pip install --no-deps litgpt")
     from litgpt.config import Config
     from litgpt.model import GPT
@@ -160,7 +160,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def finetune(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, rho: float | None) -> Path:
-    """Run litgpt's program, with the line unless rho is None; the folder that it leaves."""
+    """Run litgpt's program, with our line unless rho is None; returns the output folder."""
     from litgpt.args import EvalArgs, TrainArgs
     from litgpt.data import JSON
     from litgpt.finetune import lora
@@ -186,9 +186,9 @@ def finetune(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, rho: float | Non
     return out / "final"
 
 
-@pytest.mark.filterwarnings("ignore")  # of jsonargparse, by which litgpt reads its own settings
+@pytest.mark.filterwarnings("ignore")  # from jsonargparse, with which litgpt reads its settings
 def test_litgpts_own_loop_with_one_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """rho = 0 is litgpt's own run bit for bit, and more is not."""
+    """rho = 0 equals litgpt's own run bit for bit; a larger rho doesn't."""
     folders = [finetune(checkpoint, monkeypatch, rho) for rho in (None, 0.0, 0.5)]
     trained = [torch.load(folder / "lit_model.pth.lora")["model"] for folder in folders]
     assert same(trained[0], trained[1])
@@ -205,7 +205,7 @@ RUNS = [("EFMLoRA", 1, None), ("EFMLoRA", WINDOW, None), ("EFMLoRA", 1, 0.05), (
 def test_transformers_trainer_gives_the_weights_of_a_plain_loop(
     tmp_path: Path, name: str, window: int, clip: float | None
 ) -> None:
-    """Bit for bit, with a schedule over the run: test_own_loops.py compares such a loop with the callbacks."""
+    """Bit for bit, with a schedule over the run; test_own_loops.py compares such a loop with the callbacks."""
     net = net_of()
     settings = {"gradient_accumulation_steps": window, "max_grad_norm": clip or 0.0}
     _, flat = trained_by(name, tmp_path, rho=LinearRho(RHO, 0.1), net=net, **settings)
@@ -221,7 +221,7 @@ def test_transformers_trainer_gives_the_weights_of_a_plain_loop(
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": WINDOW, "max_grad_norm": 0.05}])
 @pytest.mark.parametrize("name", ["EFMLoRA", "FMLoRA"])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
-    """optimizer.pt carries the state, wherever the checkpoint lies."""
+    """optimizer.pt carries the state, wherever the checkpoint is."""
     saves = {"save_strategy": "steps", "save_steps": 3, **settings}
     whole, _ = trained_by(name, tmp_path / "whole", **saves)
     folder = tmp_path / "whole" / "checkpoint-3"
@@ -267,7 +267,7 @@ def test_the_callback_of_the_other_trainer_names_the_line(tmp_path: Path, kind: 
         Trainer(trainer.model, trainer.args, callbacks=[kind(RHO)])
 
 
-# -- a language model, by transformers and trl
+# -- a language model, with transformers and trl
 
 
 def llama() -> Any:
@@ -282,9 +282,9 @@ def arguments(folder: Path, kind: type[Any] = TrainingArguments, **settings: Any
 
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])
-@pytest.mark.filterwarnings("ignore")  # trl's own
+@pytest.mark.filterwarnings("ignore")  # trl's own warnings
 def test_trls_trainers(tmp_path: Path, kind: str) -> None:
-    """rho = 0 is their own run bit for bit, more is not, and a resumed run equals an uninterrupted one."""
+    """rho = 0 equals their own run bit for bit, a larger rho doesn't, and a resumed run equals an uninterrupted one."""
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
     rows = []
     for i in range(16):

@@ -1,4 +1,4 @@
-"""Finders: layers of other projects, imitated by their structure, read through like peft's; and what is refused."""
+"""Finders: other projects' layers, imitated in their structure, are read through like peft's; and what is refused."""
 
 import pickle
 import sys
@@ -28,7 +28,7 @@ def test_callbacks_with_a_finder_can_be_pickled(finder: Any) -> None:
     assert callback.method.finder == finder
 
 
-@pytest.mark.filterwarnings("ignore")  # LightningCLI's, of its parser
+@pytest.mark.filterwarnings("ignore")  # LightningCLI's warnings about its parser
 @pytest.mark.parametrize(
     ("written", "finder"),
     [
@@ -156,7 +156,7 @@ def test_layers_with_the_names_of_lora_and_no_scaling_are_none() -> None:
         with pytest.raises(NoPairsError):
             find_pairs(block, finder=finder)
     block.alpha, block.dim, block.activation = 16, 8, nn.SiLU()
-    with pytest.raises(NoPairsError):  # an adapter whose update is no product of two factors
+    with pytest.raises(NoPairsError):  # this adapter's update is not a product of two factors
         find_pairs(block, finder=nemo_pairs)
 
 

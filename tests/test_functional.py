@@ -19,7 +19,7 @@ N, M, R, S = 12, 9, 4, 1.7
 
 
 def factors(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A, B and the gradients that a full gradient G gives at them."""
+    """A, B and the gradients that a full gradient G gives them."""
     generator = torch.Generator().manual_seed(5)
     A = torch.randn(R, M, generator=generator, dtype=torch.float64)
     B = torch.randn(N, R, generator=generator, dtype=torch.float64)
@@ -41,7 +41,7 @@ def scaling(dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.mark.parametrize("estimator", ["average", "projected"])
 def test_equals_the_dense_definition_of_the_paper(estimator: str) -> None:
-    """Eqs. 10-12 and 14 with true pseudo-inverses; well-conditioned factors, so the damping shows at 1e-5 only."""
+    """Eqs. 10-12 and 14 with true pseudo-inverses; for well-conditioned factors damping changes about 1e-5."""
     A, B, grad_A, grad_B = factors()
     from_B, from_A = grad_B @ torch.linalg.pinv(A.T) / S, torch.linalg.pinv(B.T) @ grad_A / S
     dense = (from_B + from_A) / 2 if estimator == "average" else from_B
@@ -63,13 +63,13 @@ def random_factors(rank: int, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nearly_parallel(share: float, *sizes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Adam's first step makes B's columns parallel; a Gram matrix in float32 alone would lose three digits there."""
+    """Adam's first step makes B's columns parallel; a Gram matrix in plain float32 would lose three digits there."""
     A, B, G = random_factors(*sizes)
     return A, B[:, :1] + share * B, G
 
 
 def of_size(of_B: float, of_G: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rank 3 in 4 columns; the direction scales with the gradient and against the factors."""
+    """B has rank 3 in 4 columns; the direction grows with the gradient, and shrinks as the factors grow."""
     A, B, G = random_factors(R, N, M)
     B = B[:, :-1] @ torch.randn(R - 1, R, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return A, of_B * B, of_G * G
@@ -94,7 +94,7 @@ def test_float32_is_good_to_1e_5_whatever_the_condition_and_the_size(number: int
 @pytest.mark.parametrize("estimator", ["average", "projected"])
 @pytest.mark.parametrize("columns", [1, 3, 8])
 def test_noise_where_the_rows_of_A_are_dependent_stays_noise(columns: int, estimator: str) -> None:
-    """More rows than columns, as on an input of few features: B's gradient has rounding alone in A's null space."""
+    """If A has more rows than columns (an input of few features), B's gradient is only rounding in A's null space."""
     generator = torch.Generator().manual_seed(0)
     A, G = torch.randn(16, columns, generator=generator), torch.randn(32, columns, generator=generator)
     B, noise = torch.randn(32, 16, generator=generator), torch.randn(32, 16, generator=generator)
@@ -139,7 +139,7 @@ PENALTIES = {"L1": lambda factor: factor.abs().sum(), "L2": lambda factor: facto
 
 
 def penalized_steps(penalty: str, on: str, strength: float, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
-    """A, B, their gradients, and B's without the penalty, in ten steps of AdamW on a regression, from B = 0."""
+    """A, B, their gradients, and B's without the penalty, in ten AdamW steps on a regression that starts at B = 0."""
     generator = torch.Generator().manual_seed(0)
     A = nn.Parameter((torch.rand(R, 40, generator=generator, dtype=dtype) * 2 - 1) / 40**0.5)
     B = nn.Parameter(torch.zeros(24, R, dtype=dtype))
@@ -162,7 +162,7 @@ def penalized_steps(penalty: str, on: str, strength: float, dtype: torch.dtype) 
 @pytest.mark.parametrize("on", ["A", "B", "AB"])
 @pytest.mark.parametrize("penalty", ["L1", "L2"])
 def test_a_penalty_on_a_factor_leaves_the_radius_what_it_is(penalty: str, on: str, dtype: torch.dtype) -> None:
-    """Its gradient over B, which is zero or small, must not pass for the size of the full gradient."""
+    """Divided by B, which is zero or small, its gradient must not be taken for a large full gradient."""
     for strength in (0.0, 1e-6, 1e-4, 1e-2, 1.0, 10.0):
         for A, B, grad_A, grad_B, free_grad_B in penalized_steps(penalty, on, strength, dtype):
             ours = ascent_average(*batch(A, B, grad_A, grad_B), scaling(dtype))
@@ -187,7 +187,7 @@ def test_a_penalty_is_weighed_as_in_the_dense_definition(of_B: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_at_zero_B_the_gradient_of_A_says_nothing(dtype: torch.dtype) -> None:
-    """No loss of the weight has a gradient there; and one that is not finite is still seen."""
+    """At B = 0 no loss of the full weight has a gradient with respect to A; a non-finite one is still noticed."""
     A, B, grad_A, grad_B = factors(dtype)
     nothing = ascent_average(*batch(torch.zeros_like(A), B, grad_A, torch.zeros_like(grad_B)), scaling(dtype))
     assert (nothing.direction == 0).all()

@@ -1,7 +1,7 @@
 """No step of a method waits for the device: each of them trains a model on "meta", whose tensors have no values.
 
-There every read of a value raises, as by ``.item()``, ``bool(tensor)`` or ``.cpu()``. Some reads are on purpose and not
-of such a step: a state for a checkpoint, FlatnessMonitor's measurements, and what the last test names. Under fp16 it is
+There, any read of a value fails, such as ``.item()``, ``bool(tensor)`` or ``.cpu()``. Some reads are intended, outside
+of such steps: a checkpoint's state, FlatnessMonitor's measurements, and what the last test names. Under fp16 it is
 Lightning's GradScaler that reads whether to skip a step, and not the package.
 """
 
@@ -32,13 +32,13 @@ META = torch.device("meta")
 WINDOW, STEPS = 2, 5
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*groups > 1. Merging is not supported"),  # peft's
-    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # of experts, by peft 0.18
+    pytest.mark.filterwarnings("ignore:.*groups > 1. Merging is not supported"),  # peft's warning
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # peft 0.18's warning about experts
 ]
 
 
 class UnfusedAdam(torch.optim.Adam):
-    """As the fused one, of which there is none for meta, but for steps that are skipped."""
+    """Takes the place of fused Adam, which doesn't exist on meta, but never skips a step."""
 
     def __init__(self, parameters: Any, maximize: bool, fused: bool) -> None:
         super().__init__(parameters, maximize=maximize)
@@ -50,12 +50,12 @@ class UnfusedAdam(torch.optim.Adam):
 
 @pytest.fixture(autouse=True)
 def _what_meta_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give it an autocast, a random state and Adam, and let its buffers be put back as another device's are."""
+    """Give meta an autocast, a random state and Adam, and restore its buffers like those of another device."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **settings: nullcontext())
     device_module = SimpleNamespace(
         get_rng_state=lambda device: None,
         set_rng_state=lambda state, device: None,
-        is_available=lambda: False,  # PyTorch 2.15's optimizers ask
+        is_available=lambda: False,  # called by PyTorch 2.15's optimizers
     )
     monkeypatch.setattr(torch, "get_device_module", lambda device: device_module)
     monkeypatch.setattr("lightning_flatlora.baselines.bi_lora.Adam", UnfusedAdam)
@@ -72,7 +72,7 @@ class Experts(nn.Module):
 
 
 class Net(nn.Module):
-    """Every kind of layer: an attention has its three projections in one parameter, and experts are one, too."""
+    """Every kind of layer: the attention has its three projections in one parameter, and so have the experts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,13 +96,13 @@ def net_on_meta(experts: bool = True) -> nn.Module:
 
 
 def litgpt_on_meta() -> nn.Module:
-    """Of each attention the pairs of queries, keys and values are rows of one A and of one B."""
+    """In each attention, the pairs of queries, keys and values are rows of one A and one B."""
     with META:
         return litgpt_models.gpt("q, v")
 
 
 class Copies(TorchDispatchMode):
-    """Operations inside that have tensors of two devices: on a GPU a copy from the host may wait, too."""
+    """Lists operations with tensors of two devices, as a copy from the host may also wait on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Copies(TorchDispatchMode):
 
 
 def run_loop(method: str, net: nn.Module, inputs: Tensor, rho: Any = 0.5, lr: float = 0.1, **settings: Any) -> Any:
-    """Train for some steps of several micro-batches, and give the method and what was copied."""
+    """Train for several steps of several micro-batches; returns the method and the copies."""
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr)
     flat = getattr(loops, method)(net, optimizer, rho, total_steps=STEPS, **settings)
     copies = Copies()
@@ -159,7 +159,7 @@ def test_a_loop(method: str, model: str, settings: dict[str, Any]) -> None:
 
 
 class OnMeta(SingleDeviceStrategy):
-    """Lightning's strategy, which at the end would move the model to the CPU."""
+    """A strategy that, unlike Lightning's, doesn't move the model to the CPU at the end."""
 
     def teardown(self) -> None:
         pass
@@ -171,7 +171,7 @@ class AnyDevice(CPUAccelerator):
 
 
 class Batches(IterableDataset[Any]):
-    """Batches on meta. Without a length, which Lightning compares on the device."""
+    """Batches on meta, without a length, as Lightning would compare it on the device."""
 
     def __iter__(self) -> Iterator[Any]:
         for _ in range(WINDOW * STEPS):
@@ -180,14 +180,14 @@ class Batches(IterableDataset[Any]):
 
 
 def fit_on_meta(tmp_path: Path, name: str, **settings: Any) -> tuple[Any, list[str]]:
-    """Train by a front end or a baseline, as if a loss scaler ran; give its callback and what was copied."""
-    net = net_on_meta(experts=name not in ("nBAR", "oBAR"))  # which refuse them
+    """Train with a front end or a baseline, as if there were a loss scaler; returns its callback and the copies."""
+    net = net_on_meta(experts=name not in ("nBAR", "oBAR"))  # they refuse experts
     module, callbacks, more = build(name, net=net, accumulate=WINDOW, **settings)
     copies = Copies()
     copies.is_on = False
 
     def start(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        copies.is_on = batch_idx > 0  # the model is searched in the first batch
+        copies.is_on = batch_idx > 0  # pairs are searched for in the first batch
         driver_of(trainer).method.is_skipped_on_overflow = True
 
     watch = calling(on_train_batch_start=start, on_train_batch_end=lambda *args: setattr(copies, "is_on", False))
@@ -203,7 +203,7 @@ def fit_on_meta(tmp_path: Path, name: str, **settings: Any) -> tuple[Any, list[s
 def test_a_fit(tmp_path: Path, name: str) -> None:
     callback, copied = fit_on_meta(tmp_path, name)
     assert callback.step == STEPS
-    # The seed of this noise is a tensor of the CPU, which the operator reads there.
+    # This noise's seed is a CPU tensor, which the operator reads there.
     expected = {"lightning_flatlora.noise_product.default"} if name == "RandomPerturbation" else set()
     assert set(copied) == expected
 
@@ -216,6 +216,6 @@ def test_noise_on_whole_weights() -> None:
 
 
 def test_a_first_step_at_a_rate_of_zero_reads_the_gradients() -> None:
-    """A warm-up has one such step. Only its gradients tell it from the one by which PyTorch makes a state."""
+    """A warm-up has one such step; only its gradients tell it from the step in which PyTorch creates a state."""
     with pytest.raises(RuntimeError, match="meta"):
         run_loop("EFMLoRA", net_on_meta(), torch.empty(4, 2, 5, 5, device=META), lr=0.0)

@@ -1,4 +1,4 @@
-"""Hostile modules under every front end: clean, plain at rho 0, counted once, resumed."""
+"""Hostile modules under every front end: clean weights, equal to plain LoRA at rho 0, counted once, resumed."""
 
 import atexit
 import random
@@ -36,7 +36,7 @@ from lightning_flatlora import AdapterCheckpoint, loops
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*BatchEncoding:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # of experts, by peft 0.18
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # peft 0.18's warning about experts
 ]
 LOOPS = {"loops.EFMLoRA": loops.EFMLoRA, "loops.FMLoRA": loops.FMLoRA}
 BATCHES, EPOCHS, RHO, LR = 3, 2, 0.5, 0.02
@@ -45,7 +45,7 @@ BETWEEN = {"on_train_batch_start", "on_train_batch_end", "on_save_checkpoint", "
 
 
 class Batches(Dataset[Any]):
-    """Made anew in every epoch, since steps may write into them."""
+    """Created again in each epoch, since steps may change them."""
 
     def __init__(self, title: str) -> None:
         self.title, self.batches = title, list(make_loader(BATCHES))
@@ -72,13 +72,13 @@ class Seeds(Callback):
 
 @dataclass
 class Run:
-    """What is left of a run.
+    """The final state of a run.
 
     Attributes:
         weights: all parameters.
         stored: the state dict.
-        written: buffers, metrics, the module's own containers, the generator and what was logged.
-        seen: for each batch, what its passes depended on.
+        written: buffers, metrics, the module's own containers, the generator's state and the logged values.
+        seen: what the passes of each batch depended on.
         method: the step count and E.
     """
 
@@ -163,13 +163,13 @@ def by_loop(title: str, front_end: str, rho: float, lr: float, folder: Path, res
 
 
 FOLDER = TemporaryDirectory()
-# Explicitly, since Python warns of a folder that it has to remove itself.
+# Explicitly, since Python warns if it has to remove the folder itself.
 atexit.register(FOLDER.cleanup)
 
 
 @cache
 def trained(title: str, front_end: str, rho: float = RHO, lr: float = LR) -> Run:
-    """Run a kind of module under a front end, once for all tests."""
+    """Train a kind of module under a front end, only once for all tests."""
     folder = Path(FOLDER.name) / title / f"{front_end} {rho} {lr}"
     folder.mkdir(parents=True, exist_ok=True)
     run = by_loop if front_end in LOOPS else by_trainer
@@ -183,7 +183,7 @@ def resumed(title: str, front_end: str) -> Run:
 
 
 def cases(only: tuple[str, ...] = (*EVERYWHERE, *BASELINES), alike_too: bool = True) -> Any:
-    """Each kind under its front ends; one whose run is another kind's may be left out."""
+    """Each kind under its front ends; kinds whose run equals another kind's can be left out."""
     found = []
     for title, kind in KINDS.items():
         if alike_too or kind.like is None:
@@ -193,7 +193,7 @@ def cases(only: tuple[str, ...] = (*EVERYWHERE, *BASELINES), alike_too: bool = T
 
 @cases(EVERYWHERE, alike_too=False)
 def test_plain_at_rho_0(title: str, front_end: str) -> None:
-    """Bit for bit, and not at another rho."""
+    """Bit for bit; at another rho the run differs."""
     plain, zero = trained(title, "plain"), trained(title, front_end, 0.0)
     assert same(zero.weights, plain.weights)
     assert same(zero.stored, plain.stored)
@@ -202,13 +202,13 @@ def test_plain_at_rho_0(title: str, front_end: str) -> None:
 
 @cases(EVERYWHERE)
 def test_clean(title: str, front_end: str) -> None:
-    """The shadow's looks are inside of the run: in all hooks, in each pass, and in the optimizer's step."""
+    """The shadow is compared within the run: in all hooks, in each pass, and in the optimizer's step."""
     assert trained(title, front_end).method[0] == BATCHES * EPOCHS
 
 
 @cases((*TWO_PASSES, "efmlora+module", "loops.FMLoRA"))
 def test_counted_once(title: str, front_end: str) -> None:
-    """Each pass starts from what a plain run's starts from, and what it leaves is what the first pass has left."""
+    """Each pass starts from the same state as a plain run's, and only the first pass leaves changes."""
     plain, ours = trained(title, "plain", lr=0.0), trained(title, front_end, lr=0.0)
     assert ours.seen == plain.seen
     logged = len(plain.written) - 1 if front_end in LOOPS else len(plain.written)
@@ -224,7 +224,7 @@ def test_resumed(title: str, front_end: str) -> None:
 
 @cases(EVERYWHERE)
 def test_it_trains_as_what_it_is_like(title: str, front_end: str) -> None:
-    """Checkpointing and the class of a batch change no bit, nor does a loop in a Trainer's place."""
+    """Checkpointing, the class of a batch, and a loop instead of a Trainer don't change a bit."""
     ours = trained(title, front_end)
     if KINDS[title].like is not None:
         other = trained(KINDS[title].like, front_end)

@@ -1,4 +1,4 @@
-"""The direction of imports: equations know no state, no state knows Lightning, the library knows no recipe."""
+"""The direction of imports: equations know no state, state knows no Lightning, and the library knows no recipe."""
 
 import ast
 import gc
@@ -63,7 +63,7 @@ def names_bound_by(froms: list[ast.ImportFrom]) -> set[str]:
 
 
 def layer_of(place: str) -> int:
-    """The layer of a file or folder of the package, without ``.py``; names that it exports are those of __init__."""
+    """The layer of a file or folder of the package, without ``.py``; its exported names belong to __init__."""
     return LAYERS.get(place, LAYERS["__init__"])
 
 
@@ -72,14 +72,14 @@ def place_of(path: Path) -> str:
 
 
 def places_imported_by(path: Path) -> set[str]:
-    """The package's files and folders from which a file imports, inside of functions too."""
+    """The package's files and folders from which a file imports, including imports within functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import, which this test does not follow"
-            # With what is imported, since that is a module in ``from lightning_flatlora import loops``.
+            # With the imported name, since it is a module in ``from lightning_flatlora import loops``.
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     places = set()
     for name in names:
@@ -97,7 +97,7 @@ def test_a_layer_imports_only_from_itself_and_from_those_below() -> None:
 
 
 def test_the_order_of_layers_is_seen(tmp_path: Path) -> None:
-    """The test above would find an import in any of its forms."""
+    """The test above finds an import in any form."""
     path = tmp_path / "file.py"
     path.write_text(
         "import lightning_flatlora.module\n"
@@ -119,7 +119,7 @@ def test_every_file_and_folder_has_a_layer_and_is_on_the_page() -> None:
 
 
 def files_imported_by(name: str, files: dict[str, Path]) -> set[str]:
-    """The modules of the package from which one of them imports."""
+    """The package's modules from which one of them imports."""
     found = set()
     for node in ast.walk(ast.parse(files[name].read_text())):
         if isinstance(node, ast.Import):
@@ -132,7 +132,7 @@ def files_imported_by(name: str, files: dict[str, Path]) -> set[str]:
 
 
 def test_imports_are_not_deep() -> None:
-    """Whoever reads a file to its ground reads so many others."""
+    """This many files must be read to understand one completely."""
     files = {}
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT.parent).with_suffix("").parts
@@ -147,7 +147,7 @@ def test_imports_are_not_deep() -> None:
 
 
 def test_the_methods_know_no_trainer() -> None:
-    """They stand under callbacks, the module and loops alike."""
+    """They are used by callbacks, the module and loops alike."""
     for path in (ROOT / "methods").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning.pytorch"):
@@ -155,14 +155,14 @@ def test_the_methods_know_no_trainer() -> None:
 
 
 def test_files_of_the_package_are_short() -> None:
-    """Ask from 300 lines on whether a file has two subjects; meaning goes before length up to 400."""
+    """From 300 lines on, ask whether a file has two subjects; meaning is more important than length up to 400."""
     for path in ROOT.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 400, path
 
 
 ALL_FILES = set(ROOT.rglob("*.py"))
 ENGINE_FILES = {path for path in ALL_FILES if layer_of(place_of(path)) <= ENGINE}
-# A second door to all that there is.
+# A second entry to everything.
 DOOR = {ROOT / "pytorch_lightning.py"}
 FORBIDDEN: dict[str, tuple[Any, set[str]]] = {
     "the engine knows no Lightning": (ENGINE_FILES, {"lightning", "lightning_flatlora.callbacks.both_lightnings"}),
@@ -194,7 +194,7 @@ def test_the_equations_know_nothing_but_torch() -> None:
 
 
 def test_objects_of_lightning_are_told_apart_under_both_of_its_names() -> None:
-    """An isinstance with a class of lightning.pytorch would miss pytorch_lightning's of that name."""
+    """isinstance with a class of lightning.pytorch would miss pytorch_lightning's class of that name."""
     for path in ROOT.rglob("*.py"):
         if path.name == "both_lightnings.py":
             continue
@@ -210,7 +210,7 @@ def test_objects_of_lightning_are_told_apart_under_both_of_its_names() -> None:
 
 
 def test_no_function_hides_a_module() -> None:
-    """``import lightning_flatlora.flatness.factors as f`` gives the module and not a function of that name."""
+    """``import lightning_flatlora.flatness.factors as f`` gives the module, not a function of that name."""
     for path in ROOT.rglob("__init__.py"):
         tree = ast.parse(path.read_text())
         froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
@@ -222,7 +222,7 @@ def test_no_function_hides_a_module() -> None:
 
 
 def test_collectives_are_in_one_file() -> None:
-    """Others may name the types of sharded tensors and modules, but not send or gather anything."""
+    """Other files may name the types of sharded tensors and modules, but not send or gather anything."""
     for path in ROOT.rglob("*.py"):
         sends = {module for module in imports(path) if module.startswith("torch.distributed")} - TYPES_ONLY
         gathers = any(word in path.read_text() for word in (".full_tensor(", ".redistribute(", "summon_full_params"))
@@ -230,7 +230,7 @@ def test_collectives_are_in_one_file() -> None:
 
 
 def test_facts_about_strategies_are_in_one_file() -> None:
-    """Others may name the type of all strategies, but not ask which one a Trainer has."""
+    """Other files may name the type of all strategies, but not ask which one a Trainer has."""
     for path in ROOT.rglob("*.py"):
         if path.name == "strategies.py":
             continue
@@ -243,7 +243,7 @@ def test_facts_about_strategies_are_in_one_file() -> None:
 
 @pytest.mark.parametrize(("kind", "most"), [(EFMLoRA, 12), (FMLoRA, 17)])
 def test_a_step_passes_few_files(kind: Any, most: int, tmp_path: Path) -> None:
-    """So that somebody new can follow one."""
+    """So that a newcomer can follow one."""
     seen: set[str] = set()
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
@@ -253,7 +253,7 @@ def test_a_step_passes_few_files(kind: Any, most: int, tmp_path: Path) -> None:
 
     def start(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 3:
-            gc.collect()  # what other tests have left would end within this step
+            gc.collect()  # other tests' garbage would otherwise be collected within this step
             sys.setprofile(note)
 
     starts = calling(on_train_batch_start=start)
@@ -264,7 +264,7 @@ def test_a_step_passes_few_files(kind: Any, most: int, tmp_path: Path) -> None:
 
 
 def test_test_files_are_short_and_import_no_other_one() -> None:
-    """What several files of tests share lies beside them, in a file without tests."""
+    """Code that several test files share is in a file without tests next to them."""
     for path in (ROOT.parent / "tests").rglob("test_*.py"):
         assert not any(module.startswith("test_") for module in imports(path)), path
         assert len(path.read_text().splitlines()) <= 400, path

@@ -1,6 +1,6 @@
-"""How a loop's layers read B + Ê, what leaves them, and what the optimizer's state carries.
+"""How a loop's layers read B + Ê, what an object leaves behind, and what the optimizer's state carries.
 
-Layers of every kind, and checkpointing, are in test_hostile_modules.py.
+For layers of every kind, and checkpointing, see test_hostile_modules.py.
 """
 
 import copy
@@ -27,7 +27,7 @@ INPUTS = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
 
 
 def loop(net: nn.Module) -> Any:
-    """EFMLoRA in a loop over the inputs; what is left running."""
+    """Run EFMLoRA in a loop over the inputs; returns the object, which is still open."""
     optimizer = optimizer_of(net)
     flat = loops.EFMLoRA(net, optimizer, 0.5, beta=BETA)
     run(flat, net, optimizer, list(INPUTS), loss=squares)
@@ -107,7 +107,7 @@ def make_a_newer_one(flats: list[Any], net: nn.Module) -> None:
 
 @pytest.mark.parametrize("end", [close, forget, make_a_newer_one])
 def test_an_object_that_has_ended_leaves_plain_layers(end: Callable[..., None]) -> None:
-    """Also one that nobody has closed, and of which only the layers are left: a notebook's."""
+    """Even if it was not closed and only the layers are left, as in a notebook."""
     net = linear()
     flats = [loop(net)]
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_looking_again_finds_a_new_adapter() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_object_that_is_made_after_the_load_warns_unless_it_takes_its_state_from_state_dict(name: str) -> None:
-    """One that is made before finds it in the optimizer's: see test_hostile_modules.py."""
+    """An object made before the load finds its state in the optimizer's: see test_hostile_modules.py."""
     second = net_of()
     flat, first, optimizer = started(name, schedule())
     run(flat, first, optimizer, batches()[:5])
@@ -171,7 +171,7 @@ def test_optimizer_states_go_from_runs_with_the_method_to_runs_without_and_back(
     other.load_state_dict(optimizer.state_dict())
     assert STATE_KEY in optimizer.state_dict()
     assert STATE_KEY not in other.state_dict()
-    # Of two methods each finds its own.
+    # Each of two methods finds its own state.
     first = method_of("EFMLoRA", net, optimizer, 0.3, adapter_name="default")
     state = optimizer.state_dict()
     assert set(state[STATE_KEY]) == {"EFMLoRA[default]"}
@@ -183,7 +183,7 @@ def test_optimizer_states_go_from_runs_with_the_method_to_runs_without_and_back(
 
 @pytest.mark.parametrize("name", METHODS)
 def test_preparing_a_distributed_checkpoint_is_no_step(name: str) -> None:
-    """It steps the optimizer once, with zero gradients, and keeps nothing of ours: state_dict is there for that."""
+    """It steps the optimizer once with zero gradients, and keeps nothing of ours, which is in state_dict instead."""
     from torch.distributed.checkpoint import state_dict as dcp
 
     flat, net, optimizer = started(name)
@@ -196,7 +196,7 @@ def test_preparing_a_distributed_checkpoint_is_no_step(name: str) -> None:
 
 
 class LoadsWithoutHooks(torch.optim.AdamW):
-    """As the optimizers of bitsandbytes."""
+    """Like the optimizers of bitsandbytes."""
 
     def load_state_dict(self, state_dict: Any) -> None:
         hooks, self._optimizer_load_state_dict_pre_hooks = self._optimizer_load_state_dict_pre_hooks, OrderedDict()
@@ -216,7 +216,7 @@ def test_an_optimizer_that_loads_without_hooks_carries_the_state_too() -> None:
     optimizer.load_state_dict(state)
     assert second.step == 2
     assert same(second.state_dict(), first.state_dict())
-    # Somebody else's method over this one still calls it after the end.
+    # A method that other code has put on top still calls this one after the end.
     over = optimizer.load_state_dict
     run(second, net, optimizer, batches()[:1])
     second.close()
@@ -225,7 +225,7 @@ def test_an_optimizer_that_loads_without_hooks_carries_the_state_too() -> None:
 
 
 def test_the_state_of_the_callback_is_taken_over() -> None:
-    """If the loop's model is the module itself, since pairs are known by their names in it."""
+    """If the loop's model is the module itself, since pairs are identified by their names in it."""
     module, callback = Automatic(net_of()), EFMLoRA(0.3, beta=BETA)
     fit_in_float64(module, 1, [callback], DataLoader(batches(), batch_size=None))
     flat = method_of("EFMLoRA", module, optimizer_of(module), 0.3)

@@ -1,4 +1,4 @@
-"""What can't work in a loop is refused: at the start, or before a step that would leave nothing perturbed."""
+"""What can't work in a loop is refused: at the start, or before a step without a perturbation."""
 
 import logging
 import re
@@ -44,7 +44,7 @@ def of_a_part(net: nn.Module) -> torch.optim.Optimizer:
 
 @dataclass
 class Case:
-    """What is refused, and words of the message."""
+    """What is refused, and the words of the message."""
 
     words: str
     model: Callable[[], nn.Module] = make_net
@@ -91,7 +91,7 @@ def test_megatron_that_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("width", [4, 400])
 def test_the_start_names_what_is_perturbed_and_what_is_not(width: int, caplog: pytest.LogCaptureFixture) -> None:
-    """A log line, or a warning if it is much of what is trained."""
+    """In a log line, or in a warning if much of what is trained is not perturbed."""
     net = nn.ModuleDict({"small": nn.Linear(4, 4), "large": nn.Linear(width, width)})
     model: Any = get_peft_model(net, LoraConfig(r=2, target_modules=["small", "large"]))
     model.base_model.model["small"].scaling["default"] = 0.0
@@ -123,7 +123,7 @@ def test_fmlora_without_its_passes_is_refused(steps_before: int) -> None:
     with pytest.raises(RuntimeError, match=r"about to step without FMLoRA's passes: .*flat.close\(\)"):
         optimizer.step()
     assert same(weights(net), before)
-    # After the end nobody asks.
+    # After the end there is no check.
     flat.close()
     optimizer.step()
     assert flat.step == steps_before
@@ -139,7 +139,7 @@ def test_fmloras_first_pass_alone_is_refused() -> None:
         backward(net)
     with pytest.raises(RuntimeError, match="after the first of two passes, which leaves no gradient"):
         optimizer.step()
-    # Nothing is left behind: the batch is tried again from its first pass.
+    # Nothing is left behind, and the batch can start again with its first pass.
     optimizer.zero_grad()
     run(flat, net, optimizer, batches()[:2])
     assert flat.step == 2
@@ -159,7 +159,7 @@ def test_a_first_pass_without_any_gradient_is_told() -> None:
 
 
 def test_training_in_eval_mode_is_refused() -> None:
-    """The layers would read the clean weights, and nobody would see it."""
+    """The layers would silently read the clean weights."""
     flat, net, optimizer = started("EFMLoRA")
     run(flat, net, optimizer, batches()[:2])
     net.eval()
@@ -167,7 +167,7 @@ def test_training_in_eval_mode_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"3 LoRA factors, .* in eval mode, call model.train\(\)"):
         optimizer.step()
     net.train()
-    # A part of the model, as a tower that was loaded in eval mode.
+    # Only a part of the model, such as a tower that was loaded in eval mode.
     first = next(layer for layer in net.modules() if hasattr(layer, "lora_B"))
     first.eval()
     optimizer.zero_grad()
@@ -175,7 +175,7 @@ def test_training_in_eval_mode_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"1 LoRA factors, .* in eval mode, call"):
         optimizer.step()
     optimizer.zero_grad()
-    # Single layers may be in eval mode, and so may all in evaluation between the steps.
+    # Single layers may be in eval mode, and so may the whole model for an evaluation between steps.
     net.train()
     for module in net.modules():
         if isinstance(module, nn.Dropout):
@@ -185,7 +185,7 @@ def test_training_in_eval_mode_is_refused() -> None:
 
 
 def test_a_loop_that_steps_another_optimizer_is_warned_of() -> None:
-    """As one that a trainer makes: it would train plain LoRA, or at the last Ê."""
+    """For example, one that a trainer creates: it would train plain LoRA, or at the last Ê."""
     flat, net, optimizer = started("EFMLoRA")
     run(flat, net, optimizer, batches()[:1])
     other = optimizer_of(net)
@@ -193,7 +193,7 @@ def test_a_loop_that_steps_another_optimizer_is_warned_of() -> None:
     run(None, net, other, few)
     with pytest.warns(UserWarning, match="without a step of the optimizer that EFMLoRA or FMLoRA was made with"):
         run(None, net, other, few[:1])
-    # A step of the right one begins again.
+    # A step of the right one resets the count.
     run(flat, net, optimizer, few[:1])
     run(None, net, other, few)
     assert flat.step == 2

@@ -1,4 +1,4 @@
-"""How a loop's layers are read: by their call, by a fused kernel, by a compiled layer, and in a measurement."""
+"""How a loop's layers are read: by calling them, by a fused kernel, by a compiled layer, and in a measurement."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -32,13 +32,13 @@ def by_forward(layer: Any, x: Tensor) -> Tensor:
 
 
 def fused(layer: Any, x: Tensor) -> Tensor:
-    """As Unsloth's kernels, which take the weights and call no layer."""
+    """Like Unsloth's kernels, which take the weights without calling the layer."""
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     return layer.base_layer(x) + layer.scaling["default"] * linear(linear(x, A), B)
 
 
 class TwoLayers(nn.Module):
-    """Computes one function however its layers are read."""
+    """Computes the same function, whichever way its layers are read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def test_inside_the_pass_every_read_is_perturbed(ways: Any) -> None:
     net, usual = net_with(*ways), net_with(called)
     flat, _ = train(net, in_passes=True)
     train(usual)
-    # The fused formula rounds otherwise.
+    # The fused formula has other rounding errors.
     for one, other in zip(weights(net).values(), weights(usual).values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     assert flat.step == len(INPUTS)
@@ -107,7 +107,7 @@ def test_a_layer_that_was_compiled_before_is_refused_and_one_compiled_later_is_n
     train(usual)
     for one, other in zip(weights(net).values(), weights(usual).values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    # The compiled layer has kept the method of the open time.
+    # The compiled layer still has the method from when the object was open.
     flat.close()
     clean = net_with(called)
     clean.load_state_dict({name.replace("_orig_mod.", ""): value for name, value in net.state_dict().items()})
@@ -133,7 +133,7 @@ def merges(net: Any) -> None:
 
 @pytest.mark.parametrize("between", [logs_norms, evaluates_with_autograd, merges])
 def test_an_expert_that_was_not_called_is_no_mistake_whatever_its_gradient_is(between: Callable[[Any], None]) -> None:
-    """Both have a gradient, as after DDP's average over ranks."""
+    """Both experts have a gradient, as after DDP's average over ranks."""
     net = under_peft(Experts, "0", "1", init_lora_weights=False)
     optimizer = optimizer_of(net)
     flat = loops.EFMLoRA(net, optimizer, 0.5)
@@ -141,13 +141,13 @@ def test_an_expert_that_was_not_called_is_no_mistake_whatever_its_gradient_is(be
         net(batch).square().mean().backward()
         between(net)
         optimizer.step()
-        # Zeros, not None.
+        # Zeros instead of None.
         optimizer.zero_grad(set_to_none=False)
     assert flat.step == len(INPUTS)
 
 
 def test_steps_without_a_gradient_of_lora_are_no_mistake() -> None:
-    """As those of a head, while the factors are frozen with gradients of zero."""
+    """For example, steps of a head, while the factors are frozen and their gradients zero."""
     flat, net, optimizer = started("EFMLoRA")
     run(flat, net, optimizer, batches()[:3])
     optimizer.zero_grad(set_to_none=False)
@@ -208,7 +208,7 @@ def test_a_penalty_on_a_weight_is_taken_at_the_clean_one() -> None:
 
 
 def test_a_gradient_may_be_used_twice() -> None:
-    """As in the callback under manual optimization; the object must not blame eval mode."""
+    """As in the callback under manual optimization; the object must not blame eval mode for this."""
     flat, net, optimizer = started("EFMLoRA")
     run(flat, net, optimizer, batches()[:2])
     x, y = batches()[2]
@@ -220,12 +220,12 @@ def test_a_gradient_may_be_used_twice() -> None:
     assert flat.step == 5
 
 
-# -- checkpoints whose forward records nothing
+# -- checkpoints whose forward pass records no graph
 
 
 @pytest.mark.parametrize("how", ["reentrant", "another library's"])
 def test_a_reentrant_checkpoint_is_refused_outside_of_a_pass(how: str) -> None:
-    """Its forward would read the clean weights, and its backward the perturbed ones."""
+    """Its forward pass would read the clean weights, and its backward pass the perturbed ones."""
     flat, net, optimizer = started("EFMLoRA")
     run(flat, net, optimizer, batches()[:2])
     model = Checkpointed(net, CHECKPOINTS[how])
@@ -264,10 +264,10 @@ def test_measures_in_training_mode_are_those_of_eval_mode(how: str | None) -> No
     assert net.training
     training = values()
     net.eval()
-    # Dropout is not in the way: the modes differ in nothing else.
+    # There is no dropout, and the modes differ in nothing else.
     assert same(training, values())
     assert float(training["ema_sharpness"].abs()) > 1e-6
-    # What is open reads perturbed weights afterwards, as before.
+    # The open object reads perturbed weights afterwards, as before.
     net.train()
     assert not same(loss().detach(), training["loss"])
     net(INPUTS[0]).square().mean().backward()

@@ -1,6 +1,6 @@
-"""FMLoRAModule does by hand what Lightning does for the FMLoRA callback; beside EFMLoRA it takes the average.
+"""FMLoRAModule does by hand what Lightning does for the FMLoRA callback; with EFMLoRA it uses the average.
 
-And what a subclass may not do.
+Also, what a subclass may not do.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ from lightning_flatlora import EFMLoRA, FMLoRAModule, LinearRho, find_pairs
 
 
 class Watch(Callback):
-    """Learning rate at each batch's end, and rho of each step in which a perturbation is taken."""
+    """Notes the learning rate at each batch's end, and rho at each batch's start."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
@@ -66,7 +66,7 @@ def whole_run(
     scheduler: Any = None,
     **kwargs: Any,
 ) -> tuple[dict[str, torch.Tensor], Watch, Any]:
-    """35 batches in float64 with dropout; 7 batches an epoch leave a shorter last window."""
+    """35 batches in float64 with dropout; 7 batches per epoch leave a shorter last window."""
     net = make_net(dropout=0.2).double()
     module, callbacks, more = build(front_end, rho, net=net, accumulate=accumulate, own=Estimates)
     module.scheduler = scheduler
@@ -95,7 +95,7 @@ def scheduled(kind: str) -> Any:
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (2, ("value", 0.003)), (3, ("norm", 0.05))])
 @pytest.mark.parametrize("kind", ["step/1", "step/3", "epoch/2"])
 def test_whole_run_equals_the_callback(kind, accumulate, clip):
-    """In its weights, in the number of steps, and in the learning rate of each batch."""
+    """In its weights, the number of steps, and each batch's learning rate."""
     settings = {"accumulate": accumulate, "clip": clip, "scheduler": scheduled(kind)}
     left, watch, trainer = whole_run("fmlora", **settings)
     right, other_watch, other = whole_run("module", **settings)
@@ -117,7 +117,7 @@ class EndsEarly:
 @pytest.mark.parametrize("settings", [{}, {"max_steps": 6}], ids=["ended", "stopped"])
 @pytest.mark.parametrize("kind", ["epoch/1", "epoch/2"])
 def test_an_epoch_that_a_hook_ends_early_is_one(tmp_path, kind, settings):
-    """Or is none, where the run was stopped within it, as under automatic optimization."""
+    """As under automatic optimization, it counts as an epoch unless the run was stopped within it."""
     rates = []
     for front_end in ("plain", "module"):
         module, _, _ = build(front_end, rho=0.0, own=EndsEarly)
@@ -125,12 +125,12 @@ def test_an_epoch_that_a_hook_ends_early_is_one(tmp_path, kind, settings):
         trainer = fit(tmp_path, module, [], max_epochs=4, **settings)
         rates.append((trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"]))
     assert rates[0] == rates[1]
-    # Lightning 2.5 itself takes such an epoch for one that was stopped.
+    # Lightning 2.5 itself treats such an epoch as one that was stopped.
     assert settings or rates[0][1] < module.lr or L.__version__.startswith("2.5")
 
 
 class Visited:
-    """Has another Trainer evaluate it in the middle of a fit, and is given back to its own."""
+    """Lets another Trainer evaluate it in the middle of a fit, then returns to its own."""
 
     def on_train_epoch_start(self: Any) -> None:
         own = self.trainer
@@ -140,7 +140,7 @@ class Visited:
 
 @pytest.mark.parametrize("front_end", ["module", "efmlora+module"])
 def test_another_trainer_may_evaluate_the_module_in_the_middle_of_a_fit(front_end):
-    """The module brings its callback into that one too."""
+    """The module brings its callback to the other Trainer, too."""
     seen = []
     for own in (object, Visited):
         module, callbacks, _ = build(front_end, own=own)
@@ -152,7 +152,7 @@ def test_another_trainer_may_evaluate_the_module_in_the_middle_of_a_fit(front_en
 
 @pytest.mark.parametrize("validate_every", [2, 3])
 def test_validation_inside_a_window_keeps_its_gradients(validate_every):
-    """Lightning clears gradients before validation unless it accumulates, and knows nothing of the module's window."""
+    """Lightning clears gradients before validation unless it accumulates, and doesn't know the module's window."""
     settings = {"accumulate": 3, "val": make_loader(1, dtype=torch.float64), "val_check_interval": validate_every}
     left, *_ = whole_run("fmlora", **settings)
     right, *_ = whole_run("module", **settings)
@@ -164,7 +164,7 @@ def test_validation_inside_a_window_keeps_its_gradients(validate_every):
 )
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_schedules_of_rho_span_the_same_steps(accumulate, run):
-    """The horizon counts optimizer steps, shorter windows and max_steps included, as the callback's does."""
+    """Like the callback's, the horizon counts optimizer steps, including shorter windows and max_steps."""
     settings = {"accumulate": accumulate, "rho": LinearRho(1.0, 0.0), **run}
     _, watch, trainer = whole_run("fmlora", **settings)
     _, other_watch, other = whole_run("module", **settings)
@@ -218,7 +218,7 @@ def test_clipping_survives_the_users_own_hook(tmp_path, algorithm):
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_clipping_may_be_the_subclass_own(tmp_path, clip):
-    """The hook is called as in automatic optimization, also where nothing is to be clipped by itself."""
+    """The hook is called as in automatic optimization, even if no clipping is set."""
     seen = []
 
     class Own(TwoPassClassifier):
@@ -248,7 +248,7 @@ def test_a_module_that_does_not_give_its_callback_is_refused(tmp_path):
 
 
 def test_batches_that_the_loader_left_out_are_as_in_automatic_optimization(tmp_path):
-    """None for a batch, at the start of a window, in it, or at its end."""
+    """None instead of a batch, at the start, in the middle or at the end of a window."""
     batches = list(make_loader(9))
     for index in (1, 3, 8):
         batches[index] = None
@@ -282,13 +282,13 @@ def test_a_window_may_be_set_later_and_is_the_modules_alone(tmp_path):
     module = SetsWindow(0.5)
     trainer = fit(tmp_path, module, [], max_epochs=2)
     assert trainer.global_step == 2 + 3
-    # The Trainer's own would change the steps at which loggers log.
+    # Setting it on the Trainer would change the steps at which loggers log.
     assert trainer.accumulate_grad_batches == 1
     assert trainer.fit_loop.epoch_loop._batches_that_stepped == 12
 
 
 class Paired(Reference):
-    """The callback beside the module, word for word (method.md, section 5)."""
+    """The callback together with the module, word for word (method.md, section 5)."""
 
     def one_pass_gradients(self, window: list[Any]) -> None:
         E = self.ema
@@ -312,7 +312,7 @@ def loss(net: nn.Module, batch: Any) -> torch.Tensor:
 @pytest.mark.parametrize("beta", [1.0, 0.6])
 @pytest.mark.parametrize("every_n_steps", [1, 2, 5])
 def test_efmlora_beside_the_module_equals_the_literal_loop(tmp_path, every_n_steps, beta):
-    """Refresh steps: fresh E at the clean point, Ê moved, descent at B + E; the others: one pass at B + Ê."""
+    """In refresh steps: fresh E at the clean point, Ê updated, descent at B + E; in others: one pass at B + Ê."""
     net, other = make_net().double(), make_net().double()
     loader = make_loader(6, dtype=torch.float64)
     module, callbacks, _ = build("efmlora+module", net=net, every_n_steps=every_n_steps, beta=beta)
@@ -332,7 +332,7 @@ def test_efmlora_beside_the_module_equals_the_literal_loop(tmp_path, every_n_ste
 
 
 def test_callback_given_by_the_module_itself(tmp_path):
-    """EFMLoRA in configure_callbacks, after the module's own driver, works as one in the Trainer's list."""
+    """EFMLoRA in configure_callbacks, after the module's own driver, works as in the Trainer's list."""
 
     class Own(TwoPassClassifier):
         def configure_callbacks(self) -> Any:

@@ -1,4 +1,4 @@
-"""EFMLoRA and FMLoRA in plain PyTorch: the callbacks' weights, clean, scaled and compiled."""
+"""EFMLoRA and FMLoRA in plain PyTorch: the same weights as with the callbacks; clean, scaled and compiled."""
 
 import copy
 import logging
@@ -38,7 +38,7 @@ def test_weights_equal_the_callbacks(name: str, window: int, clip: float | None,
     assert flat.step == callback.step == -(-len(batches()) // window)
     E, other = flat.perturbation.state_dict()["E"], callback.perturbation.state_dict()["E"]
     if clip is not None and name == "EFMLoRA":
-        # The loop's E is of the clipped gradients, which have one direction, and rounding of their own.
+        # The loop's E comes from the clipped gradients, which have the same direction but other rounding errors.
         assert close(weights(ours), weights(theirs))
     else:
         assert same(weights(ours), weights(theirs))
@@ -76,7 +76,7 @@ def test_only_the_forward_of_a_layer_or_a_pass_reads_perturbed_weights(name: str
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_scaler_changes_nothing_and_an_overflow_moves_nothing(name: str, fused: bool) -> None:
-    """A power of two leaves every bit as it is. A fused optimizer skips steps by itself, after its hooks."""
+    """A power of two doesn't change a bit. A fused optimizer skips steps by itself, after its hooks."""
     plain, net = net_of(), net_of()
 
     def start(net: nn.Module) -> tuple[Any, Any]:
@@ -180,7 +180,7 @@ def test_several_optimizers_take_one_object_each() -> None:
 
 
 class StepsTwice(torch.optim.AdamW):
-    """Steps within its step."""
+    """Takes two steps in its step."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         super().__init__(inner.param_groups[0]["params"], lr=1e-2)
@@ -201,7 +201,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_gradients_of_a_wrapper_are_those_before_its_step(name: str) -> None:
-    """OrthoGrad changes them in its step; under Lightning's Trainer too the callback comes before."""
+    """OrthoGrad changes them in its step; under Lightning's Trainer, the callback also runs before that."""
     net = net_of()
     optimizer = WRAPPERS[name](optimizer_of(net))
     flat = method_of("EFMLoRA", net, optimizer, 0.3)
@@ -222,7 +222,7 @@ def test_the_gradients_of_a_wrapper_are_those_before_its_step(name: str) -> None
         optimizer.zero_grad()
         assert same(seen[-1], before)
     assert (flat.step, len(seen)) == (4, 4)
-    # The state is in that of the inner optimizer, which each of them carries.
+    # The state is in the inner optimizer's, which each wrapper contains.
     state = copy.deepcopy(optimizer.state_dict())
     run(flat, net, optimizer, batches()[4:5])
     if name in ("Lookahead", "OrthoGrad"):
@@ -231,7 +231,7 @@ def test_the_gradients_of_a_wrapper_are_those_before_its_step(name: str) -> None
 
 
 class Fails(torch.optim.AdamW):
-    """As one that runs out of memory for its first moments."""
+    """Like an optimizer that runs out of memory for its first moments."""
 
     fails = False
 

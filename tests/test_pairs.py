@@ -60,7 +60,7 @@ EXACT = [
 
 
 class Layered(nn.Module):
-    """Where options that go by a layer's number can be given."""
+    """A model for options that select layers by number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Layered(nn.Module):
 
 @pytest.mark.parametrize("config", EXACT, ids=str)
 def test_what_is_found_is_exactly_one_product(config: dict[str, Any]) -> None:
-    """Moving B by E moves what the layer computes by s E A x, whatever its options are."""
+    """Moving B by E changes the layer's output by s E A x, whatever its options are."""
     targets = ["one", "two", "conv"] if config.get("init_lora_weights", True) is True else ["one", "two"]
     model = get_peft_model(Layered(), LoraConfig(r=2, lora_alpha=6, target_modules=targets, **config)).double()
     search = find_pairs(model)
@@ -120,7 +120,7 @@ def of_xlora() -> nn.Module:
 
 
 def of_arrow() -> nn.Module:
-    """The router is the active adapter, and the experts that it weighs are trained without being active."""
+    """The router is the active adapter; the experts that it weighs are trained without being active."""
     model: Any = peft(["one"])
     arrow = ArrowConfig()
     arrow.task_adapter_names = ["default"]
@@ -140,7 +140,7 @@ def shared_B() -> nn.Module:
 
 
 def tied_by_memory() -> nn.Module:
-    """An output layer and its embedding, as peft ties them with ensure_weight_tying."""
+    """An output layer and its embedding, tied as by peft's ensure_weight_tying."""
     net = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "inner": nn.Linear(4, 4), "head": nn.Linear(4, 6)})
     model = get_peft_model(net, LoraConfig(r=2, target_modules=["embedding", "inner", "head"]))
     layers = model.base_model.model
@@ -208,7 +208,7 @@ def test_what_is_not_one_product_is_left_out_by_name(what: str) -> None:
 
 
 def test_every_variant_that_peft_knows_is_either_exact_or_left_out() -> None:
-    """A variant that peft adds later must not be perturbed in silence."""
+    """A variant that peft adds later must not be perturbed silently."""
     from peft.tuners.lora import variants
 
     from lightning_flatlora.pairs.peft_pairs import _EXACT_VARIANTS

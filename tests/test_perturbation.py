@@ -1,4 +1,4 @@
-"""The seven properties of the method (docs/method.md) on real peft layers, and E of unusual gradients."""
+"""The method's seven properties (docs/method.md) on real peft layers, and E for unusual gradients."""
 
 import copy
 
@@ -37,10 +37,10 @@ def test_1_both_gradients_agree(dropout: float, use_dora: bool) -> None:
 @pytest.mark.parametrize(
     ("dtype", "scale", "tolerance"),
     [
-        # By a power of two bit for bit: fp16's loss scale leaves E as it is.
+        # A power of two changes no bit: fp16's loss scale leaves E as it is.
         (torch.float32, 2.0**14, 0.0),
         (torch.float32, 3.7, 1e-4),
-        # By more than float32 can square.
+        # More than float32 can square.
         (torch.float64, 1e30, 1e-9),
         (torch.float64, 1e-30, 1e-9),
     ],
@@ -146,7 +146,7 @@ def test_7_beta_one_keeps_the_last_and_the_first_is_taken_whole() -> None:
 @pytest.mark.parametrize("which", ["A", "B"])
 @settings
 def test_a_gradient_that_is_not_finite_changes_nothing(which: str, estimator: str) -> None:
-    """If it is the first one, the next is taken whole."""
+    """If it is the first one, the next is taken as it is, without averaging."""
     model, pairs = model_and_pairs()
     perturbation = Perturbation(pairs, estimator=estimator)  # type: ignore[arg-type]
     backward(model, scale=float("inf"))
@@ -194,7 +194,7 @@ def test_low_precision_parameters_are_computed_in_float32(dtype: torch.dtype) ->
 
 
 def test_bad_arguments_are_named() -> None:
-    """Settings are checked as in methods/test_values.py."""
+    """The checks of the settings themselves are tested in methods/test_values.py."""
     _, pairs = model_and_pairs()
     with pytest.raises(ValueError, match="estimator must be 'average' or 'projected', got 'projectd'"):
         Perturbation(pairs, estimator="projectd")  # type: ignore[arg-type]
@@ -207,7 +207,7 @@ def test_bad_arguments_are_named() -> None:
 
 @settings
 def test_the_algebra_is_outside_of_autocast(estimator: str) -> None:
-    """E has the bits that it has without, though manual optimization steps inside."""
+    """E has the same bits as without it, though in manual optimization the step is inside."""
     model, pairs = model_and_pairs(torch.float32)
     backward(model)
     expected = fresh(pairs, estimator=estimator)

@@ -1,4 +1,4 @@
-"""What the perturbation takes: bounded memory, parts of bounded size, and kernels that hardly grow with the pairs."""
+"""What the perturbation costs: bounded memory, stacks of bounded size, and kernels that hardly grow with the pairs."""
 
 import weakref
 from typing import Any
@@ -27,7 +27,7 @@ def test_large_models_are_computed_in_parts_of_bounded_size(monkeypatch: pytest.
 
 
 class PeakMemory(TorchDispatchMode):
-    """Largest number of bytes held at once by the tensors that were made inside."""
+    """The largest number of bytes held at once by tensors that were created inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,19 +47,19 @@ class PeakMemory(TorchDispatchMode):
         return out
 
     def given(self, *tensors: Tensor) -> None:
-        """Tensors that were there before: views of them are no new memory."""
+        """Tensors that existed before: views of them don't count as new memory."""
         self._given |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 def test_extra_memory_is_two_copies_of_B_and_one_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The average is one float32 copy of all B, a refresh makes one more, and the temporaries are of one stack."""
+    """The average is one float32 copy of all B, a refresh makes another, and temporaries are as large as one stack."""
     n, m, r, layers = 64, 48, 4, 40
     pairs = [
         LoRAPair(str(i), nn.Parameter(torch.randn(r, m)), nn.Parameter(torch.randn(n, r)), 2.0) for i in range(layers)
     ]
     for pair in pairs:
         pair.A.grad, pair.B.grad = torch.randn(r, m), torch.randn(n, r)
-    monkeypatch.setattr("lightning_flatlora.perturbation.pair_stack.LARGEST_STACK", 2 * n * r)  # two layers in a stack
+    monkeypatch.setattr("lightning_flatlora.perturbation.pair_stack.LARGEST_STACK", 2 * n * r)  # two layers per stack
     all_B = sum(pair.B.numel() * 4 for pair in pairs)
     perturbation = Perturbation(pairs)
     kept = sum(stack.E.numel() * stack.E.element_size() for stack in perturbation._stacks)
@@ -75,7 +75,7 @@ def test_extra_memory_is_two_copies_of_B_and_one_stack(monkeypatch: pytest.Monke
 
 
 class Block(nn.Module):
-    """The seven projections of a Llama's block, whose LoRA factors are of four shapes."""
+    """The seven projections of a Llama block, whose LoRA factors have four shapes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Block(nn.Module):
 
 
 class Kernels(TorchDispatchMode):
-    """Number of operations on tensors inside, except for views."""
+    """The number of tensor operations inside, except for views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Kernels(TorchDispatchMode):
 
 
 def kernels_of_a_step(blocks: int, method: Any) -> int:
-    """Count those of a later step of a loop, for ``None`` of plain LoRA."""
+    """Count those of a later step of a loop; the method ``None`` means plain LoRA."""
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(*(Block() for _ in range(blocks))), LoraConfig(target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
@@ -113,7 +113,7 @@ def kernels_of_a_step(blocks: int, method: Any) -> int:
 
 
 def test_a_step_of_efmlora_adds_one_kernel_for_each_pair() -> None:
-    """That of B + E. The algebra of E is a fixed number of calls for each shape, whatever the number of pairs."""
+    """It computes B + E. The algebra of E takes a fixed number of calls per shape, whatever the number of pairs."""
     extra = [kernels_of_a_step(blocks, loops.EFMLoRA) - kernels_of_a_step(blocks, None) for blocks in (2, 32)]
     assert extra[1] - extra[0] <= 30 * 7
     assert extra[0] - 2 * 7 <= 400  # 351 with PyTorch 2.13

@@ -1,4 +1,4 @@
-"""What the layers read, B + E switched on and off, and pairs, scalings and states that change meanwhile."""
+"""What the layers read, switching B + E on and off, and pairs, scalings and states that change meanwhile."""
 
 import copy
 import dataclasses
@@ -15,14 +15,14 @@ from lightning_flatlora import Perturbation, find_pairs
 from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of
 from lightning_flatlora.perturbed_read import clean
 
-# Where a pair is rows of a parameter, its E has not the parameter's shape.
+# If a pair is a part of a parameter's rows, its E doesn't have the parameter's shape.
 OF_ROWS = ("stacked q, k and v", "grouped convolution")
 NETS = [title for title, kind in KINDS.items() if kind.own in (Hostile, IsQuantized) and title not in OF_ROWS]
 
 
 @pytest.mark.parametrize("title", NETS)
 def test_reading_b_plus_e_equals_moving_b(title: str) -> None:
-    """Loss and gradients equal those of a copy whose B was really moved, bit for bit; switched off, the clean ones."""
+    """Loss and gradients equal bit for bit those of a copy whose B was moved and, switched off, the clean ones."""
     kind = KINDS[title]
     model, x = kind.net(), torch.randn(4, 6)
     # peft merges the update into this layer's base weight and takes it out again in each forward pass.
@@ -69,7 +69,7 @@ def test_reading_b_plus_e_equals_moving_b(title: str) -> None:
 
 
 def test_after_anothers_turn_the_own_average_is_read_again() -> None:
-    """Of several that are on, that of the last owner is read."""
+    """If several perturbations are on, the one that was switched on last is read."""
     model, pairs = model_and_pairs()
     clean_loss = backward(model)
     first, second = Perturbation(pairs), Perturbation(pairs)
@@ -95,7 +95,7 @@ def test_after_anothers_turn_the_own_average_is_read_again() -> None:
 
 
 def test_switching_off_inside_leaves_what_is_applied() -> None:
-    """As where a second pass lies within a method that switches its average off."""
+    """As when a second pass runs within a method that switches its average off."""
     model, pairs = model_and_pairs()
     clean_loss = backward(model)
     perturbation = Perturbation(pairs)
@@ -136,7 +136,7 @@ def test_what_is_read_has_the_gradient_of_the_parameter() -> None:
 
 @pytest.mark.parametrize("as_parameters", [False, True])
 def test_a_teacher_by_functional_call_computes_with_its_own_values(as_parameters: bool) -> None:
-    """And what is differentiated by torch.func is perturbed, as the parameters are."""
+    """What torch.func differentiates is perturbed, as the parameters are."""
     model, pairs = model_and_pairs()
     perturbation = Perturbation(pairs)
     perturbation.install()
@@ -168,7 +168,7 @@ def averaged_once(pairs: list[LoRAPair], model: nn.Module, **settings: object) -
 
 
 def test_a_frozen_B_is_read_clean_and_its_E_rests() -> None:
-    """Also where A is still trained: its gradient does not enter the norm of the others' perturbation."""
+    """Even if A is still trained: its gradient does not enter the norm of the others' perturbation."""
     model, pairs = model_and_pairs()
     perturbation = averaged_once(pairs, model)
     before = perturbation.state_dict()["E"]
@@ -190,7 +190,7 @@ def test_a_frozen_B_is_read_clean_and_its_E_rests() -> None:
 
 
 def test_a_pair_that_misses_some_steps_keeps_its_E() -> None:
-    """An expert, a dropped layer: what it missed does not enter its average."""
+    """Such as an expert or a dropped layer: the steps that it missed don't enter its average."""
     model, pairs = model_and_pairs()
     perturbation = averaged_once(pairs, model)
     before = perturbation.state_dict()
@@ -213,13 +213,13 @@ def test_an_average_that_began_while_rho_was_0_is_known_to_be_zero_in_a_resumed_
         fresh_E = perturbation.ascend(RHO, at_perturbed=True)
         perturbation.average(fresh_E, beta=0.25)
         assert perturbation.may_be_nonzero
-        # The average continues from zero, and does not begin anew.
+        # The average continues from zero instead of starting anew.
         expected = 0.25 * slices(fresh_E.stacks)[0]
         assert torch.allclose(perturbation.state_dict()["E"][pairs[0].name], expected)
 
 
 def test_following_keeps_what_is_known() -> None:
-    """A new pair's first E is taken whole, the others continue; s E stays where a scaling changes."""
+    """A new pair's first E is taken as it is, the others continue; s E stays if a scaling changes."""
     model, pairs = model_and_pairs()
     perturbation = averaged_once(pairs[1:], model)
     before = perturbation.state_dict()["E"]
@@ -244,7 +244,7 @@ def test_following_keeps_what_is_known() -> None:
 
 
 def test_a_state_that_waits_and_is_of_another_shape_is_refused() -> None:
-    """(6, 1) would be broadcast into (6, 3) without a word."""
+    """(6, 1) would silently be broadcast to (6, 3)."""
     model, pairs = model_and_pairs()
     state = averaged_once(pairs, model).state_dict()
     state["E"][pairs[1].name] = state["E"][pairs[1].name][:, :1]
@@ -255,7 +255,7 @@ def test_a_state_that_waits_and_is_of_another_shape_is_refused() -> None:
 
 
 def test_a_state_of_another_scaling_moves_the_weights_as_before() -> None:
-    """As where a hook has set the scaling in the run that was saved, and will set it again later in this one."""
+    """As when a hook set the scaling in the saved run, and will set it again later in this run."""
     model, pairs = model_and_pairs()
     state = averaged_once(pairs, model).state_dict()
     name = pairs[0].name
@@ -280,7 +280,7 @@ def test_a_state_of_another_scaling_moves_the_weights_as_before() -> None:
 def test_the_estimate_goes_by_what_is_trained_at_the_ascent(
     at_first: bool, in_the_pass: bool, at_last: bool, estimator: str
 ) -> None:
-    """The A of two of three layers is frozen all along, unfrozen since, frozen since with its gradient, or trained."""
+    """The A of two of three layers is always frozen, unfrozen since, frozen since with its gradient, or trained."""
     model, pairs = model_and_pairs()
 
     def train_A(is_trained: bool) -> None:

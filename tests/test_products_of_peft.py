@@ -1,4 +1,4 @@
-"""LoRA on embeddings and grouped convolutions trains as the layers that compute the same."""
+"""LoRA on embeddings and grouped convolutions trains like equivalent other layers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def of_embedding(**config: Any) -> nn.Module:
 
 
 class OnOneHot(nn.Module):
-    """What an embedding computes, with the factor that peft starts at zero as B: x (W + s B A) for one-hot rows x."""
+    """An embedding as x (W + s B A) for one-hot rows x, where B is the factor that peft initializes to zero."""
 
     def __init__(self, like: nn.Module) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class OnOneHot(nn.Module):
 
 
 class Groups(nn.Module):
-    """A grouped convolution as one convolution for each group, whose weights for other groups' channels are zeros."""
+    """A grouped convolution as one convolution per group, whose weights for other groups' channels are zero."""
 
     def __init__(self, convolution: nn.Conv1d) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def of_groups() -> nn.Module:
 
 def of_parts(like: nn.Module) -> nn.Module:
     layer: Any = like.base_model.model[0]  # type: ignore[union-attr, index]
-    config: Any = LORA | {"r": RANK // GROUPS, "lora_alpha": 8 // GROUPS}  # the same alpha / r
+    config: Any = LORA | {"r": RANK // GROUPS, "lora_alpha": 8 // GROUPS}  # with the same alpha / r
     net = nn.Sequential(Groups(layer.base_layer))
     other: Any = get_peft_model(
         net, LoraConfig(**config, target_modules=[f"0.parts.{group}" for group in range(GROUPS)])
@@ -97,7 +97,7 @@ def convolutions() -> tuple[nn.Module, nn.Module, list[Tensor]]:
 
 
 def train(method: str, model: nn.Module, batches: Sequence[Tensor], **settings: Any) -> list[Tensor]:
-    """The outputs of a network in and after some steps."""
+    """The outputs of a network during and after some steps."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     finder = PairsByName("A", "B", "scaling") if isinstance(model, OnOneHot) else None
     flat = getattr(loops, method)(model, optimizer, 0.3, finder=finder, **settings)
@@ -133,7 +133,7 @@ def test_it_trains_as_the_layers_that_compute_the_same(
 
 @pytest.mark.parametrize("method", ["EFMLoRA", "FMLoRA"])
 def test_an_embeddings_perturbation_is_of_size_rho_from_the_first_step_on(method: str) -> None:
-    """From peft's own start, in which one factor is zero: a perturbation of the other one would be huge."""
+    """From peft's own initialization, with one factor zero: a perturbation of the other factor would be huge."""
     torch.manual_seed(0)
     config: Any = LORA | {"init_lora_weights": True}
     model = get_peft_model(
@@ -171,7 +171,7 @@ def test_the_pairs_of_a_grouped_convolution_are_named_by_their_rows() -> None:
     model = of_groups()
     names = [pair.name for pair in find_pairs(model).pairs]
     assert names == [f"base_model.model.0.lora_B.default.weight[{rows}]" for rows in ("0:3", "3:6")]
-    # A step along one group's direction moves this group's channels only.
+    # A step along one group's direction only moves that group's channels.
     first, _ = find_pairs(model).pairs
     (x, *_) = series()
     before = model(x)

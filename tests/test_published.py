@@ -1,4 +1,4 @@
-"""The published figures are what the published rows give: a change of rows, figures or statistics would show."""
+"""The published figures follow from the published rows: any change of rows, figures or statistics would show."""
 
 import re
 import runpy
@@ -25,7 +25,7 @@ def figures() -> dict[str, Any]:
 
 
 def test_the_pages_are_as_the_script_writes_them(figures: dict[str, Any]) -> None:
-    """It has every row of the study's tables."""
+    """The script covers every row of the study's tables."""
     for path, passages in figures["passages"]().items():
         page = path.read_text(encoding="utf-8")
         assert [each for each in passages if figures["written"](page, each) != page] == []
@@ -61,9 +61,9 @@ def test_table_1_offline(tmp_path: Path) -> None:
 
 
 def test_tune_does_not_take_the_ranks_gain_for_the_perturbations() -> None:
-    """P1 and its control."""
+    """On the rows of P1 and its control."""
     found = answer(read(PUBLISHED / "p1.jsonl") + read(PUBLISHED / "p1_control.jsonl"), "min")
     difference = found.difference("without")
-    assert difference.mean + difference.interval < 0  # which would have been "use it"
+    assert difference.mean + difference.interval < 0  # without the control the verdict would have been "use it"
     assert found.winner == CONTROL
     assert "between 0.0157 worse and 0.00148 better than LoRA with the same other settings" in found.verdict()

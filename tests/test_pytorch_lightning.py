@@ -1,4 +1,4 @@
-"""Under ``pytorch_lightning`` everything is as under ``lightning.pytorch``, bit for bit."""
+"""Everything under ``pytorch_lightning`` equals that under ``lightning.pytorch``, bit for bit."""
 
 import inspect
 
@@ -31,7 +31,7 @@ class OtherClassifier(Losses, pytorch_lightning.LightningModule):
 
 
 class OtherTwoPassClassifier(Losses, flatlora.FMLoRAModule):
-    """The same loss on that FMLoRAModule."""
+    """The same loss on that library's FMLoRAModule."""
 
     def compute_loss(self, batch, batch_idx):
         return self.loss(batch, batch_idx)
@@ -61,7 +61,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_callbacks(tmp_path, method):
-    """Of that library's classes; and those of lightning.pytorch's, whose hooks run there as well."""
+    """Those of that library, and those of lightning.pytorch, whose hooks also run there."""
     build, step = METHODS[method], {"accumulate_grad_batches": 2}
     module = Classifier()
     train(lightning.pytorch, module, [build(lightning_flatlora, baselines)], tmp_path, **step)
@@ -79,7 +79,7 @@ def test_callbacks(tmp_path, method):
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_the_module(tmp_path, beside):
-    """Accumulation, clipping and schedulers are the module's own; EFMLoRA beside it schedules the passes."""
+    """Accumulation, clipping and schedulers are the module's own; EFMLoRA next to it schedules the passes."""
     settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
     found = []
     for library, kind, callback in (
@@ -97,7 +97,7 @@ def test_the_module(tmp_path, beside):
 
 @pytest.mark.parametrize("method", ["EFMLoRA", "module"])
 def test_a_run_goes_on_under_the_other_name(tmp_path, method):
-    """From checkpoints of the adapter, whose callback's place is the last in the list, and from whole ones."""
+    """From whole checkpoints and from those of the adapter, whose callback must be the last in the list."""
 
     def parts(automatic, manual, ours):
         if method == "module":
@@ -136,7 +136,7 @@ def test_the_other_librarys_checkpoint_callback_is_refused(tmp_path):
 
 
 def test_all_are_of_that_library():
-    """A command line takes only callbacks of its own library, and checkpoints come last in a Trainer's list."""
+    """A command line only takes its own library's callbacks, and checkpoint callbacks come last in a Trainer's list."""
     defined = [each for each in vars(flatlora).values() if getattr(each, "__module__", "") == flatlora.__name__]
     assert len(defined) == 12
     for each in defined:

@@ -1,4 +1,4 @@
-"""LoRA on a frozen base of 4 or 8 bits, through peft's own layers: what is perturbed is B, which stays in float32."""
+"""LoRA on a frozen base of 4 or 8 bits, through peft's own layers: only B is perturbed, which stays in float32."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def loader() -> "DataLoader[Any]":
 
 
 class WideReference(Reference):
-    """The literal method on weights in float32, its dense algebra in float64."""
+    """The literal method on float32 weights, with its dense algebra in float64."""
 
     def fresh(self) -> list[Tensor]:
         ascents = []
@@ -51,7 +51,7 @@ def difference(one: nn.Module, other: nn.Module) -> float:
 
 
 def stored_base(net: nn.Module) -> list[Tensor]:
-    """Copies of the frozen weights, as they are stored."""
+    """Copies of the frozen weights as they are stored."""
     layers = [module.base_layer.weight for module in net.modules() if hasattr(module, "base_layer")]
     return [weight.detach().clone() for weight in layers]
 

@@ -1,4 +1,4 @@
-"""The direction of imports between the folders of the recipes, and the classes above a recipe's module.
+"""The direction of imports between the recipes' folders, and the base classes of a recipe's module.
 
 data <- training <- command_line <- studies, and clip <- offline <- language, which the recipes use; above them the
 programs that drive recipes.
@@ -31,7 +31,7 @@ PROGRAMS = ("demo", "benchmarks", "pretrain", "report", "reproduce", "tune")
 
 
 def folders_imported_by(path: Path) -> set[str]:
-    """The folders of the recipes that a file imports, inside of functions too."""
+    """The recipes' folders from which a file imports, including imports within functions."""
     modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -67,7 +67,7 @@ def test_imports_between_folders_have_one_direction(folder: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipes_module_has_at_most_three_own_classes_above_it(name: str) -> None:
-    """So that whoever changes a recipe can read all that its module is."""
+    """So that whoever changes a recipe can read everything that its module inherits."""
     file = import_module(f"recipes.{name}.module")
     modules = [kind for kind in vars(file).values() if isinstance(kind, type) and kind.__module__ == file.__name__]
     (module,) = (kind for kind in modules if issubclass(kind, LightningModule))

@@ -1,4 +1,4 @@
-"""What a second pass may not write, and copies of batches; what it puts back is in test_hostile_modules.py."""
+"""What a second pass must not write, and copies of batches; for what it restores, see test_hostile_modules.py."""
 
 import warnings
 from collections import OrderedDict
@@ -44,7 +44,7 @@ def test_a_written_parameter_is_refused_unless_an_optimizer_trains_it(write: Cal
 
 
 def test_a_buffer_in_a_files_memory_is_not_written(tmp_path: Path) -> None:
-    """Writing it would end the process."""
+    """Writing to it would crash the process."""
     np.save(tmp_path / "table.npy", np.arange(3.0))
     model = Model()
     with warnings.catch_warnings():
@@ -59,7 +59,7 @@ def test_a_buffer_in_a_files_memory_is_not_written(tmp_path: Path) -> None:
 
 
 class Pair(NamedTuple):
-    """It can't be built from an iterable."""
+    """It can't be constructed from an iterable."""
 
     parts: dict[str, Tensor]
     more: list[Tensor]
@@ -72,7 +72,7 @@ class Fields:
 
 
 class Movable(SimpleNamespace):
-    """Of a library's own class, which says how it is moved to a device."""
+    """A library's own class, which defines how it is moved to a device."""
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         return self
@@ -91,7 +91,7 @@ FORMS: dict[str, Callable[[dict[str, Tensor], list[Tensor]], Any]] = {
 
 
 def all_in(thing: Any) -> list[Any]:
-    """The tensors, and the containers that can be written into."""
+    """The tensors and the mutable containers."""
     found = [] if isinstance(thing, tuple) else [thing]
     if not isinstance(thing, Tensor):
         inner = thing if isinstance(thing, list | tuple) else dict(thing if isinstance(thing, Mapping) else vars(thing))

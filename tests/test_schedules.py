@@ -1,4 +1,4 @@
-"""rho over time: values, what is refused, and schedules among a module's hyper-parameters."""
+"""Schedules of rho: their values, what is refused, and schedules among a module's hyperparameters."""
 
 import math
 import pickle
@@ -58,7 +58,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 @dataclass(frozen=True)
 class Halved(RhoSchedule):
-    """A user's own, whose fields need not be radii."""
+    """A user-defined schedule, whose fields need not be radii."""
 
     rho: float
     every: int
@@ -70,7 +70,7 @@ class Halved(RhoSchedule):
 
 
 class Plain(RhoSchedule):
-    """A user's own, without a dataclass."""
+    """A user-defined schedule that is not a dataclass."""
 
     def __init__(self, values: list[float]) -> None:
         self.values = values
@@ -89,7 +89,7 @@ class Module(TwoPassClassifier):
 
 
 class OfModules(Classifier):
-    """As templates have it, whose configuration makes the network."""
+    """As in project templates, whose configuration creates the network."""
 
     def __init__(self, settings: Any) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def test_a_schedule_is_loaded_from_a_file_that_nobody_trusts(tmp_path, schedule)
 
 
 def test_a_checkpoint_with_a_schedule_loads(tmp_path):
-    """By load_from_checkpoint, and to resume."""
+    """With load_from_checkpoint, and to resume."""
     schedule, file = Plain([0.5, 0.2]), tmp_path / "file.ckpt"
     fit(tmp_path, Module(schedule), [ModelCheckpoint(tmp_path, filename="file")], max_epochs=1)
     assert Module.load_from_checkpoint(file, weights_only=True).hparams["rho"] == schedule
@@ -148,6 +148,6 @@ def test_loggers_take_a_schedule(tmp_path, logger):
     fit(tmp_path, Module(LinearRho(1.0, 0.5)), [], max_epochs=1, logger=kind, log_every_n_steps=1)
     kind.save()
     text = (tmp_path / "run" / "version_0" / "hparams.yaml").read_text()
-    # Lightning writes the fields alone where omegaconf is installed, and the class beside them where it is not.
+    # Lightning writes only the fields if omegaconf is installed, and otherwise the class as well.
     assert "start: 1.0" in text
     assert "end: 0.5" in text

@@ -16,7 +16,7 @@ from peft import load_peft_weights  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 
-pytestmark = pytest.mark.timeout(1200)  # a busy machine takes twice the time of an idle one
+pytestmark = pytest.mark.timeout(1200)  # on a busy machine it takes twice as long
 
 SHORTER = {
     "number=16, seed=0": "number=2, seed=0",
@@ -33,7 +33,7 @@ SHORTER = {
 
 
 def shortened(source: str, found: set[str]) -> str:
-    """A cell with the values for the test; what was replaced is noted."""
+    """A cell with the test's values; notes which ones were replaced."""
     for given, short in SHORTER.items():
         if given in source:
             source = source.replace(given, short)
@@ -42,7 +42,7 @@ def shortened(source: str, found: set[str]) -> str:
 
 
 def outputs(notebook: Any, kind: str) -> list[str]:
-    """What the cells of a notebook have put out in one format."""
+    """The outputs of a notebook's cells in one format."""
     found = []
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
@@ -53,7 +53,7 @@ def outputs(notebook: Any, kind: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stands for the clone, so that the runs land in it."""
+    """Takes the place of the clone, so that the runs are written there."""
     return tmp_path_factory.mktemp("clone")
 
 
@@ -64,7 +64,7 @@ def executed(folder: Path) -> Iterator[Any]:
     found: set[str] = set()
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = []  # those that are stored, which a cell that is skipped would keep
+            cell.outputs = []  # otherwise a skipped cell would keep its stored outputs
             cell.source = shortened(cell.source, found)
     assert found == set(SHORTER)
     docs = folder / "docs"
@@ -84,7 +84,7 @@ def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:
 
 
 def test_it_runs_and_shows_what_its_page_shows(executed: Any, folder: Path) -> None:
-    """The monitor's curve and the report's picture and table; rho zero and the monitor leave LoRA as it is."""
+    """The monitor's curve and the report's picture and table; rho zero and the monitor don't change LoRA's run."""
     assert len(outputs(executed, "image/png")) == 2
     (table,) = outputs(executed, "text/markdown")
     assert "| | unit | LoRA | EFMLoRA |" in " ".join(table.split())
@@ -97,7 +97,7 @@ def test_it_runs_and_shows_what_its_page_shows(executed: Any, folder: Path) -> N
 
 
 def test_the_page_shows_the_outputs_of_one_run_in_order() -> None:
-    """The site is built without running the notebook, so what is stored in it must be complete."""
+    """The site is built without running the notebook, so the stored outputs must be complete."""
     stored = nbformat.read(NOTEBOOK, as_version=4)
     cells = [cell for cell in stored.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))

@@ -1,4 +1,4 @@
-"""Unlearning with FMLoRA: the forget loss in both passes, and the retain loss after them, at the clean weights."""
+"""Unlearning with FMLoRA: the forget loss in both passes, then the retain loss at the clean weights."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ def test_equals_a_dense_computation() -> None:
 
 
 def test_the_gradient_of_the_retain_loss_is_the_clean_one() -> None:
-    """And the perturbation comes only from the forget loss: E is as without a retain loss."""
+    """The perturbation only comes from the forget loss: E is the same without a retain loss."""
     net = network()
     optimizer = optimizer_of(net)
     flat = FMLoRA(net, optimizer, rho=RHO)

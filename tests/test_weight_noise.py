@@ -1,4 +1,4 @@
-"""Noise on the whole weight: its distribution, its gradient against a dense one, and that it leaves no trace."""
+"""Noise on the full weight: its distribution, its gradient compared with a dense one, and that it leaves no trace."""
 
 import copy
 import pickle
@@ -34,7 +34,7 @@ def layers_of(net: nn.Module) -> list[nn.Module]:
 
 
 def merged(layer: nn.Module) -> Tensor:
-    """W' (n, m), formed."""
+    """W' (n, m), formed explicitly."""
     base = layer.base_layer.weight
     base = base.mT if layer.fan_in_fan_out else base
     updates = [layer.lora_B[a].weight @ layer.lora_A[a].weight * layer.scaling[a] for a in layer.active_adapters]
@@ -42,7 +42,7 @@ def merged(layer: nn.Module) -> Tensor:
 
 
 def noise_of(noise: WeightNoise, layer: nn.Module, sigma: float = SIGMA, seed: int = SEED) -> Tensor:
-    """The n x m noise of a layer, read off its action on the identity."""
+    """A layer's n x m noise, measured by applying the layer to the identity."""
     x = torch.eye(layer.in_features, dtype=layer.base_layer.weight.dtype)
     clean = layer(x)
     with noise.applied(sigma, seed):
@@ -50,7 +50,7 @@ def noise_of(noise: WeightNoise, layer: nn.Module, sigma: float = SIGMA, seed: i
 
 
 def test_mean_and_variance_are_those_of_equation_7() -> None:
-    """Over 1,000 seeds; five standard errors around 0 and around sigma^2 ||W'_i||^2 / m, in every entry."""
+    """In each entry over 1,000 seeds, within five standard errors of 0 and of sigma^2 ||W'_i||^2 / m."""
     net, count = make_net(), 1000
     noise = WeightNoise(net)
     for layer in layers_of(net):
@@ -62,7 +62,7 @@ def test_mean_and_variance_are_those_of_equation_7() -> None:
 
 
 def dense(net: nn.Module, seed: int = SEED) -> nn.Module:
-    """A copy whose stored base weights carry the noise."""
+    """A copy whose stored base weights include the noise."""
     twin = copy.deepcopy(net)
     for index, layer in enumerate(layers_of(twin)):
         W = merged(layer)
@@ -77,7 +77,7 @@ def dense(net: nn.Module, seed: int = SEED) -> nn.Module:
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(("conv1d", "adapters"), [(False, 1), (True, 1), (False, 2)])
 def test_loss_and_gradients_equal_the_dense_ones(conv1d: bool, adapters: int, checkpointed: bool) -> None:
-    """Those of A and B in all layers, through the noise of the layers above, and of the input."""
+    """The gradients of A and B in all layers, also through the noise of later layers, and that of the input."""
     net = make_net(conv1d=conv1d)
     if adapters == 2:
         net.add_adapter("second", LoraConfig(r=3, lora_alpha=2, target_modules=["0", "2"], init_lora_weights=False))
@@ -98,7 +98,7 @@ def test_loss_and_gradients_equal_the_dense_ones(conv1d: bool, adapters: int, ch
 
 
 def test_no_drift_no_random_number_and_no_trace() -> None:
-    """1,000 blocks, some of which raise: stored weights, generator and hooks are as before, bit for bit."""
+    """After 1,000 blocks, some of which raise, stored weights, generator and hooks are as before, bit for bit."""
     net = make_net()
     noise, stored = WeightNoise(net), copy.deepcopy(net.state_dict())
     generator, x = torch.get_rng_state(), torch.ones(2, 9, dtype=torch.float64)
@@ -145,7 +145,7 @@ def test_copies_and_disabled_adapters_have_no_noise() -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_network_sees_the_noise_of_every_step(backend: str) -> None:
-    """Though it was compiled without any, and neither size nor seed is that of the first step that has some."""
+    """Though it was compiled without noise, and neither size nor seed is that of the first noisy step."""
     net, x = make_net(), torch.randn(3, 9, dtype=torch.float64)
     noise = WeightNoise(net)
     torch.compiler.reset()

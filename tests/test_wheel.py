@@ -1,4 +1,4 @@
-"""The built wheel installs in a clean environment, and works there beside its declared dependencies alone."""
+"""The built wheel installs in a clean environment, and works there with only its declared dependencies."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def run(*command: str, cwd: Path) -> str:
 
 
 def dependencies(start: Distribution) -> dict[str, Distribution]:
-    """What a distribution requires, and what that requires in turn, as it is installed here."""
+    """The requirements of a distribution and, in turn, their requirements, as installed here."""
     found: dict[str, Distribution] = {}
     wanted = [Requirement(line) for line in start.requires or []]
     seen: set[str] = set()
@@ -60,21 +60,21 @@ def _applies(requirement: Requirement) -> bool:
 
 
 def link(installed: Distribution, site: Path) -> None:
-    """Show an installed distribution to another environment: a link for each of its folders and modules."""
+    """Make an installed distribution available in another environment, by links to its folders and modules."""
     for top in {file.parts[0] for file in installed.files or []} - {"..", "__pycache__"}:
         if not (site / top).exists():
             (site / top).symlink_to(Path(str(installed.locate_file(top))).resolve())
 
 
 def first_program(page: str) -> str:
-    """The first program of a page, or what a diff makes of the user's own."""
+    """A page's first program, or the result of a diff that changes the user's own program."""
     blocks = re.findall(r"^```(?:python|diff)\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
     programs = [re.sub(r"^[+ ]", "", block, flags=re.MULTILINE) if "\n+" in block else block for block in blocks]
     return next(program for program in programs if "import" in program)
 
 
 def test_the_wheel_works_in_a_clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment holds links to what is installed here rather than another copy of PyTorch."""
+    """The environment links to the packages installed here, instead of installing PyTorch again."""
     monkeypatch.setenv("REPOSITORY", "https://github.com/owner/name")
     monkeypatch.setenv("GITHUB_REF_NAME", "v0.1.0")
     pip = (sys.executable, "-m", "pip")
@@ -90,7 +90,7 @@ def test_the_wheel_works_in_a_clean_environment(tmp_path: Path, monkeypatch: pyt
     python = str(clean / "bin" / "python")
     run(*pip, "--python", python, "install", "--quiet", "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
     (installed,) = clean.rglob("lightning_flatlora-*.dist-info")
-    # PyPI knows nothing of the files to which README links.
+    # README's relative links would not work on PyPI.
     shown = Distribution.at(installed).read_text("METADATA") or ""
     assert re.findall(r"\]\((?!https://)[^)]*", shown) == []
     assert "](https://github.com/owner/name/raw/v0.1.0/docs/results/demo.png)" in shown
@@ -102,7 +102,7 @@ def test_the_wheel_works_in_a_clean_environment(tmp_path: Path, monkeypatch: pyt
         link(each, installed.parent)
     run(*pip, "--python", python, "check", cwd=tmp_path)
     assert run(python, "-I", "-c", USE, cwd=tmp_path).split() == ["0.9", lightning_flatlora.__version__]
-    # The pages' programs, without the clone; only the last needs a library beside the declared ones.
+    # The pages' programs, without the clone; only the last needs a library that is not declared.
     for page in ("README.md", "docs/other_loops.md"):
         run(python, "-I", "-c", first_program(page), cwd=tmp_path)
     drawing = distribution("matplotlib")

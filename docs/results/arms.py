@@ -1,11 +1,11 @@
-"""The arms beside P1 of protocol_p1_p2.md: other changes to LoRA, searched as P1's sides were.
+"""The arms next to P1 in protocol_p1_p2.md: other changes to LoRA, searched as P1's sides were.
 
 From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/arms.py ARM FOLDER``, where ARM is one of
-``ARMS``. Its rows are ``FOLDER/results.jsonl`` when all runs are done, and ``rho`` in them is the arm's strength. P1's
-rows without a perturbation are put there first, so that the search is the one of P1 with another method in place of
-EFMLoRA. The same command goes on after it was stopped, and several processes may share the runs. The rows of all arms,
-without P1's and each with the name of its arm, are ``arms.jsonl``; these were made by an earlier search, at the commit
-that is in them, which suggested settings in another order; Bi-LoRA's pair climbed by plain ascent there.
+``ARMS``. Its rows are ``FOLDER/results.jsonl`` when all runs are done; ``rho`` in them is the arm's strength. P1's rows
+without a perturbation are put there first, so the search is P1's with another method in place of EFMLoRA. The same
+command resumes after a stop, and several processes may share the runs. The rows of all arms, without P1's and each with
+its arm's name, are ``arms.jsonl``. They come from an earlier search, at the commit given in them, which suggested
+settings in another order; Bi-LoRA's pair climbed by plain ascent there.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from optuna.trial import create_trial
-from p1_control import queue_of, work  # beside this file
+from p1_control import queue_of, work  # in this folder
 from p2 import OPTIONS, RECIPE, run_of
 from torch import Tensor
 
@@ -42,7 +42,7 @@ class RandomScaling(L.Callback):
 
     Args:
         spread: at least 0.
-        seed: of u.
+        seed: of the random numbers u.
     """
 
     def __init__(self, spread: float, seed: int = 0) -> None:
@@ -51,8 +51,8 @@ class RandomScaling(L.Callback):
         self.stored: list[tuple[dict[str, float], dict[str, float]]] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Scale, and remember what the scaling was."""
-        # Of the step alone, so that a run that resumes has the same factors.
+        """Scale, and remember the former scaling."""
+        # Seeded by the step only, so that a resumed run has the same factors.
         number = random.Random(f"{self.seed}, {trainer.global_step}").uniform(-1, 1)
         factor = 1 + self.spread * number
         for layer in pl_module.modules():
@@ -65,17 +65,17 @@ class RandomScaling(L.Callback):
             raise ValueError("no layer has a LoRA adapter")
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Put the scaling back."""
+        """Restore the scaling."""
         for scaling, stored in self.stored:
             scaling.update(stored)
         self.stored.clear()
 
 
 class VariationalLoss(L.Callback):
-    """Add MonteCLoRA's variational loss to that of the task: the mean over peft's samplers, as in peft's trainer."""
+    """Add MonteCLoRA's variational loss to the task's: the mean over peft's samplers, as in peft's trainer."""
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Add its gradient; that of the sum of both losses is the sum of the gradients."""
+        """Add its gradient, since the gradient of the sum of both losses is the sum of their gradients."""
         terms: list[Tensor] = []
         for layer in pl_module.modules():
             if hasattr(layer, "get_variational_loss"):
@@ -90,8 +90,8 @@ class Arm(NamedTuple):
     """A change to LoRA.
 
     Attributes:
-        options: of `fit`, with a strength and a seed.
-        strengths: that are tried.
+        options: options of `fit` for a strength and a seed.
+        strengths: the strengths to try.
     """
 
     options: Callable[[str, int], list[str]]
@@ -99,7 +99,7 @@ class Arm(NamedTuple):
 
 
 def _of_callback(path: str, strength: str, *, seeded: bool = False) -> Callable[[str, int], list[str]]:
-    """Return the options that give the Trainer a callback."""
+    """Return the options that add a callback to the Trainer."""
 
     def options(value: str, seed: int) -> list[str]:
         given = [f"--trainer.callbacks+={path}", f"--trainer.callbacks.{strength}={value}"]
@@ -109,7 +109,7 @@ def _of_callback(path: str, strength: str, *, seeded: bool = False) -> Callable[
 
 
 def _of_monteclora(scaler: str, seed: int) -> list[str]:
-    # With its usual size, the draws that peft holds for each layer would take 5 GiB at rank 32.
+    # With its default size, the draws that peft holds for each layer would take 5 GiB at rank 32.
     fields = json.dumps({"sample_scaler": float(scaler), "buffer_size": 4})
     return [f"--model.lora.monteclora_config={fields}", "--trainer.callbacks+=arms.VariationalLoss"]
 
@@ -126,22 +126,22 @@ ARMS = {
 
 
 class ArmSearch(Search):
-    """The search of P1 with an arm in place of EFMLoRA."""
+    """P1's search with an arm in place of EFMLoRA."""
 
     arm: Arm
 
     def arguments(self, config: Config, seed: int) -> list[str]:
-        """Of the recipe's ``fit``."""
+        """Return the arguments of the recipe's ``fit``."""
         given = [*self.more, *arguments(config), f"--seed_everything={seed}", f"--data.seed={seed}"]
         return [*given, *self.arm.options(config[RHO], seed)]
 
     def _finals(self) -> list[Run]:
-        """Return the final runs without a control: `docs/results/p1_control.py` is one."""
+        """Return the final runs without a control, which is `docs/results/p1_control.py`."""
         return [run for run in super()._finals() if run.side in SIDES]
 
 
 def add_runs_of_p1(queue: Queue[Run]) -> None:
-    """Add P1's runs without a perturbation, those that are not there yet."""
+    """Add P1's runs without a perturbation, except those that are already there."""
     for row in read(Path(__file__).with_name("p1.jsonl")):
         run = run_of(row)
         if run.side == WITHOUT and queue.find(run) is None:
@@ -152,12 +152,12 @@ def add_runs_of_p1(queue: Queue[Run]) -> None:
 
 
 def main(name: str, folder: Path) -> None:
-    """Search, and train and test the winner."""
+    """Search, then train and test the winner."""
     arm = ARMS[name]
     more = [option for option in OPTIONS if option not in ("--method", "efmlora")]
     queue = queue_of(folder, name, more)
     add_runs_of_p1(queue)
-    # Without an early end of trials, as in P1.
+    # No trial is ended early, as in P1.
     options = Options(RECIPE, TRIALS, fresh=FRESH, test=True, prune=False)
     search = ArmSearch(options, more, {**SPACE, RHO: ["0", *arm.strengths]}, queue, folder, "val_loss", "min")
     search.arm = arm

@@ -1,8 +1,8 @@
-"""The loss around P1's winners and the control: rises of the loss, and critical sharpness.
+"""The loss around P1's winners and the control: increases of the loss, and critical sharpness.
 
 From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/around.py FOLDER_OF_P1 ROWS``. It measures the
-adapters of eight final seeds that are still those of P1's rows, on the first 32 questions of the test part, in float32.
-Rows that are there are kept.
+adapters of eight final seeds, which are still those of P1's rows, on the first 32 questions of the test part, in
+float32. Existing rows are kept.
 """
 
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calibrated import Calibration  # beside this file
+from calibrated import Calibration  # in this folder
 from p2 import measure_all, runs_of_p1
 from peft import PeftModel
 from torch import Tensor, nn
@@ -35,9 +35,9 @@ SAMPLES = 4
 
 
 def losses(net: nn.Module, rows: Any, padding: int) -> list[Callable[[], Tensor]]:
-    """Of each batch of right answers; the mean of them is in nats per token."""
+    """Return the loss of each batch of right answers; their mean is in nats per token."""
     right = [(row["input_ids"][row["gold"]], row["labels"][row["gold"]]) for row in rows]
-    right.sort(key=lambda each: len(each[0]))  # similar lengths in a batch leave little padding
+    right.sort(key=lambda each: len(each[0]))  # similar lengths in a batch need little padding
     batches = [right[start : start + BATCH] for start in range(0, len(right), BATCH)]
     tokens = 0
     for _, labels in right:
@@ -54,7 +54,7 @@ def losses(net: nn.Module, rows: Any, padding: int) -> list[Callable[[], Tensor]
 
 
 def measure(calibration: Calibration, folder: Path, run: Run) -> Row:
-    """Return a run's loss, its rises in nats per token, and critical sharpness in nats per factor²."""
+    """Return a run's loss, its increases in nats per token, and critical sharpness in nats per factor²."""
     folder = folder / run.name
     adapter = folder / "fit" / "checkpoints" / Path(written(folder / "fit.json")["best"]).stem
     net = PeftModel.from_pretrained(calibration.base, str(adapter), is_trainable=True).eval()

@@ -1,9 +1,9 @@
 """P1's losses after temperature scaling: one temperature for each adapter, fitted on validation.
 
 From the root of a clone: ``PYTHONPATH=. python docs/results/calibrated.py FOLDER_OF_P1 ROWS``. It measures the adapters
-that the folder has: those of the trials with the first seed, on validation alone, and those of the first ten final
-seeds, of which P2 has trained the trials and three seeds again. Rows that are there are kept. The base model is in
-float32 here, P1's was in bfloat16: at temperature 1 the losses differ by up to 0.004.
+in the folder: those of the trials with the first seed, on validation only, and those of the first ten final seeds (P2
+has trained the trials and three of the seeds again). Existing rows are kept. The base model is in float32 here, but was
+in bfloat16 in P1: at temperature 1 the losses differ by up to 0.004.
 """
 
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from p2 import measure_all, runs_of_p1  # beside this file
+from p2 import measure_all, runs_of_p1  # in this folder
 from peft import PeftModel
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
@@ -29,9 +29,9 @@ LARGEST = 20.0  # temperature
 
 
 def logits_and_targets(net: nn.Module, rows: Any, padding: int) -> tuple[Tensor, Tensor]:
-    """Of every token of the right answers: logits (tokens, vocabulary), and which it is (tokens,)."""
+    """Return the logits (tokens, vocabulary) and the ids (tokens,) of all tokens of the right answers."""
     right = [(row["input_ids"][row["gold"]], row["labels"][row["gold"]]) for row in rows]
-    right.sort(key=lambda each: len(each[0]))  # similar lengths in a batch leave little padding
+    right.sort(key=lambda each: len(each[0]))  # similar lengths in a batch need little padding
     found, targets = [], []
     for start in range(0, len(right), BATCH):
         batch = right[start : start + BATCH]
@@ -46,7 +46,7 @@ def logits_and_targets(net: nn.Module, rows: Any, padding: int) -> tuple[Tensor,
 
 
 def loss_at(temperature: float, logits: Tensor, targets: Tensor) -> float:
-    """Nats per token."""
+    """Return the loss in nats per token."""
     return float(nn.functional.cross_entropy(logits / temperature, targets))
 
 
@@ -69,7 +69,7 @@ class Calibration:
         self.base: Any = load_base(PACKAGED, "float32", None, {"attn_implementation": "eager"})
 
     def measure(self, run: Run, folder: Path) -> Row:
-        """Return a run's temperature, and its losses without and with it."""
+        """Return a run's temperature, and its losses at temperature 1 and at that one."""
         adapter = folder / "fit" / "checkpoints" / Path(written(folder / "fit.json")["best"]).stem
         net = PeftModel.from_pretrained(self.base, str(adapter)).eval()
         validation = logits_and_targets(net, self.data.parts["validation"], self.padding)
@@ -83,7 +83,7 @@ class Calibration:
 
 
 def main(folder: Path, path: Path) -> None:
-    """Measure what the folder has."""
+    """Measure the adapters in the folder."""
     runs = []
     for run in runs_of_p1():
         is_wanted = run.seed < LAST_SEED if run.stage == "final" else run.seed == SEARCH_SEEDS[0]

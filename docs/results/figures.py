@@ -1,4 +1,4 @@
-"""Write the study's figures into its pages, from the published rows; the pages keep their words.
+"""Write the study's figures, computed from the published rows, into its pages; the words stay.
 
 From the root of a clone: ``PYTHONPATH=. python docs/results/figures.py``. The code that made the rows of W1 to W6 is
 archived.
@@ -26,19 +26,19 @@ BySeed = Mapping[int, Row]
 
 
 class Runs:
-    """The runs of a workload of the study, on test or of its searches."""
+    """The runs of one of the study's workloads, either on test or from its searches."""
 
     def __init__(self, workload: str, stage: str = "test") -> None:
         self.arms: dict[tuple[str, frozenset[tuple[str, Any]]], dict[int, Row]] = defaultdict(dict)
         for file in RESULTS.glob(f"evidence_{workload}*.jsonl"):
             for row in read(file):
-                # Other files of a workload hold rows of other kinds.
+                # A workload's other files have rows of other kinds.
                 is_run = f"{'test' if stage == 'test' else 'validation'}_accuracy" in row
                 if row.get("workload") == workload and row.get("stage") == stage and is_run:
                     self.arms[row["arm"], frozenset(row["config"].items())][row["seed"]] = row
 
     def __call__(self, arm: str, **config: float | None) -> BySeed:
-        """Return the only runs of an arm with these settings; None for one that they do not have."""
+        """Return an arm's only runs with these settings; None means that the runs don't have the setting."""
         found = []
         for (name, settings), rows in self.arms.items():
             if name == arm and all(dict(settings).get(entry) == value for entry, value in config.items()):
@@ -48,13 +48,13 @@ class Runs:
 
 
 def difference(one: BySeed, other: BySeed) -> Estimate:
-    """Return that in points of test accuracy, paired by seed."""
+    """Return the difference in points of test accuracy, paired by seed."""
     seeds = [seed for seed in one if seed in other]
     return estimate([100 * (one[seed]["test_accuracy"] - other[seed]["test_accuracy"]) for seed in seeds])
 
 
 def differences(one: BySeed, *others: BySeed) -> list[str]:
-    """Return the number of seeds, which all have, and the difference to each."""
+    """Return the number of seeds, which all have in common, and the difference to each."""
     found = [difference(one, other) for other in others]
     (seeds,) = {each.values for each in found}
     return [str(seeds), *map(with_interval, found)]
@@ -74,7 +74,7 @@ def p_value(found: Estimate) -> float:
 
 
 def over_small_tasks(method: str) -> Estimate:
-    """Return a method's difference to LoRA in points of test accuracy, the mean over six tasks, paired by seed."""
+    """Return a method's mean difference to LoRA over six tasks, in points of test accuracy, paired by seed."""
     by_run: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for row in read(RESULTS / "comparison.jsonl"):
         if row["part"] == "test":
@@ -104,7 +104,7 @@ def many_classes() -> str:
 
 
 def against_a_small_adapter(what: str, efmlora: BySeed, lora: BySeed, probe: BySeed, small: BySeed) -> str:
-    """Return the row of a situation with LoRA of a small rank in the last column."""
+    """Return a row that compares with LoRA of a small rank in the last column."""
     seeds, to_lora, to_probe, to_small = differences(efmlora, lora, probe, small)
     its = small[0]["config"]
     matched = f"rank {its['rank']}, dropout {its['dropout']}: {to_small}"
@@ -152,7 +152,7 @@ def finished_adapters() -> str:
 
 
 def _loss(judged: Mapping[str, BySeed], seed: int, condition: str) -> float:
-    """Return how much more accuracy LoRA loses by a condition than EFMLoRA."""
+    """Return how much more accuracy LoRA loses under a condition than EFMLoRA."""
     lost = {}
     for arm in ("lora", "efmlora"):
         under = judged[arm][seed]
@@ -163,7 +163,7 @@ def _loss(judged: Mapping[str, BySeed], seed: int, condition: str) -> float:
 def more_data() -> str:
     """Return the row of W6."""
     runs, searched = Runs("w6"), Runs("w6", "search")
-    # rho 0 is LoRA without regularization, whose rows both searches share.
+    # rho 0 is LoRA without regularization; both searches share its rows.
     trials = {}
     for (arm, settings), rows in searched.arms.items():
         if arm == "efmlora" or set(dict(settings)) == {"learning_rate"}:
@@ -176,11 +176,11 @@ def more_data() -> str:
     return f"| {what} | {seeds} | {to_lora} | {to_probe} | plain LoRA: rho {rho} was chosen |"
 
 
-# -- its text
+# -- the text
 
 
 def flatness() -> list[str]:
-    """Return what is said of slopes and curvatures."""
+    """Return the passages on slopes and curvatures."""
     measured: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in read(RESULTS / "evidence_w1_flatness.jsonl"):
         measured[row["arm"]][row["seed"]] = row["validation"]
@@ -201,7 +201,7 @@ def flatness() -> list[str]:
 
 
 def corrections() -> list[str]:
-    """Return what is said of W1 to W6 outside of the table."""
+    """Return the passages on W1 to W6 outside of the table."""
     w1, w2, w3 = Runs("w1"), Runs("w2"), Runs("w3")
     found = [
         difference(w1("efmlora"), w1("lora")),
@@ -227,7 +227,7 @@ def corrections() -> list[str]:
 
 
 def separate_rates() -> tuple[list[str], list[str]]:
-    """Return what the study and the guide say of them."""
+    """Return the passages of the study and of the guide on separate rates."""
     searched: dict[float, list[float]] = defaultdict(list)
     arms: dict[tuple[int | None, float | None], dict[int, Row]] = defaultdict(dict)
     for row in read(RESULTS / "head_rate.jsonl"):
@@ -257,7 +257,7 @@ def separate_rates() -> tuple[list[str], list[str]]:
 
 
 def rank_of(row: Row) -> str:
-    """Return the rank of an adapter of P1."""
+    """Return the rank of one of P1's adapters."""
     return str(row["config"]["model.lora.r/model.lora.lora_alpha"]).partition("/")[0]
 
 
@@ -273,7 +273,7 @@ def means_and_differences(
     pairs: tuple[tuple[str, str], ...],
     unit: float = 1,
 ) -> str:
-    """Return cells: the mean of LoRA with rank 8, with rank 32 and of EFMLoRA, and differences with intervals."""
+    """Return cells: the means of LoRA with rank 8, LoRA with rank 32 and EFMLoRA, and differences with intervals."""
     (seeds,) = {tuple(sorted(found)) for found in arms.values()}
     cells = []
     for arm in ("8", "32", "efmlora"):
@@ -302,14 +302,14 @@ def needs_an_adapter() -> list[str]:
         "test accuracy, %": means_and_differences(arms, "test_accuracy", (1, 1), pairs, 100),
         "rise of the loss on other texts": means_and_differences(arms, "rise", (2, 2), pairs),
     }
-    # The larger one of two is left as it is by Holm's method.
+    # Holm's method leaves the larger one of two unchanged.
     title = f"| On {len(arms['8'])} fresh seeds |"
     table = [f"| {name} | {cells} |" for name, cells in rows.items()]
     return [title, *table, f"p {max(p_values):.4f} by Holm's method"]
 
 
 def other_methods() -> list[str]:
-    """Return the rows of the other methods on P1's task."""
+    """Return the rows on the other methods in P1's task."""
     losses: dict[str, dict[int, float]] = defaultdict(dict)
     configs: dict[str, dict[str, str]] = {}
     for file in ("p1", "p1_control", "arms"):
@@ -335,7 +335,7 @@ def other_methods() -> list[str]:
 
 
 def doubts() -> list[str]:
-    """Return what is said of P1 over the search's seeds, and after temperature scaling."""
+    """Return the passages on P1 over the search's seeds, and after temperature scaling."""
     found = runpy.run_path(str(RESULTS / "search_seeds.py"))["bootstrap"]()
     losses: dict[str, dict[int, float]] = defaultdict(dict)
     trials: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
@@ -384,13 +384,13 @@ def around() -> list[str]:
 
 
 def cost() -> list[str]:
-    """Return what the page on rows and code says of their number and hours."""
+    """Return the passages on the number of rows and on hours."""
     found = []
     for files in ("evidence_*", "comparison", "head_rate", "radius_tasks", "p1", "p1_control", "arms"):
         rows = []
         for file in RESULTS.glob(f"{files}.jsonl"):
             rows += read(file)
-        # What was only judged has no processor time in its row.
+        # Rows of runs that were only evaluated have no processor time.
         hours = sum(row.get("processor_seconds", row["seconds"]) for row in rows) / 3600
         found.append(f"{len(rows):,} rows in `{files}.jsonl` | {hours:.2g} |")
     for what in ("what it forgets (P2) | {} rows in `p2", "{} rows in `calibrated", "{} rows in `around"):
@@ -403,7 +403,7 @@ def cost() -> list[str]:
 
 
 def passages() -> dict[Path, list[str]]:
-    """Return the passages of each page that have figures of the rows."""
+    """Return each page's passages with figures that come from the rows."""
     study, guide = separate_rates()
     study += [small_tasks(), many_classes(), wrong_labels(), finished_adapters(), more_data()]
     study += several_tasks("W3: six adapters merged (TIES)", "LoRA with both")
@@ -416,10 +416,10 @@ NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e-\d+)?")
 
 
 def written(page: str, passage: str) -> str:
-    """Return a page with a passage's numbers in the one place where the page has its words.
+    """Return a page with a passage's numbers filled in at the one place where the page has its words.
 
     Raises:
-        ValueError: no place has them, or several have.
+        ValueError: no place has them, or several do.
     """
     words = NUMBER.split(passage)
     gaps = [re.sub(r"\\?\s+", r"\\s+", re.escape(part)) for part in words]

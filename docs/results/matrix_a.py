@@ -1,9 +1,9 @@
 """Column A of protocol_matrix.md: disturbances of a finished adapter.
 
-From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/matrix_a.py FOLDER``. Its rows are
-``FOLDER/results.jsonl`` and its tables ``FOLDER/table.md`` when all runs are done. The same command resumes, and
-several processes may share the runs. With ``--dry`` in place of the folder it does a tiny run, and prints how many runs
-there are and what they would take.
+From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/matrix_a.py FOLDER``. When all runs are done,
+the rows are in ``FOLDER/results.jsonl`` and the tables in ``FOLDER/table.md``. The same command resumes, and several
+processes may share the runs. With ``--dry`` in place of the folder it does a tiny run, and prints the number of runs
+and the time that they would take.
 """
 
 import gc
@@ -17,7 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from matrix_choice import (  # beside this file
+from matrix_choice import (  # in this folder
     BI_LORA,
     EFMLORA,
     FINAL_SEEDS,
@@ -67,20 +67,20 @@ GUESSED = {
 
 
 class Classifier(TaskClassifier):
-    """The demo's module with LoRA on all linear layers, a rank, a base that may be rounded, and the head's own rate.
+    """The demo's module with LoRA of any rank on all linear layers, maybe a rounded base, and a rate for the head.
 
     Args:
-        encoder: whose upper layer gets LoRA.
-        run: with the settings.
+        encoder: LoRA is added to its upper layers.
+        run: has the settings.
     """
 
     def __init__(self, encoder: CutEncoder, run: Run) -> None:
         settings = run.settings
-        RecipeModule.__init__(self, settings["rate"], warmup_share=0.06)  # TaskClassifier's has another adapter
+        RecipeModule.__init__(self, settings["rate"], warmup_share=0.06)  # TaskClassifier's own adapter differs
         self.head_rate = self.learning_rate if settings["head_rate"] == "same" else settings["head_rate"]
         upper, rank = encoder.upper(), settings["rank"]
         if run.arm == QAT:
-            # The base is frozen, so straight-through is training on the rounded base.
+            # As the base is frozen, the straight-through estimator amounts to training on the rounded base.
             for weight in linear_weights(upper).values():
                 weight.copy_(rounded(weight, int(run.strength)))
         targets = ["query", "key", "value", "dense"]
@@ -96,7 +96,7 @@ class Classifier(TaskClassifier):
 
 
 def callbacks_of(run: Run) -> list[L.Callback]:
-    """Return the method's callback and that of averaging."""
+    """Return the callbacks of the method and of averaging, if any."""
     strength: Any = run.strength
     methods = {
         EFMLORA: lambda: EFMLoRA(strength),
@@ -133,7 +133,7 @@ def trained(run: Run, encoder: CutEncoder, steps: int = STEPS) -> Classifier:
 
 @cache
 def evaluation(part: str) -> Evaluation:
-    """Return that on a part, which all runs share."""
+    """Return the evaluation on a part, which all runs share."""
     return Evaluation(kept(FROZEN_LAYERS, LENGTH), texts.parts(TASK)[part])
 
 
@@ -144,7 +144,7 @@ def perform(run: Run, steps: int = STEPS) -> Row:
         A JSON line without the run's key: ``validation`` or ``test``, the loss and the accuracy under each disturbance,
         and seconds of processor time.
     """
-    gc.collect()  # the last run's models: their parts point at each other
+    gc.collect()  # frees the last run's models, which contain cycles
     part = "test" if run.stage == "final" else "validation"
     evaluated = evaluation(part)
     began = time.process_time()
@@ -162,15 +162,15 @@ def perform(run: Run, steps: int = STEPS) -> Row:
 
 
 def queue_of(folder: Path) -> Queue[Run]:
-    """Return the runs in a folder."""
+    """Return the queue of runs in a folder."""
     shared = {"task": TASK, "shots": SHOTS, "steps": STEPS, "batch": BATCH}
     study = open_study(file_storage(folder), "matrix_a", "min", shared, {})
     return Queue(study, lambda key: Run(**key))
 
 
 def dry() -> None:
-    """Do a tiny run, and print how many runs there are and what they would take."""
-    first = searched()[: len(STRENGTHS)]  # one of each arm
+    """Do a tiny run, and print the number of runs and the time that they would take."""
+    first = searched()[: len(STRENGTHS)]  # one per arm
     print(json.dumps(perform(first[0]._replace(disturbances=[CLEAN]), steps=2)))
     evaluated = evaluation("validation")
     encoder = kept(FROZEN_LAYERS, LENGTH)
@@ -180,7 +180,7 @@ def dry() -> None:
     seconds = time.process_time() - began
     print(f"evaluation on validation: {seconds:.1f} s")
     for example in texts.shots(TASK, SHOTS, SEARCH_SEEDS[0]):
-        encoder.states(example.text)  # once in a process, so not a run's
+        encoder.states(example.text)  # done once per process, so not counted for a run
     hours: dict[str, float] = defaultdict(float)
     for run in first:
         began = time.process_time()
@@ -188,7 +188,7 @@ def dry() -> None:
         training = 20 * (time.process_time() - began)
         print(f"{run.arm}: training about {training:.0f} s")
         for stage, runs in GUESSED.items():
-            # A final run's setting is chosen for about two disturbances, on ten times as many texts.
+            # A final run's setting is chosen for about two disturbances, and evaluated on ten times as many texts.
             hours[stage] += runs * (training + seconds * (2 if stage == "final" else 1)) / 3600
     for stage, runs in GUESSED.items():
         print(f"{stage}: {runs * len(first)} runs{'' if stage == 'search' else ', guessed'}, {hours[stage]:.1f} hours")
@@ -196,7 +196,7 @@ def dry() -> None:
 
 
 def main(folder: Path) -> None:
-    """Do all runs, and write rows and tables."""
+    """Do all runs, and write the rows and tables."""
     queue = queue_of(folder)
 
     def left() -> list[Run]:

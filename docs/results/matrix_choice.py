@@ -1,11 +1,11 @@
-"""The arms of column A in protocol_matrix.md, which runs are open by the rows so far, and what is chosen by them."""
+"""The arms of column A in protocol_matrix.md, which runs are open given the rows so far, and what the rows choose."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-from matrix_disturbances import B_NOISE, BASE_NOISE, CLEAN, DISTURBANCES, PRIMARY  # beside this file
+from matrix_disturbances import B_NOISE, BASE_NOISE, CLEAN, DISTURBANCES, PRIMARY  # in this folder
 from scipy.stats.qmc import LatinHypercube
 
 from recipes.studies.rows import Row
@@ -34,9 +34,9 @@ POINTS = 48
 HYPERCUBE = 1  # the first seed that draws 48 different settings
 SEARCH_SEEDS = (0, 1, 2)
 FINAL_SEEDS = range(100, 120)
-BEST = 8  # settings that the first seed leaves
+BEST = 8  # settings that are kept after the first seed
 DISTURBED = [name for name in DISTURBANCES if name != CLEAN]
-BOUND = 0.1  # nats of clean validation loss above the lowest of LoRA's
+BOUND = 0.1  # nats of clean validation loss above LoRA's lowest
 FURTHER = 4  # the factor by which a grid is extended
 TESTED = {BASE_NOISE: (LORA, RANDOM), B_NOISE: (LORA, EFMLORA)}
 """Hypotheses A1 and A2. Their arms also get final runs of each choice that a resampling of the search seeds makes, and
@@ -50,10 +50,10 @@ class Run(NamedTuple):
     Attributes:
         arm: a key of :data:`STRENGTHS`.
         settings: a value of each key of :data:`SPACE`.
-        strength: of the arm; None for LoRA.
-        seed: of the examples, the adapter's start, the order of the batches, dropout and noise.
+        strength: the arm's strength; None for LoRA.
+        seed: for the examples, the adapter's start, the order of the batches, dropout and noise.
         stage: "search", with all disturbances on validation, or "final", on test.
-        disturbances: that are evaluated.
+        disturbances: those that are evaluated.
     """
 
     arm: str
@@ -65,11 +65,11 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """That no other run has."""
+        """The run's unique name."""
         return json.dumps([self.arm, self.settings, self.strength, self.seed], sort_keys=True)
 
     def key(self) -> Row:
-        """Return the first entries of its row."""
+        """Return the first entries of the run's row."""
         return {**self._asdict(), "disturbances": list(self.disturbances)}
 
     def __str__(self) -> str:
@@ -78,10 +78,10 @@ class Run(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """An arm's setting with what its search seeds have found.
+    """An arm's setting with the results of its search seeds.
 
     Attributes:
-        run: the first seed's.
+        run: the first seed's run.
         losses: validation losses by disturbance and seed.
     """
 
@@ -93,12 +93,12 @@ class Setting(NamedTuple):
         return sum(self.losses[disturbance][seed] for seed in seeds) / len(seeds)
 
     def has(self, seeds: Iterable[int]) -> bool:
-        """Say whether all of these seeds are there."""
+        """Return whether all of these seeds are there."""
         return all(seed in self.losses[CLEAN] for seed in seeds)
 
 
 def points() -> list[tuple[Settings, float]]:
-    """Return the settings that all arms share, and where in its grid, from 0 to 1, an arm's strength is."""
+    """Return the settings that all arms share, each with the position (0 to 1) of the strength in an arm's grid."""
     drawn = LatinHypercube(len(SPACE) + 1, scramble=False, rng=HYPERCUBE).random(POINTS)
     found = []
     for *places, last in drawn:
@@ -134,13 +134,13 @@ def settings_of(rows: Iterable[Row]) -> list[Setting]:
 
 
 def bound(settings: Iterable[Setting], seeds: Sequence[int]) -> float:
-    """Return the highest clean loss that a choice may have, by the seeds that count."""
+    """Return the highest clean loss that is allowed in a choice, given these seeds."""
     lowest = min(each.mean(CLEAN, seeds) for each in settings if each.run.arm == LORA and each.has(seeds))
     return lowest + BOUND
 
 
 def ranked(settings: Sequence[Setting], arm: str, disturbance: str, is_bounded: bool = True) -> list[Setting]:
-    """Return an arm's settings within the bound, by their disturbed loss on the first seed."""
+    """Return an arm's settings within the bound, sorted by their disturbed loss on the first seed."""
     first = SEARCH_SEEDS[:1]
     own = [each for each in settings if each.run.arm == arm and each.has(first)]
     if is_bounded:
@@ -152,13 +152,13 @@ def ranked(settings: Sequence[Setting], arm: str, disturbance: str, is_bounded: 
 def chosen(
     settings: Sequence[Setting], arm: str, disturbance: str, seeds: Sequence[int] = SEARCH_SEEDS
 ) -> Setting | None:
-    """Choose among the best eight of the first seed by the mean over seeds.
+    """Choose, by the mean over seeds, among the eight settings that are best on the first seed.
 
     Args:
-        settings: of all arms.
-        arm: that chooses.
-        disturbance: under which.
-        seeds: of the search, on which the clean losses are compared too; those of a resampling repeat.
+        settings: the settings of all arms.
+        arm: the arm to choose for.
+        disturbance: the one under which the loss counts.
+        seeds: search seeds, which are also used for the clean losses; in a resampling they may repeat.
 
     Returns:
         None if no setting is within the bound.
@@ -170,14 +170,14 @@ def chosen(
 
 
 def chosen_freely(settings: Sequence[Setting], arm: str, disturbance: str) -> Setting:
-    """Choose without a bound on the clean loss: as above for the arms of the hypotheses, else by the first seed."""
+    """Choose without a bound on the clean loss: as above for the hypotheses' arms, otherwise by the first seed."""
     best = ranked(settings, arm, disturbance, is_bounded=False)[:BEST]
     seeds = seeds_without_bound(arm, disturbance)
     return min(best, key=lambda each: each.mean(disturbance, seeds))
 
 
 def seeds_without_bound(arm: str, disturbance: str) -> tuple[int, ...]:
-    """Return the search seeds by which an arm chooses without a bound."""
+    """Return the search seeds with which an arm chooses without a bound."""
     return SEARCH_SEEDS if arm in TESTED.get(disturbance, ()) else SEARCH_SEEDS[:1]
 
 
@@ -185,26 +185,26 @@ def seeds_without_bound(arm: str, disturbance: str) -> tuple[int, ...]:
 
 
 def further(settings: Sequence[Setting], arm: str, disturbance: str) -> list[Run]:
-    """Return the runs one value beyond the grid, if an arm's best strength under a disturbance is at its end."""
-    # If the bound excludes all, the nearest to it show the way.
+    """Return the runs one value beyond the grid if an arm's best strength under a disturbance is at the grid's end."""
+    # If the bound excludes all settings, those with the lowest clean loss decide.
     order = ranked(settings, arm, disturbance) or ranked(settings, arm, CLEAN, is_bounded=False)
     tried = [each.run.strength for each in settings if each.run.arm == arm]
     best, at = order[0].run.strength, []
     if best == max(tried):
-        # Two more bits are a step that is smaller by a factor of four.
+        # Two more bits make the step smaller by a factor of four.
         at.append(best + 2 if arm == QAT else best * FURTHER)
-    if best == min(tried) and arm != QAT:  # below 2 bits is no grid
+    if best == min(tried) and arm != QAT:  # there is no grid below 2 bits
         at.append(best / FURTHER)
     runs: dict[str, Run] = {}
     for setting, strength in product(order, at):
         run = setting.run._replace(strength=strength)
         if len(runs) < BEST:
-            runs[run.name] = run  # a point that comes again, with another strength, counts once
+            runs[run.name] = run  # a setting that occurs twice, with different strengths, counts once
     return list(runs.values())
 
 
 def extended(rows: Iterable[Row]) -> list[Run]:
-    """Return the runs that extend the grids, as far as the rows tell."""
+    """Return the runs that extend the grids, as far as the rows can tell."""
     every = {each.run.name: each for each in settings_of(rows)}
     seen = [every[run.name] for run in searched()]
     found: dict[str, Run] = {}
@@ -220,10 +220,10 @@ def extended(rows: Iterable[Row]) -> list[Run]:
 
 
 def repeated(rows: Iterable[Row]) -> list[Run]:
-    """Return the runs of the best eight on the other search seeds."""
+    """Return the runs of the best eight settings on the other search seeds."""
     settings = settings_of(rows)
     kinds = [(arm, disturbance, True) for arm, disturbance in product(STRENGTHS, DISTURBED)]
-    kinds.append((LORA, CLEAN, True))  # for the bound
+    kinds.append((LORA, CLEAN, True))  # needed for the bound
     for disturbance, arms in TESTED.items():
         kinds += [(arm, disturbance, False) for arm in arms]
     runs: dict[str, Run] = {}
@@ -235,12 +235,12 @@ def repeated(rows: Iterable[Row]) -> list[Run]:
 
 
 def resamplings() -> list[tuple[int, ...]]:
-    """Return all ways to draw the search seeds with replacement, each as likely as the others."""
+    """Return all ways to draw the search seeds with replacement, which are equally likely."""
     return list(product(SEARCH_SEEDS, repeat=len(SEARCH_SEEDS)))
 
 
 def final(rows: Iterable[Row]) -> list[Run]:
-    """Return the final runs: of all choices, each under what it was chosen for, and of others for the hypotheses."""
+    """Return the final runs: all choices, each under the disturbance it was made for, and more for the hypotheses."""
     settings = settings_of(rows)
     choices = [(chosen(settings, arm, each), each) for arm, each in product(STRENGTHS, DISTURBED)]
     for disturbance, arms in TESTED.items():
@@ -260,7 +260,7 @@ def final(rows: Iterable[Row]) -> list[Run]:
 
 
 def open_runs(rows: Sequence[Row], is_done: Callable[[Run], bool]) -> list[Run]:
-    """Return the runs that are left of the first stage that is not done; none at the end."""
+    """Return the runs that are left in the first unfinished stage; none at the end."""
     for stage in (lambda rows: searched(), extended, repeated, final):
         missing = [run for run in stage(rows) if not is_done(run)]
         if missing:

@@ -1,6 +1,6 @@
 """The disturbances of column A in protocol_matrix.md, and the losses of a finished adapter under them.
 
-The adapter stays as it is: a copy of the encoder's layer computes with the disturbed base and factors, merged.
+The adapter is not changed: a copy of the encoder's layer computes with the disturbed base and factors, merged.
 """
 
 import math
@@ -30,10 +30,10 @@ class Layer(NamedTuple):
     """One adapted linear layer.
 
     Attributes:
-        W: its base, (n, m).
+        W: the base weight, (n, m).
         A: (r, m).
         B: (n, r).
-        scaling: of the update.
+        scaling: the update's factor s.
     """
 
     W: Tensor
@@ -55,9 +55,9 @@ def noisy(weight: Tensor, size: float, draw: int, name: str) -> Tensor:
 
     Args:
         weight: shape (n, m).
-        size: without a unit.
-        draw: the draw and the name decide the noise's direction.
-        name: of the weight.
+        size: relative, without a unit.
+        draw: determines the noise's direction, together with the name.
+        name: the weight's name.
     """
     direction = _direction(tuple(weight.shape), draw, name).to(weight.dtype)
     return weight + size * torch.linalg.vector_norm(weight) * direction
@@ -65,7 +65,7 @@ def noisy(weight: Tensor, size: float, draw: int, name: str) -> Tensor:
 
 @cache
 def _direction(shape: tuple[int, ...], draw: int, name: str) -> Tensor:
-    """Draw a matrix of norm 1, which all arms and seeds share."""
+    """Draw a matrix of norm 1, which is the same for all arms and seeds."""
     generator = torch.Generator().manual_seed(derived_seed(draw, zlib.crc32(name.encode())))
     normal = torch.randn(shape, generator=generator)
     return normal / torch.linalg.vector_norm(normal)
@@ -108,8 +108,8 @@ def layers_of(net: nn.Module, bases: Mapping[str, Tensor]) -> dict[str, Layer]:
     """Return an encoder's adapted layers.
 
     Args:
-        net: with peft's LoRA layers.
-        bases: the undisturbed base of each, since an arm may train on another one.
+        net: a model with peft's LoRA layers.
+        bases: the undisturbed base of each, since an arm may train on another base.
     """
     found = {}
     for path, module in net.named_modules():
@@ -123,7 +123,7 @@ def layers_of(net: nn.Module, bases: Mapping[str, Tensor]) -> dict[str, Layer]:
 
 
 def linear_weights(net: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of all Linear layers by their names."""
+    """Return the weights of all Linear layers by name."""
     return {name: module.weight.detach() for name, module in net.named_modules() if isinstance(module, nn.Linear)}
 
 
@@ -131,7 +131,7 @@ class Evaluation:
     """The mean loss and the accuracy on some texts.
 
     Args:
-        encoder: with the undisturbed base.
+        encoder: has the undisturbed base.
         examples: the texts.
     """
 
@@ -142,15 +142,15 @@ class Evaluation:
 
     @torch.no_grad()
     def measure(self, net: nn.Module, head: nn.Module, names: Iterable[str]) -> dict[str, dict[str, float]]:
-        """Return what a classifier has under each disturbance.
+        """Return a classifier's results under each disturbance.
 
         These are ``loss`` in nats, ``calibrated``, the loss at the temperature that is best for it, and ``accuracy``. A
-        loss that is not finite counts as a guess.
+        loss that is not finite counts like a random guess.
 
         Args:
-            net: the adapted encoder; it is only read.
-            head: gives logits of the classes.
-            names: of :data:`DISTURBANCES`.
+            net: the adapted encoder, which is not changed.
+            head: computes the logits of the classes.
+            names: keys of :data:`DISTURBANCES`.
         """
         layers = layers_of(net, self.bases)
         found = {}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
-from matrix_choice import (  # beside this file
+from matrix_choice import (  # in this folder
     DISTURBED,
     FINAL_SEEDS,
     LORA,
@@ -43,7 +43,7 @@ def finals_of(rows: Sequence[Row]) -> Finals:
 
 
 def on_test(finals: Finals, setting: Setting, disturbance: str, measure: str = "loss") -> list[float]:
-    """Return what a setting has on test under a disturbance, by seed."""
+    """Return a setting's test results under a disturbance, by seed."""
     return [finals[setting.run.name][seed]["test"][disturbance][measure] for seed in FINAL_SEEDS]
 
 
@@ -54,10 +54,10 @@ def difference(finals: Finals, one: Setting, other: Setting, disturbance: str) -
 
 
 def covering(settings: Sequence[Setting], finals: Finals, arm: str, disturbance: str) -> tuple[float, float]:
-    """Return the 95 % interval of the difference to LoRA that also resamples the search seeds and repeats the choice.
+    """Return the 95 % interval of the difference to LoRA, which also resamples the search seeds and repeats the choice.
 
-    Each draw takes search seeds with replacement, chooses by them, and compares the two choices on final seeds drawn
-    with replacement. If they leave an arm no setting within the bound, its choice is the one by all seeds.
+    Each draw takes search seeds with replacement, chooses with them, and compares the two choices on final seeds drawn
+    with replacement. If an arm then has no setting within the bound, the choice with all seeds is used.
     """
     differences = []
     for seeds in resamplings():
@@ -75,13 +75,13 @@ def covering(settings: Sequence[Setting], finals: Finals, arm: str, disturbance:
 
 
 def short(setting: Setting) -> str:
-    """Show an arm's strength and its other settings."""
+    """Format an arm's strength and its other settings."""
     strength = "" if setting.run.strength is None else f"{setting.run.strength:g}; "
     return strength + ", ".join(map(str, setting.run.settings.values()))
 
 
 def main_table(settings: Sequence[Setting], finals: Finals) -> str:
-    """Show each arm's choice within the bound, on test."""
+    """Return the table of each arm's choice within the bound, on test."""
     head = ["disturbance", "arm", "strength; rate, head's, rank, dropout, averaging", "test loss", "minus LoRA's"]
     lines = [[*head, "calibrated", "clean loss", "accuracy, %", "clean accuracy, %"]]
     for disturbance, arm in product(DISTURBED, STRENGTHS):
@@ -104,7 +104,7 @@ def main_table(settings: Sequence[Setting], finals: Finals) -> str:
 
 
 def hypotheses(settings: Sequence[Setting], finals: Finals) -> str:
-    """Show A1 and A2: the p-value, and the interval that covers the search."""
+    """Return the results on A1 and A2: the p-value, and the interval that covers the search."""
     lines = [["disturbance", "arm", "minus LoRA's", "p", "search resampled", "without the bound"]]
     for disturbance, (_, arm) in TESTED.items():
         free = [chosen_freely(settings, each, disturbance) for each in (arm, LORA)]
@@ -121,7 +121,7 @@ def hypotheses(settings: Sequence[Setting], finals: Finals) -> str:
 
 
 def free_table(settings: Sequence[Setting]) -> str:
-    """Show what each arm chooses without the bound, on validation."""
+    """Return the table of each arm's choice without the bound, on validation."""
     head = ["disturbance", "arm", "strength; rate, head's, rank, dropout, averaging", "seeds", "loss", "clean loss"]
     lines = [head]
     for disturbance, arm in product(DISTURBED, STRENGTHS):
@@ -132,7 +132,7 @@ def free_table(settings: Sequence[Setting]) -> str:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Show all tables; every run must be there."""
+    """Return all tables; every run must be there."""
     settings, finals = settings_of(rows), finals_of(rows)
     parts = [
         "Test losses in nats, mean ± standard error over 20 seeds; differences with 95 % intervals, paired by seed\n",

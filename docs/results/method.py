@@ -1,4 +1,4 @@
-"""Draws ``method.png``: what the methods minimize, and the passes of a step.
+"""Draw ``method.png``: what the methods minimize, and the passes of a step.
 
 From the root of a clone: ``PYTHONPATH=. python docs/results/method.py``.
 """
@@ -14,14 +14,14 @@ LORA, EFMLORA = COLOURS["LoRA"], COLOURS["EFMLoRA"]
 
 
 def loss(weights: np.ndarray) -> np.ndarray:
-    """Return a loss with a sharp minimum, the lowest, and a flat one."""
+    """Return a loss with two minima: a sharp one, which is the lowest, and a flat one."""
     sharp = np.exp(-((weights + 1.6) ** 2) / 0.08)
     flat = 0.85 * np.exp(-((weights - 1.3) ** 2) / 1.6)
     return 1.2 - sharp - flat
 
 
 def ball(axes: Axes, center: float, colour: str, text: str) -> None:
-    """Draw the weights within rho of a minimum, and the worst loss among them."""
+    """Draw the weights within rho of a minimum, and the highest loss among them."""
     within = np.linspace(center - RHO, center + RHO, 201)
     losses = loss(within)
     worst, lowest = losses.max(), losses.min()
@@ -43,7 +43,7 @@ def objective(axes: Axes) -> None:
 
 
 def passes(axes: Axes) -> None:
-    """Draw the passes of a step, on a line of time."""
+    """Draw the passes of a step on a timeline."""
     parts = {
         "LoRA": ["pass at B"],
         "EFMLoRA": ["pass at B +\naverage of E"],
@@ -63,7 +63,7 @@ def passes(axes: Axes) -> None:
 
 
 def main() -> None:
-    """Draw both."""
+    """Draw both parts."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     objective(left)

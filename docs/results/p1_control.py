@@ -1,8 +1,8 @@
-"""The control of P1 in protocol_p1_p2.md: LoRA with the settings of the winner with EFMLoRA, and rho 0.
+"""P1's control in protocol_p1_p2.md: LoRA with the settings of the winner with EFMLoRA, but rho 0.
 
 From the root of a clone: ``PYTHONPATH=. python docs/results/p1_control.py FOLDER``. Its rows are
-``FOLDER/results.jsonl`` when all runs are done. The same command goes on after it was stopped, and several processes
-may share the runs.
+``FOLDER/results.jsonl`` when all runs are done. The same command resumes after a stop, and several processes may share
+the runs.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from p2 import OPTIONS, RECIPE  # beside this file
+from p2 import OPTIONS, RECIPE  # in this folder
 
 from recipes.data.files import write_whole
 from recipes.studies.queue import Queue, file_storage, open_study
@@ -27,7 +27,7 @@ SEEDS = range(100, 120)
 
 
 def queue_of(folder: Path, name: str, options: Sequence[str]) -> Queue[Run]:
-    """Return the runs of a study in a folder."""
+    """Return the queue of a study's runs in a folder."""
     study = open_study(file_storage(folder), name, "min", {"options": options}, {})
     return Queue(study, lambda key: Run(**key))
 

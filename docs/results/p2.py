@@ -1,8 +1,8 @@
-"""P2 of protocol_p1_p2.md: how much general text the adapters of P1 have forgotten.
+"""P2 of protocol_p1_p2.md: how much the adapters of P1 have forgotten about general texts.
 
-From the root of a clone: ``PYTHONPATH=. python docs/results/p2.py FOLDER_OF_P1 ROWS``. Rows that are there are kept, so
-the same command goes on after it was stopped. The runs are those of ``p1.jsonl`` and ``p1_control.jsonl``; an adapter
-that is not in P1's folder is trained again, as P1 trained it.
+From the root of a clone: ``PYTHONPATH=. python docs/results/p2.py FOLDER_OF_P1 ROWS``. Existing rows are kept, so the
+same command resumes after a stop. The runs are those of ``p1.jsonl`` and ``p1_control.jsonl``; an adapter that is not
+in P1's folder is trained again, as in P1.
 """
 
 import sys
@@ -36,7 +36,7 @@ MOST_TOKENS = 512
 
 
 def run_of(row: Row) -> Run:
-    """Return the run that a row is of."""
+    """Return the run of a row."""
     return Run(**{name: row[name] for name in Run._fields})
 
 
@@ -48,7 +48,7 @@ def runs_of_p1() -> list[Run]:
 
 
 def measure_all(runs: Sequence[Run], measure: Callable[[Run], Row], path: Path) -> None:
-    """Append what is measured of each run whose row is not there yet."""
+    """Append a row with the measurement of each run that has none yet."""
     done = [run_of(row) for row in read(path)]
     for run in runs:
         if run not in done:
@@ -59,7 +59,7 @@ def measure_all(runs: Sequence[Run], measure: Callable[[Run], Row], path: Path) 
 
 
 class Forgetting:
-    """The base model, the texts, and what the base model's loss on them is."""
+    """The base model, the texts, and the base model's loss on them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -68,17 +68,17 @@ class Forgetting:
         self.texts = {}
         for kind in KINDS:
             encoded = [tokenizer(example.text)["input_ids"][:MOST_TOKENS] for example in parts(kind)["test"][:TEXTS]]
-            # Similar lengths in a batch leave little padding.
+            # Similar lengths in a batch need little padding.
             self.texts[kind] = sorted(encoded, key=len)
         self.base: Any = load_base(PACKAGED, "float32", None, {"attn_implementation": "eager"})
         self.untuned = self.losses(self.base)
 
     def measure(self, run: Run) -> Row:
-        """Return what a run of P1 has forgotten; ``val_loss`` is that of the adapter which is measured."""
+        """Return how much a run of P1 has forgotten; ``val_loss`` is that of the measured adapter."""
         folder = self.folder / run.name
         given = [*OPTIONS, *arguments(run.config), f"--rho={run.config[RHO]}"]
         fitted = fit(RECIPE, folder, [*given, f"--seed_everything={run.seed}", f"--data.seed={run.seed}"])
-        # The folder of the adapter is named like the checkpoint beside it.
+        # The adapter's folder has the name of the checkpoint next to it.
         adapter = folder / "fit" / "checkpoints" / Path(fitted["best"]).stem
         net = PeftModel.from_pretrained(self.base, str(adapter))
         found = self.losses(net)
@@ -89,7 +89,7 @@ class Forgetting:
 
     @torch.no_grad()
     def losses(self, net: nn.Module) -> dict[str, float]:
-        """Nats per token of each kind, without a text's first token, under autocast to bfloat16."""
+        """Return nats per token for each kind, without a text's first token, under autocast to bfloat16."""
         net.eval()
         found = {}
         for kind, encoded in self.texts.items():
@@ -110,7 +110,7 @@ def main(folder: Path, path: Path) -> None:
     forgetting = Forgetting(folder)
     print("The untuned model:", forgetting.untuned)
     runs = [run for run in runs_of_p1() if run.stage == "final" or run.seed == SEARCH_SEEDS[0]]
-    runs.sort(key=lambda run: run.trial)  # that of final runs is -1
+    runs.sort(key=lambda run: run.trial)  # final runs have trial -1
     measure_all(runs, forgetting.measure, path)
 
 

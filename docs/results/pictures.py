@@ -1,4 +1,4 @@
-"""Draw the pages' pictures of published rows; a method has one colour in all of them.
+"""Draw the pages' pictures from published rows; a method has the same colour in all of them.
 
 From the root of a clone: ``PYTHONPATH=. python docs/results/pictures.py``.
 """
@@ -52,7 +52,7 @@ Mark = tuple[str, Estimate | float]
 
 
 def situations() -> dict[str, list[Mark]]:
-    """Return the differences to tuned LoRA in each situation; means without an interval are the audit's."""
+    """Return the differences to tuned LoRA in each situation; means without an interval come from the audit."""
     w1, w2, w6 = Runs("w1"), Runs("w2"), Runs("w6")
     found: dict[str, list[Mark]] = {
         "six small tasks, mean": [
@@ -77,7 +77,7 @@ def situations() -> dict[str, list[Mark]]:
 
 
 def against(lora: BySeed, efmlora: BySeed, probe: BySeed, change: BySeed | None = None) -> list[Mark]:
-    """Return the marks of a situation that has these runs."""
+    """Return a situation's marks: the difference of each of these runs to LoRA."""
     marks: list[Mark] = [("EFMLoRA", difference(efmlora, lora))]
     if change is not None:
         marks.append(("change", difference(change, lora)))
@@ -95,7 +95,7 @@ STYLES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def study() -> Figure:
-    """Draw them, a group of lines for each situation."""
+    """Draw the situations, each as a group of lines."""
     figure = Figure(figsize=(7.8, 6.2), layout="constrained")
     axes = figure.subplots()
     place, names = 0.0, {}
@@ -123,7 +123,7 @@ def study() -> Figure:
 
 
 def cost() -> Figure:
-    """Draw the time of a step relative to LoRA's, a panel for each model."""
+    """Draw the time of a step relative to LoRA's, with a panel for each model."""
     steps: list[Row] = json.loads((RESULTS / "cost_large.json").read_text(encoding="utf-8"))["steps"]
     models = list(dict.fromkeys(row["model"] for row in steps))
     figure = Figure(figsize=(14, 4), layout="constrained")
@@ -142,9 +142,9 @@ def cost() -> Figure:
 
 
 def frontiers() -> Figure:
-    """Draw learning against forgetting in P1's trials, and a line through each side's envelope.
+    """Draw learning against forgetting in P1's trials, and a line through each side's best trade-offs.
 
-    The trials have one seed, and so the same validation questions; those of the final runs differ by seed.
+    The trials have one seed, and thus the same validation questions; those of the final runs differ by seed.
     """
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
@@ -162,7 +162,7 @@ def frontiers() -> Figure:
 
 
 def envelope(trials: list[Row]) -> list[Row]:
-    """Return the trials than which none has learnt more and forgotten less, from the one that has learnt the most."""
+    """Return the trials that no other beats in both learning and forgetting, starting with the one that learnt most."""
     found: list[Row] = []
     for row in sorted(trials, key=lambda row: row["val_loss"]):
         if not found or row["rise"] < found[-1]["rise"]:
@@ -171,12 +171,12 @@ def envelope(trials: list[Row]) -> list[Row]:
 
 
 def places(trials: list[Row]) -> tuple[list[float], list[float]]:
-    """Where they are in the picture."""
+    """Return the trials' coordinates in the picture."""
     return [row["val_loss"] for row in trials], [row["rise"] for row in trials]
 
 
 def main() -> None:
-    """Draw all of them."""
+    """Draw all pictures."""
     for name, draw in {"rates": rates, "study": study, "cost_large": cost, "frontiers": frontiers}.items():
         draw().savefig(RESULTS / f"{name}.png", dpi=130)
 

@@ -1,9 +1,9 @@
-"""P1's difference with an interval that covers the seeds of the search's last step, too.
+"""P1's difference with an interval that also covers the seeds of the search's last step.
 
 From the root of a clone: ``PYTHONPATH=. python docs/results/search_seeds.py``. A bootstrap of ``p1.jsonl`` and
-``p1_control.jsonl``: each draw takes search seeds with replacement, chooses on them among the four trials of a side
-that the first seed has left, and compares the two winners on final seeds drawn with replacement. LoRA's winner is P1's
-or the control, so every winner has final runs. The doubt is larger still: what the first seed has left is given.
+``p1_control.jsonl``: each draw takes search seeds with replacement, chooses with them among the four trials of a side
+that were kept after the first seed, and compares the two winners on final seeds drawn with replacement. LoRA's winner
+is P1's or the control, so every winner has final runs. The first seed's choice is fixed, so the doubt is larger still.
 """
 
 import json
@@ -22,13 +22,13 @@ DRAWS = 10_000
 
 
 class Found(NamedTuple):
-    """What the draws say.
+    """The results of the draws.
 
     Attributes:
-        mean: of the differences, with minus without, in nats per token.
-        low: end of the 95 % interval.
-        high: the other end.
-        other: the share of draws in which LoRA's winner is the control's.
+        mean: the mean difference, with minus without, in nats per token.
+        low: the lower end of the 95 % interval.
+        high: the upper end.
+        other: the share of draws in which LoRA's winner is the control.
     """
 
     mean: float

@@ -1,9 +1,9 @@
-"""What a step costs in three programs: the recipe, a plain loop over transformers, and trl's SFTTrainer.
+"""The cost of a step in three programs: the recipe, a plain loop over transformers, and trl's SFTTrainer.
 
 From the root of a clone: ``PYTHONPATH=. python docs/results/trainers.py FOLDER --precision 32-true``. All train LoRA of
 rank 8 on every linear layer of the packaged SmolLM2-135M-Instruct, with AdamW, on the same conversations, 8 per step,
-each cut at 140 tokens. They run alternately, each in its own process, so that its peak memory is its own. A row for
-each run is appended to ``FOLDER/trainers.jsonl``.
+each cut at 140 tokens. They run alternately, each in its own process so that peak memory is measured separately. A row
+for each run is appended to ``FOLDER/trainers.jsonl``.
 """
 
 import argparse
@@ -34,7 +34,7 @@ ANSWER = " ".join(f"{number} is {'odd' if number % 2 else 'even'}." for number i
 
 
 def conversations() -> list[dict[str, Any]]:
-    """Return conversations that all differ, and are longer than what is kept of them."""
+    """Return conversations that all differ, and that are longer than the part that is used."""
     found = []
     for number in range(BATCH * STEPS):
         prompt = [{"role": "user", "content": f"{number}. {QUESTION}"}]
@@ -43,7 +43,7 @@ def conversations() -> list[dict[str, Any]]:
 
 
 def run_recipe(method: str, precision: str, folder: Path) -> None:
-    """Train by the instruction-tuning recipe."""
+    """Train with the instruction-tuning recipe."""
     from recipes.command_line.cli import RecipeCLI
 
     data = folder / "conversations.jsonl"
@@ -73,7 +73,7 @@ def _adapted() -> tuple[Any, Any]:
 
 
 def run_plain_loop(method: str, precision: str, folder: Path) -> None:
-    """Train by a loop as the documentation of transformers has it."""
+    """Train with a loop like that in transformers' documentation."""
     from lightning_flatlora.loops import EFMLoRA
 
     model, tokenizer = _adapted()
@@ -97,7 +97,7 @@ def run_plain_loop(method: str, precision: str, folder: Path) -> None:
 
 
 def run_trl(method: str, precision: str, folder: Path) -> None:
-    """Train by trl, whose loss counts completions only."""
+    """Train with trl, whose loss counts only completions."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -127,17 +127,17 @@ RUNS = {"recipe": run_recipe, "plain loop": run_plain_loop, "trl": run_trl}
 
 
 def measure(program: str, method: str, precision: str, folder: Path) -> dict[str, Any]:
-    """Train in this process; returns the median seconds of a step, and the peak memory in GB."""
+    """Train in this process; return the median seconds of a step, and the peak memory in GB."""
     ends: list[float] = []
     register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     RUNS[program](method, precision, folder)
     seconds = statistics.median(after - before for before, after in list(pairwise(ends))[WARM_UP - 1 :])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # of kB, as Linux counts
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kB
     return {"seconds": seconds, "tokens_per_second": BATCH * TOKENS / seconds, "peak_gb": peak, "steps": len(ends)}
 
 
 def main() -> None:
-    """Measure all, round by round; or one, in the process that a round has started."""
+    """Measure all programs, round by round, or only one, in the process that a round has started."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
@@ -152,7 +152,7 @@ def main() -> None:
     runs = list(product(PROGRAMS, METHODS))
     versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "lightning")}
     for number in range(options.rounds):
-        # There and back, so that a machine that gets slower favours none.
+        # Back and forth, so that a machine that slows down favours none.
         for program, method in runs if number % 2 == 0 else reversed(runs):
             subprocess.run([sys.executable, *sys.argv, "--one", program, method], check=True)
             found = json.loads((options.folder / "one.json").read_text())

@@ -1,7 +1,7 @@
-"""The baselines written a second time: dense, float64, one pair after another, weights really moved and put back.
+"""The baselines written a second time: dense, in float64, one pair at a time, with weights that are moved and restored.
 
-Literal loops in plain PyTorch on the network, data and optimizer of float64_runs.py. From the package they take only
-which pairs there are and, for the noise, how a seed is derived.
+Literal loops in plain PyTorch on the network, data and optimizer of float64_runs.py. All they take from the package is
+the list of pairs and, for the noise, how a seed is derived.
 """
 
 import zlib
@@ -21,14 +21,14 @@ Size = Callable[[int], float]
 
 
 def plain_network() -> nn.Module:
-    """The network of float64_runs.py without an adapter, all of it trained."""
+    """The network of float64_runs.py without an adapter; all of its weights are trained."""
     torch.manual_seed(1)
     layers = (nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     return nn.Sequential(*layers).double()
 
 
 class Dense:
-    """A training loop whose subclasses say how a batch's gradient is taken and what precedes the update."""
+    """A training loop; subclasses define how a batch's gradient is computed and what happens before the update."""
 
     def __init__(self, size: Size, model: nn.Module | None = None) -> None:
         self.size = size
@@ -64,7 +64,7 @@ class Dense:
 
 
 class DenseSAM(Dense):
-    """e = rho g / ||g|| on the moved parameters, whose norm is taken over them alone."""
+    """e = rho g / ||g|| on the parameters that are moved; the norm is taken over these only."""
 
     def moved(self) -> list[nn.Parameter]:
         return self.trained
@@ -82,7 +82,7 @@ class DenseSAM(Dense):
 
 
 class DenseLoRASAM(DenseSAM):
-    """The same on A and B alone."""
+    """The same, but only on A and B."""
 
     def moved(self) -> list[nn.Parameter]:
         factors = []
@@ -115,7 +115,7 @@ class DenseOBAR(DenseBAR):
 
 
 class DenseFlatLoRA(Dense):
-    """Eq. 7 of arXiv 2409.14396 on the merged weight, noise really added to the stored base."""
+    """Eq. 7 of arXiv 2409.14396 on the merged weight, with noise that is added to the stored base."""
 
     seed = 5
 
@@ -134,7 +134,7 @@ class DenseFlatLoRA(Dense):
 
 
 def dense_noise(merged: Tensor, sigma: float, seed: int, index: int) -> Tensor:
-    """Entry by entry sigma / sqrt(m) ||W'_i|| times a standard normal number."""
+    """Each entry is sigma / sqrt(m) ||W'_i|| times a standard normal number."""
     generator = torch.Generator().manual_seed(derived_seed(seed, index))
     normal = torch.randn(merged.shape, generator=generator, dtype=merged.dtype)
     rows = merged.square().sum(1, keepdim=True).sqrt()
@@ -142,7 +142,7 @@ def dense_noise(merged: Tensor, sigma: float, seed: int, index: int) -> Tensor:
 
 
 class DenseBiLoRA(Dense):
-    """arXiv 2508.19564 on weights W0 + s B A + B2 A2 that are really formed, in a forward pass written out."""
+    """arXiv 2508.19564 on explicitly formed weights W0 + s B A + B2 A2, in a forward pass written out."""
 
     seed = 5
 
@@ -200,5 +200,5 @@ class DenseBiLoRA(Dense):
 
 
 def frobenius(tensors: list[Tensor]) -> float:
-    """The norm of all entries of some tensors."""
+    """The norm over all entries of several tensors."""
     return sum(float((tensor.detach() ** 2).sum()) for tensor in tensors) ** 0.5

@@ -1,6 +1,6 @@
-"""The baselines in a real Trainer: what others see, settings that must stay, steps that end early, and refusals.
+"""The baselines in a real Trainer: what other code sees, settings that must not change, early ends of steps, refusals.
 
-At size 0, resumed, stopped by an exception, and refused: tests/callbacks/test_resume.py,
+For size 0, resuming, exceptions and refused fits, see tests/callbacks/test_resume.py,
 test_steps_that_end_early.py and test_refused_fits.py.
 """
 
@@ -40,7 +40,7 @@ HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end
 
 @pytest.mark.parametrize("name", PERTURBING)
 def test_others_compute_with_clean_weights(tmp_path: Path, name: str) -> None:
-    """Outside of a pass. That what is stored is clean inside too, except SAM's: callbacks/test_clean_weights.py."""
+    """Outside of the passes; for the stored weights inside them, see callbacks/test_clean_weights.py."""
     module, x, looks = Classifier(), torch.ones(2, 6), []
 
     def look(*args: Any, **kwargs: Any) -> None:
@@ -92,10 +92,10 @@ def test_manual_optimization(tmp_path: Path, name: str) -> None:
     module.optimizer_class, module.outputs = torch.optim.SGD, []
     fit(tmp_path, module, [callback], make_loader(3), max_epochs=1)
     assert callback.step == 6
-    if name == "BiLoRA":  # whose pairs climb at the optimizer's rate, which is 0 here
+    if name == "BiLoRA":  # its pairs climb at the optimizer's rate, which is 0 here
         for saved in callback.state_dict()["auxiliary"].values():
             assert saved["ascent"]["state"][0]["step"] == 6
-    elif name in PERTURBING:  # each step has its own
+    elif name in PERTURBING:  # each step has its own perturbation
         outputs = torch.cat(module.outputs)
         assert (torch.cdist(outputs, outputs) + torch.eye(6) > 1e-4).all()
     assert not any(m._forward_hooks for m in module.modules())
@@ -140,7 +140,7 @@ YAML: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", YAML)
 def test_yaml(name: str) -> None:
-    """As LightningCLI reads an entry of trainer.callbacks."""
+    """In the form in which LightningCLI reads an entry of trainer.callbacks."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Callback, "callback")
     entry = {"class_path": f"lightning_flatlora.baselines.{name}", "init_args": YAML[name]}

@@ -1,6 +1,6 @@
-"""Run for run, each baseline equals its literal loop in float64: 52 or more AdamW steps, differences below 1e-10.
+"""Run for run, each baseline equals its literal loop in float64: at least 52 AdamW steps, differences below 1e-10.
 
-And what defines SAM and LoRA-SAM: the ball, and the dependence on the factors.
+Also the defining properties of SAM and LoRA-SAM: the ball, and the dependence on the factors.
 """
 
 import math
@@ -42,7 +42,7 @@ def test_equals_the_literal_loop(name: str, accumulate: int) -> None:
 
 
 def test_sam_needs_no_adapter() -> None:
-    """Full fine-tuning, the reference ceiling."""
+    """Full fine-tuning, the upper reference."""
     net = plain_network()
     fit_in_float64(Automatic(net), 2, [SAM(0.4)])
     assert worst_difference(net, DenseSAM(lambda step: 0.4, plain_network()).run(2)) < 1e-10
@@ -79,7 +79,7 @@ BATCH = next(iter(DataLoader(dataset(), batch_size=32)))
 
 
 def trained_network() -> nn.Module:
-    """B is not 0, but smaller than A in the first layer and larger in the last."""
+    """B is nonzero, smaller than A in the first layer and larger in the last."""
     net = network()
     for pair, std in zip(find_pairs(net).pairs, (0.03, 0.3, 0.9), strict=True):
         pair.B.data.normal_(std=std)
@@ -90,7 +90,7 @@ def trained_network() -> nn.Module:
     ("scale", "dtype"), [(1.0, torch.float32), (2.0**16, torch.float32), (2.0**10, torch.half), (2.0**-12, torch.half)]
 )
 def test_the_joint_perturbation_is_on_the_sphere_along_the_gradient(scale: float, dtype: torch.dtype) -> None:
-    """Also if the squares over- or underflow in half precision."""
+    """Even if the squares overflow or underflow in half precision."""
     gradients = [(scale * g).to(dtype) for g in (torch.randn(3, 4), torch.randn(5), torch.zeros(2))]
     flat = torch.cat([e.flatten() for e in joint_ascent(gradients, 0.7)])
     direction = torch.cat([gradient.flatten() for gradient in gradients]).float()
@@ -100,7 +100,7 @@ def test_the_joint_perturbation_is_on_the_sphere_along_the_gradient(scale: float
 
 def test_a_sparse_gradient_counts_as_the_dense_one() -> None:
     dense, other = torch.tensor([[0.0, 0.0], [3.0, 1.0]]), torch.randn(3)
-    # An embedding's may name a row twice.
+    # The sparse gradient of an embedding may list a row twice.
     sparse = torch.sparse_coo_tensor([[1, 1]], [[1.0, 0.0], [2.0, 1.0]], (2, 2), check_invariants=True)
     torch.testing.assert_close(joint_ascent([sparse, other], 0.7), joint_ascent([dense, other], 0.7))
 
@@ -112,7 +112,7 @@ def test_no_gradient_or_one_that_is_not_finite_gives_zero() -> None:
 
 
 def moved_weights(of_factors: bool, refactor: bool) -> list[Tensor]:
-    """How LoRA-SAM or FMLoRA moves W, at (B, A) or at (B M, M⁻¹ A), the same W."""
+    """How LoRA-SAM or FMLoRA moves W, given (B, A) or (B M, M⁻¹ A), which form the same W."""
     net = trained_network()
     pairs = find_pairs(net).pairs
     M = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 3.0]], dtype=torch.float64)
@@ -137,7 +137,7 @@ def test_lora_sam_depends_on_the_factors_and_fmlora_does_not() -> None:
 
 
 def test_a_graph_of_the_clean_weights_fails_where_sam_has_moved_them() -> None:
-    """Its gradient would silently be of other weights than its loss."""
+    """Otherwise its gradient would silently belong to other weights than its loss."""
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
     kept = weight.square().sum()
     kept.backward(retain_graph=True)

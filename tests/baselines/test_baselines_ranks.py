@@ -1,4 +1,4 @@
-"""Two gloo processes under DDP equal one process on the joint batch; LoRA-SAM does so under FSDP too."""
+"""Two gloo processes under DDP equal one process on the joint batch; for LoRA-SAM this also holds under FSDP."""
 
 import os
 from functools import partial
@@ -29,7 +29,7 @@ NO_MIXED_PRECISION = since_lightning("2.6.0", "FSDP1 in float64, without mixed p
 def train(
     name: str, strategy: str | None = None, accumulate: int = 1, loader: Any = None, **settings: Any
 ) -> dict[str, Any]:
-    """The trained weights, whole; without a strategy of one process on the joint batches."""
+    """The full trained weights; without a strategy, those of one process on the joint batches."""
     net = network()
     module, callback = ShardedAutomatic(net), BASELINES[name](SIZES[name], **settings)
     if strategy is None:
@@ -38,7 +38,7 @@ def train(
         fit_in_float64(module, 1, [callback], alone, accumulate_grad_batches=accumulate)
         return {"weights": trained(net)}
     ranks = in_float64(strategy)
-    torch.manual_seed(int(os.environ["RANK"]))  # noise must not come from the global generator
+    torch.manual_seed(int(os.environ["RANK"]))  # the noise must not come from the global generator
     fit_in_float64(module, 1, [callback], own_share(), accumulate_grad_batches=accumulate, **ranks)
     return {"weights": full_weights(ranks["strategy"], net)}
 

@@ -1,4 +1,4 @@
-"""Bi-LoRA's auxiliary pairs: their ball, whom they are hidden from, when they stay as they are, and which layers."""
+"""Bi-LoRA's auxiliary pairs: their ball, what doesn't see them, when they stay unchanged, which layers have them."""
 
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ OF_BARE = PairsByName(a="lora_A", b="lora_B", scaling="scaling", base="linear")
 
 
 def states(owner: BiLoRA | BiLoRAStep) -> dict[str, dict[str, Tensor]]:
-    """A2 and B2 of every layer."""
+    """A2 and B2 of each layer."""
     method = owner.method if isinstance(owner, BiLoRA) else owner
     return method.state_dict()["auxiliary"]
 
 
 def step_on(net: nn.Module, rank: int = 8, seed: int = 0) -> BiLoRAStep:
-    """The step of a network, outside of any loop."""
+    """Attach the method's step to a network, outside of any loop."""
     step = BiLoRAStep(rho=0.5, rank=rank, seed=seed)
     step.optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
     step.take_pairs(find_pairs(net).pairs, net, net)
@@ -37,7 +37,7 @@ def step_on(net: nn.Module, rank: int = 8, seed: int = 0) -> BiLoRAStep:
 
 
 def products(callback: BiLoRA) -> dict[str, Tensor]:
-    """B2 A2 of every layer, formed."""
+    """The product B2 A2 of each layer."""
     return {name: saved["B"] @ saved["A"] for name, saved in states(callback).items()}
 
 
@@ -57,7 +57,7 @@ def test_the_pairs_stay_in_the_ball_and_reach_its_sphere() -> None:
     assert float(callback.method.norm()) == pytest.approx(norms[-1], rel=1e-12)
 
 
-# -- whom they are hidden from
+# -- what does not see them
 
 
 def test_they_are_in_no_module_optimizer_or_checkpoint(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_they_are_in_no_module_optimizer_or_checkpoint(tmp_path: Path) -> None:
     assert bi["callbacks"]["BiLoRA"]["auxiliary"].keys() == {f"net.base_model.model.{index}" for index in (0, 2, 4)}
 
 
-# -- when they stay as they are
+# -- when they stay unchanged
 
 
 @pytest.mark.parametrize("place", ["of their own", "that a loss scaler watches"])
@@ -130,7 +130,7 @@ def test_a_layer_that_is_frozen_for_an_epoch_keeps_its_pair(tmp_path: Path) -> N
     assert not same(kept[1], kept[2])
 
 
-# -- which layers, and how their pairs begin
+# -- which layers have pairs, and how the pairs are initialized
 
 
 def test_ranks_and_the_first_factors() -> None:

@@ -1,4 +1,4 @@
-"""A frozen base with a head and an adapter, and what the tests of AdapterCheckpoint do with its files."""
+"""A frozen base with a head and an adapter, and helpers that save, load and compare AdapterCheckpoint's files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -54,13 +54,13 @@ def saver(folder: Path, **kwargs: Any) -> AdapterCheckpoint:
 
 
 def epochs(folder: Path) -> AdapterCheckpoint:
-    """Saves when an epoch has ended, so that a resumed run begins with a whole one."""
+    """Saves at the end of each epoch, so that a resumed run starts with a whole epoch."""
     return saver(folder, every_n_train_steps=None, every_n_epochs=1, filename="{epoch}")
 
 
 def state(file: Path) -> dict[str, Any]:
     weights: dict[str, Any] = torch.load(file, weights_only=True)["state_dict"]
-    weights.pop(HINT, None)  # not in files of Lightning
+    weights.pop(HINT, None)  # Lightning's own files don't have it
     return weights
 
 
@@ -73,9 +73,9 @@ def assert_resumes(
     file: str = "step=6.ckpt",
     **settings: Any,
 ) -> Any:
-    """Train one module to the end, and another one from a file of the first: they end with the same bits.
+    """Train one module to the end, and another one from a file of the first: both end with the same bits.
 
-    The first saves into the subfolder "1", the other into "2".
+    The first saves into the subfolder "1", the second into "2".
 
     Returns:
         The first module.
@@ -88,7 +88,7 @@ def assert_resumes(
 
 
 def validate(folder: Path, module: Any, file: str = "step=6.ckpt", **data: Any) -> Any:
-    """Load a file of a folder for an evaluation; what it measures."""
+    """Load a file of a folder and validate with it; returns the metrics."""
     trainer = trainer_of(folder, [saver(folder)])
     (found,) = trainer.validate(module, make_loader(1, **data), ckpt_path=folder / file, verbose=False)
     return found

@@ -1,4 +1,4 @@
-"""Runs with a FlatnessMonitor, of modules that keep state of many kinds, and what their loggers got."""
+"""Runs with a FlatnessMonitor, of modules that keep many kinds of state, and what their loggers received."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ ALL_BUT_EMA = [name for name in MEASURES if name != "ema"]
 
 
 class Recorder(DummyLogger):
-    """A logger that remembers."""
+    """A logger that keeps what it is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class Recorder(DummyLogger):
 
     @property
     def measured(self) -> list[dict[str, float]]:
-        """The rows of the monitor, without the common prefix."""
+        """The monitor's rows, without the common prefix."""
         measured = []
         for _, row in self.rows:
             if any(name.startswith("flatness/") for name in row):
@@ -32,14 +32,14 @@ class Recorder(DummyLogger):
 
 
 def measured(tmp_path: Any, module: Any, callbacks: list[Any], *loader: Any, **settings: Any) -> list[dict[str, float]]:
-    """What the monitor among the callbacks logs in a run."""
+    """What the monitor among the callbacks logs during a run."""
     logger = Recorder()
     fit(tmp_path, module, callbacks, *loader, **{"logger": logger, "log_every_n_steps": 1} | settings)
     return logger.measured
 
 
 class KeepsPoints(FlatnessMonitor):
-    """Keeps each point of a measurement, with the optimizer step and the batch (of 6 an epoch)."""
+    """Keeps the point of each measurement, with the optimizer step and the batch (6 per epoch)."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)

@@ -1,6 +1,6 @@
-"""Checkpoints without the frozen base: small, complete for what learns, resumable, and loadable by peft itself.
+"""Checkpoints without the frozen base: small, complete in all that is trained, resumable, and loadable by peft itself.
 
-What stands in the place of a folder stays, and only a folder of ours alone is deleted.
+Anything that occupies the place of a folder is kept; only folders written by AdapterCheckpoint are deleted.
 """
 
 import json
@@ -58,7 +58,7 @@ def test_file_and_folder_hold_what_learns_and_nothing_of_the_base(tmp_path: Path
     assert saved["state_dict"]["seen"] == 3
     assert not any("base_layer" in name for name in names)
     adapter = sum(p.numel() * 4 for p in module.parameters() if p.requires_grad)
-    # weights, AdamW's two moments and Ê are at most four copies; the running statistics and zip entries are the rest
+    # weights, AdamW's two moments and Ê make at most four copies; running statistics and zip entries make up the rest
     assert sum(t.numel() * 4 for t in saved["state_dict"].values()) < 1.6 * adapter
     assert saved["optimizer_states"]
     assert any("EFMLoRA" in key for key in saved["callbacks"])
@@ -81,7 +81,7 @@ def test_save_weights_only_is_small_too_and_folders_go_with_their_checkpoints(tm
 
 
 def frozen_A(seed: int) -> nn.Module:
-    """LoRA-FA: A is drawn and stays; another process draws another one."""
+    """LoRA-FA: A is random and stays fixed; another process draws a different one."""
     net = make_net()
     torch.manual_seed(seed)
     for name, p in net.named_parameters():
@@ -115,7 +115,7 @@ def test_an_adapter_that_is_not_active_is_saved_too(tmp_path: Path) -> None:
 
 
 def test_a_weight_that_was_left_out_and_is_trained_now_is_not_missed(trained: tuple[Any, Path]) -> None:
-    """It has the value of the base, as in the run that was saved."""
+    """It has the base's value, as in the run that was saved."""
     module = Classifier()
     module.net.base_model.model[2].base_layer.bias.requires_grad_(True)  # type: ignore[union-attr]
     validate(trained[1], module)
@@ -167,7 +167,7 @@ def test_evaluation_loads_the_adapter(tmp_path: Path, trained: tuple[Any, Path],
 
 
 def test_lightning_s_own_checkpoints_beside_it_and_from_before_are_whole(tmp_path: Path) -> None:
-    """It resumes from a full checkpoint, and leaves the saving of others as it is."""
+    """AdapterCheckpoint resumes from a full checkpoint, and doesn't change what other callbacks save."""
     whole, callbacks, _ = build("efmlora")
     plain = ModelCheckpoint(tmp_path / "full", save_top_k=-1, every_n_train_steps=6, filename="{step}")
     fit(tmp_path, whole, [*callbacks, plain, saver(tmp_path)])
@@ -178,7 +178,7 @@ def test_lightning_s_own_checkpoints_beside_it_and_from_before_are_whole(tmp_pat
 
 
 def test_names_are_clean_and_peft_finds_its_layers_in_a_wrapped_model(tmp_path: Path) -> None:
-    """Activation checkpointing and compilation put modules between; files and folders don't show it."""
+    """Activation checkpointing and compilation insert modules, but files and folders don't show it."""
     net = make_net()
     names = [name for name, p in net.named_parameters() if p.requires_grad]
     net.base_model.model[0] = checkpoint_wrapper(net.base_model.model[0])
@@ -221,7 +221,7 @@ def train(folder: Path, *callbacks: L.Callback, **kwargs: Any) -> Any:
 
 
 def source_code(folder: Path) -> dict[str, str]:
-    """A user's own folder: peft's names among others, to make it hard."""
+    """A user's own folder, in which some files have peft's names, to make it hard."""
     (folder / "layers").mkdir(parents=True)
     files = {"train.py": "print()", "layers/lora.py": "", "README.md": "mine", "adapter_config.json": "{}"}
     for name, text in files.items():
@@ -235,7 +235,7 @@ def assert_untouched(folder: Path, files: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("counter", [True, False])
 def test_what_a_user_has_under_a_checkpoints_name_stays(tmp_path: Path, counter: bool) -> None:
-    """The checkpoint gets the next version's name or, without versions, no folder."""
+    """The checkpoint gets the name of the next version or, without versions, no folder."""
     folders = {tmp_path / name: source_code(tmp_path / name) for name in ("step=3", "last")}
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
     (tmp_path / "step=6").symlink_to("elsewhere/deep")
@@ -258,7 +258,7 @@ def test_what_a_user_has_under_a_checkpoints_name_stays(tmp_path: Path, counter:
 
 
 def test_a_kept_folder_stays_where_the_next_checkpoint_or_a_removal_comes(tmp_path: Path) -> None:
-    """Who deletes the large files and keeps the small folders may train again into the same place."""
+    """Someone who deletes the large files but keeps the small folders can train into the same place again."""
     settings = {"save_top_k": 1, "every_n_train_steps": None, "filename": "{epoch}"}
     train(tmp_path, saver(tmp_path, save_last=True, **settings), max_epochs=1)
     for file in tmp_path.glob("*.ckpt"):
@@ -266,7 +266,7 @@ def test_a_kept_folder_stays_where_the_next_checkpoint_or_a_removal_comes(tmp_pa
     kept = {path: load_file(path / WEIGHTS) for path in tmp_path.iterdir()}
     assert len(kept) == 2
     train(tmp_path, saver(tmp_path, save_last=True, **settings), max_epochs=1)
-    # The resumed run removes its former best checkpoint, which is gone.
+    # The resumed run tries to remove its former best checkpoint, which is already gone.
     resumed = tmp_path / "resumed.ckpt"
     (tmp_path / "epoch=0-v1.ckpt").rename(resumed)
     kept[tmp_path / "epoch=0-v1"] = load_file(tmp_path / "epoch=0-v1" / WEIGHTS)
@@ -286,7 +286,7 @@ def test_a_users_folder_in_the_place_of_a_file_stays(tmp_path: Path) -> None:
 
 
 class Merged(Classifier):
-    """Validates with its adapter merged into the base, and saves before it is taken out."""
+    """Validates with its adapter merged into the base, and saves before unmerging it."""
 
     def on_validation_start(self) -> None:
         self.net.merge_adapter()  # type: ignore[operator]

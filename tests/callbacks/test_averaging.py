@@ -1,4 +1,4 @@
-"""AdapterAveraging: averages as by hand, in validation, in checkpoints and after a fit; resumed bit for bit."""
+"""AdapterAveraging: the averages equal hand-computed ones, are saved and validated, and resume bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ Weights = dict[str, Tensor]
 
 
 def by_hand(trajectory: list[Weights], decay: float | None) -> Weights:
-    """The average of weights after each step, with the weight of each step written out."""
+    """The average of the weights after each step, with each step's coefficient written out."""
     n = len(trajectory)
     shares = [1 / n] * n
     if decay is not None:
@@ -31,7 +31,7 @@ def by_hand(trajectory: list[Weights], decay: float | None) -> Weights:
 
 
 class Recorded:
-    """Copies of the trained weights after each step of an optimizer, and in each validation."""
+    """Copies of the trained weights after each optimizer step, and in each validation."""
 
     def __init__(self) -> None:
         self.steps: list[Weights] = []
@@ -67,7 +67,7 @@ def fit64(module: Any, callbacks: list[L.Callback], **settings: Any) -> L.Traine
 @pytest.mark.parametrize("method", [None, EFMLoRA, FMLoRA, Manual])
 @pytest.mark.parametrize(("decay", "start", "window"), [(0.9, 0, 1), (None, 5, 1), (0.5, 3, 2), (0.0, 0, 1)])
 def test_averages_are_those_computed_by_hand(method: Any, decay: float | None, start: int, window: int) -> None:
-    """In each validation and after the fit, while the weights are trained as without the callback, bit for bit."""
+    """In each validation and after the fit; the trained weights equal those without the callback, bit for bit."""
     plain, averaged = Recorded(), Recorded()
     settings: dict[str, Any] = {"accumulate_grad_batches": window}
     for recorded in (plain, averaged):
@@ -140,7 +140,7 @@ def test_runs_resume_bit_for_bit(tmp_path: Path, method: Any, decay: float | Non
     for part in ("state_dict", "optimizer_states"):
         assert same(ends[0][part], ends[1][part])
     assert same(*(end["callbacks"]["AdapterAveraging"] for end in ends))
-    # The file and the folder have what was validated, and so has the module.
+    # The file, the folder and the module hold the weights that were validated.
     file = tmp_path / "1" / "step=12.ckpt"
     for name, value in state(file).items():
         assert same(value, whole.state_dict()[name])
@@ -191,7 +191,7 @@ def test_a_monitored_checkpoint_is_what_was_validated(tmp_path: Path) -> None:
 
 def test_a_second_fit_of_a_trainer_continues(tmp_path: Path) -> None:
     whole, twice = Classifier(), Classifier()
-    whole.optimizer_class = twice.optimizer_class = torch.optim.SGD  # whose new state is as the old one
+    whole.optimizer_class = twice.optimizer_class = torch.optim.SGD  # its fresh state equals the old one
     averaging = [AdapterAveraging(0.8), AdapterAveraging(0.8)]
     fit(tmp_path, whole, [averaging[0]], max_epochs=2)
     trainer = fit(tmp_path, twice, [averaging[1]], max_epochs=1)

@@ -1,4 +1,4 @@
-"""Checkpoints beside other callbacks, optimizers, ways to hold an adapter, and without a Trainer."""
+"""Checkpoints next to other callbacks, optimizers and ways to hold an adapter, and without a Trainer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ from lightning_flatlora import EFMLoRA, load_adapter_checkpoint
 
 
 @needs_weight_averaging
-# At 0.999 rounding moves the averages of frozen weights.
+# At 0.999, rounding changes the averages of frozen weights.
 @pytest.mark.parametrize(("decay", "first"), [(None, "averaging"), (0.5, "saver"), (0.999, "averaging")])
 def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, decay: float | None, first: str) -> None:
     def callbacks(where: str) -> list[L.Callback]:
@@ -50,7 +50,7 @@ def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, deca
     resumed = Classifier()
     fit(tmp_path, resumed, callbacks("2"), ckpt_path=tmp_path / "1" / "step=6.ckpt")
     for name, weight in weights(whole).items():
-        rounding = 1e-6 if decay == 0.999 and "lora" not in name else 0.0  # of an average of the base
+        rounding = 1e-6 if decay == 0.999 and "lora" not in name else 0.0  # rounding of an average of the base
         torch.testing.assert_close(weights(resumed)[name], weight, rtol=rounding, atol=0)
     ends = [torch.load(tmp_path / run / "step=12.ckpt") for run in ("1", "2")]
     for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
@@ -105,7 +105,7 @@ def test_what_would_fail_at_the_first_save_fails_at_the_start(tmp_path: Path) ->
 
 
 class Names(Sequence[str]):
-    """A list of another library."""
+    """A list type from another library."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
@@ -130,7 +130,7 @@ def test_other_lists_and_dicts_are_written_as_plain_ones(tmp_path: Path, make: A
 
 
 class Remembers(Classifier):
-    """Keeps a count in its extra state, and a metric whose state is in the checkpoint; neither is a buffer."""
+    """Keeps a count in its extra state, and a metric whose state is saved in the checkpoint; neither is a buffer."""
 
     def __init__(self) -> None:
         super().__init__(net=make_net())
@@ -138,7 +138,7 @@ class Remembers(Classifier):
         self.average = MeanMetric()
         self.average.persistent(True)
 
-    def on_train_batch_start(self, *args: Any) -> None:  # the files are written before the end's
+    def on_train_batch_start(self, *args: Any) -> None:  # since files are written before the batch-end hook
         self.seen += 1
         self.average.update(float(self.seen))
 
@@ -159,7 +159,7 @@ def test_what_a_module_keeps_outside_of_its_tensors_is_resumed(tmp_path: Path) -
 
 @pytest.mark.parametrize("quantize", BASES)
 def test_a_quantized_base_is_not_saved_and_may_be_exchanged(tmp_path: Path, quantize: Any) -> None:
-    """Trained on packed weights, resumed and tested on these and tested on those in float32, without a warning."""
+    """Trained on packed weights, resumed and tested on these, and tested on float32 weights, all without a warning."""
 
     def module(packed: bool = True) -> Classifier:
         net = quantized_network(quantize if packed else lambda layer: layer)
@@ -184,7 +184,7 @@ def test_without_a_trainer(trained: tuple[Any, Path]) -> None:
     other = Classifier(net=make_net())
     assert load_adapter_checkpoint(other, file) is other
     assert same(weights(other), weights(module))
-    # Lightning's own way is not strict.
+    # Lightning's own method is not strict.
     with pytest.raises(RuntimeError, match=r"(?s)Missing key.*call load_adapter_checkpoint"):
         Classifier.load_from_checkpoint(file)
     with (
@@ -199,7 +199,7 @@ def test_without_a_trainer(trained: tuple[Any, Path]) -> None:
 
 
 class KeepsLoraAlone(Classifier):
-    """Makes its files small in its own way."""
+    """Makes its files small by its own means."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]

@@ -1,6 +1,6 @@
-"""What a checkpoint holds beside adapters: what is outside of the base, buffers, and all that has ever been trained.
+"""What a checkpoint holds besides adapters: all outside of the base, buffers, and everything that was ever trained.
 
-A base that is not the one that was saved is noticed, by shapes and a sample of values.
+A different base is noticed, by its shapes and a sample of its values.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from lightning_flatlora.callbacks.adapter_checkpoint.contents import differing, 
 
 
 class TrainsHead(Classifier):
-    """One optimizer for all; the head of the base is frozen but for some steps, such as those of the first epoch."""
+    """One optimizer for everything; the base's head is frozen except in some steps, by default the first epoch's."""
 
     def __init__(self, steps: Sequence[int] = range(6)) -> None:
         super().__init__(net=network())
@@ -41,7 +41,7 @@ def test_a_head_that_was_trained_and_frozen_is_in_the_file(tmp_path: Path) -> No
 
 
 def test_what_a_loaded_file_held_stays_in_the_next_one(tmp_path: Path) -> None:
-    """Also if the head gets an adapter in between, so that peft puts a layer around it."""
+    """Even if the head gets an adapter in between, so that peft wraps it in a layer."""
     first = TrainsHead()
     fit(tmp_path, first, [saver(tmp_path, save_weights_only=True)], max_epochs=1)
     for name, adapted in ((HEAD, False), (HEAD.replace("weight", "base_layer.weight"), True)):
@@ -54,7 +54,7 @@ def test_what_a_loaded_file_held_stays_in_the_next_one(tmp_path: Path) -> None:
 
 
 def test_all_buffers_are_saved(tmp_path: Path) -> None:
-    """Counted in place, written through .data in one element of many, replaced, and never changed."""
+    """Buffers counted in place, written through .data in one of many elements, replaced, and never changed."""
     assert_resumes(tmp_path, module_of)
     saved = state(tmp_path / "1" / "step=6.ckpt")
     base = "net.base_model.model."
@@ -64,14 +64,14 @@ def test_all_buffers_are_saved(tmp_path: Path) -> None:
 
 
 def test_what_was_trained_between_two_saves_is_in_the_file(tmp_path: Path) -> None:
-    """Frozen at the start and the end of every epoch, and at each save."""
+    """The head is frozen at the start and the end of each epoch, and at each save."""
     module = TrainsHead((2, 3))
     fit(tmp_path, module, [saver(tmp_path, every_n_train_steps=12)])
     assert same(state(tmp_path / "step=12.ckpt")[HEAD], module.net.base_model.model.head.weight.detach())
 
 
 def test_what_another_trainer_has_trained_is_in_the_file(tmp_path: Path) -> None:
-    """As when a head is trained first and LoRA afterwards; or in a module that load_adapter_checkpoint has filled."""
+    """As when the head is trained first and LoRA afterwards, or in a module that load_adapter_checkpoint has filled."""
     module = TrainsHead((2, 3))
     fit(tmp_path, module, [saver(tmp_path / "1")], max_epochs=1)
     for each in (module, load_adapter_checkpoint(TrainsHead(), tmp_path / "1" / "step=6.ckpt")):
@@ -81,7 +81,7 @@ def test_what_another_trainer_has_trained_is_in_the_file(tmp_path: Path) -> None
 
 
 class Attends(nn.Module):
-    """Attention of PyTorch's, whose weights peft merges and takes apart in each forward."""
+    """PyTorch's attention, whose weights peft merges and unmerges in each forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def test_attention_that_drifts_in_each_forward_resumes_bit_for_bit(tmp_path: Pat
 
 
 def test_another_base_is_noticed(tmp_path: Path, trained_base: Path) -> None:
-    """A head that the loader draws anew: no resumed run, and an evaluation with a warning."""
+    """If the loader draws the head again, resuming is refused, and an evaluation warns."""
     said, file = r"1 tensors of the base.*base_model.model.head.weight", trained_base / "step=6.ckpt"
     with pytest.raises(MisconfigurationException, match=f"{said}.*strict"):
         fit(tmp_path, module_of(head_seed=2), [saver(tmp_path)], ckpt_path=file)
@@ -117,7 +117,7 @@ def test_another_base_is_noticed(tmp_path: Path, trained_base: Path) -> None:
 
 
 def test_a_base_that_differs_between_the_samples_is_taken_for_the_same(tmp_path: Path, trained_base: Path) -> None:
-    """As the page on checkpoints says: a few values of each weight are compared."""
+    """As the page on checkpoints says, only a few values of each weight are compared."""
     other = module_of()
     other.net.base_model.model.head.weight.data[0, 1] += 1
     fit(tmp_path, other, [saver(tmp_path)], ckpt_path=trained_base / "step=6.ckpt")
@@ -130,7 +130,7 @@ def test_a_base_of_another_precision_is_the_same_base(trained_base: Path, dtype:
 
 
 class BuiltLater(Classifier):
-    """Makes its net in Lightning's hook for that, and the wrong one before it."""
+    """Builds its net in configure_model, and a wrong one before that."""
 
     def configure_model(self) -> None:
         if not hasattr(self.net, "peft_config"):
@@ -138,7 +138,7 @@ class BuiltLater(Classifier):
 
 
 def test_a_module_that_is_built_in_configure_model_is_built_before_it_is_loaded(tmp_path: Path) -> None:
-    """As Lightning's load_from_checkpoint does it."""
+    """As Lightning's load_from_checkpoint does."""
     trained = BuiltLater(net=nn.Identity())
     fit(tmp_path, trained, [saver(tmp_path)], max_epochs=1)
     again = BuiltLater(net=nn.Identity())
@@ -147,7 +147,7 @@ def test_a_module_that_is_built_in_configure_model_is_built_before_it_is_loaded(
 
 
 def test_another_base_of_half_precision_is_not_taken_for_rounding() -> None:
-    """A chat model's weights are within the rounding of bfloat16 of those that it was trained from."""
+    """A chat model's weights are within bfloat16 rounding of the pretrained weights."""
     weight = 1 + torch.rand(40)
     half, chat = identities_of({"w": weight.bfloat16()}), identities_of({"w": (weight * 1.004).bfloat16()})
     assert differing(half, chat) == ["w"]
@@ -161,7 +161,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def initialized(init: str, seed: int) -> Classifier:
-    """A module on the same base, whose weights PiSSA has rewritten; its quick form draws random numbers."""
+    """A module on the same base, with weights rewritten by PiSSA, whose fast version draws random numbers."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(FEATURES, 64), nn.Tanh(), nn.Linear(64, 3))
     torch.manual_seed(seed)
@@ -186,7 +186,7 @@ def test_a_base_that_comes_out_the_same_is_left_out(tmp_path: Path) -> None:
 
 
 def test_another_scaling_of_the_adapter_is_told_of(tmp_path: Path, trained_base: Path) -> None:
-    """The same weights with another lora_alpha or use_rslora are another model, and have the same names and shapes."""
+    """Weights with another lora_alpha or use_rslora are a different model with the same names and shapes."""
     file = trained_base / "step=6.ckpt"
     for load in (
         lambda module: load_adapter_checkpoint(module, file),

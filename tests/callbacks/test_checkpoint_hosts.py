@@ -1,4 +1,4 @@
-"""Which parts of a module hold adapters, whatever attributes it has and under whatever names its parts stand."""
+"""Which parts of a module hold adapters, whatever its attributes are, and whatever names its parts have."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def base() -> nn.Sequential:
 
 
 class Projects(Classifier):
-    """Has a frozen random layer before the network, which no loader gives again."""
+    """Has a frozen random layer before the network, which no loader can restore."""
 
     def __init__(self, seed: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -107,7 +107,7 @@ def test_an_adapter_is_found_however_it_came_into_the_model(tmp_path: Path, kind
 
 
 def test_an_adapter_that_was_injected_into_the_module_itself_is_found(tmp_path: Path) -> None:
-    """Beside another network, which had an adapter before and keeps a folder of its own."""
+    """Next to another network, which had an adapter before and keeps its own folder."""
     module = Classifier(net=base().requires_grad_(False))
     module.teacher = in_a_peft_model()
     inject_adapter_in_model(config(target_modules=["net.0", "net.2"]), module)
@@ -118,7 +118,7 @@ def test_an_adapter_that_was_injected_into_the_module_itself_is_found(tmp_path: 
 
 
 class Keeps(Classifier):
-    """Its base, or a layer of that, is an attribute too, which is assigned before the peft model or after it."""
+    """Its base, or one of the base's layers, is also an attribute, which is assigned before or after the peft model."""
 
     def __init__(self, order: tuple[str, ...], network: nn.Module) -> None:
         super().__init__(net=nn.Identity())
@@ -141,7 +141,7 @@ def test_a_base_that_the_module_keeps_beside_the_peft_model_is_no_second_host(
     assert not [name for name in state(tmp_path / "1" / "step=12.ckpt") if "base_layer" in name]
 
 
-# -- state dicts of a module's own
+# -- modules with their own state_dict
 
 
 class OfTheNetwork(Classifier):
@@ -150,7 +150,7 @@ class OfTheNetwork(Classifier):
 
 
 def of_alpaca() -> Any:
-    """Its state_dict, which training scripts have copied from alpaca-lora, gives the adapter by other names."""
+    """With the state_dict that training scripts copied from alpaca-lora; it returns the adapter under other names."""
     net = in_a_peft_model()
     whole = net.state_dict
     net.state_dict = (lambda self, *_, **__: get_peft_model_state_dict(self, whole())).__get__(net, type(net))
@@ -158,7 +158,7 @@ def of_alpaca() -> Any:
 
 
 class LeavesOut(nn.Module):
-    """Holds a peft model, and nothing of it in its state dict."""
+    """Holds a peft model, but leaves all of it out of its state dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ OWN_STATES: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", OWN_STATES)
 def test_a_state_dict_of_its_own_changes_nothing(tmp_path: Path, kind: str) -> None:
-    """Not the file, nor the folder, nor the weights that are loaded, nor what it gives itself."""
+    """The file, the folder, the loaded weights and the result of the module's own state_dict stay as they are."""
     trained = assert_resumes(tmp_path, OWN_STATES[kind], callbacks=lambda: [EFMLoRA(0.5)])
     plain = Classifier(net=in_a_peft_model())
     fit(tmp_path, plain, [EFMLoRA(0.5), saver(tmp_path / "3")])
@@ -196,7 +196,7 @@ def test_a_state_dict_of_its_own_changes_nothing(tmp_path: Path, kind: str) -> N
 @needs_weight_averaging
 @pytest.mark.parametrize("make", [lambda: OfTheNetwork(net=in_a_peft_model()), lambda: Classifier(net=of_alpaca())])
 def test_averages_under_other_names_are_refused(tmp_path: Path, make: Any) -> None:
-    """They would bring the base into the file, and could not be resumed."""
+    """They would put the base into the file, and could not be resumed."""
     with pytest.raises(MisconfigurationException, match="WeightAveraging gives averages under other names"):
         fit(tmp_path, make(), [lightnings.EMAWeightAveraging(), saver(tmp_path)])
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
-"""Saves that end in the middle, several jobs in one folder, and files of other formats.
+"""Saves that end midway, several jobs in one folder, and files in other formats.
 
-Other full disks, and ranks with different files: tests/distributed/test_crashes.py and test_checkpoints.py.
+For other full disks, and ranks with different files, see tests/distributed/test_crashes.py and test_checkpoints.py.
 """
 
 import json
@@ -45,11 +45,11 @@ def assert_pair(file: Path) -> None:
         assert same(value, saved[f"net.{name.removesuffix('weight')}default.weight"])
 
 
-# -- saves that end in the middle
+# -- saves that end midway
 
 
 def test_a_first_save_that_ends_early_does_not_take_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job script looks for last.ckpt."""
+    """Job scripts look for last.ckpt."""
     save = torch.save
 
     def ends(checkpoint: Any, file: Any) -> None:
@@ -67,11 +67,11 @@ def test_a_first_save_that_ends_early_does_not_take_its_name(tmp_path: Path, mon
 
 
 def test_a_save_that_ends_between_file_and_folder_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the next one."""
+    """Until the next save."""
     put, file, saves = export._put_in_place, tmp_path / "last.ckpt", iter(range(10))
 
     def put_in_place(*args: Any) -> None:
-        if next(saves) == 2:  # the trial's and the first are over
+        if next(saves) == 2:  # after the trial save and the first one
             raise Killed
         put(*args)
 
@@ -91,7 +91,7 @@ def test_a_save_that_ends_between_file_and_folder_is_told_of(tmp_path: Path, mon
 
 
 def test_what_killed_jobs_left_is_deleted_after_an_hour(tmp_path: Path) -> None:
-    """Another job may be writing what is new."""
+    """Newer files may still be in use by another job."""
     old, new = tmp_path / f".old{PARTIAL}", tmp_path / f".new{PARTIAL}"
     for place in (old, new):
         place.mkdir()
@@ -131,11 +131,11 @@ def test_a_job_may_save_under_the_same_names_in_the_middle_of_a_save(
 def test_a_full_disk_that_safetensors_meets_is_named_and_leaves_the_former_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its error is not of the kind that Python's files raise."""
+    """It raises another kind of error than Python's file functions."""
     save, calls = peft.peft_model.safe_save_file, iter(range(100))
 
     def fails(*args: Any, **options: Any) -> None:
-        if next(calls) == 2:  # one each third step, and the trial's before
+        if next(calls) == 2:  # one call for the trial save, then one every third step
             raise SafetensorError("I/O error: No space left on device (os error 28)")
         save(*args, **options)
 
@@ -152,13 +152,13 @@ def test_a_full_disk_that_safetensors_meets_is_named_and_leaves_the_former_check
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, Any]:
-    """A file of one epoch, and what is in it."""
+    """A file saved after one epoch, and its content."""
     train(tmp_path, max_epochs=1)
     return tmp_path, torch.load(tmp_path / "last.ckpt", weights_only=True)
 
 
 def test_file_and_folder_tell_format_and_step(saved: tuple[Path, Any]) -> None:
-    """Those that tell none are of former versions, and are read."""
+    """Files without them come from earlier versions, and can still be read."""
     folder, checkpoint = saved
     found = json.loads((folder / "last" / LIST).read_text())
     assert (found["format"], found["step"], checkpoint[MARK].pop("format")) == (1, 6, 1)
@@ -207,7 +207,7 @@ def test_the_folder_in_the_place_of_the_file_is_refused(saved: tuple[Path, Any])
 
 @pytest.mark.parametrize("path", ["{folder}/ck/../mine", "local://{folder}/mine", "{folder}/mine"])
 def test_only_what_lies_in_its_own_folder_is_deleted(tmp_path: Path, path: str) -> None:
-    """A checkpoint that is resumed says itself which ones came before it."""
+    """The resumed checkpoint itself lists the ones that came before it."""
     (tmp_path / "mine").mkdir()
     keeps_one = saver(tmp_path / "ck", save_top_k=1, every_n_train_steps=1)
     keeps_one.best_model_path = path.format(folder=tmp_path)
@@ -220,7 +220,7 @@ def test_only_what_lies_in_its_own_folder_is_deleted(tmp_path: Path, path: str) 
 
 
 class Worsens(Classifier):
-    """Its first epoch is its best, and its fifth does not begin."""
+    """Its first epoch is the best, and its fifth doesn't start."""
 
     def on_validation_epoch_end(self) -> None:
         self.log("loss", float(self.current_epoch))
@@ -234,7 +234,7 @@ class Worsens(Classifier):
     "settings", [{"monitor": "loss"}, {"monitor": "loss", "every_n_epochs": 2}, {"save_top_k": 0}], ids=str
 )
 def test_the_last_checkpoint_is_of_the_last_epoch(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """Also if the epoch is not among the best, or a run that comes back would repeat all epochs since then."""
+    """Even if that epoch is not among the best; otherwise a resumed run would repeat all epochs since the best."""
     with pytest.raises(Killed):
         fit(
             tmp_path,

@@ -1,8 +1,8 @@
-"""The weights stored in the module are the clean ones at every moment, and no step makes a tensor of their size.
+"""The module's stored weights are always the clean ones, and no step allocates a tensor of the size of a full weight.
 
-Every hook of other callbacks (before and after ours), every hook of the module, the inside of every training step, and
-every checkpoint must hold the bits of a shadow. The other half guards against a test of nothing: while they hold them,
-the layers do read B + E. Nothing of the base is copied, and no full-size E exists.
+In every hook of other callbacks (before and after ours), every hook of the module, every training step and every
+checkpoint, the weights must equal a shadow bit for bit. To make sure that this tests something, it is also checked that
+the layers read B + E meanwhile. Nothing of the base is copied, and no full-size E exists.
 """
 
 from functools import partial
@@ -64,15 +64,15 @@ def test_stored_bits_in_every_hook(tmp_path, front_end):
     start = weights(module)
     fit(tmp_path, module, callbacks, val=make_loader(2), val_check_interval=3, num_sanity_val_steps=1, **kwargs, **clip)
 
-    manual = {"on_before_zero_grad"} if isinstance(module, TwoPassClassifier) else set()  # Lightning calls it nowhere
+    manual = {"on_before_zero_grad"} if isinstance(module, TwoPassClassifier) else set()  # Lightning never calls it
     for hook in TRAINING_HOOKS - manual:
         assert {"Before", "After"} <= shadow.seen[hook], hook
     for hook in ("on_train_batch_start", "on_after_backward", "on_before_optimizer_step", "backward"):
         assert "module" in shadow.seen[hook], hook
-    if front_end == "efmlora":  # no hook of a callback lies inside of the passes
+    if front_end == "efmlora":  # no callback hook runs inside the passes
         assert shadow.seen["perturbed"] == {"training_step", "backward"}
     perturbed = shadow.seen.get("perturbed", set())
-    # What is added to outputs and not to B is not seen here.
+    # This doesn't show what is added to outputs instead of B.
     assert ("training_step" in perturbed) is (front_end not in ("RandomPerturbation", "BiLoRA"))
     for hook in perturbed:
         assert "validation" not in hook
@@ -84,7 +84,7 @@ def test_stored_bits_in_every_hook(tmp_path, front_end):
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_every_checkpoint_holds_clean_weights(tmp_path, front_end):
-    """Saved from every hook of training and from inside the step, with and without the rest of the state."""
+    """Saved in every training hook and inside the step, with and without the rest of the state."""
     module, callbacks, kwargs, shadow = watched(front_end)
     saved: list[tuple[str, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
 
@@ -109,7 +109,7 @@ def test_every_checkpoint_holds_clean_weights(tmp_path, front_end):
 @pytest.mark.parametrize(("averaging", "ours_first"), [("mean", True), ("ema", False)])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_weight_averaging_beside_us_averages_clean_weights(tmp_path, front_end, ours_first, averaging):
-    """Lightning's averages equal those over the recorded clean trajectory, in the end and in checkpoints."""
+    """Lightning's averages equal those over the recorded clean trajectory, at the end and in checkpoints."""
     net = make_net()
     shadow = Shadow(net)
     module, callbacks, kwargs = build(front_end, net=net)
@@ -135,7 +135,7 @@ def test_weight_averaging_beside_us_averages_clean_weights(tmp_path, front_end, 
 
 
 class StepsByClosure(ByHand):
-    """Its forward and backward pass run within the optimizer's step."""
+    """Its forward and backward pass run inside the optimizer's step."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         def closure() -> Any:
@@ -162,7 +162,7 @@ HIDDEN = 13
 
 
 class Watch(TorchDispatchMode):
-    """Notes each tensor of a given number of entries that an operation puts into memory of its own."""
+    """Notes each tensor of a given number of entries for which an operation allocates new memory."""
 
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ def make_small_net() -> nn.Module:
 
 def watched_fit(tmp_path: Any, net: nn.Module, module: Any, callbacks: list[Any], **more: Any) -> Watch:
     """Watch every batch, from before the first hook of other callbacks to after their last."""
-    # All that LoRA does not train, and nothing else in the step has the size of one of these.
+    # All weights that LoRA does not train; nothing else in the step has the size of one of these.
     watch = Watch([parameter for parameter in net.parameters() if not parameter.requires_grad and parameter.dim() == 2])
     assert watch.numels == {FEATURES * HIDDEN, HIDDEN * CLASSES}
     starts = calling(on_train_batch_start=lambda *args: watch.__enter__())

@@ -1,4 +1,4 @@
-"""FlatnessMonitor: a run with it is the run without it, bit for bit; it can be used again; and what it refuses."""
+"""FlatnessMonitor: it doesn't change a bit of the run, can be used again, and refuses what it can't measure."""
 
 import copy
 import math
@@ -71,7 +71,7 @@ class Rich:
 
 
 class Course(Callback):
-    """Everything that training has after each batch and epoch."""
+    """All training state after each batch and epoch."""
 
     def __init__(self) -> None:
         self.states: list[Any] = []
@@ -90,7 +90,7 @@ class Course(Callback):
 
 
 def own_metrics(trainer: Any) -> dict[str, Tensor]:
-    """What the module has logged."""
+    """The metrics that the module itself has logged."""
     metrics = {**trainer.callback_metrics, **trainer.logged_metrics}
     return {name: torch.as_tensor(value).clone() for name, value in metrics.items() if "flatness" not in name}
 
@@ -197,7 +197,7 @@ def test_a_finder_of_its_own_takes_the_place_of_the_methods_adapter(tmp_path: An
 
 
 class DetectsInEvalMode(Classifier):
-    """Gives its losses in training mode alone, as torchvision's detection models do."""
+    """Returns its losses in training mode only, as torchvision's detection models do."""
 
     def loss(self, batch: Any, batch_idx: int) -> Any:
         if not self.training:
@@ -228,7 +228,7 @@ def test_a_step_that_fails_in_eval_mode_is_not_measured_and_trains_on(tmp_path: 
 
 
 class TeachesInTraining(Teaches):
-    """A momentum encoder that a step updates in training mode alone, or always."""
+    """A momentum encoder that each step updates, in training mode only."""
 
     def loss(self, batch: Any, batch_idx: int) -> Any:
         if self.training:

@@ -1,4 +1,4 @@
-"""FlatnessMonitor logs what the instruments say, at the steps that it was asked for."""
+"""FlatnessMonitor logs the instruments' numbers, at the requested steps."""
 
 import math
 import random
@@ -28,7 +28,7 @@ def test_every_measure_goes_on_where_a_pair_rests(tmp_path: Any) -> None:
 
 
 def measured_by_hand(net: nn.Module, numbers: list[int], measures: list[str]) -> dict[str, float]:
-    """The same by the functions, on some of the loader's batches."""
+    """The same numbers, computed with the package's functions on some of the loader's batches."""
     net.eval()
     batches = list(make_loader())
     losses = [lambda i=i: nn.functional.cross_entropy(net(batches[i][0]), batches[i][1]) for i in numbers]
@@ -38,14 +38,14 @@ def measured_by_hand(net: nn.Module, numbers: list[int], measures: list[str]) ->
 
 
 def test_the_numbers_are_those_of_the_instruments(tmp_path: Any) -> None:
-    """Weights that don't move: every measurement is that of the functions, on the first batches, in eval mode."""
+    """With constant weights, each measurement equals that of the functions, on the first batches, in eval mode."""
     net = make_net(0.3)
     monitor = FlatnessMonitor(0.3, every_n_steps=3, batches=3, measures=ALL_BUT_EMA, samples=4, sigma=0.1)
     rows = measured(tmp_path, Classifier(net=net, lr=0.0), [monitor])
     expected = measured_by_hand(net, [0, 1, 2], ALL_BUT_EMA)
     assert rows == [expected] * 4
     assert expected["sharpness"] > 0
-    assert expected["condition_B"] == math.inf  # B = 0 still
+    assert expected["condition_B"] == math.inf  # B is still 0
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
@@ -64,7 +64,7 @@ def test_the_defaults_are_cheap_and_beside_efmlora_measure_its_average(tmp_path:
     for front_end in ("plain", "efmlora"):
         module, callbacks, kwargs = build(front_end)
         rows = measured(tmp_path, module, [*callbacks, FlatnessMonitor(0.5)], **kwargs)
-        assert len(rows) == 2  # once an epoch
+        assert len(rows) == 2  # once per epoch
         names[front_end] = set(rows[0])
         assert same(float(module.trainer.callback_metrics["flatness/sharpness"]), rows[-1]["sharpness"])
     assert names["plain"] == {
@@ -76,7 +76,7 @@ def test_the_defaults_are_cheap_and_beside_efmlora_measure_its_average(tmp_path:
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_without_a_radius_of_its_own_it_takes_the_methods(tmp_path: Any, front_end: str) -> None:
-    """rho over time, scope and estimator too: the realized radius shows which were taken."""
+    """The schedule of rho, scope and estimator too: the realized radius shows which were used."""
     rho = CosineRho(0.8, 0.1)
     module, callbacks, kwargs = build(front_end, rho, estimator="projected", norm_scope="layer")
     monitor = KeepsPoints(every_n_steps=3, measures=["radius"])
@@ -88,7 +88,7 @@ def test_without_a_radius_of_its_own_it_takes_the_methods(tmp_path: Any, front_e
 
 
 def test_the_average_is_efmloras_own(tmp_path: Any) -> None:
-    """The gap is that of Ê as it is at the end, whatever the monitor's own radius."""
+    """The gap belongs to Ê at the end of the run, whatever the monitor's own radius is."""
     module, callbacks, kwargs = build("efmlora", rho=0.5, lr=0.05)
     (row,) = measured(tmp_path, module, [FlatnessMonitor(0.1, batches=6), *callbacks], max_epochs=1, **kwargs)
     losses = [lambda batch=batch: module.loss(batch, 0) for batch in make_loader()]
@@ -99,9 +99,9 @@ def test_the_average_is_efmloras_own(tmp_path: Any) -> None:
 
 
 def test_when(tmp_path: Any) -> None:
-    """Steps are the optimizer's, epochs are counted from one, and a window that accumulates counts once."""
+    """Steps are the optimizer's, epochs are counted from one, and an accumulation window counts once."""
     for settings, accumulate, expected in (
-        ({"every_n_steps": 1}, 4, [3, 5, 9, 11]),  # the last window of an epoch is shorter
+        ({"every_n_steps": 1}, 4, [3, 5, 9, 11]),  # an epoch's last window is shorter
         ({"every_n_steps": 3}, 1, [2, 5, 8, 11]),
         ({"every_n_steps": 3}, 4, [9]),
         ({"every_n_epochs": 2}, 1, [11]),
@@ -122,7 +122,7 @@ def test_a_run_that_is_too_short_to_be_measured_is_told(tmp_path: Any, settings:
 
 @pytest.mark.parametrize(("sanity", "steps"), [(0, [11, 17, 23]), (1, [5, 11, 17, 23])])
 def test_validation_batches_are_those_of_the_first_validation(tmp_path: Any, sanity: int, steps: list[int]) -> None:
-    """Those of the sanity check come earlier, and none is held twice; what validation sees is not changed."""
+    """Those of the sanity check come earlier, and none is kept twice; validation sees the batches unchanged."""
     runs = []
     for monitors in ([], [FlatnessMonitor(0.5, data="val", batches=3)]):
         module, logger = Classifier(), Recorder()
@@ -148,7 +148,7 @@ def test_a_measurement_takes_the_batches_that_have_passed_by(tmp_path: Any, in_e
 
 
 def test_mixed_precision_is_that_of_training(tmp_path: Any) -> None:
-    """As in training the loss is computed under autocast, and the run is left alone."""
+    """As in training, the loss is computed under autocast, and the run is not changed."""
     losses, after = {}, []
     for precision, monitors in (("bf16-mixed", True), ("32-true", True), ("bf16-mixed", False)):
         module = Classifier()
@@ -163,14 +163,14 @@ def test_mixed_precision_is_that_of_training(tmp_path: Any) -> None:
 
 
 class MeasuredByHand(ByHand):
-    """With a loss that can be measured."""
+    """Optimized by hand, with a loss that can be measured."""
 
     def compute_loss(self, batch: Any, batch_idx: int) -> Any:
         return self.loss(batch, batch_idx)
 
 
 def test_the_perturbation_of_another_callback_is_not_measured(tmp_path: Any) -> None:
-    """In manual optimization it lasts to the end of the batch, where the monitor may come first."""
+    """In manual optimization it lasts until the end of the batch, and the monitor's hook may run first."""
     rows = []
     for callbacks in ([], [RandomPerturbation(0.5)], [EFMLoRA(0.5)]):
         monitor = FlatnessMonitor(0.3, every_n_steps=1, measures=["sharpness"])
@@ -193,7 +193,7 @@ def test_what_is_compiled_is_measured_as_it_is_written(tmp_path: Any, of_module:
 
 
 def test_a_step_draws_the_same_in_every_pass(tmp_path: Any) -> None:
-    """So that weights which don't move have one loss, and a tiny radius a tiny sharpness, whatever the step draws."""
+    """So constant weights give a constant loss, and a tiny radius a tiny sharpness, whatever the step draws."""
     monitor = FlatnessMonitor(1e-6, every_n_steps=1, batches=1, measures=["sharpness"])
 
     class Draws(Classifier):

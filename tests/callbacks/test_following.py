@@ -1,4 +1,4 @@
-"""Pairs may freeze, unfreeze and be added in mid-fit: what stops learning is read clean, what starts is perturbed.
+"""Pairs may freeze, unfreeze and be added during a fit: only those that are learning are perturbed.
 
 A fit whose pairs never have a gradient perturbs nothing, and says so.
 """
@@ -37,7 +37,7 @@ from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, LoR
 
 
 class Watching:
-    """Notes what reads another weight in every training_step."""
+    """Notes which layers read a perturbed weight in each training_step."""
 
     def __init__(self, module: Any) -> None:
         self.moved: list[list[str]] = []
@@ -59,7 +59,7 @@ OTHERS = [LoRASAM, RandomPerturbation, BiLoRA, BalancednessRegularization]
 
 
 def test_pairs_that_stop_learning_are_read_clean(tmp_path):
-    """One, and then all; when they learn again, what was known before is read at once."""
+    """First one, then all; when they learn again, their last perturbation is read at once."""
     module = Classifier()
     watching = Watching(module)
     changes = [At(3, lambda module: freeze(module, layers=".2.")), At(5, freeze), At(8, lambda m: freeze(m, True))]
@@ -69,7 +69,7 @@ def test_pairs_that_stop_learning_are_read_clean(tmp_path):
 
 
 def test_an_adapter_made_active_in_mid_fit_is_perturbed(tmp_path):
-    """In a hook of the module, which comes after the callbacks'."""
+    """In a hook of the module, which runs after the callbacks' hooks."""
     module, callback = with_own(ALL_IN_OPTIMIZER)[0](net=two_adapters()), EFMLoRA(0.5)
     watching = Watching(module)
     change_at = At(3, lambda module: module.net.base_model.set_adapter("other"))
@@ -82,7 +82,7 @@ def test_an_adapter_made_active_in_mid_fit_is_perturbed(tmp_path):
 
 
 def test_an_adapter_added_in_mid_fit_is_perturbed(tmp_path):
-    """With a parameter group of its own; the walk at an epoch's start finds new layers, too."""
+    """With its own parameter group; the search at the start of an epoch also finds new layers."""
     module, callback = Classifier(), EFMLoRA(0.5)
     watching = Watching(module)
 
@@ -99,7 +99,7 @@ def test_an_adapter_added_in_mid_fit_is_perturbed(tmp_path):
 
 
 class Unfreeze(BaseFinetuning):
-    """As Lightning's documentation shows: LoRA is frozen for an epoch; then it, or a part, joins the optimizer."""
+    """As in Lightning's documentation: LoRA is frozen for an epoch; then all or part of it joins the optimizer."""
 
     def __init__(self, part: str = "") -> None:
         super().__init__()
@@ -117,14 +117,14 @@ class Unfreeze(BaseFinetuning):
 
 @pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, *OTHERS])
 def test_finetuning_that_unfreezes_later(tmp_path, callback):
-    """It starts, says at the end of the first epoch that nothing was perturbed, and perturbs from the second on."""
+    """It starts, warns at the end of the first epoch that nothing was perturbed, and perturbs from the second on."""
     module, plain, ours = Classifier(), Classifier(), callback(0.5)
     watching = Watching(module)
     with pytest.warns(UserWarning, match="no pair is trained now") as warned:
         fit(tmp_path, module, [ours, Unfreeze()])
     assert len([each for each in warned if "no pair" in str(each.message)]) == 1
     assert ours.step == 12
-    if callback is EFMLoRA:  # from its first refresh on, the step that they are first trained in
+    if callback is EFMLoRA:  # perturbed after the first refresh, in the first step that trains the pairs
         assert watching.moved == [*[[]] * 7, *[ALL] * 5]
     fit(tmp_path, plain, [Unfreeze()])
     assert not same(weights(module), weights(plain))
@@ -132,7 +132,7 @@ def test_finetuning_that_unfreezes_later(tmp_path, callback):
 
 
 class Joins(Unfreeze):
-    """Nothing is frozen."""
+    """Freezes nothing, so that the factors only join the optimizer later."""
 
     def freeze_before_training(self, pl_module: Any) -> None:
         pass
@@ -140,7 +140,7 @@ class Joins(Unfreeze):
 
 @pytest.mark.parametrize(("callback", "part"), [(EFMLoRA, ""), *product([EFMLoRA, *OTHERS], [".2."])])
 def test_factors_that_join_the_optimizer_later(tmp_path, callback, part):
-    """What never joins is said at the end."""
+    """Factors that never join are reported at the end."""
     module = with_own(HEAD_ONLY)[0]()
     watching = Watching(module)
     with pytest.warns(UserWarning, match=callback.__name__) as warned:
@@ -160,7 +160,7 @@ def test_an_adapter_that_no_optimizer_holds_is_said(tmp_path):
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_run_that_unfreezes_is_resumed(tmp_path, epoch):
-    """From before and after: the average waits in the file, and in the callback, until its pairs are trained."""
+    """From before and after: the average waits in the file, and then in the callback, until its pairs are trained."""
 
     class UnfreezeFrom(Unfreeze):
         def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
@@ -180,7 +180,7 @@ def test_a_run_that_unfreezes_is_resumed(tmp_path, epoch):
 
 
 class BothInAStep(trains(lambda name, parameter: "lora" in name)):  # type: ignore[misc]
-    """Activates one adapter and then the other, in training_step itself."""
+    """Activates one adapter and then the other, within training_step."""
 
     def loss(self, batch: Any, batch_idx: int) -> Any:
         module: Any = self
@@ -188,7 +188,7 @@ class BothInAStep(trains(lambda name, parameter: "lora" in name)):  # type: igno
         for adapter in ("default", "other"):
             module.net.set_adapter(adapter)
             losses.append(super().loss(batch, batch_idx))  # type: ignore[misc]
-        # peft has frozen the first one again, and its gradient would not be kept.
+        # peft has frozen the first one again, so its gradient would be lost.
         for name, parameter in module.net.named_parameters():
             parameter.requires_grad_("lora" in name)
         return losses[0] + losses[1]
@@ -214,7 +214,7 @@ def test_an_adapter_that_only_the_step_activates_is_perturbed_from_its_second_st
 
 
 class Detached(nn.Module):
-    """A trained head on the features of adapted layers, which a mistake has put under no_grad."""
+    """A trained head on the features of adapted layers, which run under no_grad by mistake."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class Detached(nn.Module):
 
 
 class Late(Detached):
-    """The adapters join after some steps, as the layers of a staged fine-tuning do."""
+    """The adapters join after some steps, like the layers in a staged fine-tuning."""
 
     calls = 0
 
@@ -247,7 +247,7 @@ CASES = [
 
 @pytest.mark.parametrize(("front_end", "case"), CASES)
 def test_a_fit_without_gradients_says_it_once(tmp_path: Any, front_end: str, case: Any) -> None:
-    """Gradients that come later are no reason."""
+    """Gradients that come later are no reason for another warning."""
     module, callbacks, kwargs = build(front_end, net=case())
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""A callback over a Trainer's life: evaluation, a second fit, weight averaging, and steps of a user's own."""
+"""A callback over a Trainer's life: evaluation, a second fit, weight averaging, and user-defined steps."""
 
 import copy
 from typing import Any
@@ -40,14 +40,14 @@ from lightning_flatlora.patching import put_on_instance
 
 
 def noting(sizes: list[float]) -> Callback:
-    """A callback that notes rho of every step."""
+    """A callback that notes rho in each step."""
     return calling(on_train_batch_start=lambda trainer, *_: sizes.append(driver_of(trainer).current_rho))
 
 
 @pytest.mark.parametrize("schedule", [LinearRho(1.0, 0.0), LearningRateRho(1.0)], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_a_second_fit_goes_on_with_the_schedule(tmp_path, front_end, schedule):
-    """One origin, and one initial learning rate: rho counts from the first fit's first step, towards the last's end."""
+    """rho starts at the first fit's first step and initial learning rate, and runs to the end of the last fit."""
     module, callbacks, kwargs = build(front_end, rho=schedule)
     sizes: list[float] = []
     trainer = fit(tmp_path, module, [*callbacks, noting(sizes)], max_epochs=1, **kwargs)
@@ -64,7 +64,7 @@ def test_a_second_fit_goes_on_with_the_schedule(tmp_path, front_end, schedule):
 @pytest.mark.parametrize("between", ["validate", "resumed"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_a_second_fit_goes_on_whatever_was_loaded_before(tmp_path, front_end, between):
-    """Lightning still knows the last run's checkpoint when the second fit begins."""
+    """Lightning still remembers the last run's checkpoint when the second fit begins."""
     module, callbacks, kwargs = build(front_end, rho=LinearRho(1.0, 0.0, total_steps=24))
     saving = ModelCheckpoint(tmp_path, save_last=True)
     trainer = fit(tmp_path, module, [*callbacks, saving], max_epochs=1, **kwargs)
@@ -82,7 +82,7 @@ def test_a_second_fit_goes_on_whatever_was_loaded_before(tmp_path, front_end, be
     assert driver_of(trainer).step == 18
     assert sizes == pytest.approx([1 - step / 24 for step in range(before, 18)])
     if between == "validate":
-        # Neither does another Trainer take what an evaluation has loaded.
+        # Nor does another Trainer use what was loaded for an evaluation.
         other = trainer_of(tmp_path, [*callbacks], max_epochs=1, limit_val_batches=1, **kwargs)
         other.validate(module, make_loader(1), ckpt_path=last, verbose=False)
         other.fit(module, make_loader(), make_loader(1))
@@ -105,7 +105,7 @@ class Normed(nn.Module):
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_the_epoch_that_refreshes_batch_norm_is_clean(tmp_path, front_end):
-    """Weight averaging runs it without any step: clean weights, no second pass, no count, no part of the horizon."""
+    """Weight averaging runs it without steps: clean weights, no second pass, no count, no part of the schedule."""
     module, callbacks, kwargs = build(front_end, rho=LinearRho(1.0, 0.0), net=Normed())
     passes: list[Any] = []
     module.inside.append(lambda module, _: passes.append((module.trainer.current_epoch, bool(moved(module)))))
@@ -118,11 +118,11 @@ def test_the_epoch_that_refreshes_batch_norm_is_clean(tmp_path, front_end):
     assert_no_trace(module)
 
 
-# -- steps of a user's own
+# -- user-defined steps
 
 
 class EverySecond(Classifier):
-    """Steps every second batch, as a schedule of one's own may do, through what it is given."""
+    """Steps only every second batch, by the optimizer and closure that it is given, as a user's schedule may do."""
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         if batch_idx % 2:
@@ -143,7 +143,7 @@ def test_steps_may_be_skipped(tmp_path):
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_evaluation_sees_clean_weights(tmp_path, front_end):
-    """In the sanity check, within epochs and after fit, the logits are those of the stored weights."""
+    """In the sanity check, during epochs and after the fit, the logits are those of the stored weights."""
     module, callbacks, kwargs = build(front_end)
     seen: list[str] = []
     inputs = make_dataset(4).tensors[0]
@@ -177,7 +177,7 @@ def test_validation_does_not_change_the_run(tmp_path, front_end):
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_second_fit_of_one_trainer(tmp_path, front_end):
-    """With more epochs allowed the same Trainer trains on: the count continues, Ê begins anew as the optimizer does."""
+    """With a higher max_epochs the same Trainer trains on: the count continues; Ê starts anew, like the optimizer."""
     module, callbacks, kwargs = build(front_end)
     trainer = fit(tmp_path, module, callbacks, max_epochs=1, **kwargs)
     fresh, fresh_callbacks, _ = build(front_end)
@@ -194,7 +194,7 @@ def test_second_fit_of_one_trainer(tmp_path, front_end):
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_compiled_network_toggles_without_recompiling(tmp_path, front_end):
-    """One graph for the clean weights and one for the moved, and the run of the network that is not compiled."""
+    """One graph for the clean and one for the perturbed weights; the run equals that of the uncompiled network."""
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
@@ -211,11 +211,11 @@ def test_compiled_network_toggles_without_recompiling(tmp_path, front_end):
     assert list(E) == list(expected)  # no _orig_mod in the names
 
 
-# -- the user's own manual optimization, and other forms of training_step
+# -- manual optimization by the user, and other forms of training_step
 
 
 class InWindows(ByHand):
-    """With one optimizer for all, or one for the pairs and one for the bias."""
+    """With one optimizer for everything, or one for the pairs and one for the bias."""
 
     def __init__(self, optimizers: int, accumulate: int) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ class InWindows(ByHand):
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("optimizers", [1, 2])
 def test_efmlora_in_a_module_optimized_by_hand(tmp_path, optimizers, accumulate):
-    """With one or two optimizers of which one holds all pairs: the run of automatic optimization, bit for bit."""
+    """With one optimizer, or two of which one holds all pairs, the run equals automatic optimization bit for bit."""
     module = InWindows(optimizers, accumulate)
     callback, other_callback = EFMLoRA(0.5, every_n_steps=2), EFMLoRA(0.5, every_n_steps=2)
     fit(tmp_path, module, [callback])
@@ -259,7 +259,7 @@ def test_efmlora_in_a_module_optimized_by_hand(tmp_path, optimizers, accumulate)
 
 
 class NoIndex(Losses, LightningModule):
-    """Takes the batch alone, and returns a mapping."""
+    """Takes only the batch, and returns a mapping."""
 
     def training_step(self, batch: Any) -> Any:
         return {"loss": self.loss(batch, 0), "more": 1}
@@ -292,11 +292,11 @@ def test_put_on_instance_restores_what_was_there() -> None:
     put_back = put_on_instance(module, "log", str)
     module.log = int  # type: ignore[method-assign, assignment]
     put_back()
-    assert module.log is int  # what somebody else has put on top stays
+    assert module.log is int  # a patch that other code has added on top is kept
 
 
 def test_an_instances_own_configure_optimizers_is_kept(tmp_path: Any) -> None:
-    """As LightningCLI sets one for an optimizer in YAML."""
+    """LightningCLI sets one for an optimizer in YAML."""
     module = TwoPassClassifier(0.5)
     own = lambda: torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)  # noqa: E731
     module.configure_optimizers = own  # type: ignore[method-assign]

@@ -1,6 +1,6 @@
-"""litgpt's own GPT, with LoRA on q, k and v in one layer: exact, saved, and merged by litgpt.
+"""litgpt's own GPT, with LoRA on q, k and v in one layer: trained exactly, saved, and merged by litgpt.
 
-Stacked q, k and v are a hostile module, too: see tests/test_hostile_modules.py.
+For stacked q, k and v among the hostile modules, see tests/test_hostile_modules.py.
 """
 
 from pathlib import Path
@@ -53,7 +53,7 @@ def train(
 @pytest.mark.parametrize("front_end", ["EFMLoRA", "FMLoRA", "FMLoRAModule"])
 @pytest.mark.parametrize("which", STACKED)
 def test_steps_equal_the_dense_reference(which: str, front_end: str, estimator: Any) -> None:
-    """Weights after three steps, where the reference has separate parameters and moves them."""
+    """The weights after three steps; the reference has separate parameters and really moves them."""
     apart, pairs = split(gpt(which))
     beta = 0.7 if front_end == "EFMLoRA" else None
     run = Reference(apart, pairs, loss, optimizer_of(apart), lambda step: RHO, beta=beta, estimator=estimator)
@@ -85,7 +85,7 @@ def test_a_merged_layer_is_no_pair() -> None:
 
 @pytest.mark.parametrize("which", STACKED)
 def test_noise_is_relative_to_the_whole_weights_rows(which: str) -> None:
-    """The deviation of each row, and the weights that get noise, against litgpt's own sum of base and update."""
+    """Each row's deviation, and which weights get noise, compared with litgpt's own sum of base and update."""
     model = gpt(which)
     noise = WeightNoise(model, finder=litgpt_pairs)
     assert len(noise.names) == len(find_pairs(model, finder=litgpt_pairs).pairs)
@@ -129,7 +129,7 @@ def test_adapter_checkpoint_leaves_out_the_base_and_is_resumed(tmp_path: Path) -
 
 
 def test_the_folder_holds_what_litgpt_reads(tmp_path: Path) -> None:
-    """The file of litgpt's own program: its script loads it over the pretrained weights, as here."""
+    """It holds the file of litgpt's own program, whose script loads it on top of the pretrained weights, as here."""
     module = LanguageModel(gpt("all layers"))
     train(module, EFMLoRA(RHO, finder=litgpt_pairs), save_of(tmp_path, every_n_train_steps=3), steps=3)
     adapter = torch.load(tmp_path / "step=3" / "lit_model.pth.lora")["model"]
@@ -148,7 +148,7 @@ def test_other_finders_leave_factors_by_name(tmp_path: Path) -> None:
     factors = load_file(tmp_path / "step=3" / "factors.safetensors")
     assert "lm_head.lora_A" in factors
     assert all(same(value, dict(module.model.named_parameters())[name].detach()) for name, value in factors.items())
-    # The trained factors of other layers are parts of the base, and in the file.
+    # The trained factors of other layers count as parts of the base, and are in the checkpoint.
     assert any("qkv.lora_B" in name for name in torch.load(tmp_path / "step=3.ckpt")["state_dict"])
 
 

@@ -1,4 +1,4 @@
-"""The mixtures of experts of transformers in a Trainer: trained with their routers, resumed, exported, checkpointed."""
+"""transformers' mixtures of experts in a Trainer: trained with their routers, resumed, exported, checkpointed."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     # Attention, experts and routers.
     "Qwen3-MoE": (Qwen3MoeConfig(**TINY, moe_intermediate_size=8, num_experts=8), {"target_modules": "all-linear"}),
     "OLMoE": (OlmoeConfig(**TINY, num_experts=8), {"target_modules": "all-linear"}),
-    # Its experts stand under no name that all-linear knows.
+    # all-linear doesn't know the names of its experts.
     "gpt-oss": (
         GptOssConfig(**TINY, num_local_experts=8),
         {
@@ -56,7 +56,7 @@ def base(title: str) -> Any:
 
 
 class OfTokens(Classifier):
-    """The loss of a language model."""
+    """A language model's loss."""
 
     def loss(self, batch: Tensor, batch_idx: int) -> Tensor:
         value: Tensor = self.net(input_ids=batch, labels=batch).loss
@@ -76,7 +76,7 @@ def network(title: str, checkpointing: bool = False) -> nn.Module:
 
 
 def train(folder: Path, module: Any, callbacks: list[Any], ckpt_path: Any = None) -> None:
-    # Few tokens, so that some experts have none in some steps.
+    # With so few tokens, some experts get none in some steps.
     loader = DataLoader(torch.randint(2, 32, (3, 1, 6), generator=torch.Generator().manual_seed(1)), batch_size=None)
     fit(folder, module, callbacks, loader, ckpt_path=ckpt_path)
 

@@ -1,7 +1,7 @@
-"""Every precision trains, and a batch that overflows changes nothing but the loss scaler.
+"""Every precision trains, and a batch that overflows only changes the loss scaler.
 
-Overflow is made in three places, in the whole loss, in one trained parameter that is no LoRA factor, and in the second
-pass alone; the run must continue, bit for bit, as one that never saw the batch, at the scale that the scaler fell to.
+The overflow is in the whole loss, in one trained parameter that is not a LoRA factor, or in the second pass only; the
+run must continue bit for bit like one that never saw the batch, at the scale to which the scaler has fallen.
 """
 
 import copy
@@ -45,7 +45,7 @@ def half_precision() -> MixedPrecision:
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_every_precision_trains_flat(tmp_path, front_end, precision):
-    """Weights keep their dtype, E is in float32 or wider and inside the ball, and it is not the base run."""
+    """The weights keep their dtype, E is float32 or wider and inside the ball, and the run differs from plain LoRA."""
     dtype = torch.float64 if precision == "64-true" else torch.float32
     ends = []
     for front, rho in ((front_end, 0.5), ("plain", 0.5)):
@@ -67,7 +67,7 @@ def test_every_precision_trains_flat(tmp_path, front_end, precision):
 
 @pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, SAM, LoRASAM, BalancednessRegularization])
 def test_bf16_true_warns(tmp_path, callback):
-    """A small E is lost where B is kept in bfloat16: said once at the start."""
+    """A small E is lost if B is kept in bfloat16; one warning at the start says so."""
     with pytest.warns(UserWarning, match=r"stored in torch.bfloat16.*bf16-mixed"):
         fit(tmp_path, Classifier(), [callback(0.5)], make_loader(dtype=torch.bfloat16), precision="bf16-true")
 
@@ -76,7 +76,7 @@ def test_bf16_true_warns(tmp_path, callback):
 
 
 class Overflow(Callback):
-    """Makes one batch overflow, and records what was before and after the window that holds it."""
+    """Makes one batch overflow, and records the state before and after its window."""
 
     def __init__(self, where: str, bad: int, window: set[int]) -> None:
         self.where, self.bad, self.window = where, bad, window
@@ -86,7 +86,7 @@ class Overflow(Callback):
         self.handle: Any = None
 
     def inside(self, module: Any, batch_idx: int) -> None:
-        """Poison one gradient of this pass, where that is asked for."""
+        """Poison one gradient of this pass, if the test asks for it."""
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
@@ -106,19 +106,19 @@ class Overflow(Callback):
 
 
 def snapshot(trainer: Any) -> tuple[Any, Any, Any]:
-    """Copies of the weights, of an average Ê, and of the optimizer's state."""
+    """Copies of the weights, of the average Ê if there is one, and of the optimizer's state."""
     callback = driver_of(trainer)
     optimizer = copy.deepcopy(trainer.optimizers[0].state_dict()["state"])
     return weights(trainer.lightning_module), E_hat(callback) if isinstance(callback, EFMLoRA) else {}, optimizer
 
 
 def lower_scale(index: int) -> Callback:
-    """Halves the scale at one batch, as the scaler of the other run did when it met the overflow."""
+    """Halves the scale at one batch, as the other run's scaler did at the overflow."""
 
     def halve(trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == index:
             scaler = trainer.precision_plugin.scaler
-            scaler.scale(torch.ones(()))  # makes the scale, if no step has yet
+            scaler.scale(torch.ones(()))  # creates the scale, if no step has done so yet
             scaler.update(scaler.get_scale() / 2)
 
     return calling(on_train_batch_start=halve)
@@ -142,7 +142,7 @@ OVERFLOWS = [
 def test_overflow_changes_nothing_but_the_scaler(tmp_path, front_end, where, which):
     """Batch ``bad`` overflows: E, weights and Adam's state stay, and the run continues as if without its window."""
     window, bad = which
-    every = {"every_n_steps": 1}  # a skipped step counts, so other intervals would shift against the shorter run
+    every = {"every_n_steps": 1}  # a skipped step counts, so longer intervals would shift against the shorter run
     skipped = set(range(bad // window * window, bad // window * window + window))
     dataset = make_dataset(BATCHES * SIZE)
 

@@ -1,4 +1,4 @@
-"""What can't work is refused before the first step, all of it in one message, and nothing was touched by then."""
+"""What can't work is refused before the first step, in a single message, and everything is left as it was."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,7 +52,7 @@ def named(rho: float) -> EFMLoRA:
 
 def merged(module: Any) -> None:
     module.net.merge_adapter()
-    # With another trained part beside it nothing would have failed.
+    # With another trained part next to it, nothing would have failed.
     module.head = nn.Linear(3, 3)
 
 
@@ -65,7 +65,7 @@ class ByHand:
 
 
 class TwoOptimizers(ByHand):
-    """One for the A factors and one for the rest."""
+    """One optimizer for the A factors and one for the rest."""
 
     def configure_optimizers(self) -> Any:
         of_A = [p for name, p in self.named_parameters() if p.requires_grad and "lora_A" in name]
@@ -73,7 +73,7 @@ class TwoOptimizers(ByHand):
 
 
 class Apart(ByHand):
-    """A network and an optimizer of its own for each of two adapters."""
+    """Two adapters, each with its own network and optimizer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -92,7 +92,7 @@ class Searching(SGD):
 
 
 class StepsInside:
-    """Steps the optimizer inside Lightning's."""
+    """Steps the inner optimizer within Lightning's step."""
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         optimizer.optimizer.step(closure=optimizer_closure)
@@ -112,7 +112,7 @@ class Around:
 
 
 class Endless(IterableDataset):
-    """As long as one likes, and of no known length."""
+    """A stream whose length is unknown."""
 
     def __iter__(self) -> Any:
         yield from (sample for sample in make_loader(6).dataset)
@@ -142,7 +142,7 @@ def automatic(module: Any) -> None:
 
 @dataclass
 class Case:
-    """What is refused under which front ends, and the words of the message."""
+    """The front ends under which something is refused, and the words of the message."""
 
     words: tuple[str, ...]
     front_ends: tuple[str, ...] = CALLBACKS
@@ -203,7 +203,7 @@ CASES: dict[str, Case] = {
         ("training_step(dataloader_iter)", "training_step(batch, batch_idx)"), ("fmlora",), FromIterator
     ),
     "no end, cosine": Case(("CosineRho", *REMEDIES), SINGLE, rho=CosineRho(1.0, 0.0), trainer=NO_END),
-    # Lightning estimates such a run at max_steps, which is -1 where it was not set.
+    # Lightning takes max_steps as the length of such a run, which is -1 if it isn't set.
     "no length": Case(("total_steps",), SINGLE, rho=CosineRho(1.0, 0.0), loader=endless, trainer={"max_epochs": 1}),
     "another schedule": Case(
         ("give start_step and every_n_steps to EFMLoRA",),
@@ -226,7 +226,7 @@ CASES: dict[str, Case] = {
         ("module",),
         prepare=uses(SGD, lr_scheduler.ReduceLROnPlateau),
     ),
-    # One message, one line each.
+    # One message, with a line for each problem.
     "several at once": Case(
         ("FMLoRA: 4 problems", "keep one", "manual optimization", "adapter_name must be", "steps its optimizer itself"),
         ("fmlora",),
@@ -237,7 +237,7 @@ CASES: dict[str, Case] = {
         trainer={"max_epochs": -1},
     ),
 }
-# These show when the first step comes.
+# These are found at the first step.
 AT_THE_FIRST_STEP: dict[str, Case] = {
     "several gradients": Case(
         ("Searching needs several gradients",),
@@ -277,7 +277,7 @@ def test_refused_before_the_first_step_is_taken(tmp_path: Any, title: str, front
     assert [type(m) for m in module.modules()] == kinds
     assert_no_trace(module)
     if title == "both callbacks":
-        # The same objects train once what was wrong is put right.
+        # The same objects train once the problem is fixed.
         fit(tmp_path, module, callbacks[:1])
         assert callbacks[0].step == 12
         assert_no_trace(module)

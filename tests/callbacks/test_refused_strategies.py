@@ -1,4 +1,4 @@
-"""Strategies that cannot work are refused with the remedy; what only ranks see: tests/distributed/test_refusals.py."""
+"""Unusable strategies are refused with a remedy; for what only ranks see, see tests/distributed/test_refusals.py."""
 
 import sys
 from types import SimpleNamespace
@@ -43,12 +43,12 @@ def strategy_problems_of(strategy: Any, front_end: Any, accumulate: int = 1) -> 
 
 
 def without_its_library(kind: type[Strategy]) -> Strategy:
-    """A strategy whose own constructor wants DeepSpeed or torch_xla."""
+    """A strategy whose own constructor needs DeepSpeed or torch_xla."""
     return kind.__new__(kind)
 
 
 class MyTPU(XLAStrategy):
-    """A user's own, under a name that does not say what it is."""
+    """A user's own class, whose name doesn't tell what it is."""
 
 
 class Homemade(Strategy):
@@ -93,7 +93,7 @@ def test_efmlora_beside_a_module_whose_ranks_have_their_own_perturbation(monkeyp
 
 
 class OwnDDP(DDPStrategy):
-    """A user's own, or another library's."""
+    """From a user or another library."""
 
 
 @pytest.fixture
@@ -115,13 +115,13 @@ def test_a_subclass_of_ddp_that_keeps_its_parameters_otherwise(one_process_group
     strategy._model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
     assert not strategy_problems_of(strategy, EFMLoRA)
     assert not monitor_problems(strategy)
-    strategy.cluster_environment.set_world_size(2)  # of which the group holds one
+    strategy.cluster_environment.set_world_size(2)  # but the group holds only one
     (problem,) = strategy_problems_of(strategy, EFMLoRA)
     assert "over all 2 ranks" in problem
 
 
 def test_nemos_strategy_is_refused_however_it_wraps(one_process_group, monkeypatch):
-    """A DDPStrategy by its class alone: Megatron's parallel state tells it."""
+    """Its class is just a DDPStrategy: only Megatron's parallel state gives it away."""
     state = SimpleNamespace(model_parallel_is_initialized=lambda: True)
     monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", state)
     strategy = OwnDDP(cluster_environment=LightningEnvironment())

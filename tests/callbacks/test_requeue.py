@@ -1,4 +1,4 @@
-"""A signal ends a run between steps, saved; the run that comes back ends in the bits of one that nobody interrupted."""
+"""A signal saves and ends a run between steps; the resumed run ends bit for bit like an uninterrupted one."""
 
 import os
 import signal
@@ -62,7 +62,7 @@ def run(
     kind: Any = AdapterCheckpoint,
     **settings: Any,
 ) -> Any:
-    """Train three epochs of five batches with a validation of three, or what ``settings`` say."""
+    """Train three epochs of five batches, each with a validation of three, unless ``settings`` differ."""
     classes = {"classes": (ByHand, ByHand)} if method == "by hand" else {}
     module, callbacks, kwargs = build("plain" if classes else method, accumulate=accumulate, **classes)
     if classes:
@@ -76,7 +76,7 @@ def run(
 
 
 def assert_comes_back(tmp_path: Path, method: str, send: Send, status: int = USR1, **settings: Any) -> list[Any]:
-    """The run ends with a status, and started again ends as one that was not interrupted; what it did."""
+    """The run ends with this status and, resumed, ends like an uninterrupted one; returns the notes of what it did."""
     expected: list[Any] = []
     notes: list[Any] = []
     whole = run(tmp_path / "whole", method, Notes(expected), **settings)
@@ -125,7 +125,7 @@ def test_it_comes_back(tmp_path: Path, method: str, moment: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("call", [2, 3])
 def test_it_does_not_end_within_an_accumulation(tmp_path: Path, method: str, call: int) -> None:
-    """Not between its batches, and not in a validation there: no checkpoint holds the gradients."""
+    """Neither between its batches nor in a validation there, since no checkpoint holds the gradients."""
     if method != "by hand":
         settings: dict[str, Any] = {"accumulate": 2, "val_check_interval": 1}
         assert_comes_back(tmp_path, method, Send("on_train_batch_start", call), **settings)
@@ -146,13 +146,13 @@ LAST_BATCHES = [{"max_steps": 13}, {"max_steps": 13, **WITHOUT_VALIDATION}]
 
 @pytest.mark.parametrize(("settings", "call"), [*product(VALIDATIONS, (0, 1)), *product(LAST_BATCHES, (4,))], ids=str)
 def test_it_comes_back_whenever_the_run_validates(tmp_path: Path, settings: dict[str, Any], call: int) -> None:
-    """Also if an epoch is one step, and from an epoch's last batch with max_steps."""
+    """Even if an epoch is a single step, or at an epoch's last batch with max_steps."""
     assert_comes_back(tmp_path, "efmlora", Send("on_train_batch_start", call), **settings)
 
 
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_start", "on_train_batch_start"])
 def test_it_comes_back_many_times(tmp_path: Path, hook: str) -> None:
-    """Also out of a validation that a start before has not finished."""
+    """Even from a validation that an earlier start has not finished."""
     expected: list[Any] = []
     whole = run(tmp_path / "whole", "efmlora", Notes(expected))
     notes: list[Any] = []
@@ -181,7 +181,7 @@ def test_it_holds_the_signals_that_it_is_given(tmp_path: Path, number: signal.Si
 
 
 def test_it_puts_the_handlers_back(tmp_path: Path) -> None:
-    """After each kind of end; Lightning's own hold only until this callback's replace them."""
+    """However the fit ends; Lightning's own handlers last only until this callback replaces them."""
 
     def handler(*_: Any) -> None:
         raise AssertionError
@@ -203,7 +203,7 @@ def test_it_puts_the_handlers_back(tmp_path: Path) -> None:
 
 
 class Never(Callback):
-    """A step that does not end: waits for a signal that is repeated, early and late."""
+    """Stays in one step, and sends the signal to its own process again and again, with these pauses."""
 
     def __init__(self, pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
         self.pauses, self.time, self.sent = pauses, 100.0, 0
@@ -221,7 +221,7 @@ class Never(Callback):
 def test_a_signal_that_is_repeated_late_ends_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: list[float], step: int | None
 ) -> None:
-    """Early it comes from those who send it twice."""
+    """An early repetition, by senders that send each signal twice, doesn't."""
     never = Never(pauses, monkeypatch)
     with pytest.raises(SystemExit) as end:
         run(tmp_path, "efmlora", never)
@@ -233,7 +233,7 @@ def test_a_signal_that_is_repeated_late_ends_at_once(
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_after_the_last_step_is_delivered_when_the_fit_is_over(tmp_path: Path, number: int) -> None:
-    """That of SLURM has come to its end: the run is done."""
+    """SLURM's signal has nothing left to do: the run is finished."""
     got: list[int] = []
     before = signal.signal(number, lambda *_: got.append(number))
     trainer = run(tmp_path, "efmlora", Send("on_train_epoch_end", EPOCHS - 1, number))
@@ -256,7 +256,7 @@ def test_it_holds_the_signal_of_lightnings_environment(tmp_path: Path, monkeypat
 
 
 def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, status: int = 0, **more: str) -> Any:
-    """One task of a SLURM job, whose scontrol writes down its arguments; a function that reads these."""
+    """Set up one task of a SLURM job; returns a function that reads the arguments of the calls of scontrol."""
     of_job = {"ID": "77", "NAME": "train", "NODELIST": "localhost"}
     of_task = {"NTASKS": "1", "NTASKS_PER_NODE": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "NNODES": "1"}
     for name, value in {**{f"JOB_{key}": of_job[key] for key in of_job}, **of_task, **more}.items():
@@ -279,7 +279,7 @@ def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, status: int = 0, **more
     ("number", "job", "requeued"),
     [
         (signal.SIGUSR1, {}, ["requeue", "77"]),
-        (signal.SIGTERM, {}, None),  # scancel's
+        (signal.SIGTERM, {}, None),  # sent by scancel
         (signal.SIGUSR1, {"ARRAY_JOB_ID": "70", "ARRAY_TASK_ID": "3"}, ["requeue", "70_3"]),
     ],
 )
@@ -290,7 +290,7 @@ def test_a_slurm_job_or_its_task_of_an_array_is_requeued_by_its_signal(
     with pytest.raises(SystemExit):
         run(tmp_path, "efmlora", Send("on_train_batch_start", 2, number), plugins=SLURMEnvironment())
     assert calls() == [requeued] * (requeued is not None)
-    assert not list(tmp_path.glob("hpc*"))  # Lightning's
+    assert not list(tmp_path.glob("hpc*"))  # the files of Lightning's own requeueing
     assert torch.load(tmp_path / "saved/last.ckpt", weights_only=True)["global_step"] == 3
 
 
@@ -298,7 +298,7 @@ def test_a_slurm_job_or_its_task_of_an_array_is_requeued_by_its_signal(
 def test_a_job_that_can_not_be_requeued_is_saved_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int | None
 ) -> None:
-    """An error of scontrol's, or none on the path, as in containers."""
+    """scontrol fails, or is not on the path, as in containers."""
     slurm(tmp_path, monkeypatch, status or 0)
     if status is None:
         monkeypatch.setenv("PATH", "")
@@ -316,7 +316,7 @@ def test_a_job_that_can_not_be_requeued_is_saved_and_says_so(
 def test_lightnings_checkpoint_of_another_job_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    """It would be loaded without a word; the job that wrote it, which was requeued, may have it."""
+    """It would be loaded silently, though it may belong to another job, which was requeued and needs it."""
     slurm(tmp_path, monkeypatch)
     stale = tmp_path / "hpc_ckpt_1.ckpt"
     trainer = run(tmp_path, "efmlora", plugins=SLURMEnvironment())

@@ -1,8 +1,8 @@
-"""A resumed run ends in the bits of the run that was never interrupted, and one at rho = 0 in those of plain LoRA.
+"""A resumed run ends bit for bit like an uninterrupted one, and a run at rho = 0 like plain LoRA.
 
-Files are ModelCheckpoint's, in the middle of an epoch and at its end. Settings that would change the meaning of the
-state are refused with the reason; the radius may change; a file without our state starts afresh. That another rho is
-another run, and other modules, are in tests/test_hostile_modules.py.
+Files are ModelCheckpoint's, from within an epoch and from its end. Settings that would change the meaning of the state
+are refused with the reason; the radius may change; a file without our state starts afresh. For resuming with another
+rho, and other modules, see tests/test_hostile_modules.py.
 """
 
 from contextlib import nullcontext
@@ -47,7 +47,7 @@ def seed(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
 
 
 class AtEnds(ModelCheckpoint):
-    """A second one, under a state key of its own."""
+    """A second ModelCheckpoint, with its own state key."""
 
 
 def run(
@@ -80,7 +80,7 @@ def run(
 
 
 def state_of(trainer: Any) -> dict[str, Any]:
-    """Everything that must be equal in the end."""
+    """All state that must be equal at the end."""
     callback = driver_of(trainer)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return {
@@ -101,7 +101,7 @@ def assert_same_end(trainer: Any, other: Any) -> None:
 
 
 def resume_points(accumulate: int) -> list[str]:
-    """Mid-epoch in the second epoch, and the end of the first: files by optimizer step."""
+    """Files by optimizer step: from within the second epoch, and from the end of the first."""
     per_epoch = -(-BATCHES // accumulate)
     return [f"steps/{per_epoch + 2}", f"steps/{per_epoch}", f"ends/{per_epoch}"]
 
@@ -136,7 +136,7 @@ def both_adapters() -> Any:
 
 @pytest.mark.parametrize("front_end", ["efmlora", "efmlora+module"])
 def test_another_adapter_is_refused(tmp_path, front_end):
-    """Its state has another key, and the run would start anew."""
+    """Its state has another key, so the run would start from scratch."""
     run(tmp_path, front_end, net=both_adapters(), adapter_name="default")
     net = both_adapters()
     message = r"holds the state of .*'default'.*, but this is .*'other'.*: give that run's adapter_name"
@@ -147,7 +147,7 @@ def test_another_adapter_is_refused(tmp_path, front_end):
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_a_refused_checkpoint_is_forgotten(tmp_path, front_end):
-    """The same objects can be trained without it afterwards, from the start."""
+    """The same objects can then be trained without it, from the start."""
     run(tmp_path, front_end)
     net = make_net()
     module, callbacks, kwargs = build(front_end, net=net, estimator="projected", norm_scope="layer")
@@ -161,7 +161,7 @@ def test_a_refused_checkpoint_is_forgotten(tmp_path, front_end):
 
 
 def test_a_checkpoint_of_plain_lora_starts_afresh(tmp_path):
-    """And says that a schedule which joins in the middle will not end."""
+    """And warns that a schedule which only starts midway will not reach its end."""
     module, _, kwargs = build("plain")
     fit(tmp_path, module, [], max_epochs=1, **kwargs).save_checkpoint(tmp_path / "plain.ckpt")
     for rho in (CosineRho(1.0, 0.0), CosineRho(1.0, 0.0, total_steps=6)):
@@ -176,7 +176,7 @@ def test_a_checkpoint_of_plain_lora_starts_afresh(tmp_path):
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_the_state_is_plain_and_small(tmp_path, front_end):
-    """torch.load(weights_only=True) reads it; E is kept for EFMLoRA alone, once, by clean names."""
+    """torch.load(weights_only=True) reads it; E is kept only for EFMLoRA, once, under clean names."""
     run(tmp_path, front_end)
     states = torch.load(tmp_path / "steps" / "7.ckpt", weights_only=True)["callbacks"]
     ours = {key: state for key, state in states.items() if "LoRA" in key}
@@ -192,7 +192,7 @@ def test_the_state_is_plain_and_small(tmp_path, front_end):
 
 
 class Course(Callback):
-    """The weights after every batch, and the losses that the Trainer was given."""
+    """The weights after each batch, and the losses that the Trainer received."""
 
     def __init__(self) -> None:
         self.weights: list[dict[str, torch.Tensor]] = []
@@ -200,14 +200,14 @@ class Course(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
         self.weights.append(weights(pl_module))
-        # In automatic optimization Lightning hands out the loss divided by the window.
+        # In automatic optimization Lightning returns the loss divided by the window.
         divisor = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
         self.losses.append(outputs["loss"] * divisor)
 
 
 @cache
 def course(front_end: str, accumulate: int, clip: float | None, precision: str) -> Any:
-    """One run with dropout and a scheduler: weights and losses batch by batch, Adam's state, the generator's state."""
+    """One run with dropout and a scheduler: weights and losses of each batch, Adam's state, the generator's state."""
     module, callbacks, kwargs = build(front_end, rho=0, net=make_net(0.3), accumulate=accumulate)
     if "module" in front_end:
         module.gradient_clip_val = clip

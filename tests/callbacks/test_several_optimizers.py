@@ -1,4 +1,4 @@
-"""Several optimizers under manual optimization: a step count, a ball and an average for the pairs of each."""
+"""Several optimizers under manual optimization: each has its own step count, ball and average for its pairs."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning_flatlora import AdapterCheckpoint, CosineRho, EFMLoRA
 
 
 class Pair(LightningModule):
-    """Two networks under LoRA that are trained against each other, each by its own optimizer."""
+    """Two LoRA networks that are trained against each other, each with its own optimizer."""
 
     def __init__(self, toggle: bool = False, adapters: tuple[str, str] = ("default", "default")) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Pair(LightningModule):
 
 @pytest.mark.parametrize("toggle", [False, True])
 def test_one_callback_follows_the_pairs_of_each_optimizer(tmp_path, toggle):
-    """Each optimizer's pairs have their own step count; a toggled one's are read clean while the other learns."""
+    """The pairs of each optimizer have their own step count; toggled ones are read clean while the others learn."""
     torch.manual_seed(0)
     module, callback = Pair(toggle), EFMLoRA(0.1, estimator="projected", beta=1.0)
     fit(tmp_path, module, [callback], max_epochs=1)
@@ -67,7 +67,7 @@ def test_one_callback_follows_the_pairs_of_each_optimizer(tmp_path, toggle):
         (pair,) = course.pairs
         (E,) = course.perturbation.state_dict()["E"].values()
         radius = float((pair.scaling * E @ pair.A.detach()).norm())
-        assert 0 < radius < 0.11  # rho is 0.1, and A one step further than when E was taken
+        assert 0 < radius < 0.11  # rho is 0.1, and A has moved by one step since E was taken
     both = ["generator", "critic"]
     if toggle:
         assert module.reads[:5] == [[], [], ["critic"], ["generator"], ["critic"]]
@@ -78,7 +78,7 @@ def test_one_callback_follows_the_pairs_of_each_optimizer(tmp_path, toggle):
 
 @pytest.mark.parametrize("callbacks", [1, 2])
 def test_a_run_of_several_optimizers_is_resumed(tmp_path, callbacks):
-    """With one callback for both, or one for each adapter: the states lie side by side in the file."""
+    """With one callback for both, or one for each adapter; the file holds both states."""
 
     def run(ckpt_path: Any = None) -> Any:
         torch.manual_seed(0)
@@ -104,7 +104,7 @@ def test_a_run_of_several_optimizers_is_resumed(tmp_path, callbacks):
 
 
 def test_one_callback_for_both_equals_one_for_each_adapter(tmp_path):
-    """Where every optimizer has one adapter's pairs, the two ways are the same."""
+    """If each optimizer holds the pairs of one adapter, the two ways give the same run."""
     ends = []
     for names in ([None], ["gen", "crit"]):
         torch.manual_seed(0)
@@ -115,7 +115,7 @@ def test_one_callback_for_both_equals_one_for_each_adapter(tmp_path):
 
 
 class OneForBoth(Pair):
-    """The same networks, in one optimizer."""
+    """The same networks with a single optimizer."""
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02)
@@ -135,7 +135,7 @@ class OneForBoth(Pair):
     ],
 )
 def test_another_number_of_optimizers_is_refused(tmp_path, saved, resumed, message):
-    """Lightning hands the optimizers' states out as far as they go, and ours would be lost without a word."""
+    """Lightning restores as many states as it finds optimizers for, and ours would be lost silently."""
     file = tmp_path / "file.ckpt"
     fit(tmp_path, saved(), [EFMLoRA(0.5)], max_epochs=1).save_checkpoint(file)
     checkpoint = torch.load(file, weights_only=True)

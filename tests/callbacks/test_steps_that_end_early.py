@@ -1,6 +1,6 @@
-"""Two passes are one step; and a batch that is called off, skipped or fails leaves the clean weights behind.
+"""Two passes are one step; and a batch that is called off, is skipped or fails leaves the clean weights behind.
 
-See tests/test_hostile_modules.py for what a step may write.
+For what a step may write, see tests/test_hostile_modules.py.
 """
 
 import copy
@@ -67,7 +67,7 @@ def test_batch_start_returns_minus_one(tmp_path, front_end, hook_of):
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("front_end", ["fmlora", "module"])
 def test_a_second_pass_without_a_loss_leaves_the_batch_out(tmp_path, front_end, accumulate):
-    """As a first pass without one does: the weights are the same afterwards."""
+    """Just as if the first pass had none: the weights end up the same."""
 
     def trained(pass_number: int) -> Any:
         module, callbacks, kwargs = build(front_end, accumulate=accumulate)
@@ -109,7 +109,7 @@ EXCEPTIONS = [
 
 @pytest.mark.parametrize(("front_end", "error", "pass_number"), EXCEPTIONS)
 def test_exception_in_a_step(tmp_path, front_end, error, pass_number):
-    """In the first or second pass of the third batch: clean weights, plain classes, and Ê in what is saved then."""
+    """In the first or second pass of the third batch: clean weights, plain classes, and Ê in the file saved then."""
     module, callbacks, kwargs, shadow = watched(front_end)
     calls = []
 
@@ -147,7 +147,7 @@ def test_exception_in_a_step(tmp_path, front_end, error, pass_number):
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_copies_made_during_training_are_plain(tmp_path, front_end, monkeypatch):
-    """deepcopy, pickle and torch.save in every pass and hook give plain classes with clean weights, and no Trainer."""
+    """deepcopy, pickle and torch.save give plain classes, clean weights and no Trainer, in each pass and hook."""
 
     def never(trainer: Any, memo: Any) -> None:
         raise AssertionError("a copy of the module copies the Trainer")
@@ -175,7 +175,7 @@ def test_copies_made_during_training_are_plain(tmp_path, front_end, monkeypatch)
 
 
 class Counts:
-    """In buffers of floats and of integers, and one level deeper than what is put back."""
+    """Counts in buffers of floats and of integers, and one level deeper than what is restored between the passes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -197,7 +197,7 @@ class Counts:
 def test_large_buffers_and_what_lies_deeper_see_both_passes(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], counted: tuple[int, int]
 ) -> None:
-    """The documented limits: such counts belong in on_train_batch_end."""
+    """These are the documented limits: such counts belong in on_train_batch_end."""
     for name, limit in limits.items():
         monkeypatch.setattr(put_back, name, limit)
     module, callbacks, more = build("fmlora", own=Counts)
@@ -222,7 +222,7 @@ def test_a_momentum_encoder_is_refused_inside_of_a_step(tmp_path: Any, kind: str
 
 @pytest.mark.parametrize("kind", TWO_PASSES)
 def test_the_loss_of_the_first_pass_is_returned(tmp_path: Any, kind: str) -> None:
-    """At a learning rate of 0, where the clean passes of all runs agree."""
+    """At a learning rate of 0, at which the clean passes of all runs agree."""
     returned: dict[str, list[Tensor]] = {"plain": [], kind: []}
     for each, losses in returned.items():
         module, callbacks, more = build(each, lr=0.0)
@@ -233,7 +233,7 @@ def test_the_loss_of_the_first_pass_is_returned(tmp_path: Any, kind: str) -> Non
 
 
 class HalvesGradients:
-    """In a hook after backward; notes the norm of each step's gradient."""
+    """Halves gradients in a hook after backward; notes the gradient's norm in each step."""
 
     norms: tuple[Tensor, ...] = ()
 
@@ -249,11 +249,11 @@ class HalvesGradients:
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("make", [EFMLoRA, FMLoRA, LoRASAM, SAM])
 def test_a_modules_own_hook_changes_each_gradient_once(tmp_path: Any, make: Any, accumulate: int) -> None:
-    """At rho near 0 the step is plain LoRA's, whatever the hooks around backward do to its gradient."""
+    """At rho near 0 the step equals plain LoRA's, whatever the hooks around backward do to its gradient."""
     norms = []
     for callbacks in ([], [make(1e-6)]):
         module, _, more = build("plain", own=HalvesGradients, accumulate=accumulate)
-        module.optimizer_class = torch.optim.SGD  # Adam would make steps of 1e-6's gradients, too
+        module.optimizer_class = torch.optim.SGD  # Adam would turn even gradients of 1e-6 into full steps
         fit(tmp_path, module, callbacks, max_epochs=1, **more)
         norms.append(torch.stack(module.norms))
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=0)

@@ -1,4 +1,4 @@
-"""Lightning's tuners search with ours inactive, and leave the run that follows as it would be without them."""
+"""Lightning's tuners search while our callback is inactive, and the run after them is the same as without it."""
 
 from itertools import product
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 
 class OwnLoader:
-    """A module that builds its loader from ``batch_size``, as the batch-size finder wants it."""
+    """A module that builds its loader from ``batch_size``, as the batch-size finder expects."""
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(make_dataset(24), batch_size=self.batch_size)
@@ -31,7 +31,7 @@ class OwnLoader:
 
 
 class Passes:
-    """Counts passes and those at moved weights, apart for those that a finder ran and those of training."""
+    """Counts passes and, among them, those at moved weights, separately for the finder and for training."""
 
     def __init__(self, module: Any) -> None:
         self.finding = True
@@ -53,7 +53,7 @@ def assert_inactive_while_finding(passes: Passes) -> None:
 
 
 def plain_fit(tmp_path: Any, front_end: str, batch_size: int = 4) -> Any:
-    """The run without any finder."""
+    """The run without a finder."""
     module, callbacks, kwargs = build(front_end, own=OwnLoader)
     module.batch_size = batch_size
     trainer = trainer_of(tmp_path, callbacks, **kwargs)
@@ -89,7 +89,7 @@ OF_SIZE = lambda: BatchSizeFinder(steps_per_trial=2, max_trials=2, init_val=2)  
 @pytest.mark.parametrize("make", [OF_RATE, OF_SIZE], ids=["rate", "batch size"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_finders_as_callback(tmp_path, front_end, make):
-    """Before ours in the list or, the finder of the rate, after."""
+    """Before ours in the list or, in the case of the rate finder, after it."""
     module, callbacks, kwargs = build(front_end, own=OwnLoader)
     passes = Passes(module)
     finder = make()

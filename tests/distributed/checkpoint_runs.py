@@ -1,4 +1,4 @@
-"""Runs on one or several processes that write and read checkpoints; each rank returns what it ends with."""
+"""Runs on one or several processes that write and read checkpoints; each rank returns its final state."""
 
 import os
 from typing import Any
@@ -30,7 +30,7 @@ SAVERS = {"adapter": AdapterCheckpoint, "lightning": ModelCheckpoint}
 
 
 def full_state_on_cpu(module: Any, world_size: int, rank0_only: bool = True) -> Any:
-    """Lightning's context without offloading, which on the CPU gives views of memory that FSDP1 frees or uses again."""
+    """Lightning's context without offloading, which on the CPU returns views of memory that FSDP1 frees or reuses."""
     choice = {"offload_to_cpu": False, "rank0_only": rank0_only}
     configs = FullStateDictConfig(**choice), FullOptimStateDictConfig(**choice)
     return FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, *configs)
@@ -40,7 +40,7 @@ fsdp._get_full_state_dict_context = full_state_on_cpu  # type: ignore[attr-defin
 
 
 def loader(size: int = 4) -> ResumableLoader:
-    """Shuffled batches; this rank's share of each."""
+    """This rank's share of each batch; the order of the batches is shuffled."""
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     x, y = dataset().tensors
     batches = []
@@ -51,7 +51,7 @@ def loader(size: int = 4) -> ResumableLoader:
 
 
 def trainer_of(strategy: str, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
-    """A quiet Trainer; "single" is one process without a strategy."""
+    """A quiet Trainer; "single" means one process without a strategy."""
     settings = {"max_epochs": EPOCHS, **settings}
     if strategy != "single":
         settings |= in_float64(strategy, **settings.pop("strategy_settings", {}))
@@ -70,10 +70,10 @@ def train(
     frozen_A: float | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train with EFMLoRA, save into a folder, and return everything that must be equal in the end.
+    """Train with EFMLoRA, save into a folder, and return everything that must be equal at the end.
 
-    With ``lightnings`` Lightning's own files are saved into its subfolder, too. With ``frozen_A`` the A factors stay at
-    that number times what they were drawn at.
+    With ``lightnings`` Lightning's own files are saved into its subfolder, too. With ``frozen_A`` the A factors are
+    frozen at this multiple of their random start.
     """
     places = {folder: SAVERS[saver], **({f"{folder}/lightning": ModelCheckpoint} if lightnings else {})}
     files = [kind(place, filename="{step}", save_top_k=-1, every_n_train_steps=EVERY) for place, kind in places.items()]
@@ -94,13 +94,13 @@ def train(
 
 
 def local(value: Any) -> Any:
-    """What this rank alone holds."""
+    """This rank's own part of a value."""
     value = value.to_local() if isinstance(value, DTensor) else value
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def local_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """This rank's part of an optimizer's state, of parameters that it has a part of."""
+    """This rank's part of the optimizer's state, without parameters of which it holds nothing."""
     parameters = []
     for group in optimizer.param_groups:
         parameters += group["params"]

@@ -1,4 +1,4 @@
-"""Fits under each strategy on several CPU processes, and on one process, to be compared with."""
+"""Fits under each strategy on several CPU processes, and on one process for comparison."""
 
 import os
 from collections import Counter
@@ -24,7 +24,7 @@ from lightning_flatlora import EFMLoRA, FMLoRA
 
 
 class FSDPOnCPU(FSDPStrategy):
-    """FSDP1 on CPU processes: Lightning refuses the class itself there, and wraps with a device index."""
+    """FSDP1 on CPU processes, where Lightning refuses its own class, which wraps with a device index."""
 
     @override
     def _setup_model(self, model: nn.Module) -> nn.Module:
@@ -51,14 +51,14 @@ class DoubleFSDP(FSDPPrecision):
 
 
 WRAPPING = {
-    "root": None,  # one unit for all
+    "root": None,  # one unit for everything
     "layers": ModuleWrapPolicy({LoraLayer}),
-    "linears": ModuleWrapPolicy({nn.Linear}),  # each factor alone, as peft's own policy does
+    "linears": ModuleWrapPolicy({nn.Linear}),  # each factor separately, as in peft's own policy
 }
 
 
 def places() -> dict[str, Any]:
-    """Where a Trainer's ranks are, by torchrun's variables; each rank's loader has only its own samples."""
+    """The layout of a Trainer's ranks, from torchrun's variables; each rank's loader has only its own samples."""
     devices = int(os.environ["LOCAL_WORLD_SIZE"])
     nodes = int(os.environ["WORLD_SIZE"]) // devices
     return {"devices": devices, "num_nodes": nodes, "use_distributed_sampler": False}
@@ -69,7 +69,7 @@ def strategy_of(name: str, **settings: Any) -> Strategy:
 
     Args:
         name: "ddp", "fsdp2", or "fsdp1" with an optional policy of WRAPPING after a hyphen.
-        settings: of the strategy.
+        settings: passed to the strategy.
     """
     kind, _, policy = name.partition("-")
     settings["process_group_backend"] = "gloo"
@@ -82,8 +82,8 @@ def strategy_of(name: str, **settings: Any) -> Strategy:
 
 
 def in_float64(strategy: str, **settings: Any) -> dict[str, Any]:
-    """Return what a Trainer gets to fit in float64 under a strategy of :func:`strategy_of`."""
-    precision: dict[str, str | None] = {"ddp": "64-true", "fsdp2": "32-true"}  # the latter leaves the weights' dtype
+    """Return a Trainer's arguments for a fit in float64 under a strategy of :func:`strategy_of`."""
+    precision: dict[str, str | None] = {"ddp": "64-true", "fsdp2": "32-true"}  # "32-true" keeps the weights' dtype
     if strategy.startswith("fsdp1"):
         settings["precision_plugin"] = DoubleFSDP()
     kind = strategy.partition("-")[0]
@@ -91,7 +91,7 @@ def in_float64(strategy: str, **settings: Any) -> dict[str, Any]:
 
 
 def shard(net: nn.Module, device_mesh: Any) -> nn.Module:
-    """What configure_model and Fabric do under ModelParallelStrategy: every LoRA layer a unit, then the rest."""
+    """As configure_model and Fabric do under ModelParallelStrategy: each LoRA layer is a unit, then the rest."""
     mesh = device_mesh["data_parallel"]
     for layer in net.modules():
         # peft reads an expert's parameter outside of its own module, so experts must be part of a larger unit.
@@ -101,7 +101,7 @@ def shard(net: nn.Module, device_mesh: Any) -> nn.Module:
 
 
 def full_weights(strategy: Strategy, net: nn.Module) -> dict[str, Tensor]:
-    """Every trained weight, whole, by its plain name; a collective under FSDP."""
+    """All trained weights in full, by their plain names; a collective under FSDP."""
     if isinstance(strategy.model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(strategy.model, writeback=False):
             return {_plain(name): p.clone() for name, p in trained(net).items()}
@@ -116,19 +116,19 @@ def _plain(name: str) -> str:
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest in any tensor of the same name."""
+    """The largest absolute difference between tensors of the same name."""
     assert one.keys() == other.keys()
     return max(float((value - other[name]).abs().max()) for name, value in one.items())
 
 
 def relative_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest over tensors of the relative difference in norm."""
+    """The largest relative difference in norm between tensors of the same name."""
     assert one.keys() == other.keys()
     return max(float((one[name] - t).norm() / t.norm()) for name, t in other.items())
 
 
 def assert_equal_to_one_process(ranks: list[dict[str, Any]], alone: dict[str, Any], tolerance: float = 1e-10) -> None:
-    """Weights and, if it is there, E: the same bits on all ranks, near those of one process, and not zero."""
+    """Weights and, if there is one, E: the same bits on all ranks, close to those of one process, and not zero."""
     for part, expected in alone.items():
         assert difference(ranks[0][part], expected) < tolerance
         assert all(difference(rank[part], ranks[0][part]) == 0 for rank in ranks)
@@ -139,7 +139,7 @@ def assert_equal_to_one_process(ranks: list[dict[str, Any]], alone: dict[str, An
 
 
 class Sharded(DataLoader):  # type: ignore[type-arg]
-    """A rank's share of each batch, ranks taking turns on the samples: all ranks' shares make one of the full size."""
+    """A rank's share of each batch; the ranks take samples in turn, so all shares together make a full-size batch."""
 
     def __init__(self, data: TensorDataset, ranks: int, rank: int, size: int = SIZE) -> None:
         sampler: Any = DistributedSampler(data, num_replicas=ranks, rank=rank, shuffle=False)
@@ -147,7 +147,7 @@ class Sharded(DataLoader):  # type: ignore[type-arg]
 
 
 def own_share(data: TensorDataset | None = None, size: int = SIZE) -> Sharded:
-    """This process's share of each batch, by torchrun's variables."""
+    """This process's share of each batch, from torchrun's variables."""
     return Sharded(data or dataset(), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), size)
 
 
@@ -158,12 +158,12 @@ def single() -> TensorDataset:
 
 
 def joint_batches(size: int = SIZE) -> "DataLoader[Any]":
-    """What all ranks see together, in one batch."""
+    """The batches of all ranks joined."""
     return DataLoader(dataset(), batch_size=size)
 
 
 def turns() -> "DataLoader[Any]":
-    """What two ranks see, one rank's half of a batch after the other's."""
+    """The batches of two ranks, one rank's half after the other's."""
     order: list[int] = []
     for start in range(0, BATCHES * SIZE, SIZE):
         order += [start, start + 2, start + 1, start + 3]
@@ -194,7 +194,7 @@ class ShardedManual(_ConfiguresModel, Manual):
 def parts(
     front_end: str, net: nn.Module, accumulate: int, clip: tuple[float, str] | None = None, **settings: Any
 ) -> tuple[Any, list[Any], dict[str, Any]]:
-    """A front end's module, callbacks and what the Trainer gets, with accumulation and clipping in their place."""
+    """A front end's module, its callbacks and the Trainer's arguments, one of which gets accumulation and clipping."""
     step: dict[str, Any] = {"accumulate_grad_batches": accumulate}
     if clip:
         step |= {"gradient_clip_val": clip[0], "gradient_clip_algorithm": clip[1]}
@@ -218,19 +218,19 @@ def train(
     size: int = SIZE,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train on this rank's share of each batch, or of an epoch's first ones; the trained weights and E, whole.
+    """Train on this rank's share of each batch; returns the full trained weights and E.
 
     Args:
-        strategy: as in :func:`strategy_of`.
-        front_end: as in :func:`parts`.
-        accumulate: batches of a step.
+        strategy: see :func:`strategy_of`.
+        front_end: see :func:`parts`.
+        accumulate: batches per step.
         clip: gradient_clip_val and gradient_clip_algorithm.
-        precision: of the Trainer; all but "64-true" train a float32 network.
-        strategy_settings: of the strategy.
-        epochs: how many.
-        batches: of an epoch, or None for all.
-        size: of all ranks' batches together.
-        settings: of the front end.
+        precision: the Trainer's; all but "64-true" train a float32 network.
+        strategy_settings: passed to the strategy.
+        epochs: number of epochs.
+        batches: batches per epoch, or None for all.
+        size: samples per joint batch.
+        settings: passed to the front end.
     """
     net, data, of_strategy = network(), dataset(), strategy_settings or {}
     if precision == "64-true":
@@ -253,7 +253,7 @@ def train_alone(
     batches: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Do as :func:`train` on one process on the joint batches, or on a loader of its own."""
+    """Do as :func:`train` does, but in one process, on the joint batches or on the given loader."""
     net = network()
     module, callbacks, trainer = parts(front_end, net, accumulate, clip, **settings)
     loader = joint_batches() if loader is None else loader
@@ -262,7 +262,7 @@ def train_alone(
 
 
 def E_of(module: Any, callbacks: list[Any]) -> dict[str, Tensor]:
-    """E of a front end of :func:`parts`, whole, by the names of B; of plain LoRA nothing."""
+    """The full E of a front end of :func:`parts`, by the names of B; empty for plain LoRA."""
     driver = callbacks[0] if callbacks else getattr(module, "_callback", None)
     return driver.perturbation.state_dict()["E"] if driver else {}
 
@@ -271,7 +271,7 @@ def E_of(module: Any, callbacks: list[Any]) -> dict[str, Tensor]:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts calls by name, and bytes of the whole tensors: the sum, what is gathered or scattered; the largest."""
+    """Counts calls by name, and bytes of the full tensors in them: their sum and their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -283,7 +283,7 @@ class Collectives(TorchDispatchMode):
             name = str(func).split(".")[1].strip("_")
             if "wrap" not in name:
                 self.calls[name] += 1
-                shares = int(args[1]) if name == "all_gather_into_tensor" else 1  # it makes its output itself
+                shares = int(args[1]) if name == "all_gather_into_tensor" else 1  # this one allocates its own output
                 size = shares * max(_size(argument) for argument in args)
                 self.bytes += size
                 self.largest = max(self.largest, size)

@@ -1,4 +1,4 @@
-"""Run functions on several processes, in the environment that torchrun gives them, and bring back what each returns."""
+"""Run functions on several processes, in the environment that torchrun sets up, and collect what each returns."""
 
 import os
 import pickle
@@ -27,24 +27,24 @@ def launch(folder: Path, runs: Runs, ranks: int = 2, timeout: float = 500) -> "R
 
     Args:
         folder: for the results.
-        runs: what to call.
+        runs: the functions, by name.
         ranks: number of processes.
-        timeout: seconds after which all are killed: something hangs.
+        timeout: seconds after which all are killed, because something hangs.
     """
     plan(folder, runs)
     run_on(ranks, work, folder, output=folder / "output.txt", timeout=timeout)
-    return Results(folder, ranks)  # where one is missing, its run hung
+    return Results(folder, ranks)  # a missing result means that its run hung
 
 
 def launch_on_nodes(folder: Path, runs: Runs, timeout: float = 300) -> "Results":
-    """Do as :func:`launch` on two nodes of one rank each, whose torchruns meet on this machine."""
+    """Do as :func:`launch` does, on two nodes of one rank each, whose torchruns meet on this machine."""
     plan(folder, runs)
     run_by_torchrun(__file__, folder, nodes=2, output=folder / "output.txt", timeout=timeout)
     return Results(folder, 2)
 
 
 def plan(folder: Path, runs: Runs) -> None:
-    """Write into a folder what :func:`work` does there."""
+    """Write the runs that :func:`work` is to do into a folder."""
     (folder / "runs.pickle").write_bytes(pickle.dumps(runs))
 
 
@@ -61,13 +61,13 @@ def work(folder: Path) -> None:
             result = {"error": traceback.format_exc()}
         torch.save(result, folder / f"{name}.rank{rank}.pt")
         if "error" in result and not _all_ended(folder, name):
-            os._exit(1)  # this rank failed alone, and the others wait for it
+            os._exit(1)  # only this rank failed, and the others are waiting for it
         if dist.is_initialized():
             dist.barrier()
 
 
 def _all_ended(folder: Path, name: str) -> bool:
-    """Whether every rank's result is there, soon after this one's."""
+    """Whether every rank's result is there, at the latest 30 seconds from now."""
     deadline = time.monotonic() + 30
     files = [folder / f"{name}.rank{rank}.pt" for rank in range(int(os.environ["WORLD_SIZE"]))]
     while time.monotonic() < deadline and not all(file.exists() for file in files):
@@ -115,7 +115,7 @@ def run_by_torchrun(
 def run_on(
     ranks: int, function: Callable[..., Any], *arguments: Any, output: Path, timeout: float = 500
 ) -> list[int | None]:
-    """Call a function on several processes at once, and kill them all when one has failed, as torchrun does.
+    """Call a function on several processes at once, and kill them all if one fails, as torchrun does.
 
     Returns:
         The exit code of each that ended by itself.
@@ -129,7 +129,7 @@ def run_on(
 
 
 def _ended(processes: list[BaseProcess], timeout: float) -> list[int | None]:
-    """Wait until all have ended, or one has failed or so many seconds are over; then end what still runs."""
+    """Wait until all have ended, one has failed or the time is over; then end those that still run."""
     deadline = time.monotonic() + timeout
     codes: list[int | None] = [None]
     while None in codes and not any(codes) and time.monotonic() < deadline:
@@ -141,7 +141,7 @@ def _ended(processes: list[BaseProcess], timeout: float) -> list[int | None]:
 
 
 def _of_torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """The variables that torchrun sets; the store is this process's, as there it is torchrun's own."""
+    """The variables that torchrun sets; the store is this process's, as torchrun would keep its own."""
     variables: dict[str, Any] = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -158,7 +158,7 @@ def _of_torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 class Results:
-    """What each rank returned, by the run's name; asking for a run that failed raises its error."""
+    """What each rank returned, by the run's name; looking up a run that failed raises its error."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self._folder, self._ranks = folder, ranks
@@ -173,7 +173,7 @@ class Results:
         return results
 
     def error(self, name: str) -> list[str]:
-        """The traceback of each rank in a run that has to fail."""
+        """The traceback of each rank in a run that should fail."""
         files = [self._folder / f"{name}.rank{rank}.pt" for rank in range(self._ranks)]
         return [str(torch.load(file, weights_only=True).get("error", "")) for file in files]
 

@@ -1,6 +1,6 @@
-"""Processes forked from one that has imported the libraries: to import them takes longer than most tests' work.
+"""Processes forked from one that has already imported the libraries, as importing them takes longer than most tests.
 
-That one is multiprocessing's fork server, which imports them once for all tests of a session and computes nothing.
+That process is multiprocessing's fork server, which imports them once per test session and computes nothing.
 """
 
 import multiprocessing
@@ -32,23 +32,23 @@ def start(
     output: Path,
     environment: dict[str, str] | None = None,
 ) -> BaseProcess:
-    """Call a function of a module in a process of its own, which leads a group as one started from a terminal does.
+    """Call a function of a module in a new process, which leads its own group like one that is started from a terminal.
 
     Args:
-        function: what the process does; its path, working directory and environment are those of this process now.
-        arguments: of the function.
-        output: the file for what the process writes.
-        environment: variables to set in addition.
+        function: what the process does; sys.path, working directory and environment are this process's current ones.
+        arguments: the function's arguments.
+        output: the file for the process's output.
+        environment: additional variables.
     """
     variables = {**os.environ, **(environment or {})}
-    work = pickle.dumps((function, arguments))  # unpickled, and its module imported, where the variables are set
+    work = pickle.dumps((function, arguments))  # unpickled, and its module imported, after the variables are set
     process = SERVER.Process(target=_call, args=(str(output), variables, work))
     process.start()
     return process
 
 
 def run(function: Callable[..., Any], *arguments: Any, output: Path, timeout: float = 500) -> int | None:
-    """Call a function in a process of its own; its exit code, or None if it was killed after so many seconds."""
+    """Call a function in a new process; returns its exit code, or None if it was killed because of the timeout."""
     process = start(function, *arguments, output=output)
     process.join(timeout)
     code = process.exitcode
@@ -57,22 +57,22 @@ def run(function: Callable[..., Any], *arguments: Any, output: Path, timeout: fl
 
 
 def end(process: BaseProcess) -> None:
-    """Kill a process of :func:`start` and those that it has started, if any still runs."""
+    """Kill a process of :func:`start` and those that it has started, if any is still running."""
     assert process.pid
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.kill()  # it may have had no time yet to lead a group
+    process.kill()  # it may not have had the time to become a group's leader
     process.join()
 
 
 def run_module(name: str, arguments: Sequence[str]) -> None:
-    """What ``python -m name arguments`` does."""
+    """Do what ``python -m name arguments`` does."""
     sys.argv = [name, *arguments]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def run_code(code: str) -> None:
-    """What ``python -c code`` does."""
+    """Do what ``python -c code`` does."""
     exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
 
 
@@ -83,7 +83,7 @@ def _call(output: str, variables: dict[str, str], work: bytes) -> None:
         os.dup2(file, stream)
     os.environ.clear()
     os.environ.update(variables)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are told to ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it by default
     warnings.simplefilter("ignore")
     function, arguments = pickle.loads(work)
     function(*arguments)

@@ -1,4 +1,4 @@
-"""A SLURM of two nodes on this machine: its daemons run in the foreground, with all that they write in one folder."""
+"""A SLURM of two nodes on this machine: its daemons run in the foreground, and write everything into one folder."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from typing import Any
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "srun")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-# The first has this machine's own name, which is an address, since Lightning's ranks meet there.
+# The first node has this machine's own name, which is a valid address, since Lightning's ranks meet there.
 HOST = socket.gethostname().partition(".")[0]
 NODES = (HOST, f"{HOST}-second")
 SETTINGS = """
@@ -45,7 +45,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=10 State=UP
 
 
 def missing() -> str:
-    """Why a cluster can't be started here, or nothing."""
+    """The reason why no cluster can be started here, or an empty string."""
     lacking = [name for name in DAEMONS if not shutil.which(name, path=PATH)]
     if lacking:
         return f"needs {', '.join(lacking)}: apt-get install slurm-wlm munge"
@@ -53,7 +53,7 @@ def missing() -> str:
 
 
 class Cluster:
-    """Two nodes of one CPU each, up when made; :meth:`stop` ends all that runs there.
+    """Two nodes of one CPU each, started by the constructor; :meth:`stop` ends all that runs there.
 
     Args:
         folder: for configuration, state and logs.
@@ -75,7 +75,7 @@ class Cluster:
         places: dict[str, Any] = {"folder": self.folder, "controller": controller, "first": first, "second": second}
         # Lightning's ranks meet at port 15000 plus the last four digits of the job's number.
         self.conf.write_text(SETTINGS.format(host=HOST, job=controller % 9000 + 1, **places))
-        (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")  # containers may not change theirs
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")  # containers can't change their cgroups
         for name in ("controller", *NODES):
             (self.folder / name).mkdir()
         key = self.folder / "munge.key"
@@ -108,12 +108,12 @@ class Cluster:
         return "\n".join(f"{file.name}:\n{file.read_text()[-2000:]}" for file in files if file.exists())
 
     def ask(self, *command: str, timeout: float = 30) -> str:
-        """What a command of SLURM's answers."""
+        """Run one of SLURM's commands, and return its output."""
         how: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
         return subprocess.run(command, env=self.environment, timeout=timeout, **how).stdout
 
     def work(self, script: str, *arguments: object, output: Path, timeout: float) -> str:
-        """Run a program of Python on both nodes by a job's srun, and again whenever it is requeued.
+        """Run a Python program on both nodes by srun in a job, and again whenever the job is requeued.
 
         Returns:
             How the job ended, such as "COMPLETED", and how often it was restarted.
@@ -127,7 +127,7 @@ class Cluster:
         state = self._state(job)
         while state.startswith(("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")) and time.monotonic() < deadline:
             if state.startswith("PENDING") and state != "PENDING 0":
-                # SLURM itself waits for two minutes.
+                # SLURM itself would wait for two minutes.
                 self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(0.2)
             state = self._state(job)
@@ -138,13 +138,13 @@ class Cluster:
         return " ".join(value for name, _, value in fields if name in ("JobState", "Restarts"))
 
     def stop(self) -> None:
-        """End jobs, daemons and what they have started, whatever state they are in."""
+        """End jobs, daemons and all that they have started, in whatever state they are."""
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:
             with suppress(subprocess.TimeoutExpired):
                 daemon.wait(5)
-        # A job and its helpers, which hide their environment and log here, outlive the daemons.
+        # A job and its helpers, which hide their environment but log here, outlive the daemons.
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 if self._has_started(process):

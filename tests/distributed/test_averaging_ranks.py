@@ -25,7 +25,7 @@ class Validated(ShardedAutomatic):
 
 
 def averaged(folder: str, strategy: str, resume: str | None = None) -> dict[str, Any]:
-    """Train with EFMLoRA, and validate between steps, in which FSDP2 makes weights whole."""
+    """Train with EFMLoRA, and validate between steps; FSDP2 gathers the full weights for that."""
     averaging = AdapterAveraging(0.8, start_step=2)
     save = AdapterCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=3)
     settings = {"val_check_interval": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0}
@@ -66,7 +66,7 @@ def test_two_processes_give_the_averages_of_one(runs: Averages, name: str) -> No
         for part in ("averages", "weights"):
             assert difference(rank["state"][part], runs.one["state"][part]) < 1e-10
         assert rank["state"]["count"] == END - 2
-    # Each rank has its half of a batch.
+    # Each rank has its own half of a batch.
     means = torch.tensor([rank["losses"] for rank in runs.two[name]]).mean(0)
     torch.testing.assert_close(means, torch.tensor(runs.one["losses"]), rtol=0, atol=1e-6)
     assert difference(runs.one["state"]["averages"], runs.one["state"]["weights"]) > 1e-4

@@ -1,4 +1,4 @@
-"""Checkpoints under every strategy: complete for what learns, of one format, small, resumable on any number of ranks.
+"""Checkpoints under every strategy: with all that is trained, in one format, small, resumable on any number of ranks.
 
 All runs on two processes share one launch; those on one process run here.
 """
@@ -35,7 +35,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp2-full": ("fsdp2", {"save_distributed_checkpoint": False}),
     "fsdp2-distributed": ("fsdp2", {"save_distributed_checkpoint": True}),
 }
-# Our own file does not depend on the format of Lightning's.
+# Our own file is the same for each format of Lightning's.
 ONE_OF_EACH = ("ddp", "fsdp1-full", "fsdp2-full")
 GATHERED = ("fsdp1-full", "fsdp2-full")
 APART = {"nothing": None, "an older file": "6", "no such file": "5"}
@@ -43,7 +43,7 @@ APART = {"nothing": None, "an older file": "6", "no such file": "5"}
 
 
 def apart(folder: str, strategy: str, resumes: list[str | None], **settings: Any) -> dict[str, Any]:
-    """Each rank resumes from a file of its own, or from none, as if machines shared no folder."""
+    """Each rank resumes from its own file, or from none, as if machines shared no folder."""
     return train(folder, strategy, resume=resumes[int(os.environ["RANK"])], **settings)
 
 
@@ -59,7 +59,7 @@ class Wide(nn.Module):
 
 
 def traffic(folder: str, strategy: str, **settings: Any) -> dict[str, Any]:
-    """The largest tensor in the collectives while a checkpoint is saved and loaded, of the factors and of the base."""
+    """Bytes of the largest tensor in collectives of saving and loading, and of the largest factor and base weight."""
     largest = {}
 
     def counted(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,11 +94,11 @@ def wide_module() -> ShardedAutomatic:
 
 
 def gathered(kind: str) -> dict[str, Any]:
-    """What is made whole of a model of which only a part is sharded, as a configure_model may have done it."""
+    """What is gathered from a model that is only partly sharded, as a configure_model may do it."""
     torch.manual_seed(0)
     inner, scale = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3)), nn.Parameter(torch.ones(7))
     with torch.no_grad():
-        inner[0].bias.fill_(-0.0)  # which a sum over the ranks would turn into 0.0
+        inner[0].bias.fill_(-0.0)  # a sum over the ranks would turn it into 0.0
     expected = {name: p.detach().clone() for name, p in inner.named_parameters()}
     if kind == "fsdp1":
         unit: Any = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=True)
@@ -119,7 +119,7 @@ def gathered(kind: str) -> dict[str, Any]:
 
 
 def odd_optimizer(folder: str, strategy: str) -> dict[str, Any]:
-    """An optimizer that keeps something else than a number or the parameter's size of a sharded parameter."""
+    """An optimizer whose state for a sharded parameter is neither a number nor of the parameter's shape."""
 
     class Odd(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
@@ -190,7 +190,7 @@ def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("run", [f"{name}-{kind}" for name in STRATEGIES for kind in ("resumed", "lightning-resumed")])
 def test_resumed_equals_uninterrupted_bit_for_bit(runs: Checkpoints, run: str) -> None:
-    """On the same layout, with our files and with Lightning's of both formats, which one run writes."""
+    """On the same layout, with our files and with both formats of Lightning's, all written by one run."""
     whole = runs.two[run.replace("-lightning", "").replace("-resumed", "-whole")]
     for rank, resumed in enumerate(runs.two[run]):
         for part, value in whole[rank].items():
@@ -221,9 +221,9 @@ def test_saved_on_one_resumed_on_two_ranks(runs: Checkpoints, name: str) -> None
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_writes_the_file_of_one_process(runs: Checkpoints, name: str) -> None:
-    """The same entries, shapes and dtypes, so nothing of the base and no wrapper's name in any of them."""
+    """The same entries, shapes and dtypes; thus nothing of the base, and no names of wrappers."""
     file, expected = saved(runs, name), torch.load(runs.file("one"), weights_only=True)
-    # Parts of the base have no sample, from which another base could be recognized.
+    # Sharded parts of the base have no sample of values by which another base could be recognized.
     assert file[MARK]["left_out"].keys() == expected[MARK]["left_out"].keys()
     not_compared = {"callbacks": None, "loops": None, MARK: None}
     assert outline({**file, **not_compared}) == outline({**expected, **not_compared})
@@ -258,14 +258,14 @@ def plain_base() -> nn.Module:
 
 @pytest.mark.parametrize("name", GATHERED)
 def test_the_frozen_base_is_never_gathered(runs: Checkpoints, name: str) -> None:
-    """No collective is larger than a factor, on saving and on loading."""
+    """No collective is larger than a factor, in saving and in loading."""
     for rank in runs.two[f"{name}-traffic"]:
         assert 0 < max(rank["save"], rank["load"]) <= rank["factor"] < rank["base"]
 
 
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
 def test_any_trained_parameter_is_gathered_whatever_is_wrapped(runs: Checkpoints, kind: str) -> None:
-    """Biases and norms too, and where only a part of the model is sharded, a parameter outside of it."""
+    """Biases and norms too, and a parameter outside of the sharded part if only a part of the model is sharded."""
     for rank in runs.two[f"gathered-{kind}"]:
         assert same(rank["found"], rank["expected"])
         assert rank["parts"]
@@ -289,7 +289,7 @@ def test_ranks_that_find_different_checkpoints_end_with_one_error(runs: Checkpoi
 
 @pytest.mark.parametrize("name", GATHERED)
 def test_a_frozen_A_is_saved_with_its_B(runs: Checkpoints, name: str) -> None:
-    """LoRA-FA: each process draws its own A, and continues with that of the checkpoint."""
+    """LoRA-FA: each process draws its own A, and continues with the checkpoint's."""
     whole, resumed = runs.two[f"{name}-frozen"], runs.two[f"{name}-frozen-resumed"]
     for one, other in zip(whole, resumed, strict=True):
         assert same(one["weights"], other["weights"])

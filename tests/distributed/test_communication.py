@@ -1,4 +1,4 @@
-"""What the perturbation adds to the communication of a step, in bytes of the tensors given to collectives."""
+"""What the perturbation adds to a step's communication, in bytes of the tensors given to collectives."""
 
 from functools import partial
 from itertools import product
@@ -15,7 +15,7 @@ WANTED += [("ddp", "FMLoRA", 2), ("fsdp2", "FMLoRA", 1)]
 
 
 class OneStep(L.Callback):
-    """Counts in the accumulation window that ends with the optimizer's third step."""
+    """Counts during the accumulation window that ends with the optimizer's third step."""
 
     def __init__(self, window: int) -> None:
         self.first, self.last = 2 * window, 3 * window - 1
@@ -48,7 +48,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def added(results: Results, strategy: str, front_end: str, accumulate: int) -> tuple[int, int, int]:
-    """Bytes and calls of a step beyond LoRA's, and bytes of all A and B."""
+    """Bytes and calls of a step beyond LoRA's, and the bytes of all A and B."""
     ours, lora = (results[f"{strategy}:{name}:{accumulate}"][0] for name in (front_end, "LoRA"))
     return ours["bytes"] - lora["bytes"], ours["calls"] - lora["calls"], ours["factors"]
 

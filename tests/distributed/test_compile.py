@@ -1,4 +1,4 @@
-"""torch.compile under DDP: the same weights as without, and two graphs in all, one clean and one perturbed."""
+"""torch.compile under DDP: the same weights as without it, and only two graphs, one clean and one perturbed."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ RUNS |= INDUCTOR
 
 
 class CountsGraphs(L.Callback):
-    """How many graphs were compiled after each batch."""
+    """The number of graphs compiled so far, after each batch."""
 
     def __init__(self) -> None:
         self.graphs: list[int] = []
@@ -46,11 +46,11 @@ def train(
     """Train on this rank's half of each batch.
 
     Args:
-        front_end: as in parts.
+        front_end: see fits.parts.
         compiled: "net" for the network in the module, "module" for the LightningModule, None for neither.
-        accumulate: batches of a step.
-        backend: of torch.compile.
-        cache: inductor's folder. With the kernels of earlier runs in the user's one, a run held to AVX2 gave nan.
+        accumulate: batches per step.
+        backend: torch.compile's.
+        cache: inductor's folder. With kernels of earlier runs in the user's folder, a run restricted to AVX2 gave nan.
     """
     if cache is not None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
@@ -81,7 +81,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_compiled_run_equals_the_plain_one(results: Results, name: str) -> None:
-    """That of one process on the joint batches, which test_ddp.py shows to be DDP's."""
+    """The run of one process on the joint batches, which test_ddp.py shows to equal DDP's."""
     alone = train_alone(RUNS[name]["front_end"], RUNS[name].get("accumulate", 1), epochs=1, batches=BATCHES)
     assert_equal_to_one_process(results[name], alone)
 
@@ -89,5 +89,5 @@ def test_a_compiled_run_equals_the_plain_one(results: Results, name: str) -> Non
 @pytest.mark.parametrize("name", NAMES)
 def test_switching_the_perturbation_on_and_off_compiles_nothing_anew(results: Results, name: str) -> None:
     for rank in results[name]:
-        assert rank["graphs"][0] >= 1  # it is compiled at all
+        assert rank["graphs"][0] >= 1  # it is really compiled
         assert rank["graphs"][1:] == [2] * (len(rank["graphs"]) - 1)

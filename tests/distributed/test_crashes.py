@@ -1,6 +1,6 @@
-"""Processes killed at any moment lose the steps since the last checkpoint and no more, and damage none.
+"""Processes killed at any moment only lose the steps since the last checkpoint, and damage no checkpoint.
 
-torchrun runs this file as a program, which trains.
+torchrun runs this file as a training program.
 """
 
 import json
@@ -36,7 +36,7 @@ STRATEGIES = ("ddp", "fsdp2")
 
 
 class Saver(AdapterCheckpoint):
-    """Keeps the newest and the last, and notes outside of the folder which steps are completely saved."""
+    """Keeps the newest and the last checkpoint, and notes outside of the folder which step was saved completely."""
 
     done: Path
 
@@ -47,7 +47,7 @@ class Saver(AdapterCheckpoint):
 
 
 def train(folder: Path, strategy: str, kill: dict[str, Any] | None = None, resume: bool = False) -> None:
-    """What a process does: train four steps, save every second, and die when it has to."""
+    """Train four steps in one process, save every second one, and die at the requested moment."""
     torch.set_num_threads(1)
     saver = Saver(folder, filename="{step}", save_top_k=1, save_last=True, every_n_train_steps=EVERY)
     saver.done = folder.with_suffix(".saved")
@@ -67,10 +67,10 @@ def die() -> None:
 
 
 def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
-    """Die in a step's "forward", or "copy" what a kill would leave.
+    """Prepare to die in a step's "forward", or to "copy" the folder as a kill would leave it.
 
-    Or have the torchrun that has started this process "terminated", before a file is renamed. Or let no file grow
-    "full", beyond a size, from a step on.
+    Or to have the torchrun that started this process "terminated" before a file is renamed. Or, from a step on, to let
+    no file grow beyond a size, as on a "full" disk.
     """
     if kill["at"] in ("forward", "full"):
         return [At(**kill)]
@@ -93,7 +93,7 @@ def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
 
 
 class At(L.Callback):
-    """Dies in the middle of a step's forward, or has a full disk from then on."""
+    """Dies in the middle of a step's forward pass, or has a full disk from that step on."""
 
     def __init__(self, step: int, at: str, rank: int = 0, size: int = 0) -> None:
         self.step, self.at, self.size = step, at, size
@@ -109,21 +109,21 @@ class At(L.Callback):
 
 
 def limit_files(size: int) -> None:
-    """Let no file of this process grow beyond a size, of -1 for any; writing more is an error, as on a full disk."""
+    """Let no file of this process grow beyond a size (-1: no limit); writing more is an error, as on a full disk."""
     _, highest = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, highest))
 
 
 def train_on_a_full_disk(folder: Path, size: int) -> None:
-    """What a process does: its second save fails."""
+    """Train in one process, whose second save fails."""
     try:
         train(folder, "single", {"at": "full", "step": 3, "size": size, "rank": 0}, resume=False)
     finally:
-        limit_files(-1)  # what it writes of the error goes into a file, too
+        limit_files(-1)  # the error's traceback is written to a file, too
 
 
 def train_or_resume(folder: Path, strategy: str, kill: dict[str, Any] | None) -> None:
-    """What torchrun starts, and starts again; it is killed once."""
+    """Train in a process of torchrun; only its first start is killed."""
     is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     train(folder, strategy, kill if is_first else None, resume=(folder / "last.ckpt").exists())
 
@@ -133,7 +133,7 @@ def train_or_resume(folder: Path, strategy: str, kill: dict[str, Any] | None) ->
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of runs that nothing interrupts; one of them copies its own before each change of it."""
+    """The folder of uninterrupted runs; one of them copies its own folder before each change."""
     folder = tmp_path_factory.mktemp("crashes")
     for strategy in STRATEGIES:
         assert run_on(2, train, folder / strategy, strategy, output=folder / "output.txt") == [0, 0]
@@ -147,7 +147,7 @@ def assert_same_end(folder: Path, name: str, expected: str) -> None:
 
 
 def by_torchrun(place: Path, strategy: str, kill: Any, **settings: Any) -> tuple[list[int | None], str]:
-    """Train on two ranks, from the last checkpoint if there is one; torchrun's exit code, and what was written."""
+    """Train on two ranks, from the last checkpoint if there is one; returns torchrun's exit code and the output."""
     arguments = (place, strategy, json.dumps(kill))
     output = place.with_suffix(".txt")
     codes = run_by_torchrun(__file__, *arguments, ranks=2, output=output, timeout=120, **settings)
@@ -166,7 +166,7 @@ def test_torchrun_starts_ranks_again_that_are_killed_in_a_step(whole: Path, stra
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_termination_within_a_save_leaves_the_former_checkpoint(whole: Path, strategy: str) -> None:
-    """Torchrun is told to end, and ends its ranks; started again it ends with what no termination would change."""
+    """torchrun is told to end, and ends its ranks; started again, it ends like an uninterrupted run."""
     place = whole / f"terminated-{strategy}"
     codes, said = by_torchrun(place, strategy, {"at": "terminated", "rank": 0})
     assert codes == [1], said[-3000:]
@@ -179,7 +179,7 @@ def test_a_termination_within_a_save_leaves_the_former_checkpoint(whole: Path, s
 
 @pytest.mark.parametrize("size", [100, 9000])
 def test_a_full_disk_within_a_save_leaves_the_former_checkpoint(whole: Path, size: int) -> None:
-    """Whether it is full at the adapter's first file or at the checkpoint's."""
+    """Whether the disk fills up at the adapter's first file or at the checkpoint."""
     place, output = whole / f"full-{size}", whole / f"full-{size}.txt"
     assert run(train_on_a_full_disk, place, size, output=output, timeout=60) == 1
     said = f"OSError: AdapterCheckpoint: could not write {place / 'step=4.ckpt'} (0.0 MB): [Errno 27] File too large"
@@ -191,9 +191,9 @@ def test_a_full_disk_within_a_save_leaves_the_former_checkpoint(whole: Path, siz
 
 
 def test_a_kill_before_any_change_of_the_folder_leaves_a_checkpoint(whole: Path) -> None:
-    """What is there before each file operation of a save is complete, and of the uninterrupted run.
+    """Before each file operation of a save, what is there is complete and equals the uninterrupted run.
 
-    A folder is put in its place after its file, and says until then that it is of another step.
+    A folder is put in place after its file; until then its content says that it belongs to another step.
     """
     moments = list(whole.glob("copied-*"))
     assert len(moments) > 10
@@ -213,12 +213,12 @@ def test_a_kill_before_any_change_of_the_folder_leaves_a_checkpoint(whole: Path)
                 assert same(adapter, weights), (moment.name, file.name)
             else:
                 behind.append(moment)
-    # Each save but the first of "last" is one of a new name, and one over an older folder.
+    # Each save but the first has one under a new name, and that of "last", with an older folder.
     assert 0 < len(set(behind)) < len(moments) / 2
 
 
 def step_of(folder: Path) -> int | None:
-    """What a folder says of itself."""
+    """The step that a folder says it is of."""
     found = folder / LIST
     return int(json.loads(found.read_text())["step"]) if found.exists() else None
 

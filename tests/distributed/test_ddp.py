@@ -1,4 +1,4 @@
-"""Two gloo processes under DDP equal one process on the joint batch, and hold one perturbation."""
+"""Two gloo processes under DDP equal one process on the joint batch, and hold the same perturbation."""
 
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ STEPS: list[dict[str, Any]] = [
     {"accumulate": 2, "clip": [0.01, "value"]},
 ]
 BATCHES = 9  # odd: the last window of two is shorter
-DDP_SETTINGS: list[tuple[list[str], int]] = [  # and the batches of a step: static_graph has no accumulation
+DDP_SETTINGS: list[tuple[list[str], int]] = [  # and the batches per step: static_graph doesn't support accumulation
     (["gradient_as_bucket_view", "find_unused_parameters"], 2),
     (["static_graph"], 1),
 ]
@@ -46,9 +46,9 @@ def name_of(*parts: object) -> str:
 
 
 class Routed(nn.Module):
-    """The second layer sees some samples only, the third none of every third batch.
+    """The second layer sees only some samples, and the third is left out in every third batch.
 
-    So a layer goes unused now on one rank, now on all, as with experts.
+    So a layer is unused sometimes on one rank and sometimes on all, as with experts.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -84,7 +84,7 @@ class RoutedManual(Manual):
 
 
 def train_routed(front_end: str, alone: bool = False) -> dict[str, Any]:
-    """Layers that some batches leave out, with find_unused_parameters."""
+    """Train layers that some batches leave out, with find_unused_parameters."""
     net = Routed(network())
     step = {"accumulate_grad_batches": 2}
     short = {"limit_train_batches": 12}
@@ -98,7 +98,7 @@ def train_routed(front_end: str, alone: bool = False) -> dict[str, Any]:
 
 
 class CalledOff(Automatic):
-    """Ends its first epoch at a batch."""
+    """Ends its first epoch early, at a batch."""
 
     def __init__(self, net: nn.Module, at: int) -> None:
         super().__init__(net)
@@ -109,7 +109,7 @@ class CalledOff(Automatic):
 
 
 class Synchronizes(L.Callback):
-    """Whether DDP would average the gradients of a backward, as each epoch ends."""
+    """Notes at the end of each epoch whether DDP would average the gradients of a backward pass."""
 
     def __init__(self) -> None:
         self.answers: list[bool] = []
@@ -119,7 +119,7 @@ class Synchronizes(L.Callback):
 
 
 def train_called_off(alone: bool = False) -> dict[str, Any]:
-    """FMLoRA with an ascent of each rank's own, which keeps DDP from synchronizing it; and a batch called off."""
+    """Train FMLoRA with a separate ascent on each rank, which DDP must not synchronize, and call off one batch."""
     net, answers = network(), Synchronizes()
     loader, trainer = (turns(), {"accumulate_grad_batches": 2}) if alone else (own_share(), in_float64("ddp"))
     callbacks = [FMLoRA(RHO, sync_ascent=alone), answers]
@@ -129,7 +129,7 @@ def train_called_off(alone: bool = False) -> dict[str, Any]:
 
 
 class UnderTheOtherName(pytorch_lightning.LightningModule):
-    """Automatic optimization, and the Trainer of pytorch_lightning."""
+    """Automatic optimization, with pytorch_lightning's Trainer."""
 
     configure_optimizers = Automatic.configure_optimizers
 
@@ -197,23 +197,23 @@ def test_settings_of_ddp_change_nothing(results: Results, front_end: str, settin
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS[:3])
 def test_layers_that_are_unused_on_one_rank_or_on_all(results: Results, front_end: str) -> None:
-    """Used early in an accumulation window and not in its last batch, a layer's gradient still reaches all ranks."""
+    """If a layer is used early in an accumulation window, but not in its last batch, its gradient reaches all ranks."""
     assert_equal_to_one_process(results[name_of(front_end, "routed")], train_routed(front_end, alone=True))
 
 
 @pytest.mark.parametrize("front_end", TWO_PASSES)
 def test_an_ascent_of_each_rank_equals_one_of_each_micro_batch(results: Results, front_end: str) -> None:
-    """sync_ascent=False: E differs between ranks, as if one process took their halves in turn; weights are the same."""
+    """sync_ascent=False: E differs between ranks, as if one process took their halves in turn; weights are equal."""
     first, second = results[name_of(front_end, "own")]
     alone = train_alone(front_end, accumulate=4, loader=turns(), batches=2 * BATCHES)
     assert difference(first["weights"], second["weights"]) == 0
     assert difference(first["weights"], alone["weights"]) < 1e-10
-    assert difference(second["E"], alone["E"]) < 1e-10  # the second rank's half is the last in turn
+    assert difference(second["E"], alone["E"]) < 1e-10  # the second rank's half comes last
     assert difference(first["E"], second["E"]) > 1e-3
 
 
 def test_a_batch_called_off_leaves_ddp_synchronizing(results: Results) -> None:
-    """FMLoRA, each rank's ascent its own: DDP was asked not to synchronize, and no backward came."""
+    """FMLoRA with a separate ascent on each rank: DDP was told not to synchronize, and then no backward pass came."""
     first, second = results["called off"]
     assert first["synchronizes"] == second["synchronizes"] == [True, True]
     assert difference(first["weights"], second["weights"]) == 0

@@ -1,4 +1,4 @@
-"""Loops on two processes: by Fabric they give what the callbacks give, by transformers what one process gives."""
+"""Loops on two processes: with Fabric they equal the callbacks, with transformers they equal one process."""
 
 import os
 import warnings
@@ -48,12 +48,12 @@ def fabric_of(strategy: str) -> L.Fabric:
 
 
 def whole(net: nn.Module) -> dict[str, Tensor]:
-    """Every trained weight."""
+    """All trained weights in full."""
     return {name: Sharding().gather(p, p).clone() for name, p in net.named_parameters() if p.requires_grad}
 
 
 def train(strategy: str, method: str, window: int = 1) -> dict[str, Any]:
-    """Train on this rank's half of each batch; the trained weights and E, whole, of the loop and of the callback."""
+    """Train on this rank's half of each batch; returns full trained weights and E, of the loop and of the callback."""
     fabric, net = fabric_of(strategy), network()
     model = fabric.setup_module(net)
     optimizer = fabric.setup_optimizers(optimizer_of(model))
@@ -78,7 +78,7 @@ def train(strategy: str, method: str, window: int = 1) -> dict[str, Any]:
 
 
 def resumed(folder: str) -> dict[str, Any]:
-    """The weights of a run under FSDP2, and of one that is saved and resumed by a distributed checkpoint."""
+    """The weights of a run under FSDP2, and of one that is saved and resumed with a distributed checkpoint."""
     ends = []
     for parts in ([(0, 6)], [(0, 3), (3, 6)]):
         for first, last in parts:
@@ -102,7 +102,7 @@ def resumed(folder: str) -> dict[str, Any]:
 
 
 class Skips(nn.Module):
-    """Leaves a LoRA layer out of each second batch."""
+    """Skips a LoRA layer in every second batch."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -118,9 +118,9 @@ class Skips(nn.Module):
 
 
 def of_ddp(kind: str, ranks: int | None = None) -> dict[str, Any]:
-    """Plain PyTorch under DDP, or on one process with the whole batches."""
+    """Train in plain PyTorch under DDP, or on one process with the whole batches."""
     if ranks != 1:
-        fabric_of("ddp")  # starts the processes' group
+        fabric_of("ddp")  # starts the process group
     ranks, rank = (1, 0) if ranks == 1 else (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
     net = network()
     model: Any = Skips(net) if kind == "unused" else net
@@ -129,7 +129,7 @@ def of_ddp(kind: str, ranks: int | None = None) -> dict[str, Any]:
     learned = [p for p in net.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(learned, lr=3e-3)
     if kind == "zero" and ranks > 1:
-        # Not at the top, since the import warns, of itself.
+        # Not at the top, since the import itself warns.
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
         optimizer = ZeroRedundancyOptimizer(learned, torch.optim.AdamW, lr=3e-3)
@@ -144,10 +144,10 @@ def of_ddp(kind: str, ranks: int | None = None) -> dict[str, Any]:
 
 
 def by_accelerate() -> dict[str, Any]:
-    """Accelerate, which shards the model by FSDP2 and gives the optimizer the new parameters."""
+    """Train with accelerate, which shards the model by FSDP2 and gives the optimizer the new parameters."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    # It would take DDP, since it knows FSDP on accelerators only.
+    # It would choose DDP, since it supports FSDP on accelerators only.
     accelerator.state._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
     net = network()
     learned = [p for p in net.parameters() if p.requires_grad]
@@ -161,7 +161,7 @@ def by_accelerate() -> dict[str, Any]:
 
 
 def sharded_later() -> None:
-    """Shard a model after the loop's object was made."""
+    """Shard a model after the loop's object was created."""
     fabric_of("fsdp2")
     net = network()
     optimizer = optimizer_of(net)
@@ -175,7 +175,7 @@ def sharded_later() -> None:
 
 
 def unsynchronized() -> None:
-    """Take an ascent that FSDP2 keeps back."""
+    """Take an ascent whose gradients FSDP2 doesn't synchronize."""
     fabric, net = fabric_of("fsdp2"), network()
     model = fabric.setup_module(net)
     optimizer = fabric.setup_optimizers(optimizer_of(model))
@@ -223,7 +223,7 @@ def test_two_ranks_equal_the_callback(results: Results, strategy: str, method: s
     for kind in ("weights", "E"):
         ours, theirs = list(first["loop"][kind].values()), list(first["callback"][kind].values())
         if (strategy, method, window) == ("fsdp2", "EFMLoRA", 4):
-            # Fabric sends the sum of a window's gradients, Lightning's Trainer each one.
+            # Fabric sends the sum of a window's gradients, Lightning's Trainer sends each gradient.
             assert max(float((one - other).norm()) for one, other in zip(ours, theirs, strict=True)) < 1e-12
         else:
             assert same(ours, theirs)
@@ -231,7 +231,7 @@ def test_two_ranks_equal_the_callback(results: Results, strategy: str, method: s
 
 
 def test_a_distributed_checkpoint_resumes_a_run(results: Results) -> None:
-    """It keeps nothing of ours in the optimizer's state, and fabric.save keeps the object's own."""
+    """The checkpoint keeps nothing of ours in the optimizer's state; fabric.save stores the object's own state."""
     for rank in results["resumed"]:
         assert same(rank["whole"], rank["resumed"])
 
@@ -276,7 +276,7 @@ def of_transformers(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.mark.parametrize(("name", "window"), OF_TRANSFORMERS)
 def test_two_ranks_of_transformers_equal_one(of_transformers: Results, tmp_path: Path, name: str, window: int) -> None:
-    """The object is made before transformers wraps the model in DDP."""
+    """The object is created before transformers wraps the model in DDP."""
     first, second = of_transformers[f"{name}-{window}"]
     assert first["wrapped"] == "DistributedDataParallel"
     assert same(first, second)

@@ -1,4 +1,4 @@
-"""FlatnessMonitor on two gloo processes: the numbers of one process on the joint batches, and no trace in training."""
+"""FlatnessMonitor on two gloo processes: the numbers of one process on the joint batches, and no effect on training."""
 
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ SETTINGS = ["static_graph", "gradient_as_bucket_view", "find_unused_parameters"]
 
 
 class Logged(Callback):
-    """What the monitor has measured, after every batch."""
+    """The monitor's latest numbers, after each batch."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -31,7 +31,7 @@ class Logged(Callback):
 def train(
     front_end: str, accumulate: int = 1, monitored: bool = True, alone: bool = False, **strategy: Any
 ) -> dict[str, Any]:
-    """The trained weights, and all measures every five optimizer steps; of half of each batch, or of it all."""
+    """The trained weights, and all measures every five optimizer steps, on half of each batch or on all of it."""
     net = network()
     loader, trainer = (joint_batches(), {}) if alone else (own_share(), in_float64("ddp", **strategy))
     module, callbacks, step = parts(front_end, net, accumulate)
@@ -59,7 +59,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.mark.parametrize("front_end", [*FRONT_ENDS, "EFMLoRA"])
 def test_training_is_that_without_it(results: Results, front_end: str) -> None:
-    """With EFMLoRA under settings of DDP that allow no batch beside those of training."""
+    """Also with EFMLoRA under DDP settings that allow no backward passes besides those of training."""
     watched, plain = results[f"{front_end}-True"], results[f"{front_end}-False"]
     for one, other in zip(watched, plain, strict=True):
         assert difference(one["weights"], other["weights"]) == 0
@@ -77,6 +77,6 @@ def test_all_ranks_have_the_numbers_of_one_process(results: Results, front_end: 
         assert one.keys() == other.keys() == expected.keys()
         for name, value in one.items():
             assert value.equal(other[name]), name
-            tolerance = 2e-2 if "eigenvalue" in name else 1e-6  # Lanczos ends at 1e-2
-            if "residual" not in name:  # rounding alone
+            tolerance = 2e-2 if "eigenvalue" in name else 1e-6  # Lanczos stops at a residual of 1e-2
+            if "residual" not in name:  # a residual is nothing but rounding
                 torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=1e-8, msg=name)

@@ -1,4 +1,4 @@
-"""FSDP2 and FSDP1 give what DDP gives, which test_ddp.py compares with one process."""
+"""FSDP2 and FSDP1 equal DDP, which test_ddp.py compares with one process."""
 
 from functools import partial
 from itertools import product
@@ -36,7 +36,7 @@ ON_THREE = ("fsdp2", "fsdp1-layers", "fsdp1-root")
 POLICIES = ("fsdp1-layers", "fsdp1-root", "fsdp1-linears")
 BATCHES = 5  # odd: the last window of two is shorter
 CLIPS = {"norm": (0.05, "norm"), "value": (1e-3, "value")}
-# How a layer reads B does not depend on the method; what is computed again in backward does.
+# How a layer reads B does not depend on the method, but recomputation in the backward pass does.
 NETWORKS = [("EFMLoRA", "convolution"), ("FMLoRA", "dora"), ("EFMLoRA", "experts"), ("FMLoRA", "experts")]
 NETWORKS += [("EFMLoRA", "embedding")]
 NETWORKS += product(FRONT_ENDS["fsdp1"], ("checkpointed", "checkpointed, reentrant"))
@@ -46,7 +46,7 @@ NETWORKS += product(FRONT_ENDS["fsdp1"], ("checkpointed", "checkpointed, reentra
 
 
 class Images(nn.Module):
-    """Six features as a 6-pixel image: a convolution, a DoRA-able linear layer, and a head."""
+    """Treats six features as a 6-pixel image: a convolution, a linear layer that supports DoRA, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def images(use_dora: bool) -> nn.Module:
 
 
 class Experts(nn.Module):
-    """Two parameters of three experts, to which samples are routed; in many batches of a rank an expert has none."""
+    """Two parameters hold three experts, to which samples are routed; in many batches of a rank an expert gets none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Experts(nn.Module):
 
 
 class Words(nn.Module):
-    """Six features as six words."""
+    """Treats six features as six words."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def experts() -> nn.Module:
 
 
 class Checkpointed(nn.Module):
-    """A layer whose activations are computed again in backward."""
+    """A layer whose activations are recomputed in the backward pass."""
 
     def __init__(self, inner: nn.Module, use_reentrant: bool) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ MODELS = {
 
 
 class Overflow(L.Callback):
-    """One step's gradient of an A overflows, in what one rank holds of it."""
+    """In one step the gradient of an A overflows, in the part that one rank holds."""
 
     def __init__(self, at_step: int, rank: int) -> None:
         self.at_step, self.rank = at_step, rank
@@ -152,7 +152,7 @@ class Overflow(L.Callback):
 
 
 class Recorder(L.Callback):
-    """E after every optimizer step."""
+    """E after each optimizer step."""
 
     def __init__(self, flat: Any) -> None:
         self.flat, self.E = flat, []
@@ -163,7 +163,7 @@ class Recorder(L.Callback):
 
 
 def train_network(strategy: str, front_end: str, net: str, batches: int) -> dict[str, Any]:
-    """Train one of MODELS in float64 for some batches; the trained weights and E, whole."""
+    """Train one of MODELS in float64 for some batches; returns the full trained weights and E."""
     model = MODELS[net]()
     module, callbacks, settings = parts(front_end, model, accumulate=1)
     settings |= {"limit_train_batches": batches, **in_float64(strategy)}
@@ -181,7 +181,7 @@ def overflow(strategy: str, estimator: str, rank: int) -> dict[str, Any]:
 
 
 def scaled() -> dict[str, Any]:
-    """EFMLoRA under FSDP2 with a loss scaler, whose first scale overflows: E after each step."""
+    """E after each step of EFMLoRA under FSDP2 with a loss scaler, whose first scale overflows."""
     flat = EFMLoRA(RHO)
     recorder = Recorder(flat)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)
@@ -194,7 +194,7 @@ def scaled() -> dict[str, Any]:
 
 
 def cases() -> Runs:
-    """Every comparison's name "strategy:what", and what is trained."""
+    """The runs of all comparisons, by their names "strategy:what"."""
     found: Runs = {}
 
     def add(what: str, strategies: list[str], function: Any = train, **arguments: Any) -> None:
@@ -218,7 +218,7 @@ def cases() -> Runs:
 CASES = cases()
 EXACT = [name for name in CASES if not name.startswith("ddp") and "bf16" not in name]
 MIXED = [name for name in CASES if not name.startswith("ddp") and "bf16" in name]
-# Each strategy and each estimator with each rank.
+# Each strategy and each estimator is combined with each rank.
 OVERFLOWS = [("fsdp2", "average", 0), ("fsdp2", "projected", 1)]
 OVERFLOWS += [("fsdp1-root", "average", 1), ("fsdp1-root", "projected", 0)]
 
@@ -259,7 +259,7 @@ def test_bf16_mixed_is_as_near_to_float64_as_under_ddp(results: Results, name: s
     for kind in ("weights", "E"):
         exact = {name: value.to(ddp[kind][name].dtype) for name, value in double[kind].items()}
         ours, of_ddp = relative_difference(ranks[0][kind], exact), relative_difference(ddp[kind], exact)
-        assert ours < 3 * of_ddp + 1e-3  # FSDP1's plugin reduces in bfloat16 too
+        assert ours < 3 * of_ddp + 1e-3  # FSDP1's plugin also reduces in bfloat16
 
 
 @pytest.mark.parametrize("strategy", ON_THREE)

@@ -1,4 +1,4 @@
-"""Processes that a strategy starts bring back what DDP under torchrun trains; one that fails ends all."""
+"""Processes that a strategy launches bring back what DDP under torchrun trains; if one fails, all end."""
 
 import os
 import pickle
@@ -21,7 +21,7 @@ FRONT_ENDS = ("FMLoRA", "EFMLoRA+FMLoRAModule")
 
 
 class Halves(LightningDataModule):
-    """A rank's half of each batch; the rank is known only inside a process of the launcher."""
+    """A rank's half of each batch; the rank is known only inside a launched process."""
 
     def train_dataloader(self) -> Any:
         assert self.trainer is not None
@@ -29,7 +29,7 @@ class Halves(LightningDataModule):
 
 
 def train(folder: Path) -> None:
-    """What a main process does, from which two others are forked; what it has then is kept."""
+    """Train in a main process, which forks two others, and keep the weights that it has afterwards."""
     torch.set_num_threads(1)
     for front_end in FRONT_ENDS:
         net = network()
@@ -41,7 +41,7 @@ def train(folder: Path) -> None:
 
 
 def test_the_main_process_has_the_weights_of_ddp(tmp_path: Path) -> None:
-    """Those of one process on the joint batches, which test_ddp.py shows to be DDP's."""
+    """They equal those of one process on the joint batches, which test_ddp.py shows to be DDP's."""
     output = tmp_path / "output.txt"
     assert run(train, tmp_path, output=output) == 0, output.read_text()[-6000:]
     for front_end in FRONT_ENDS:
@@ -59,8 +59,8 @@ def test_what_ddp_spawn_sends_to_its_processes_can_be_pickled(front_end: Any) ->
 # -- a failure of one rank
 
 
-LONG = 150  # seconds; a hang lasts for gloo's half an hour
-CASES = {  # the front end and what fails on rank 1, and what that says
+LONG = 150  # seconds; otherwise a hang would last for gloo's half an hour
+CASES = {  # the front end, the call that fails on rank 1, and the error
     # Rank 0 waits in FMLoRA's own all-reduce, in a batch that DDP does not synchronize.
     "the ascent of an accumulating batch": (("FMLoRA", 5), "ValueError: rank 1 fails"),
     "a loss that the other rank has": (("FMLoRAModule", 3), "compute_loss returned None on one of several ranks"),
@@ -68,7 +68,7 @@ CASES = {  # the front end and what fails on rank 1, and what that says
 
 
 def make_fail(module: Any, name: str, last_call: int, rank: int) -> None:
-    """Let training_step raise, or compute_loss return None, on rank 1 when it is called for the last time."""
+    """Let the last call on rank 1 fail: training_step raises, or compute_loss returns None."""
     original, calls = getattr(module, name), []
 
     def failing(batch: Any, batch_idx: int) -> Any:
@@ -83,7 +83,7 @@ def make_fail(module: Any, name: str, last_call: int, rank: int) -> None:
 
 
 def train_and_fail(front_end: str, last_call: int) -> None:
-    """What each process does."""
+    """Train on each rank, one of which fails."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     module, callbacks, trainer = parts(front_end, network(), accumulate=2)

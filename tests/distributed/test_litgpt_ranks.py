@@ -1,4 +1,4 @@
-"""litgpt's layers under DDP give what the dense reference gives in one process, and under FSDP2 and FSDP1 the same."""
+"""litgpt's layers under DDP, FSDP2 and FSDP1 give what the dense reference gives in one process."""
 
 import os
 from functools import partial
@@ -26,7 +26,7 @@ FRONT_ENDS = ("EFMLoRA", "FMLoRA")
 
 
 class ShardedLanguageModel(litgpt_models.LanguageModel):
-    """Each block a unit of FSDP2, then the rest."""
+    """Each block is a unit of FSDP2, then the rest."""
 
     def configure_model(self) -> None:
         if self.device_mesh is None or getattr(self, "is_sharded", False):
@@ -40,7 +40,7 @@ class ShardedLanguageModel(litgpt_models.LanguageModel):
 
 
 def train(strategy: str, front_end: str, folder: str) -> dict[str, Any]:
-    """Train on this rank's half of each batch, and save in the end; the trained weights and E, whole."""
+    """Train on this rank's half of each batch, and save at the end; returns the full trained weights and E."""
     model: nn.Module = litgpt_models.gpt("all layers")
     callback: Any = FMLoRA(RHO, finder=litgpt_pairs)
     if front_end == "EFMLoRA":

@@ -1,4 +1,4 @@
-"""Eight processes, and two nodes of one process each, which two torchruns start, equal one process on the joint batch.
+"""Eight processes, and two nodes of one process each, started by two torchruns, equal one process on the joint batch.
 
 On eight ranks most shards of a factor are empty.
 """
@@ -60,7 +60,7 @@ def test_two_nodes_equal_one_process(nodes: Results, strategy: str, front_end: s
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_nodes_resume_from_one_shared_file(nodes: Results, strategy: str, tmp_path: Path) -> None:
-    """As one process does, and bit for bit as if nothing had interrupted them."""
+    """The result is that of one process and, bit for bit, that of an uninterrupted run."""
     alone = train(str(tmp_path), "single")
     for whole, resumed in zip(nodes[f"{strategy}-whole"], nodes[f"{strategy}-resumed"], strict=True):
         assert whole["steps"] == resumed["steps"] == END

@@ -1,4 +1,4 @@
-"""FSDP2 and FSDP1 in one process, which shards nothing: on the CPU, and on a CUDA device where there is one."""
+"""FSDP2 and FSDP1 in a single process, where nothing is sharded: on the CPU, and on a CUDA device if there is one."""
 
 from functools import partial
 from typing import Any
@@ -50,11 +50,11 @@ def alone(strategy: str, front_end: str, precision: str, accelerator: str) -> di
 
 
 def validated(front_end: str, batches: int) -> dict[str, Any]:
-    """Train three epochs under FSDP2 with one unit for all, after whose validation whole stand-ins stay in the modules.
+    """Train three epochs under FSDP2 with one unit for all; full copies of parameters stay in modules after validation.
 
     Args:
         front_end: see :func:`parts`.
-        batches: of each validation.
+        batches: batches per validation.
     """
     net = network()
     module, callbacks, _ = parts(front_end, net, accumulate=1)
@@ -91,6 +91,6 @@ def test_a_sharding_strategy_of_world_size_1_equals_one_device(results: Results,
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 @pytest.mark.parametrize("results", ["cpu"], indirect=True)
 def test_a_validation_changes_nothing_where_the_root_holds_the_pairs(results: Results, front_end: str) -> None:
-    """FSDP2 leaves the root's parameters whole after a forward without a backward."""
+    """FSDP2 leaves the root's parameters unsharded after a forward pass without a backward pass."""
     (plain,), (validated,) = results[f"validated:{front_end}:0"], results[f"validated:{front_end}:1"]
     assert all(torch.equal(weight, validated["weights"][name]) for name, weight in plain["weights"].items())

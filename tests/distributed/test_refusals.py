@@ -1,6 +1,6 @@
-"""Strategies that can't work are refused before the first step, on every rank, in one message that says what to do.
+"""Unusable strategies are refused before the first step, on every rank, in one message that says what to do.
 
-tests/callbacks/test_refused_strategies.py has what one process can see.
+For what a single process can see, see tests/callbacks/test_refused_strategies.py.
 """
 
 from functools import partial
@@ -22,7 +22,7 @@ FSDP = "fsdp1-layers"
 SYNC_ASCENT = ("sync_ascent=False needs each rank's own gradient", "use sync_ascent=True, or DDP")
 TENSOR_PARALLEL = ("tensor_parallel_size must be 1, got 2", "data_parallel_size=2, tensor_parallel_size=1")
 STATIC = {"strategy_settings": {"static_graph": True}}
-# The strategy, the front end, their settings, and what the message has to say.
+# The strategy, the front end, their settings, and words of the message.
 CASES: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     (FSDP, "FMLoRAModule", {}, ("manual optimization", "use the FMLoRA or EFMLoRA callback", "ModelParallelStrategy")),
     (FSDP, "EFMLoRA by hand", {}, ("manual optimization", "with automatic optimization", "ModelParallelStrategy")),
@@ -64,15 +64,15 @@ def refused(
     scheduled: dict[int, int] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """The refusal's message, and how many steps came before it.
+    """The refusal's message, and the number of steps before it.
 
     Args:
-        strategy: as in strategy_of, or "tensor-parallel".
-        front_end: as in parts, or "EFMLoRA by hand".
-        strategy_settings: of the strategy.
-        accumulate: batches of a step.
-        scheduled: these by epoch, for a GradientAccumulationScheduler.
-        settings: of the front end.
+        strategy: as in fits.strategy_of, or "tensor-parallel".
+        front_end: as in fits.parts, or "EFMLoRA by hand".
+        strategy_settings: passed to the strategy.
+        accumulate: batches per step.
+        scheduled: batches per step by epoch, for a GradientAccumulationScheduler.
+        settings: passed to the front end.
     """
     net = network().float()
     if front_end == "EFMLoRA by hand":

@@ -1,4 +1,4 @@
-"""A signal to any rank ends all of them at one step, saved; the run that comes back ends as one that nobody ended."""
+"""A signal to any rank saves and ends all of them at one step; the resumed run ends like an uninterrupted one."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ class Validated(ShardedAutomatic):
 def train(
     folder: str, strategy: str, send: tuple[int, str, int] | None = None, sizes: tuple[int, ...] = (3, 3)
 ) -> dict[str, Any]:
-    """Train as often as it takes, and return what the last start ends with, and how often each hook was called."""
+    """Train, restarting until the end; returns the final state, and the order of batches and validations."""
     os.environ["SLURM_JOB_ID"] = "77"
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
     rank = int(os.environ["RANK"])
@@ -79,7 +79,7 @@ def train(
 
 
 class Counts(L.Callback):
-    """Notes what is done, over all starts."""
+    """Notes batches and validations, over all starts."""
 
     def __init__(self, done: list[str]) -> None:
         self.done = done
@@ -110,7 +110,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "whole"])
 def test_all_ranks_end_at_one_step_and_come_back(results: tuple[Path, Results], strategy: str, name: str) -> None:
-    """Bit for bit, with each batch and validation once, and requeued by one rank."""
+    """Bit for bit, with each batch and validation exactly once, and requeued by one rank."""
     assert_comes_back(results, f"{strategy} {name}", f"{strategy} whole", STEP_OF_END.get(name, 6))
 
 

@@ -1,7 +1,7 @@
 """A job of a real SLURM on this machine, see slurm.py: `make slurm-test`.
 
-One job does all runs, since its processes take longest to start. Two of the runs are signalled and requeue it; each of
-its lives does the runs that no former one has ended.
+One job does all runs, since its processes take longest to start. Two of the runs are signalled and requeue the job;
+after each start it does the runs that no earlier start has finished.
 """
 
 import os
@@ -32,7 +32,7 @@ STEPS = EPOCHS * BATCHES
 
 
 class Signals(L.Callback):
-    """At a step has SLURM signal the job, if the run has not come back; further steps take so long that it arrives."""
+    """Has SLURM signal the job at a step of a run's first start; further steps are slow, so that it arrives in time."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.began = trainer.global_step
@@ -46,7 +46,7 @@ class Signals(L.Callback):
 
 
 def train(folder: str, strategy: str) -> dict[str, Any]:
-    """Train to the end, from the last checkpoint if there is one; "single" is one process without a signal."""
+    """Train to the end, from the last checkpoint if there is one; "single" means one process without a signal."""
     signals, driver, module = Signals(), EFMLoRA(RHO, beta=BETA), ShardedAutomatic(network())
     saver = AdapterCheckpoint(Path(folder), save_top_k=0, save_last=True)
     callbacks: list[L.Callback] = [driver, saver]

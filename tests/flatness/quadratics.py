@@ -16,8 +16,8 @@ class Quadratic:
     """L = 1/2 sum_layers ||W_l - T_l||^2 over peft layers, in float64; W is read through the layers' own forward.
 
     Attributes:
-        model: of peft, with a layer for each size.
-        pairs: of the model.
+        model: a peft model, with a layer of each size.
+        pairs: the model's pairs.
     """
 
     def __init__(self, sizes: tuple[tuple[int, int], ...] = ((5, 4), (5, 4), (3, 6)), rank: int = 2) -> None:
@@ -43,7 +43,7 @@ class Quadratic:
         ]
 
     def dense_loss(self, moves: list[Tensor]) -> Tensor:
-        """The loss where every W has moved by a dense matrix."""
+        """The loss after each W is moved by a dense matrix."""
         parts = zip(self.weights(), moves, self.targets, strict=True)
         return torch.stack([(W + move - T).square().sum() / 2 for W, move, T in parts]).sum()
 
@@ -61,10 +61,10 @@ def all_shown(pairs: list[LoRAPair]) -> list[Tensor | None]:
 
 
 def state_of(model: nn.Module, pairs: list[LoRAPair]) -> Callable[[], None]:
-    """Remember what an instrument must leave as it is.
+    """Remember the state that an instrument must not change.
 
     Returns:
-        A function that asserts that it is.
+        A function that asserts that it is unchanged.
     """
     parameters = list(model.parameters())
     data = [(p.data_ptr(), p.detach().clone(), p.grad, None if p.grad is None else p.grad.clone()) for p in parameters]
@@ -88,7 +88,7 @@ def state_of(model: nn.Module, pairs: list[LoRAPair]) -> Callable[[], None]:
 
 
 def average_of(pairs: list[LoRAPair], loss: Callable[[], Tensor], norm_scope: Any = "global") -> Perturbation:
-    """A Perturbation whose Ê is of an older point than the weights now."""
+    """A Perturbation whose Ê was taken at earlier weights."""
     perturbation = Perturbation(pairs, norm_scope=norm_scope)
     with torch.no_grad():
         for pair in pairs:

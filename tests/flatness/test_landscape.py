@@ -1,4 +1,4 @@
-"""Directions against dense float64 matrices: what they say of full weight space is true of it."""
+"""Directions compared with dense float64 matrices: what they say about the full weight space is true there."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def loss_of(net: nn.Module) -> Tensor:
 
 
 def dense(pairs: list[LoRAPair], direction: Direction) -> Tensor:
-    """The direction in full weight space as one vector."""
+    """The direction in the full weight space, as a single vector."""
     moves = [pair.scaling * D @ pair.A.detach() for pair, D in zip(pairs, direction, strict=True)]
     return torch.cat([move.flatten() for move in moves])
 
@@ -65,7 +65,7 @@ def test_what_is_made_orthogonal_is_so_in_full_weight_space(net: nn.Module, pair
 
 
 def test_a_random_direction_has_nothing_that_dependent_rows_of_a_take_out_again() -> None:
-    """It would be thousands of times as large as what the weight shows of it."""
+    """Such a part would be thousands of times as large as its effect on the weight."""
     A = nn.Parameter(torch.randn(16, 3, generator=torch.Generator().manual_seed(0)))
     pair = LoRAPair("few", A, nn.Parameter(torch.zeros(5, 16)), scaling=2.0)
     (direction,) = random_direction([pair], 0)
@@ -75,9 +75,9 @@ def test_a_random_direction_has_nothing_that_dependent_rows_of_a_take_out_again(
 
 
 def test_random_directions_fill_what_b_can_express_evenly(pairs: list[LoRAPair]) -> None:
-    """Every layer's share of the squared length is its share of the dimensions n r, along each row of A's space."""
+    """A layer's share of the squared length is its share of the n r dimensions, evenly along each row of A's space."""
     pair = pairs[1]
-    pair.A.data[0] *= 50  # a draw in B's coordinates would lie along this row alone
+    pair.A.data[0] *= 50  # a direction drawn in B's coordinates would lie along this row only
     draws = [random_direction([pair], seed)[0] @ pair.A.detach() * pair.scaling for seed in range(300)]
     _, _, rows = torch.linalg.svd(pair.A.detach(), full_matrices=False)
     share = torch.stack([(draw @ rows.mT).square().sum(0) for draw in draws]).mean(0)

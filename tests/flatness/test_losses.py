@@ -1,4 +1,4 @@
-"""Losses whose gradient can't be taken, or says nothing."""
+"""Losses whose gradient can't be taken, or is meaningless."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ from lightning_flatlora.flatness import (
 
 
 def checkpointed(quadratic: Quadratic, use_reentrant: bool) -> Tensor:
-    """The same loss, with the forward of its first layer under activation checkpointing."""
+    """The same loss, with activation checkpointing for the forward pass of the first layer."""
     first = quadratic.layers[0]
     forward = first.forward
 
@@ -46,7 +46,7 @@ def test_activation_checkpoints_change_nothing() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     found = hessian_product(lambda: checkpointed(quadratic, use_reentrant=False), factors, expected)
     torch.testing.assert_close(found, products, rtol=1e-12, atol=1e-12)
-    # Inside of reentrant ones torch.autograd.grad finds no parameters, and their part of the gradient would be 0.
+    # In reentrant checkpoints torch.autograd.grad finds no parameters, so their part of the gradient would be 0.
     with pytest.raises(ValueError, match=r"reentrant .* set use_reentrant=False"):
         loss_gradient(lambda: checkpointed(quadratic, use_reentrant=True), factors)
 
@@ -69,7 +69,7 @@ def test_what_is_no_loss_is_named(loss: Any, message: str) -> None:
 
 @pytest.mark.skipif(not hasattr(helpers, "DoraCaching"), reason="DoraCaching came with peft 0.19")
 def test_what_peft_caches_of_dora_is_not_taken_for_the_moved_weights() -> None:
-    """In eval mode its layers would keep the product B A and the norm of the weights where they stood first."""
+    """In eval mode its layers would keep B A and the weights' norm from before the move."""
     config = LoraConfig(r=2, target_modules=["0", "1"], use_dora=True, init_lora_weights=False)
     net = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), config).eval()
     x, labels = torch.randn(8, 4), torch.randint(3, (8,))

@@ -1,4 +1,4 @@
-"""Several instruments at one point, for few passes; and what the factors say, against dense float64 matrices."""
+"""Several instruments at one point, for few passes; measures of the factors, compared with dense float64 matrices."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def point_of(quadratic: Quadratic, loss: Any = None, **settings: Any) -> Point:
     ids=str,
 )
 def test_forward_passes(measures: list[str], passes: int) -> None:
-    """Those of the docstring: of these, the first at each point is followed by a backward pass."""
+    """The docstring's numbers of passes; only the first pass at each point is followed by a backward pass."""
     quadratic, calls = Quadratic(), []
 
     def loss() -> Tensor:
@@ -100,7 +100,7 @@ def test_frozen_factors_are_left_alone() -> None:
 
 
 def test_what_needs_a_gradient_is_nan_where_that_is_not_finite() -> None:
-    """Of a loss that is finite itself, whose rise along E = 0 would be 0."""
+    """The loss itself is finite; with E = 0 it would seem to rise by 0."""
     quadratic = Quadratic()
     point = point_of(quadratic, lambda: quadratic.loss() + (0 * quadratic.loss()).sqrt())
     found = measure(point, MEASURES, per_layer=True)
@@ -156,7 +156,7 @@ def test_condition_numbers_are_those_of_numpy(shape: tuple[int, ...]) -> None:
 
 
 def test_conditions_as_bad_as_adams_first_update_are_seen() -> None:
-    """A Gram matrix would lose them: its condition is the square, beyond float64."""
+    """A Gram matrix would lose them, as its condition number is the square, which exceeds float64."""
     column = random(N, 1)
     nearly_parallel = torch.cat([column, column + 1e-10 * random(N, 1)], 1)
     assert 1e9 < float(condition_number(nearly_parallel)) < 1e11

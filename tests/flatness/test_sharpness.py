@@ -1,4 +1,4 @@
-"""Sharpness and curvature against closed forms on quadratics, dense Hessians, and the dense reference of the method."""
+"""Sharpness and curvature compared with closed forms on quadratics, dense Hessians, and the method's reference."""
 
 import sys
 import weakref
@@ -45,7 +45,7 @@ def run(instrument: str, quadratic: Quadratic, perturbation: Perturbation, loss:
 
 
 def dense_moves(quadratic: Quadratic, norm_scope: str) -> list[Tensor]:
-    """s E A of each layer by the literal reference."""
+    """s E A of each layer, by the literal reference."""
     ascents = []
     for pair, G in zip(quadratic.pairs, quadratic.gradients(), strict=True):
         A, B, s = pair.A.detach(), pair.B.detach(), pair.scaling
@@ -123,7 +123,7 @@ def test_expected_sharpness_is_the_mean_over_its_seeds() -> None:
 @pytest.mark.parametrize("instrument", [*INSTRUMENTS, *CURVATURES])
 @pytest.mark.parametrize("fails_at", [None, 0, 1])
 def test_everything_is_left_as_it_was(instrument: str, fails_at: int | None) -> None:
-    """Gradients that are there, a reader that shows Ê, and a loss that raises in its first or second pass."""
+    """Existing gradients and a reader that shows Ê are kept, also if the loss raises in its first or second pass."""
     quadratic = Quadratic()
     perturbation = average_of(quadratic.pairs, quadratic.loss)
     quadratic.loss().backward()
@@ -166,7 +166,7 @@ def test_a_zero_gradient_has_no_sharpness_and_one_not_finite_has_nan(instrument:
 
 
 def test_a_gradient_by_batches_is_the_gradient_of_the_mean() -> None:
-    """One batch's graph is gone before the next is made: its memory is one batch's."""
+    """The graph of a batch is freed before the next one is built, so it takes the memory of one batch."""
     quadratic = Quadratic()
     parameters = trained_factors(quadratic.pairs)
     graphs = []
@@ -188,7 +188,7 @@ def test_a_gradient_by_batches_is_the_gradient_of_the_mean() -> None:
 
 
 def dense_hessian(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Tensor:
-    """Row by row, of all parameters in one vector."""
+    """Row by row, over all parameters as one vector."""
     gradients = torch.autograd.grad(loss(), parameters, create_graph=True)
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     rows = []
@@ -237,7 +237,7 @@ def test_the_critical_sharpness_of_a_quadratic_is_the_curvature_along_its_gradie
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(5, 5, generator=generator, dtype=torch.float64)
     hessian, w = root @ root.T, nn.Parameter(torch.randn(5, generator=generator, dtype=torch.float64))
-    for lowest in (0.0, -7.0, 1e-4):  # the first step that is tried depends on the loss itself
+    for lowest in (0.0, -7.0, 1e-4):  # the size of the first step tried depends on the loss itself
 
         def loss(lowest: float = lowest) -> Tensor:
             return w @ hessian @ w / 2 + lowest
@@ -281,7 +281,7 @@ def test_the_trace_is_within_its_standard_error() -> None:
     off_diagonal = hessian - hessian.diag().diag()
     torch.testing.assert_close(
         found.standard_error, (2 * off_diagonal.square().sum() / 300).sqrt(), rtol=0.15, atol=0
-    )  # the known variance of Hutchinson's estimator with signs
+    )  # the known variance of Hutchinson's estimator with random signs
 
 
 def test_one_sample_has_no_standard_error_and_none_no_mean() -> None:
@@ -294,7 +294,7 @@ def test_one_sample_has_no_standard_error_and_none_no_mean() -> None:
 
 
 def test_attention_has_a_second_derivative() -> None:
-    """The fused kernels, which inference and training take, have none."""
+    """The fused kernels that are used in inference and training don't have one."""
     torch.manual_seed(0)
     q, k = (nn.Parameter(torch.randn(1, 2, 6, 8)) for _ in range(2))
     v = torch.randn(1, 2, 6, 8)

@@ -1,4 +1,4 @@
-"""The rules of a step, below all front ends: when a perturbation is taken, its size, and what is counted and kept."""
+"""The rules of a step, below all front ends: when a perturbation is taken, its size, what is counted and kept."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def started(method: Any, pairs: Any = None, model: Any = None) -> tuple[Any, nn.Module]:
-    """Give a method the pairs of a small model and their optimizer."""
+    """Give a method a small model's pairs and their optimizer."""
     if model is None:
         model, found = model_and_pairs()
         pairs = found if pairs is None else pairs
@@ -50,7 +50,7 @@ def same_E(left: dict[str, Any], right: dict[str, Any]) -> bool:
 )
 @kinds
 def test_steps_that_take_a_fresh_perturbation(kind: Any, settings: dict[str, int], steps: list[int]) -> None:
-    """Counted from start_step. Both passes of FMLoRA, and moves of EFMLoRA's average, come in these steps alone."""
+    """Counted from start_step. Only these steps have FMLoRA's two passes, or move EFMLoRA's average."""
     method, model = started(kind(0.5, **settings))
     found = []
     for step in range(6):
@@ -162,7 +162,7 @@ def test_frozen_pairs_take_no_second_pass() -> None:
 
 
 def test_a_zero_rho_lets_the_average_decay_next_to_a_module() -> None:
-    """A refresh step with rho = 0 moves it by a zero perturbation; before there is an average it is a plain step."""
+    """A refresh step with rho = 0 moves it towards zero; before there is an average, it is a plain step."""
     method, model = started(EFMLoRAStep(LinearRho(1.0, 0.0, total_steps=1), beta=0.5))
     method.schedules_module = True
     sizes = []

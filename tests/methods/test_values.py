@@ -1,4 +1,4 @@
-"""Values out of range are refused where they are given, all of them in one message, under the name that users write."""
+"""Invalid values are refused where they are given, all in one message, under the argument's public name."""
 
 import math
 from typing import Any
@@ -78,7 +78,7 @@ def test_values_of_modules(name: str, value: Any, allowed: str) -> None:
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_all_wrong_values_in_one_message(front_end: str) -> None:
-    """One line for each argument, with what came."""
+    """One line for each argument, with the given value."""
     tables = BAD | (OF_MODULES if front_end == "FMLoRAModule" else {})
     wrong = {name: bad[0] for name, (_, bad) in tables.items() if name != "beta" or front_end.startswith("EFMLoRA")}
     heading, *lines = refused(FRONT_ENDS[front_end], wrong).splitlines()
@@ -89,7 +89,7 @@ def test_all_wrong_values_in_one_message(front_end: str) -> None:
 
 @pytest.mark.parametrize("name", ["beta", "every_n_steps", "estimator"])
 def test_other_settings_are_assigned_to_the_method(name: str) -> None:
-    """On the callback they would silently do nothing."""
+    """On the callback they would silently have no effect."""
     callback = EFMLoRA(0.5)
     with pytest.raises(AttributeError, match=f"assign to callback.method.{name}"):
         setattr(callback, name, 1)
@@ -99,7 +99,7 @@ def test_other_settings_are_assigned_to_the_method(name: str) -> None:
 
 @pytest.mark.parametrize("kind", [EFMLoRA, FMLoRA])
 def test_rho_is_checked_when_it_is_changed(kind: Any) -> None:
-    """It reaches the methods of all optimizers."""
+    """The new value reaches the methods of all optimizers."""
     callback = kind(0.5)
     assert callback.rho == 0.5
     callback.per_optimizer.take_optimizers([None, None])

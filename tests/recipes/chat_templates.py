@@ -1,4 +1,4 @@
-"""Tokenizers of single bytes, and chat templates built like those of well-known models."""
+"""Byte-level tokenizers, and chat templates built like those of well-known models."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from recipes.language.chat import IGNORED
 
-# Writes thoughts before the last answer, an empty block if there are none; its generation prompt has them only if
-# enable_thinking is false.
+# Writes thoughts before the last answer, or an empty block if there are none; the generation prompt contains an empty
+# block only if enable_thinking is false.
 QWEN3 = (
     "{% set ns = namespace(last=-1) %}"
     "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -24,7 +24,7 @@ QWEN3 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
-# Asks with an opened block of thoughts, which it closes before a last answer without any.
+# Its prompt opens a block of thoughts, which is closed at once before a last answer without thoughts.
 QWEN35 = (
     "{% set ns = namespace(last=-1) %}"
     "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -35,7 +35,7 @@ QWEN35 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
 )
-# Names a channel before an answer, and ends the last one with another token than earlier ones.
+# Names a channel before an answer, and ends the last answer with another token than earlier ones.
 GPT_OSS = (
     "{% for m in messages %}{% if m.role == 'assistant' %}"
     "{% if loop.last and m.thinking %}"
@@ -48,7 +48,7 @@ PHI = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
-# Asks with an empty block of thoughts unless enable_thinking is true, and writes answers without one.
+# Its prompt has an empty block of thoughts unless enable_thinking is true; its answers have none.
 GEMMA4 = (
     "{% for m in messages %}{{ '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content }}"
     "{{ '<turn|>\n' }}{% endfor %}"
@@ -71,7 +71,7 @@ MISTRAL = (
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
     "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}{% endfor %}"
 )
-# As Mistral v0.3's, Nemo's and Codestral's: a system message shows in the last question, if no answer follows it.
+# Like Mistral v0.3's, Nemo's and Codestral's: a system message shows in the last question, if no answer follows it.
 MISTRAL3 = (
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}"
     "{% else %}{% set turns = messages %}{% endif %}{{ bos_token }}{% for m in turns %}"
@@ -80,18 +80,18 @@ MISTRAL3 = (
     "{{ '[INST] ' + (system + '\n\n' if loop.last and system is defined else '') + m.content + '[/INST]' }}"
     "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
 )
-# Passes over a system message in silence, and ends an answer with nothing.
+# Silently drops a system message, and ends an answer without any mark.
 BARE = (
     "{% for m in messages if m.role != 'system' %}{{ 'Q: ' if m.role == 'user' else 'A:' }}"
     "{{ m.content if m.role == 'user' else ' ' + m.content }}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}A:{% endif %}"
 )
-# Asks with an opened block of thoughts, and writes answers without one.
+# Its prompt opens a block of thoughts, but its answers are written without one.
 R1 = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content.split('</think>')[-1] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<think>\n' }}{% endif %}"
 )
-# Ends an answer with another model's mark, which is a mere text to this tokenizer.
+# Ends an answer with another model's mark, which is plain text for this tokenizer.
 FOREIGN = (
     "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '<|end_of_message|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -104,7 +104,7 @@ _ENDS = {QWEN3: "<|im_end|>", QWEN35: "<|im_end|>", LLAMA3: "<|eot|>", GPT_OSS: 
 
 
 def shipped(name: str) -> str:
-    """A model's own chat template, as trl ships it; where it ships none, the test is skipped."""
+    """A model's own chat template, as shipped with trl; the test is skipped if trl has none."""
     trl = find_spec("trl")
     path = Path(str(trl.origin)).parent / "chat_templates" / f"{name}.jinja" if trl else Path()
     if not path.is_file():
@@ -113,7 +113,7 @@ def shipped(name: str) -> str:
 
 
 def tokenizer(template: str, pad_token: str | None = None, end: str = "<eos>") -> Any:
-    """Its token 0 is "!", as Llama 3's and GPT-2's; without a pad token unless one is given."""
+    """Token 0 is "!", as in Llama 3 and GPT-2; without a pad token unless one is given."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     own = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
     own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -131,7 +131,7 @@ def tokenizer(template: str, pad_token: str | None = None, end: str = "<eos>") -
 
 
 def learnt_texts(tokenizer: Any, labels: list[int]) -> list[str]:
-    """The texts of the tokens that are learnt, one for each run of them."""
+    """The text of each run of consecutive learnt tokens."""
     runs: list[list[int]] = [[]]
     for label in labels:
         if label == IGNORED:
@@ -142,5 +142,5 @@ def learnt_texts(tokenizer: Any, labels: list[int]) -> list[str]:
 
 
 def messages(*turns: str) -> list[dict[str, str]]:
-    """Turns of user and assistant, the user's first."""
+    """Turns of user and assistant, starting with the user's."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]

@@ -26,7 +26,7 @@ COCA = CLIP | {
 
 
 def save_model(folder: Path, config: dict[str, Any]) -> str:
-    """A random model as open_clip keeps one in a folder; its name."""
+    """Save a random model in open_clip's folder format; returns its name."""
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def draw(colour: str, shape: str) -> Image.Image:
 
 
 def save_pictures(folder: Path) -> str:
-    """A folder of 32 images, each with a text file of two captions."""
+    """Save a folder of 32 images, each with a text file of two captions."""
     folder.mkdir()
     for colour in COLOURS:
         for shape in SHAPES:

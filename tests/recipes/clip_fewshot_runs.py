@@ -14,7 +14,7 @@ COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue_grey": (90, 110, 
 
 
 def tiny_clip(folder: Path) -> str:
-    """A random CLIP of two small towers of ViT-B-16-quickgelu's kind, as open_clip names it."""
+    """A random CLIP with two small towers like those of ViT-B-16-quickgelu; returns open_clip's name for it."""
     return save_model(folder, CLIP | {"text_cfg": TEXT | {"context_length": 16}, "quick_gelu": True})
 
 
@@ -26,7 +26,7 @@ def picture(path: Path, colour: tuple[int, int, int], seed: int) -> None:
 
 
 def filled(folder: Path, number: int) -> Path:
-    """The folder, with one folder of images for each colour in it."""
+    """The folder, filled with a folder of images for each colour."""
     for label, (name, colour) in enumerate(COLOURS.items()):
         for i in range(number):
             picture(folder / name / f"{i:02d}.png", colour, 100 * label + i)
@@ -77,15 +77,15 @@ NAMES = {
 
 
 def write_set(root: Path, dataset: str, train: int = 4, val: int = 4, test: int = 3, images: str | None = None) -> Path:
-    """A set of three classes, whose colours differ.
+    """Write a set of three classes, whose colours differ.
 
     Args:
         root: $DATA.
         dataset: a key of FILES.
-        train: images of each class.
-        val: images of each class.
-        test: images of each class.
-        images: another folder for them than CoOp's.
+        train: number of images per class.
+        val: number of images per class.
+        test: number of images per class.
+        images: a folder for them that differs from CoOp's.
 
     Returns:
         The split file.

@@ -1,4 +1,4 @@
-"""Tiny random models, drawn images and files of rows, for tests that need a model but no knowledge."""
+"""Tiny random models, drawn images and files of rows, for tests that need a model but not a good one."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ OF_SHORT_RUNS = (
     ".*is smaller than the logging interval",
     ".*could not find the monitored key",
     "Precision bf16-mixed is not supported by the model summary",
-    "Only .* optimizer steps",  # the recipes' own
+    "Only .* optimizer steps",  # the recipes' own warning
 )
 """What is remarked of runs of a few steps, and of those that go on in another folder."""
 
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _log_level() -> Iterator[None]:
-    """Command lines that silence Lightning would do so for the tests after them, too."""
+    """A command line that silences Lightning must not do so for later tests."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     yield
@@ -101,7 +101,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def glue(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder like the repository of GLUE."""
+    """A folder with the layout of GLUE's repository."""
     return save_glue(tmp_path_factory.mktemp("glue"))
 
 
@@ -113,7 +113,7 @@ def small_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def clip(small_clip: str) -> Any:
-    """The same, loaded."""
+    """The model in that folder."""
     return ContrastiveModel(small_clip).clip
 
 
@@ -178,15 +178,15 @@ def sums(jsonl: Callable[..., str]) -> str:
 
 @pytest.fixture
 def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of its own to run in, and none of the warnings about this process's own arguments."""
+    """Run in a new folder, and without warnings about this process's own arguments."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["test"])  # LightningCLI warns of other arguments beside its own
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
+    monkeypatch.setattr("sys.argv", ["test"])  # LightningCLI warns if there are arguments besides those it is given
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # caused by Lightning
 
 
 @pytest.fixture
 def own_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache of `datasets` of its own, and no progress bars."""
+    """A separate cache of `datasets`, and no progress bars."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     datasets.disable_progress_bars()
     yield
@@ -208,13 +208,13 @@ def base(root: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def adapters(root: Path, base: Path) -> tuple[Path, Path]:
-    """Two of a causal language model, of different rank."""
+    """Two adapters of a causal language model, with different ranks."""
     return save_adapter(root / "small", base), save_adapter(root / "large", base, rank=4)
 
 
 @pytest.fixture(scope="session")
 def classifiers(root: Path, base: Path) -> tuple[Path, Path]:
-    """Two of a classifier of three classes, with heads of their own."""
+    """Two adapters of a classifier with three classes, each with its own head."""
     return (
         save_adapter(root / "classifier", base, task="SEQ_CLS"),
         save_adapter(root / "classifier_large", base, rank=4, task="SEQ_CLS"),

@@ -25,7 +25,7 @@ GLUE: dict[str, tuple[list[str], list[str]]] = {
 
 
 def save_glue(folder: Path) -> str:
-    """A folder like the repository of nyu-mll/glue: rows whose texts say their label, hidden labels in test splits."""
+    """Save a folder with nyu-mll/glue's layout: each row's text tells its label; labels of test splits are hidden."""
     configs = []
     for task, (texts, classes) in GLUE.items():
         endings = ("_matched", "_mismatched") if task == "mnli" else ("",)
@@ -58,7 +58,7 @@ def _rows(texts: list[str], classes: int, number: int, split: str) -> list[dict[
 
 
 def save_roberta(folder: Path) -> str:
-    """A random RoBERTa of two layers, whose tokenizer has the label words as single tokens."""
+    """Save a random RoBERTa of two layers, whose tokenizer has the label words as single tokens."""
     words = "It was terrible bad okay good great Yes No Maybe Description Entity Expression Human Location Number"
     tokenizer = ByteLevelBPETokenizer()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -86,7 +86,7 @@ def save_roberta(folder: Path) -> str:
 
 
 def prepared(model: Any, stage: str = "fit", **settings: Any) -> Any:
-    """A data module after `setup`, with the tokenizer of a model."""
+    """A data module after `setup`, with a model's tokenizer."""
     data = TextData(**{"validation_share": 0.15, "test_share": 0.25} | settings)
     module = type("Module", (), {"tokenizer": transformers.AutoTokenizer.from_pretrained(model)})()
     data.trainer = type("Trainer", (), {"lightning_module": module})()

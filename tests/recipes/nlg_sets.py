@@ -1,4 +1,4 @@
-"""Small sets of meanings in the layouts of E2E, and tiny random GPT-2s to read them."""
+"""Small sets of meanings in E2E's formats, and tiny random GPT-2s to read them."""
 
 import csv
 from pathlib import Path
@@ -15,7 +15,7 @@ AREAS = ("riverside", "city centre")
 
 
 def meanings(first: int, last: int) -> list[tuple[str, list[str]]]:
-    """Meanings in E2E's notation, each with two to four texts; those of other numbers are other ones."""
+    """Meanings in E2E's notation, each with two to four texts; each number gives a different meaning."""
     rows = []
     for i in range(first, last):
         name, area = f"{NAMES[i % len(NAMES)]} {i}", AREAS[i % 2]
@@ -27,7 +27,7 @@ def meanings(first: int, last: int) -> list[tuple[str, list[str]]]:
 
 
 def save_e2e(folder: Path) -> str:
-    """A folder like the converted branch of tuetschek/e2e_nlg: 36 meanings to train on, 6 and 7 to evaluate."""
+    """A folder like the converted branch of tuetschek/e2e_nlg: 36 meanings to train on, and 6 and 7 to evaluate on."""
     features = Features(meaning_representation=Value("string"), human_reference=Value("string"))
     for split, (first, last) in {"train": (0, 36), "validation": (36, 42), "test": (42, 49)}.items():
         rows = []
@@ -59,7 +59,7 @@ def save_csv(path: Path, first: int = 0, last: int = 36) -> str:
 
 
 def save_gpt2(folder: Path, **settings: Any) -> str:
-    """A random GPT-2 of two layers, with a tokenizer of its kind."""
+    """A random GPT-2 of two layers, with a matching tokenizer."""
     tokenizer = ByteLevelBPETokenizer()
     lines = []
     for meaning, texts in meanings(0, 50):

@@ -1,4 +1,4 @@
-"""Command lines without the parsers of the commands that are not run: to make these takes as long as a short run."""
+"""Command lines that only build the parser of the command to run, since building all takes as long as a short run."""
 
 import sys
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from recipes.command_line.cli import RecipeCLI
 
 @contextmanager
 def one_command() -> Iterator[None]:
-    """Within it, ``RecipeCLI(["fit", ...])`` knows fit alone; without a command in the first place it knows all.
+    """Within it, ``RecipeCLI(["fit", ...])`` knows only fit; if the first argument is not a command, it knows all.
 
-    So it is with the process's own arguments where none are given.
+    If no arguments are given, this holds for the process's own arguments.
     """
     begin, commands = RecipeCLI.__init__, RecipeCLI.subcommands()
 
@@ -32,7 +32,7 @@ def one_command() -> Iterator[None]:
 
 
 class ParsingCLI(RecipeCLI):
-    """Parses and makes nothing, which would need models and data."""
+    """Only parses; creating the objects would need models and data."""
 
     @override
     def instantiate_classes(self) -> None:

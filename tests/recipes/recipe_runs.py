@@ -19,32 +19,32 @@ STRATEGIES = RECIPES / "configs" / "strategies"
 
 
 def config_arguments(recipe: str, method: str) -> list[str]:
-    """The recipe's base and the overlay of a method, "lora" for none, as arguments of the command line."""
+    """Command-line arguments for the recipe's base and a method's overlay; "lora" means no overlay."""
     files = [base_file(recipe)] if method == "lora" else [base_file(recipe), method_file(recipe, method)]
     return [f"--config={path}" for path in files]
 
 
 def packaged_arguments(recipe: str, method: str = "lora") -> list[str]:
-    """A method's configurations on the recipe's packaged model and data."""
+    """A method's configurations with the recipe's packaged model and data."""
     base, *overlays = config_arguments(recipe, method)
     packaged = RECIPES / recipe / "configs" / "packaged.yaml"
     return [base, f"--config={packaged}", *overlays] if packaged.exists() else [base, *overlays]
 
 
 def run(command: str, folder: str, recipe: str, method: str, strategy: str, options: list[str]) -> dict[str, Any]:
-    """One command of a recipe in a folder.
+    """Run one of a recipe's commands in a folder.
 
     Args:
         command: fit, test or predict.
-        folder: in which it leaves what it leaves.
-        recipe: name of its folder.
-        method: whose configurations are taken.
+        folder: for all that the run writes.
+        recipe: the name of its folder.
+        method: selects the configurations.
         strategy: one that has a configuration, or "one" for a single process. FSDP1 gets a class that Lightning lets
-            run without a GPU, and keeps what the YAML says of it.
-        options: more arguments.
+            run without a GPU, but keeps its settings from the YAML.
+        options: further arguments.
 
     Returns:
-        The trained weights, whole, by name; what was logged last; optimizer steps; FSDP1's units.
+        The full trained weights by name, the last logged values, the number of optimizer steps, and FSDP1's units.
     """
     datasets.disable_progress_bars()
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def run(command: str, folder: str, recipe: str, method: str, strategy: str, opti
     with one_command():
         cli = RecipeCLI([*arguments, "--trainer.accelerator=cpu", *options], recipe=recipe)
     used = cli.trainer.strategy
-    # The scale of the contrastive loss, which may be trained, is beside the model.
+    # The contrastive loss's scale, which may be trained, is not part of the net.
     return {
         "weights": full_weights(used, cli.model if recipe == "clip_contrastive" else cli.model.net),
         "logged": {name: value.item() for name, value in cli.trainer.callback_metrics.items()},
@@ -69,9 +69,9 @@ def run(command: str, folder: str, recipe: str, method: str, strategy: str, opti
 
 
 def quick(command: str, configs: list[str], *options: str) -> RecipeCLI:
-    """A command line in this process, with configurations and what makes a run short and quiet on any machine.
+    """Run a command line in this process, with options that make it short and quiet on any machine.
 
-    It is that of the recipe whose base is among the configurations.
+    The recipe is the one whose base is among the configurations.
     """
     given = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true"]
     given += ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]

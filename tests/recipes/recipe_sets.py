@@ -1,4 +1,4 @@
-"""Every recipe on a tiny model and little data: what its runs are given in one process and in several."""
+"""Every recipe with a tiny model and little data: the arguments of its runs, in one process and in several."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ MODES = {"siglip": "efmlora", "all weights": "full"}
 
 
 class Recipe(NamedTuple):
-    """How a recipe is run: its folder, and arguments of every run, of two processes' runs and of one process's."""
+    """How to run a recipe: its folder, and the arguments of every run, of runs in two processes and of runs in one."""
 
     folder: str
     options: list[str]
@@ -42,7 +42,7 @@ class Recipe(NamedTuple):
 
 
 def classification(place: Path, name: str, task: str) -> Recipe:
-    """With a head, or with prompts."""
+    """With a classification head, or with prompts."""
     configs = RECIPES / "classification" / "configs" / name
     options = [
         f"--config={configs}.yaml",
@@ -59,7 +59,7 @@ def classification(place: Path, name: str, task: str) -> Recipe:
 
 
 def clip_contrastive(place: Path, config: dict[str, Any]) -> Recipe:
-    """With an epsilon so large that a gradient of the wrong size shows, as with Adam's own it does not."""
+    """With an epsilon so large that a wrongly scaled gradient shows, which it would not with Adam's default."""
     options = [
         f"--model.init_args.model={save_model(place / 'model', config)}",
         f"--data.init_args.dataset={save_pictures(place / 'pictures')}",
@@ -89,13 +89,13 @@ def clip_fewshot(place: Path) -> Recipe:
         "--data.init_args.eval_batch_size=3",
         f"--data.init_args.predict_folder={filled(place / 'images', 13)}",
     ]
-    # As small as the ranks' own batches are, which share the few images.
+    # As small as the batches of a rank, which gets half of the few images.
     alone = (*ACCUMULATED, "--trainer.val_check_interval=6", "--data.init_args.batch_size=3")
     return Recipe("clip_fewshot", options, alone=alone)
 
 
 def instruction_tuning(place: Path, tiny: str, tokenizer: Any) -> Recipe:
-    """A tiny model that answers each question with other words, of another number; it knows half of the answers."""
+    """A tiny model whose answers differ in words and length; half of the rows contain its own answers."""
     talker = str(place / "talker")
     config = transformers.AutoConfig.from_pretrained(tiny, tie_word_embeddings=False, initializer_range=0.3)
     torch.manual_seed(1)
@@ -144,7 +144,7 @@ def nlg(place: Path) -> Recipe:
 
 
 def vqa(place: Path) -> Recipe:
-    """Images of different sizes, of which the model knows half of the answers, and five questions to predict."""
+    """Images of different sizes, half of them with the model's own answers, and five questions to predict."""
     model = save_vlm("qwen2_5_vl", place / "model")
     rows, asked = draw(place, 28), [{"image": f"{i}.png", "question": f"is it {COLOURS[i % 3]}?"} for i in range(5)]
     module = VQA(model, DEFAULT_LORA, "float32", max_new_tokens=4)
@@ -178,7 +178,7 @@ def saved(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def prepared(name: str, place: Path, tiny: str, tokenizer: Any) -> Recipe:
-    """One of NAMES or MODES, with its model and data in a folder; tiny is that of a Llama with this tokenizer."""
+    """One of NAMES or MODES, with its model and data in a folder; tiny is the folder of a Llama with this tokenizer."""
     place.mkdir()
     if name == "classification":
         return classification(place, "glue", "mnli")

@@ -51,7 +51,7 @@ def save_base(folder: Path, **config: Any) -> Path:
 def save_adapter(
     folder: Path, base: Path, rank: int = 2, task: str = "CAUSAL_LM", classes: int = 3, **more: Any
 ) -> Path:
-    """An adapter whose B is not zero, as peft writes it."""
+    """An adapter with nonzero B, in peft's format."""
     kinds = {"CAUSAL_LM": transformers.AutoModelForCausalLM, "SEQ_CLS": transformers.AutoModelForSequenceClassification}
     extra = {"num_labels": classes} if task == "SEQ_CLS" else {}
     torch.manual_seed(rank)

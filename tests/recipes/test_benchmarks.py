@@ -1,4 +1,4 @@
-"""The benchmarks measure, print and write what they say; their figures are not judged here."""
+"""The benchmarks measure, print and write what they promise; the numbers themselves are not checked here."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_workloads_are_of_the_sizes_they_are_named_after(name: str) -> None:
 def test_the_adapter_of_a_workload_is_on_every_layer(name: str) -> None:
     with torch.device("meta"):
         pairs = find_pairs(replace(WORKLOADS[name], layers=2).network()).pairs
-    # GPT-2 has q, k and v in one. Of the experts there are two parameters in a layer, and a router.
+    # GPT-2 has q, k and v in one layer. The experts have two parameters per layer, and a router.
     in_a_layer = {"gpt2-medium": 1, "small-layers": 1, "mixture-of-experts": 4 + 3}
     assert len(pairs) == 2 * in_a_layer.get(name, 2)
 
@@ -53,7 +53,7 @@ def test_the_adapter_of_a_workload_is_on_every_layer(name: str) -> None:
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
 def test_memory_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    # Processes that have imported the libraries already.
+    # Processes that have already imported the libraries.
     monkeypatch.setattr(memory.multiprocessing, "get_context", lambda method: processes.SERVER)
     output = tmp_path / "new" / "memory.json"
     memory.main(["--model", "tiny", "--methods", "EFMLoRA", "--steps", "1", "--output", str(output)])

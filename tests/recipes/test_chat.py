@@ -16,7 +16,7 @@ from recipes.language.model import answer_log_likelihood, ending, generate_answe
 from recipes.vqa.conversation import sized
 
 NO_THOUGHTS = "<think>\n\n</think>\n\n"
-ANSWERED = {  # what a last answer "so" is learnt as
+ANSWERED = {  # what is learnt of a last answer "so"
     QWEN3: "so<|im_end|>",
     LLAMA3: "so<|eot|>",
     GEMMA: "so<end_of_turn>",
@@ -30,7 +30,7 @@ def learnt(encoder: ChatEncoder, *turns: str) -> str:
     return str(encoder.tokenizer.decode([label for label in encoder.encode(messages(*turns)).labels if label >= 0]))
 
 
-# -- what is learnt, and what is asked
+# -- what is learnt, and the prompts
 
 
 @pytest.mark.parametrize("template", ANSWERED, ids=["qwen3", "llama3", "gemma", "mistral", "mistral v0.3", "bare"])
@@ -51,7 +51,7 @@ def test_an_empty_block_of_thoughts_belongs_to_the_prompt(arguments: dict[str, A
     prompt = encoder.tokenizer.decode(encoder.encode_prompt(messages("why?")))
     assert prompt == f"<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n{NO_THOUGHTS}"
     assert learnt(encoder, "why?", "so") == "so<|im_end|>"
-    # An answer whose text stands in the block too, and one before the last question, which has no block.
+    # An answer whose text also occurs in the block, and one before the last question, which has no block.
     assert learnt(encoder, "a?", "a!", "b?", "think") == "a!<|im_end|>think<|im_end|>"
 
 
@@ -74,7 +74,7 @@ def test_a_system_message_that_a_template_takes_not_heads_the_question(template:
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3", "gemma", "gemma3", "qwen3_5_think"])
 def test_a_developer_message_is_a_system_message(name: str) -> None:
-    """In models' own templates, of which some leave that role out, and some write it as one that they do not know."""
+    """In models' own templates, some of which drop that role or write it as an unknown one."""
     encoder = ChatEncoder(tokenizer(shipped(name), end="<|im_end|>"), 1000, system_prompt="Be long.")
     as_developer = [{"role": "developer", "content": "Be brief."}, *messages("why?", "so")]
     encoded = encoder.encode(as_developer)
@@ -94,7 +94,7 @@ def test_a_template_that_knows_developers_gets_their_message(name: str) -> None:
 
 
 def test_an_option_gets_no_end_that_the_template_does_not_give_it() -> None:
-    """It is ranked by its own tokens."""
+    """It is scored by its own tokens only."""
     for template, answer in ANSWERED.items():
         encoder = ChatEncoder(tokenizer(template), 1000)
         labels = encoder.encode(messages("why?", "so"), ends=False).labels
@@ -138,7 +138,7 @@ def test_answers_learnt_without_a_pad_token_are_generated_as_they_are(template: 
 
 
 def trained(tokenizer: Any, batch: dict[str, Any]) -> Any:
-    """A tiny Llama that knows one batch by heart."""
+    """A tiny Llama that has memorized one batch."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2

@@ -1,4 +1,4 @@
-"""Text classification on tiny random models, and once on MiniLM: through the recipe's command line."""
+"""Text classification through the recipe's command line, on tiny random models and once on MiniLM."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ EFMLORA = "--trainer.callbacks+=lightning_flatlora.EFMLoRA"
 
 @pytest.fixture
 def animals(jsonl: Callable[..., str]) -> str:
-    """A hundred sentences of different lengths whose class is their animal."""
+    """A hundred sentences of different lengths, whose class is their animal."""
     rows = []
     for i in range(100):
         animal = ("cat", "dog")[i % 2]
@@ -46,7 +46,7 @@ def fit(model: str, dataset: str, *options: str) -> RecipeCLI:
 
 
 def test_a_decoder_learns_the_classes_with_efmlora(tiny: str, animals: str) -> None:
-    """Llama has no padding token of its own: the head must read each row's last real token."""
+    """Llama has no padding token, so the head must read each row's last real token."""
     cli = fit(tiny, animals, EFMLORA, "--trainer.callbacks.rho=0.05", "--trainer.max_epochs=4")
     assert cli.trainer.callback_metrics["val_accuracy"] > 0.9
     assert cli.model.net.config.id2label == {0: "cat", 1: "dog"}
@@ -93,7 +93,7 @@ def test_the_shipped_configuration_runs_with_its_own_model_and_data(tmp_path: Pa
 
 
 def test_a_checkpoint_knows_its_classes(tiny: str, animals: str, jsonl: Any, tmp_path: Path) -> None:
-    """The same number of classes with other names, or in another order, would be scored without an error."""
+    """If classes had other names or another order, scores would be wrong without an error."""
     saved = fit(tiny, animals, "--trainer.max_steps=1").trainer.checkpoint_callback.last_model_path
     kept = Path(animals).rename(tmp_path / "animals.jsonl")
     other = jsonl([{"text": f"The {i}", "label": ("apple", "pear")[i % 2]} for i in range(60)])
@@ -108,7 +108,7 @@ def test_a_checkpoint_knows_its_classes(tiny: str, animals: str, jsonl: Any, tmp
     ("written", "classes", "places"),
     [
         (["1", "", "0"], ["0", "1"], [1, None, 0]),
-        (["1.0", "", "0.0"], ["0", "1"], [1, None, 0]),  # as pandas saves integers beside missing ones
+        (["1.0", "", "0.0"], ["0", "1"], [1, None, 0]),  # as pandas stores integers in a column with missing values
         (["10", "2", "-1"], ["2", "10"], [1, 0, None]),
         (["1", "one", "1.0"], ["1", "1.0", "one"], [0, 2, 1]),
         (["True", "False", "nan"], ["False", "True", "nan"], [1, 0, 2]),
@@ -143,7 +143,7 @@ def test_labels_are_read_without_spaces_and_empty_ones_are_missing() -> None:
 
 
 def test_texts_are_classified(tiny: str, animals: str, tmp_path: Path) -> None:
-    """As the model classifies each of them alone, without padding."""
+    """Just as the model classifies each text by itself, without padding."""
     saved = fit(tiny, animals, "--model.learning_rate=0.02").trainer.checkpoint_callback.last_model_path
     texts = [f"The {('dog', 'cat')[i % 2]} number {i}" + " runs" * (i % 7) for i in range(20)]
     file = tmp_path / "texts.txt"
@@ -179,7 +179,7 @@ def test_numbers_are_predicted_for_pairs(tiny: str, jsonl: Any, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["deberta-v2", "xlnet", "bart"])
 def test_all_that_the_checkpoint_lacks_is_trained_and_saved(kind: str, tmp_path: Path) -> None:
-    """Their checkpoints are of a language model, without the pooler or the head."""
+    """Their checkpoints are language models, without the pooler or the head."""
     sizes = {
         "deberta-v2": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
         "xlnet": {"d_model": 16, "d_inner": 16, "n_layer": 1, "n_head": 2},
@@ -198,7 +198,7 @@ def test_all_that_the_checkpoint_lacks_is_trained_and_saved(kind: str, tmp_path:
     net.save_pretrained(str(tmp_path / "adapter"))
     base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
     again = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
-    ids = torch.tensor([[5, 6, 7, 2]])  # BART reads the state of its end token, 2
+    ids = torch.tensor([[5, 6, 7, 2]])  # BART reads the hidden state of its end token, 2
     assert torch.equal(net.eval()(input_ids=ids).logits, again.eval()(input_ids=ids).logits)
 
 
@@ -211,7 +211,7 @@ def test_a_head_for_other_classes_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_run_does_not_go_on_at_rate_zero(tiny: str, animals: str, tmp_path: Path) -> None:
-    """With larger batches it would have fewer steps than it has taken."""
+    """With larger batches the schedule would have fewer steps than the run has already taken."""
     cli = fit(tiny, animals, "--data.batch_size=4", "--trainer.max_epochs=2")
     last = f"--ckpt_path={cli.trainer.checkpoint_callbacks[0].last_model_path}"
     fit(tiny, animals, "--data.batch_size=4", "--trainer.max_epochs=3", last)
@@ -222,7 +222,7 @@ def test_a_run_does_not_go_on_at_rate_zero(tiny: str, animals: str, tmp_path: Pa
 
 @pytest.mark.parametrize("bos", ["", "both", "first"])
 def test_a_decoder_reads_a_pair_as_two_texts(bos: str, tokenizer: Any, tmp_path: Path, jsonl: Any) -> None:
-    """Unless its tokenizer has a mark between them, as that of Llama has."""
+    """Unless its tokenizer puts a mark between them, as Llama's does."""
     decoder = copy.deepcopy(tokenizer)
     if bos:
         mark, end = (decoder.bos_token, decoder.bos_token_id), " <|im_start|>" * (bos == "both")

@@ -1,4 +1,4 @@
-"""GLUE's tasks on a tiny random RoBERTa: the shipped configurations on files with the Hub's schema."""
+"""GLUE's tasks on a tiny random RoBERTa: the shipped configurations, on files with the Hub's schema."""
 
 import shutil
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_each_task_trains_and_keeps_the_best_by_its_own_metric(task: str, robert
 
 
 def predictions(cli: RecipeCLI, part: str) -> tuple[list[float], list[float]]:
-    """What the model predicts for each row by itself, and the labels."""
+    """The model's prediction for each row by itself, and the labels."""
     cli.model.eval()
     predicted = []
     for ids in cli.datamodule.parts[part]["input_ids"]:
@@ -83,7 +83,7 @@ def test_a_regression_learns_and_is_measured_by_correlation(roberta: str, glue: 
 
 @pytest.fixture(scope="module")
 def mnli(roberta: str, glue: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of an adapter of MNLI."""
+    """The folder of an adapter trained on MNLI."""
     place = tmp_path_factory.mktemp("mnli")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["test"])
@@ -198,7 +198,7 @@ def test_csv_files_for_each_part(roberta: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", [None, -1])
 def test_rows_without_a_label_are_left_out(missing: int | None, roberta: str, jsonl: Any) -> None:
-    """Next to integers from 0, -1 is not a class, and next to one other it is."""
+    """-1 is not a class if the others are integers from 0 on; next to a single other label it is one."""
     path = jsonl([{"text": f"It was {i}", "label": (0, 1, missing)[i % 3]} for i in range(90)])
     with pytest.warns(UserWarning, match="30 of 90 rows can't be used: row 2 has no label"):
         data = prepared(roberta, dataset=path)
@@ -216,7 +216,7 @@ def test_shots_are_drawn_by_their_seed(roberta: str, jsonl: Any) -> None:
         data = prepared(roberta, dataset=path, shots=15, shots_seed=seed, test_share=0.0)
         train, validation = (data.parts[part] for part in ("train", "validation"))
         assert sorted(train["labels"]) == [0] * 15 + [1] * 15
-        assert sorted(validation["labels"]) == [0] * 15 + [1] * 5  # what there is: 20 texts, each twice
+        assert sorted(validation["labels"]) == [0] * 15 + [1] * 5  # all that is left: 20 texts, each twice
         drawn = {tuple(ids) for ids in [*train["input_ids"], *validation["input_ids"]]}
         assert len(drawn) == 50
         draws.append(train["input_ids"][:])

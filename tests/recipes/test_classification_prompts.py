@@ -1,4 +1,4 @@
-"""Prompts and label words on a tiny random RoBERTa and a tiny random Llama: the shipped configurations and bad ones."""
+"""Prompts and label words on a tiny random RoBERTa and Llama: the shipped configurations, and faulty ones."""
 
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def test_the_whole_head_is_trained_and_untied(roberta: str, glue: str) -> None:
 
 @pytest.fixture(scope="module")
 def gpt2(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random GPT-2, whose tokenizer has no padding token and pads on the left."""
+    """A random GPT-2, whose tokenizer has no padding token, and pads on the left."""
     folder = str(tmp_path_factory.mktemp("gpt2"))
     config = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2)
     torch.manual_seed(0)

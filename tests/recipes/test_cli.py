@@ -1,4 +1,4 @@
-"""The command line of the recipes: options of Lightning's that a configuration must not get in the way of."""
+"""The recipes' command line: Lightning's options, with which a configuration must not interfere."""
 
 import json
 import re
@@ -30,7 +30,7 @@ pytestmark = [
 
 
 class Tiny(RecipeModule):
-    """Learns a sum of three numbers with LoRA; its parameters are made late, as in the recipes."""
+    """Learns a sum of three numbers with LoRA; its parameters are created late, as in the recipes."""
 
     def __init__(self, learning_rate: float = 0.1, **kwargs: Any) -> None:
         super().__init__(learning_rate, **kwargs)
@@ -59,7 +59,7 @@ class Tiny(RecipeModule):
 
     @override
     def log_evaluation(self, stage: str) -> None:
-        """Nothing is left to log."""
+        """Everything is already logged."""
 
 
 class Numbers(L.LightningDataModule):
@@ -74,7 +74,7 @@ class Numbers(L.LightningDataModule):
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A configuration with what the recipes' have; the classes of this file count as the recipes' own."""
+    """A configuration with the recipes' usual parts; this file's classes are accepted like the recipes' own."""
     monkeypatch.setattr("recipes.command_line.taken._CLASSES", re.compile(rf"({__name__}|lightning_flatlora)\.\w+"))
     saver = {"class_path": "lightning_flatlora.AdapterCheckpoint", "init_args": {"save_last": True}}
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "tiny"}}
@@ -161,7 +161,7 @@ def test_resuming_under_another_schedule_is_refused(config: str) -> None:
     with pytest.raises(MisconfigurationException, match=r"--lr_scheduler: None there, .*Exp.* here"):
         run("fit", config, *other, *longer)
     assert run("fit", config, *longer).trainer.current_epoch == 2
-    run("test", config, *other, "--ckpt_path=last")  # which needs no schedule
+    run("test", config, *other, "--ckpt_path=last")  # it needs no schedule
 
 
 # -- checkpoints by name
@@ -191,7 +191,7 @@ def test_last_is_the_newest_of_the_runs_in_one_folder(config: str, tmp_path: Pat
     second = run("fit", config, "--ckpt_path=last", "--trainer.max_epochs=3")
     assert len(second.model.rates) == 8  # steps 5 to 12
     assert len(list(tmp_path.glob("runs/tiny/*/checkpoints/last.ckpt"))) == 2
-    third = run("fit", config, "--ckpt_path=last", "--trainer.max_epochs=3")  # the second's, which is at its end
+    third = run("fit", config, "--ckpt_path=last", "--trainer.max_epochs=3")  # of the second run, which is at its end
     assert third.model.rates == []
     tested = run("test", config, "--ckpt_path=last")
     trained = second.trainer.lightning_module.state_dict()
@@ -199,7 +199,7 @@ def test_last_is_the_newest_of_the_runs_in_one_folder(config: str, tmp_path: Pat
 
 
 class Stops(L.Callback):
-    """Does what max_time does, after the third of the four steps of the first epoch."""
+    """Stops as max_time does, after the third of the first epoch's four steps."""
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:

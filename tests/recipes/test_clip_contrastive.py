@@ -1,4 +1,4 @@
-"""Contrastive fine-tuning on a small_clip random open_clip model and drawn shapes."""
+"""Contrastive fine-tuning on a small random open_clip model and drawn shapes."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def test_all_weights_are_trained_from_scratch_with_a_plain_trainer(
     fit = trainer(tmp_path, max_epochs=40, limit_val_batches=0)
     fit.fit(module, data)
     (results,) = fit.test(module, ContrastiveData(pictures, test_dataset=pictures), verbose=False)
-    assert results["test_loss"] < torch.tensor(32.0).log() / 2  # half of chance
+    assert results["test_loss"] < torch.tensor(32.0).log() / 2  # half of the loss at chance
     assert results["test_image_to_text_recall@1"] > 0.4
     assert results["test_text_to_image_recall@1"] > 0.4
     still = {name for name, value in module.net.state_dict().items() if torch.equal(value, before.get(name, value + 1))}
@@ -92,7 +92,7 @@ def test_gradient_checkpointing_changes_no_gradient(small_clip: str) -> None:
         torch.manual_seed(0)
         module = ContrastiveModel(small_clip, lora=LORA, gradient_checkpointing=checkpointing)
         module.configure_model()
-        torch.manual_seed(1)  # dropout
+        torch.manual_seed(1)  # for dropout
         module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
         module.loss(batch).backward()
         gradients.append([p.grad for p in module.parameters() if p.requires_grad])
@@ -147,7 +147,7 @@ def test_a_run_is_exported(method: str, small_clip: str, pictures: str, tmp_path
     assert "local-dir:exported" in capsys.readouterr().out
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]
     plain = open_clip.create_model(small_clip).state_dict()
-    model = open_clip.create_model("local-dir:exported")  # unmodified open_clip
+    model = open_clip.create_model("local-dir:exported")  # open_clip without our split
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, plain[name])}
     assert any("resblocks.1.attn" in name for name in moved)
     assert any("ln_2" in name for name in moved) == (method == "full")

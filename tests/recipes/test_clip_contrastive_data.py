@@ -1,4 +1,4 @@
-"""Where images and captions come from, their parts, and their batches."""
+"""Sources of images and captions, how they are divided into parts, and their batches."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 COLUMNS = ("image", "caption")
 
 
-# -- where images and captions come from
+# -- sources of images and captions
 
 
 def described(dataset: str, **columns: str) -> dict[str, tuple[str, ...]]:
@@ -50,7 +50,7 @@ def write_table(tmp_path: Path) -> Callable[..., str]:
 
 
 def write_shard(shard: Path, members: dict[str, Path | bytes]) -> None:
-    """An archive of files, or of what they hold, by their names in it."""
+    """Write an archive of files, given by name as paths or as contents."""
     with tarfile.open(shard, "w") as archive:
         for name, content in members.items():
             whole = content if isinstance(content, bytes) else content.read_bytes()
@@ -60,7 +60,7 @@ def write_shard(shard: Path, members: dict[str, Path | bytes]) -> None:
 
 
 def table_rows(pictures: str, captions: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
-    """The lines of a table: each picture's file with each of its captions."""
+    """A table's rows: each picture's file with each of its captions."""
     rows = []
     for name, texts in captions.items():
         rows += [(str(Path(pictures) / f"{name}.png"), text) for text in texts]
@@ -78,7 +78,7 @@ def test_all_sources_give_the_same_pictures(pictures: str, write_table: Callable
     names = sorted(expected)
     for number, share in enumerate((names[:20], names[20:])):
         files = [Path(pictures) / f"{name}.{suffix}" for name in share for suffix in ("png", "txt")]
-        members = {file.name: file for file in files} | {"._a.png": files[0]}  # as macOS leaves in archives
+        members = {file.name: file for file in files} | {"._a.png": files[0]}  # as macOS adds to archives
         write_shard(tmp_path / f"shard-{number:03d}.tar", members)
     shards = sources.load_pictures(str(tmp_path / "shard-*.tar"))
     assert [picture.captions for picture in shards] == [expected[name] for name in names]
@@ -102,7 +102,7 @@ def test_what_datasets_reads_gives_the_same_pictures(pictures: str, tmp_path: Pa
 
 
 def test_images_inside_of_a_hub_data_set_are_known_by_their_content(clip: Any, pictures: str, tmp_path: Path) -> None:
-    """An image in two rows is one picture; the data set's own split validates."""
+    """An image in two rows is one picture; the data set's own validation split is used."""
     features = {"image": datasets.Image(), "caption": datasets.Sequence(datasets.Value("string"))}
     names = sorted(described(pictures))
     for split, some in (("train", names[:24]), ("validation", names[24:])):
@@ -153,7 +153,7 @@ def test_an_emoji_stays_in_one_part_in_all_styles(
     monkeypatch.setattr(emoji, "prepare", lambda: folders)
     assert [(p.key, p.captions) for p in sources.load_pictures("packaged:emoji")] == [("1f600", ("grin",))] * 2
     assert len(sources.load_pictures("packaged:emoji-held-out")) == 1
-    (fluent,) = sources.load_pictures("packaged:emoji-fluent")  # the other has no caption
+    (fluent,) = sources.load_pictures("packaged:emoji-fluent")  # the held-out emoji has no caption
     assert fluent == Picture(tmp_path / "fluent/train/face/1f600.png", ("grin",), "1f600")
 
 
@@ -176,7 +176,7 @@ def test_faults_of_a_folder_are_named(pictures: str, tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"needs a .txt file next to each, or a metadata"):
         sources.load_pictures(str(folder))
     (folder / "two.txt").write_text("a circle")
-    for name in ("two.png", "._two.png", ".ipynb_checkpoints/two.png", "__MACOSX/two.png"):  # of which one is a picture
+    for name in ("two.png", "._two.png", ".ipynb_checkpoints/two.png", "__MACOSX/two.png"):  # the first is a picture
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(Path(pictures) / "red-circle.png", folder / name)
     for text in (None, " \n"):

@@ -1,4 +1,4 @@
-"""The contrastive loss and the recall, against other implementations."""
+"""The contrastive loss and recall, compared with other implementations."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ def test_clips_scale_stays_between_1_and_100_and_siglips_as_it_is() -> None:
 
 
 def by_torchmetrics(queries: Tensor, answers: Tensor, right: Tensor, k: int) -> float:
-    """torchmetrics' own hit rate of each query's answers."""
+    """torchmetrics' hit rate over each query's answers."""
     indexes = torch.arange(len(queries))[:, None].expand(right.shape)
     return RetrievalHitRate(top_k=k)(queries @ answers.T, right, indexes=indexes).item()
 
@@ -69,9 +69,9 @@ def test_recall_is_torchmetrics_hit_rate_with_several_captions_an_image() -> Non
     images, texts = random_features(30, 0), random_features(65, 1)
     owners = torch.cat([torch.arange(30), torch.randint(30, (35,))])
     right = owners[None] == torch.arange(30)[:, None]
-    right[3, 7] = True  # a text of two images
+    right[3, 7] = True  # a text that belongs to two images
     metric = Retrieval()
-    for chunk in (torch.arange(9, 30), torch.arange(0, 10)):  # image 9 twice
+    for chunk in (torch.arange(9, 30), torch.arange(0, 10)):  # image 9 is in both
         image, text = right[chunk].nonzero(as_tuple=True)
         metric.update(images[chunk], chunk, texts[text], text, torch.stack([chunk[image], text], dim=1))
     found = metric.compute()

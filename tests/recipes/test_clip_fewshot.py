@@ -33,7 +33,7 @@ LORA = {"r": 2, "lora_alpha": 8, "lora_dropout": 0.25}
 trainer = partial(plain_trainer, max_epochs=1, num_sanity_val_steps=0)
 
 
-# -- what the model is asked
+# -- the model's inputs
 
 
 def test_evaluation_ensembles_templates_and_training_takes_the_first(
@@ -109,7 +109,7 @@ def test_metrics_are_those_of_the_definitions() -> None:
 
 
 def test_a_model_that_gives_no_numbers_is_never_right() -> None:
-    """Though argmax would choose its first class."""
+    """Although argmax would choose the first class."""
     evaluation, nan = Evaluation(3), float("nan")
     scores, labels = torch.tensor([[nan, nan, nan], [0.1, nan, 0.8], [0.1, 0.8, 0.1]]), torch.tensor([0, 2, 1])
     evaluation.update(wrong_where_nan(scores, labels), labels)
@@ -146,7 +146,7 @@ def test_a_run_follows_the_protocol(tiny_clip: str, images: Path, tmp_path: Path
     assert (folder / "checkpoints" / "last" / "adapter_model.safetensors").is_file()
     tested = run("test", method, tiny_clip, images, checkpoint).trainer.callback_metrics
     assert tested["test_calibration_error"].item() == pytest.approx(result["test"]["calibration_error"], rel=1e-5)
-    # Stopped in its last test, a run has no validation after its resumption.
+    # The run stopped in its last test, so there is no validation after it resumes.
     run("fit", method, tiny_clip, images, fast, checkpoint)
     resumed = json.loads((folder.parent / "version_1" / "result.json").read_text())
     for part in ("zero_shot", "validation", "test"):

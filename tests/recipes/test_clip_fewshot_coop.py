@@ -1,4 +1,4 @@
-"""CoOp's data sets, in the layout of its guide and with files of its schema: what is read, and what is refused."""
+"""CoOp's data sets, in the layout of its guide and with files in its schema: what is read, and what is refused."""
 
 import json
 from collections.abc import Callable
@@ -92,7 +92,7 @@ def test_images_that_are_missing_or_broken_or_too_few_stop_a_run_before_training
     write_set(tmp_path, "eurosat")
     images = tmp_path / FILES["eurosat"][0]
     refused(tmp_path, "eurosat", "'Annual Crop Land' has 4 images in train .the parts that the data come", shots=5)
-    broken = images / "class_1" / "eurosat_1_8.jpg"  # of the test part
+    broken = images / "class_1" / "eurosat_1_8.jpg"  # in the test part
     whole = broken.read_bytes()
     broken.write_bytes(whole[:300])
     refused(tmp_path, "eurosat", "1 of 9 images can't be read: .*eurosat_1_8.jpg")

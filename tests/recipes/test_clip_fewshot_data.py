@@ -102,7 +102,7 @@ def test_more_than_8_bits_are_refused(kind: Any, name: str, tmp_path: Path) -> N
 def test_an_image_is_turned_as_its_camera_says(tmp_path: Path) -> None:
     image = Image.new("RGB", (6, 4))
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: to be turned by 90 degrees
+    exif[0x0112] = 6  # orientation: must be rotated by 90 degrees
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg").size == (4, 6)
 
@@ -121,7 +121,7 @@ def test_fewer_shots_are_among_more(images: Path) -> None:
     assert few_shots(source, 2, 2, seed=4) != drawn[2]
 
 
-@pytest.mark.parametrize("tested", ["test", "val"])  # the second as in ImageNet
+@pytest.mark.parametrize("tested", ["test", "val"])  # ImageNet has only the second
 def test_without_a_validation_part_the_rest_of_train_serves(tested: str, tmp_path: Path) -> None:
     for part, number in (("train", 5), (tested, 2)):
         filled(tmp_path / part, number)
@@ -139,7 +139,7 @@ def test_an_unreadable_image_is_named_or_another_is_drawn(images: Path, tmp_path
     filled(tmp_path, 12)
     source = sources.load_source(str(tmp_path))
     victim = few_shots(source, 2, 2, seed=0)[0][0][0]
-    victim.write_bytes(victim.read_bytes()[:200])  # cut in the middle
+    victim.write_bytes(victim.read_bytes()[:200])  # truncated
     with pytest.raises(MisconfigurationException, match=rf"{victim.name} \(.*truncated.*skip_unreadable"):
         few_shots(source, 2, 2, seed=0)
     with pytest.warns(UserWarning, match=rf"skip_unreadable: 1 of 12 images can't be read: .*{victim.name}"):
@@ -188,7 +188,7 @@ def test_augmentation_depends_on_seed_and_draw_alone(images: Path) -> None:
     expected = torch.rand(1)
     torch.manual_seed(5)
     batch = Images(examples, transform, seed=1)[[(0, 7), (0, 8), (1, 7)]]
-    assert torch.equal(torch.rand(1), expected)  # nobody else's random numbers are touched
+    assert torch.equal(torch.rand(1), expected)  # no other random numbers are affected
     assert torch.equal(batch["images"][0], batch["images"][2])
     assert not torch.equal(batch["images"][0], batch["images"][1])
     assert not torch.equal(Images(examples, transform, seed=2)[[(0, 7)]]["images"], batch["images"][:1])

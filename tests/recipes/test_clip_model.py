@@ -1,4 +1,4 @@
-"""Loading an open_clip model, its adapter, and its export; a tiny random CLIP in a folder."""
+"""Loading an open_clip model, its adapter and its export, with a tiny random CLIP in a folder."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ def test_a_configuration_file_gives_a_model_with_random_weights(tmp_path: Path) 
 
 
 def activations(net: nn.Module) -> dict[str, set[type]]:
-    """Of each tower, the classes of its blocks' activations."""
+    """For each tower, the classes of its blocks' activations."""
     found: dict[str, set[type]] = {"visual": set(), "text": set()}
     for name, module in net.named_modules():
         if name.endswith("mlp.gelu"):
@@ -50,7 +50,7 @@ def activations(net: nn.Module) -> dict[str, set[type]]:
 
 @pytest.fixture
 def tagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A configuration without QuickGELU, of whose tags "quick" was trained with it, and "plain" was not."""
+    """A configuration without QuickGELU; its tag "quick" was trained with QuickGELU, and "plain" was not."""
     path = tmp_path / "my-tagged-clip.json"
     path.write_text(json.dumps(CLIP))
     torch.manual_seed(0)
@@ -64,17 +64,17 @@ def tagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_tags_weights_run_with_the_activation_they_were_trained_with(tagged: str) -> None:
     assert activations(load_clip(tagged, "quick").net) == {"visual": {QuickGELU}, "text": {QuickGELU}}
     assert activations(load_clip(tagged, "plain").net) == {"visual": {nn.GELU}, "text": {nn.GELU}}
-    with pytest.warns(UserWarning, match="QuickGELU mismatch"):  # of open_clip's, since that was asked for
+    with pytest.warns(UserWarning, match="QuickGELU mismatch"):  # open_clip's own warning, since this was requested
         assert activations(load_clip(tagged, "plain", True).net) == {"visual": {QuickGELU}, "text": {QuickGELU}}
     with pytest.warns(UserWarning, match="QuickGELU mismatch"):
         assert activations(load_clip(tagged, "quick", False).net) == {"visual": {nn.GELU}, "text": {nn.GELU}}
-    file = str(Path(tagged).parent / "weights.pt")  # which is as it is told
+    file = str(Path(tagged).parent / "weights.pt")  # a file has no tag, so the argument decides
     assert activations(load_clip(tagged, file).net)["text"] == {nn.GELU}
     assert activations(load_clip(tagged, file, True).net)["text"] == {QuickGELU}
 
 
 def test_split_and_merged_it_keeps_that_activation(tagged: str) -> None:
-    """Against plain open_clip with QuickGELU, whose own attention is not split."""
+    """Compared with plain open_clip with QuickGELU, whose attention is not split."""
     torch.manual_seed(0)
     images, net = torch.randn(2, 3, 32, 32), load_clip(tagged, "quick").net.eval()
     plain = open_clip.create_model(Path(tagged).stem, "quick", force_quick_gelu=True).eval()

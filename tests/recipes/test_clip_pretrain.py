@@ -1,4 +1,4 @@
-"""The small CLIP of the packaged emoji: parts without leaks, and a training that resumes."""
+"""The small CLIP for the packaged emoji: parts without leaks, and a training run that resumes."""
 
 import csv
 import signal
@@ -26,7 +26,7 @@ def data() -> emoji.Folders:
 
 @pytest.fixture(scope="module")
 def cache(data: emoji.Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that holds the emoji, but no model."""
+    """A cache with the emoji, but without a model."""
     folder = tmp_path_factory.mktemp("cache")
     (folder / "emoji").symlink_to(data.pairs.parent)
     return folder
@@ -51,7 +51,7 @@ def test_no_emoji_is_in_two_parts(data: emoji.Folders) -> None:
     trained = {emoji.variants(Path(row["image"]).stem) for row in pairs(data.pairs)}
     held_out = {emoji.variants(Path(row["image"]).stem) for row in pairs(data.held_out_pairs)}
     train, validation, test = target
-    assert len(train & trained) > 700  # keys that never meet would show nothing
+    assert len(train & trained) > 700  # if keys never matched, the test would show nothing
     assert not trained & (validation | test | held_out)
     assert not test & (train | validation)
     assert not train & validation
@@ -90,7 +90,7 @@ def test_a_stopped_training_goes_on(data: emoji.Folders, tmp_path: Path, monkeyp
     with pytest.raises(MisconfigurationException, match=r"already, in .*emoji-clip, .*=4 .*: delete this folder"):
         main(options)
     assert len(steps) == 5  # nothing is trained again
-    assert not folder.with_name("emoji-clip-training").exists()  # from which another model would go on
+    assert not folder.with_name("emoji-clip-training").exists()  # from it, another model could resume
 
     ours = load_clip(f"local-dir:{folder}")
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")

@@ -1,4 +1,4 @@
-"""One command starts a run and goes on with it, after signals at any moment; the end is the uninterrupted run's."""
+"""One command starts a run and resumes it after signals at any moment; the result is the uninterrupted run's."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ FILES = "runs/instruction_tuning/efmlora/version_{}/checkpoints/*.ckpt"
 
 
 class Send(L.Callback):
-    """Sends this process a signal in a hook, in one of its calls of the first start."""
+    """Sends a signal to this process at a given call of a hook, in the first start only."""
 
     moment: tuple[str, int, int] = ("", 0, 0)
     calls: ClassVar[list[str]] = []
@@ -59,7 +59,7 @@ MOMENTS = {
 
 @pytest.fixture
 def options(tiny: str, sums: str) -> list[str]:
-    """Two epochs, with a validation of several batches each, and dropout."""
+    """Two epochs, each with several batches of validation, and dropout."""
     options = [f"--model.model={tiny}", f"--data.dataset={sums}", "--data.batch_size=8", "--data.test_share=0"]
     options.append("--data.validation_share=0.3")
     return [*options, "--trainer.max_epochs=2", "--model.lora.lora_dropout=0.2"]
@@ -69,7 +69,7 @@ def options(tiny: str, sums: str) -> list[str]:
 def test_the_same_command_goes_on(
     moment: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    """Bit for bit, with every batch and validation, and with the best checkpoint, in the folder of the first start."""
+    """Bit for bit, with each batch and validation, and with the best checkpoint, in the first start's folder."""
     monkeypatch.setattr(Send, "moment", ("", 0, 0))
     whole = fit(*options)
     assert "--ckpt_path last-if-any: none yet, so the run begins" in caplog.messages
@@ -96,12 +96,12 @@ def test_the_same_command_goes_on(
     files = {path.name for path in folder.glob(FILES.format(0))}
     assert files == {path.name for path in tmp_path.glob(FILES.format(0))}
     assert not list(folder.glob(FILES.format(1)))
-    fit(*options)  # which has nothing left to do
+    fit(*options)  # nothing is left to do
     assert "on_train_batch_end" not in Send.calls
 
 
 def test_it_does_not_go_on_with_another_run(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the name of the folder alone."""
+    """The folder's name is not enough."""
     monkeypatch.setattr(Send, "moment", ("", 0, 0))
     options.append("--trainer.max_steps=2")
     fit(*options)
@@ -115,7 +115,7 @@ def test_it_does_not_go_on_with_another_run(options: list[str], monkeypatch: pyt
 
 
 def test_workers_outlive_a_signal_to_all_processes_of_a_job() -> None:
-    """Or their death would end the run within a step. torchrun and scancel signal them, too."""
+    """Otherwise their death would end the run within a step. torchrun and scancel signal the workers, too."""
     data = ResumableData()
     data.num_workers, data.seed = 1, 0
     rows = list(range(8))
@@ -123,7 +123,7 @@ def test_workers_outlive_a_signal_to_all_processes_of_a_job() -> None:
     batches = iter(data.whole_batches(rows, sampler))
     first = next(batches)
     for worker in multiprocessing.active_children():
-        # Not from this process, whose signals a worker of PyTorch's takes for its end.
+        # Not sent by this process, because PyTorch's workers end when their parent signals them.
         subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     assert [first, *batches] == rows
 
@@ -139,7 +139,7 @@ def test_a_run_that_saves_no_last_checkpoint_holds_no_signal(options: list[str])
 def test_no_command_takes_lightnings_checkpoint_of_another_job(
     command: str, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which lies where commands are started, and which Lightning looks for under SLURM."""
+    """It is in the working directory, where Lightning looks for it under SLURM."""
     monkeypatch.setattr("lightning.fabric.plugins.environments.SLURMEnvironment.detect", lambda: True)
     of_task = {"NTASKS": "1", "NTASKS_PER_NODE": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "NNODES": "1"}
     for name, value in {"JOB_ID": "77", "NODELIST": "localhost", **of_task}.items():

@@ -1,4 +1,4 @@
-"""What a command line leaves out, as the real parsers read it."""
+"""What a command line can omit, as the real parsers read it."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def parsed(*arguments: str, recipe: str = "classification") -> Any:
 
 
 def saved(path: Path, *arguments: str) -> str:
-    """A run's configuration, as it is written."""
+    """A run's configuration, as it is written to a file."""
     cli = ParsingCLI(list(arguments), recipe="classification")
     path.write_text(cli._parser("fit").dump(cli.config["fit"], skip_none=False))
     return str(path)
@@ -49,7 +49,7 @@ def test_a_method_is_laid_over_a_configuration_with_callbacks_of_its_own(tmp_pat
     mine = saved(tmp_path / "mine.yaml", "fit", "--data.dataset=my.jsonl")
     settings = parsed("fit", "--method=efmlora", f"--config={mine}")
     assert settings.data.init_args.dataset == "my.jsonl"
-    other = parsed("fit", "--data.dataset=other.jsonl", "--config", mine)  # configurations go first
+    other = parsed("fit", "--data.dataset=other.jsonl", "--config", mine)  # configurations are applied first
     assert other.data.init_args.dataset == "other.jsonl"
     assert [each.class_path for each in settings.trainer.callbacks[-1:]] == ["lightning_flatlora.EFMLoRA"]
 
@@ -68,7 +68,7 @@ ADDED = ["--trainer.callbacks+=lightning_flatlora.FMLoRA", "--trainer.callbacks.
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> str:
-    """``--ckpt_path`` with the file of a run of EFMLoRA on other data than the base's."""
+    """``--ckpt_path`` with the checkpoint of an EFMLoRA run on other data than the base's."""
     folder = tmp_path / "runs/classification/efmlora/version_0"
     (folder / "checkpoints").mkdir(parents=True)
     torch.save({}, folder / "checkpoints" / "last.ckpt")
@@ -143,7 +143,7 @@ def test_the_last_checkpoint_is_searched_where_the_savers_save(place: str, given
 
 
 def test_an_abbreviation_is_no_option(capsys: pytest.CaptureFixture[str]) -> None:
-    """It would be read too late for the run's settings."""
+    """It would be recognized too late to use the run's settings."""
     with pytest.raises(SystemExit):
         parsed("fit", "--ckpt=last")
     assert "unrecognized arguments: --ckpt" in capsys.readouterr().err
@@ -164,18 +164,18 @@ def test_a_wrong_field_of_lora_is_refused_before_anything_is_loaded(wrong: str, 
 
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)
 def test_a_base_has_every_setting_of_model_and_data(recipe: str) -> None:
-    """Since the help and the pages show it as all settings."""
+    """Because the help and the pages show the base as all settings."""
     settings = parsed("fit", recipe=recipe)
     base = yaml.safe_load(base_file(recipe).read_text())
     for part in ("model", "data"):
         missing = vars(settings[part].init_args).keys() - base[part]["init_args"].keys()
-        # What VQA compares is its validation_answers.
+        # VQA compares its validation_answers instead.
         assert missing <= ({"exact_match_examples"} if recipe == "vqa" else set())
     matter = settings_help(recipe)[0].partition("\n\n")[0].splitlines()[-8:]
     assert all(line.startswith("  --") for line in matter)
 
 
-# Help imports whatever may be an optimizer or a logger, also what lacks a library.
+# The help imports every possible optimizer and logger, even those whose library is missing.
 @pytest.mark.filterwarnings("ignore")
 def test_help_has_the_settings_of_model_and_data_and_the_files(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

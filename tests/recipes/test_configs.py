@@ -1,4 +1,4 @@
-"""The shipped YAML files: every combination is loaded, and an overlay changes what it names and nothing else."""
+"""The shipped YAML files: every combination can be loaded, and an overlay changes only what it names."""
 
 import re
 import shlex
@@ -29,12 +29,12 @@ Parse = Callable[[list[str]], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def parse() -> Iterator[Parse]:
-    """A function from arguments to the settings that the real parser makes of them, by dotted names."""
+    """A function that gives the settings which the real parser makes of arguments, by dotted names."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["test"])  # LightningCLI warns of other arguments beside its own
-        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
+        patch.setattr("sys.argv", ["test"])  # LightningCLI warns if there are arguments besides those it is given
+        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # caused by Lightning
         patch.chdir(ROOT)
-        cli = ParsingCLI(config_arguments(NAMES[0], "lora"), run=False)  # once, because to make a parser takes longest
+        cli = ParsingCLI(config_arguments(NAMES[0], "lora"), run=False)  # once, because building a parser takes longest
 
         @cache
         def settings(arguments: tuple[str, ...]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def parse() -> Iterator[Parse]:
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names; callbacks and loggers, which are lists, by the names of their classes."""
+    """Nested settings by dotted names; callbacks and loggers, which are lists, by their class names."""
     children = value
     if isinstance(value, list):
         children = {}
@@ -62,7 +62,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def changes(plain: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are new or other ones than before."""
+    """The settings that are new or have changed."""
     return {name: value for name, value in made.items() if name not in plain or plain[name] != value}
 
 
@@ -102,7 +102,7 @@ def test_a_strategy_or_a_logger_changes_nothing_else(recipe: str, overlay: Path,
     changed = changes(plain, made)
     assert changed
     assert all(name.startswith(part) for name in changed)
-    if overlay.stem == "wandb":  # beside the other loggers
+    if overlay.stem == "wandb":  # in addition to the other loggers
         assert set(plain) < set(made)
         assert changed["trainer.logger.WandbLogger.init_args.name"] == "efmlora"
 
@@ -111,7 +111,7 @@ def test_a_strategy_or_a_logger_changes_nothing_else(recipe: str, overlay: Path,
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """The recipe and the arguments of each ``fit`` in a comment, which may go over several lines."""
+    """The recipe and the arguments of each ``fit`` in a comment, which may span several lines."""
     found = re.findall(r"python -m recipes\.(\w+) fit (.*)", re.sub(r"\\\n#", "", text))
     return [(recipe, shlex.split(line, comments=True)) for recipe, line in found]
 

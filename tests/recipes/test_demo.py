@@ -1,4 +1,4 @@
-"""The demo: its measurements on a tiny encoder, and what it reports, keeps and shares."""
+"""The demo: its measurements with a tiny encoder, and what it reports, keeps and shares."""
 
 import math
 import multiprocessing
@@ -30,7 +30,7 @@ from recipes.offline import packaged, texts
 from recipes.offline.texts import Example, Source
 from recipes.studies.rows import Row, append, read
 
-# What a task consists of is kept in a process, for other tests too: so this is a name that no other test uses.
+# A task's data are cached in the process, for other tests too, so no other test may use this name.
 TASK = "demo_test"
 SETTINGS = Settings(task=TASK, frozen_layers=1, shots=4, steps=2, batch_size=4, precision="32-true")
 
@@ -77,7 +77,7 @@ def test_a_run_repeats_and_measures_the_loss_around_its_weights(arm: str, monkey
     row = perform(DemoRun(arm, 1e-2, 40, SETTINGS))
     losses = row["losses_around"]
     assert len(losses) == len(DISTANCES)
-    assert row["validation_loss"] == losses[0] < losses[1] < losses[2]  # upwards, along the steepest direction
+    assert row["validation_loss"] == losses[0] < losses[1] < losses[2]  # it rises along the steepest direction
     again = perform(DemoRun(arm, 1e-2, 40, SETTINGS))
     assert again["losses_around"] == losses
 
@@ -93,7 +93,7 @@ def test_the_mean_loss_weighs_each_text_alike() -> None:
     torch.testing.assert_close(running._loss(module, batches)(), torch.nn.functional.cross_entropy(logits, labels))
 
 
-# The best rate of each method, the loss there, and how steeply it rises around the weights.
+# Each method's best rate, the loss there, and how steeply it rises around the weights.
 INVENTED = {
     "LoRA": (5e-4, 2.0, 0.2),
     "LoRA, dropout 0.9": (1e-3, 1.9, 0.3),
@@ -102,7 +102,7 @@ INVENTED = {
 
 
 def invented(run: DemoRun) -> Row:
-    """A loss that is larger by 0.1 with each doubling or halving of the best rate."""
+    """A made-up result: the loss rises by 0.1 with each doubling or halving of the best rate."""
     best, lowest, steepness = INVENTED[run.arm]
     loss = lowest + 0.1 * abs(math.log2(run.rate / best)) + 0.01 * (run.seed % 3)
     around = [loss + steepness * distance for distance in DISTANCES]
@@ -110,7 +110,7 @@ def invented(run: DemoRun) -> Row:
 
 
 def invented_by_two(begun: Path, run: DemoRun) -> Row:
-    """The same, once another process has begun a run, too."""
+    """The same, but only after another process has also begun a run."""
     (begun / str(os.getpid())).touch()
     while len(list(begun.iterdir())) < 2:
         time.sleep(0.05)
@@ -129,9 +129,9 @@ def test_the_demo_reports_and_resumes(
         return invented(run)
 
     monkeypatch.setattr(command, "perform", perform)
-    other = invented(DemoRun("LoRA", RATES[0], SEEDS[0], replace(Settings(), steps=1)))  # which does not count
+    other = invented(DemoRun("LoRA", RATES[0], SEEDS[0], replace(Settings(), steps=1)))  # it doesn't count
     append(tmp_path / "results.jsonl", other)
-    assert command.main(tmp_path, processes=1) == 130  # in the fifth run
+    assert command.main(tmp_path, processes=1) == 130  # interrupted in the fifth run
     assert "The same command resumes" in capsys.readouterr().out
     assert command.main(tmp_path, processes=1) == 0
     printed = capsys.readouterr().out
@@ -141,7 +141,7 @@ def test_the_demo_reports_and_resumes(
     assert "[60/60] EFMLoRA, rho 32, learning rate 0.004, seed 43" in shown
     every = "2.110 ± 0.004 2.010 ± 0.004 2.110 ± 0.004 2.210 ± 0.004 2.310 ± 0.004"
     assert f"LoRA {every} LoRA, dropout 0.9" in shown
-    # Each at its best rate, with EFMLoRA's differences.
+    # Each method at its best rate, with EFMLoRA's differences.
     assert "LoRA 0.0005 2.010 ± 0.004 -0.200 [-0.200, -0.200] 6.40 ± 0.00 -3.20 [-3.20, -3.20]" in shown
     assert "LoRA, dropout 0.9 0.001 1.910 ± 0.004 -0.100 [-0.100, -0.100] 9.60 ± 0.00 -6.40 [-6.40, -6.40]" in shown
     assert "EFMLoRA, rho 32 0.002 1.810 ± 0.004 3.20 ± 0.00" in shown
@@ -165,11 +165,11 @@ def test_a_rate_at_which_a_run_has_diverged_is_not_the_best() -> None:
 def test_two_processes_share_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = tmp_path / "begun"
     begun.mkdir()
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: processes.SERVER)  # faster than to import all anew
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: processes.SERVER)  # faster than importing all again
     monkeypatch.setattr(running, "perform", partial(invented_by_two, begun))
     monkeypatch.setattr("sys.argv", ["recipes.demo", f"--folder={tmp_path}/demo"])
     monkeypatch.delitem(sys.modules, command.__name__)
-    with pytest.raises(SystemExit, match=r"^0$"):  # as the main program, of which the others can import nothing
+    with pytest.raises(SystemExit, match=r"^0$"):  # as the main program, from which the others can't import
         runpy.run_module("recipes.demo", run_name="__main__", alter_sys=True)
     rows = read(tmp_path / "demo" / "results.jsonl")
     assert len({(row["arm"], row["rate"], row["seed"]) for row in rows}) == len(rows) == 60

@@ -1,4 +1,4 @@
-"""The precision that a device computes fast: what is chosen, what overrides it, and that a run's file keeps it."""
+"""The precision in which the device is fast: what is chosen, what overrides it, and that a run's file keeps it."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ from recipes.instruction_tuning.module import InstructionTuning
 
 @pytest.fixture(autouse=True)
 def _ask_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No device but the CPU, and no setting."""
-    monkeypatch.setattr("sys.argv", ["test"])  # LightningCLI warns of other arguments beside its own
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
+    """A machine with only a CPU, and without the setting."""
+    monkeypatch.setattr("sys.argv", ["test"])  # LightningCLI warns if there are arguments besides those it is given
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # caused by Lightning
     monkeypatch.delenv(precision.SETTING, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -41,11 +41,11 @@ def fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("answer", "chosen"), [(True, "bf16-mixed"), (False, "32-true"), (None, "32-true")])
 def test_a_cpu_is_asked_for_its_instructions(answer: bool | None, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if answer is None:  # another release of PyTorch
+    if answer is None:  # as in another release of PyTorch
         monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     else:
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: answer)
-    # A busy machine changes nothing.
+    # The answer doesn't depend on how busy the machine is.
     assert {fast_precision("cpu") for _ in range(20)} == {fast_precision()} == {chosen}
 
 
@@ -60,7 +60,7 @@ def test_a_gpu_is_asked(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16 or including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert fast_precision("auto") == fast_precision("gpu") == chosen
-    assert fast_precision("cpu") == "32-true"  # whatever else there is
+    assert fast_precision("cpu") == "32-true"  # whatever other devices there are
 
 
 def test_the_setting_overrides(monkeypatch: pytest.MonkeyPatch, slow_bfloat16: None) -> None:
@@ -83,14 +83,14 @@ def test_null_is_filled_in_and_kept(fast_bfloat16: None) -> None:
     chosen = cli("--trainer.precision=null")
     assert chosen.trainer.precision == "bf16-mixed"
     (saver,) = [each for each in chosen.trainer.callbacks if isinstance(each, SaveConfigCallback)]  # type: ignore[attr-defined]
-    assert saver.config.trainer.precision == "bf16-mixed"  # a run that goes on with its config.yaml keeps it
+    assert saver.config.trainer.precision == "bf16-mixed"  # a run resumed with its config.yaml keeps it
     assert cli("--trainer.precision=32-true").trainer.precision == "32-true"
     plugin = "lightning.pytorch.plugins.DoublePrecision"
     assert cli(f"--trainer.plugins=[{{class_path: {plugin}}}]").trainer.precision == "64-true"
 
 
 def test_processes_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their collectives would wait for each other, or get another size than they expect."""
+    """Their collectives would wait for each other, or receive tensors of an unexpected size."""
     monkeypatch.setattr("recipes.command_line.cli.gathered", lambda own: [own, "bf16-mixed"])
     chosen = cli("--trainer.precision=32-true", "--trainer.max_epochs=1")
     with pytest.raises(MisconfigurationException, match=r"\(32-true, bf16-mixed\).*one by --trainer.precision"):

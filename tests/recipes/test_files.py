@@ -1,4 +1,4 @@
-"""Files that are written whole or set aside, and files of a user's that lie where a command writes: none is lost."""
+"""Files are written whole or set aside, and a user's files where a command writes are never lost."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from recipes.data.files import write_whole
 
 
 def fit(*more: str) -> None:
-    """A short run without a logger, whose files land in the working directory."""
+    """A short run without a logger, which writes its files into the working directory."""
     quiet = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
     short = ["--trainer.accelerator=cpu", "--trainer.max_steps=1", "--trainer.precision=32-true"]
     RecipeCLI(

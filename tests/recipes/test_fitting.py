@@ -1,4 +1,4 @@
-"""A checkpoint of another model is refused in words, before its weights are looked at."""
+"""A checkpoint of another model is refused with an explanation, before its weights are loaded."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -46,7 +46,7 @@ def test_the_pages_module_in_manual_optimization_gives_the_callbacks_weights(
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
 
 
-# -- what the model is asked
+# -- the model's inputs
 
 
 def test_choices_are_ranked_by_mean_log_likelihood(tiny: str, tokenizer: Any) -> None:
@@ -88,7 +88,7 @@ def test_selected_logits_give_the_gradients_of_all(tiny: str, tokenizer: Any, su
     grads = [p.grad.clone() for p in module.net.parameters() if p.requires_grad]
     module.zero_grad()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    module.net(**inputs).loss.backward()  # transformers' own loss
+    module.net(**inputs).loss.backward()  # computed by transformers itself
     for grad, parameter in zip(grads, (p for p in module.net.parameters() if p.requires_grad), strict=True):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-7)
 
@@ -116,7 +116,7 @@ def test_free_answers_are_generated_and_compared(tiny: str, sums: str, tmp_path:
 def test_predict_answers_the_lines_of_a_file(tiny: str, tmp_path: Path, capsys: Any) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Why?\n\n  How many?  \n")
-    # The training data are not looked at.
+    # The training data are not read.
     options = [f"--model.model={tiny}", f"--data.prompts={prompts}", "--model.max_new_tokens=3"]
     quick("predict", packaged_arguments("instruction_tuning"), *options, "--data.dataset=gone.jsonl")
     (path,) = tmp_path.glob("runs/**/answers.jsonl")
@@ -128,7 +128,7 @@ def test_predict_answers_the_lines_of_a_file(tiny: str, tmp_path: Path, capsys: 
 
 @pytest.mark.filterwarnings("ignore:.*are in the training split too:UserWarning")
 def test_the_base_configuration_trains_any_model_on_any_file(tiny: str, tokenizer: Any, sums: str) -> None:
-    """Without a toy's settings: no message of the system's, all linear layers, no part held out for a test."""
+    """Without the settings of the toy run: no system message, all linear layers, no held-out test part."""
     options = [f"--model.model={tiny}", f"--data.dataset={sums}", "--data.validation_share=0.2"]
     base = config_arguments("instruction_tuning", "lora")
     cli = quick("fit", base, *options, "--trainer.max_steps=1", "--trainer.limit_val_batches=1")

@@ -1,4 +1,4 @@
-"""Rows in the schemas of well-known data sets as conversations, whose texts are our own; tokens, parts and batches."""
+"""Rows in the schemas of well-known data sets, with our own texts, as conversations; tokens, parts and batches."""
 
 from itertools import chain
 from typing import Any
@@ -138,10 +138,10 @@ LAST_ONLY = (
 def test_conversations_that_can_not_be_learnt_are_counted(
     template: str | None, told: str, dropped: list[Any], tiny: str, jsonl: Any
 ) -> None:
-    """Learnt, an empty answer in the middle would teach the model to say nothing."""
-    kept = [[ASK, SAY], [ASK, SAY, SILENCE]]  # what comes after the last answer may be empty
+    """An empty answer in the middle, if learnt, would teach the model to say nothing."""
+    kept = [[ASK, SAY], [ASK, SAY, SILENCE]]  # text after the last answer may be empty
     if template != LAST_ONLY:
-        kept.append([ASK, {**NOTHING, "weight": 0}, ASK, SAY])  # and what is not learnt
+        kept.append([ASK, {**NOTHING, "weight": 0}, ASK, SAY])  # and so may what is not learnt
     rows = [{"messages": turns} for turns in [*dropped, *kept]]
     report = encoded(tiny, jsonl(rows), chat_template=template).reports["train"]
     assert f"train: {len(kept)} conversations; {len(dropped)} dropped: {told}" in report
@@ -234,6 +234,6 @@ def test_batches_are_of_similar_length_and_new_in_each_epoch() -> None:
     padded = 0
     for batch in first:
         padded += max(lengths[i] for i in batch) * len(batch)
-    assert padded / sum(lengths) < 1.15  # random batches of 8 would be at 1.7
+    assert padded / sum(lengths) < 1.15  # random batches of 8 would give 1.7
     sampler.set_epoch(1)
     assert first != list(sampler)

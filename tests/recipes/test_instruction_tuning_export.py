@@ -33,7 +33,7 @@ RUN = {
 
 @pytest.fixture
 def adapter(tiny: str, tmp_path: Path) -> Path:
-    """The folder of an adapter with random factors, where a run leaves it."""
+    """The folder of an adapter with random factors, in the place where a run puts it."""
     net = add_adapter(transformers.AutoModelForCausalLM.from_pretrained(tiny), LORA)
     torch.manual_seed(0)
     for name, parameter in net.named_parameters():
@@ -62,7 +62,7 @@ def test_the_folder_is_a_plain_model_that_answers_alike(adapter: Path, tiny: str
 
 
 def test_a_run_can_not_let_the_base_run_code(adapter: Path, tmp_path: Path) -> None:
-    """It may be somebody else's, and transformers takes options of its own among the fields."""
+    """The run may come from someone else, and these fields can contain transformers' own options."""
     run = {**RUN, "model": {"init_args": {"model_config": {"trust_remote_code": True}}}}
     (adapter.parents[1] / "config.yaml").write_text(yaml.safe_dump(run))
     with pytest.raises(MisconfigurationException, match=r"model_config .*trust_remote_code.* may run code"):
@@ -92,7 +92,7 @@ def test_the_card_says_how_it_was_made(adapter: Path, tmp_path: Path) -> None:
     exporting.export(adapter, tmp_path / "plain", dtype="bfloat16")
     card = ModelCard.load(tmp_path / "plain" / "README.md")
     assert card.data.datasets == ["openai/gsm8k"]
-    assert card.data.base_model is None  # a folder of this machine is no name on the Hub
+    assert card.data.base_model is None  # a folder of this machine is not a name on the Hub
     for line in ("fine-tuned with EFMLoRA", "rho: 0.03\n", "config_name: main", "r: 4\n  lora_alpha: 8"):
         assert line in card.text
     assert f"torch: {torch.__version__}" in card.text
@@ -109,7 +109,7 @@ def test_a_vision_language_model_is_merged_too(tiny_vlm: str, tmp_path: Path) ->
     merged = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "plain")
     base = transformers.AutoModelForImageTextToText.from_pretrained(tiny_vlm)
     for name, weight in base.state_dict().items():
-        assert torch.equal(weight, merged.state_dict()[name]), name  # B is 0 at its start
+        assert torch.equal(weight, merged.state_dict()[name]), name  # B is 0 at the start
     assert transformers.AutoProcessor.from_pretrained(tmp_path / "plain").image_processor is not None
 
 

@@ -1,4 +1,4 @@
-"""The split of GPT-2's joint projection: the same weights, the same outputs, and the way back to a plain GPT-2."""
+"""GPT-2's joint projection, split: the same weights and outputs, and the way back to a plain GPT-2."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def gpt2(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     model = transformers.GPT2LMHeadModel(config).to(dtype).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
-            nn.init.normal_(parameter)  # transformers begins with zeros, which would hide a bias in the wrong place
+            nn.init.normal_(parameter)  # transformers starts with zeros, which would hide a misplaced bias
     return model
 
 
@@ -35,7 +35,7 @@ def test_outputs_stay_up_to_rounding_and_weights_bit_for_bit(dtype: torch.dtype)
     before, logits = {name: value.clone() for name, value in model.state_dict().items()}, model(tokens()).logits
     names = split_attention(model, TARGETS)
     assert names == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
-    # A product with a third of the columns may be summed in another order.
+    # The product with a third of the columns may be summed in another order.
     torch.testing.assert_close(model(tokens()).logits, logits, rtol=0, atol=20 * torch.finfo(dtype).eps)
     projection = model.transformer.h[1].attn.c_attn
     assert isinstance(projection, SplitProjection)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("own_datasets")
 @pytest.mark.parametrize(
     ("written", "encoding", "read"),
     [
-        ("one\u2028line\n\n  another \r\n", "utf-8", ["one\u2028line", "another"]),  # of which Python would make three
+        ("one\u2028line\n\n  another \r\n", "utf-8", ["one\u2028line", "another"]),  # Python would split it into three
         ("one\n", "utf-8-sig", ["one"]),
     ],
 )
@@ -40,7 +40,7 @@ def test_own_splits_are_taken_where_nothing_else_is_given(tmp_path: Path) -> Non
             file.write_text("mr,ref\n" + "\n".join(f"m{i},r{i}" for i in range(9)))
     for name, settings, splits, shares in (
         ("whole", {}, ("validation", "test"), (0, 0)),
-        ("whole", {"validation_share": 0.3}, (None, "test"), (0.3, 0)),  # what is asked for goes before what is there
+        ("whole", {"validation_share": 0.3}, (None, "test"), (0.3, 0)),  # settings override existing splits
         ("whole", {"test_share": 0.0, "validation_split": "train[:2]"}, ("train[:2]", None), (0, 0)),
         ("whole", {"split": "train+validation"}, (None, "test"), (0.05, 0)),
         ("half", {}, (None, "test"), (0.05, 0)),

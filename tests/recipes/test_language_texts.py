@@ -1,4 +1,4 @@
-"""Packaged texts in classes: split without leaks, balanced, and drawn by a seed."""
+"""Packaged texts with classes: split without leaks, balanced, and drawn by a seed."""
 
 from collections import Counter
 from itertools import chain
@@ -20,7 +20,7 @@ def test_no_film_or_question_is_in_two_parts(name: str) -> None:
     assert not validation & test
     every = [texts.normalized(example.text) for example in chain.from_iterable(parts.values())]
     assert len(set(every)) == len(every)
-    # The rarest of all subjects has 77 questions, and one of a pair about 400.
+    # The rarest of all subjects has 77 questions; the smaller one of a pair has about 400.
     least = {"all_subjects": (198, 702)}.get(name, (110, 300) if "_" in name else (300, 1000))
     assert len(parts["validation"]) >= least[0]
     assert len(parts["test"]) >= least[1]
@@ -34,7 +34,7 @@ def test_shots_are_as_many_of_each_class_as_there_are() -> None:
     drawn = texts.shots("all_subjects", 32, seed=0)
     counts = Counter(texts.TASKS["all_subjects"].classes[example.label] for example in drawn)
     assert len(counts) == 18
-    assert counts["Skin"] == 27  # all that the training part has
+    assert counts["Skin"] == 27  # as many as the training part has
     assert {count for subject, count in counts.items() if subject != "Skin"} == {32}
     assert len(set(drawn)) == len(drawn)
     parts = texts.parts("all_subjects")
@@ -46,4 +46,4 @@ def test_shots_are_as_many_of_each_class_as_there_are() -> None:
 
 def test_several_reviews_of_a_film_are_together() -> None:
     counts = Counter(example.key for example in texts.parts("sentiment")["test"])
-    assert max(counts.values()) > 1  # keys that never repeat would show nothing
+    assert max(counts.values()) > 1  # if keys never repeated, the test would show nothing

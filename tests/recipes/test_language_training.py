@@ -1,4 +1,4 @@
-"""Training of language models: packing, LoRA+, a start from another adapter, activations, rates, lengths."""
+"""Training of language models: packing, LoRA+, starting from another adapter, activations, rates, lengths."""
 
 from itertools import chain
 from pathlib import Path
@@ -37,7 +37,7 @@ def model(kind: str, attention: str, **more: Any) -> Any:
 
 
 def drawn(lengths: tuple[int, ...] = (5, 9, 3, 7, 6)) -> dict[str, list[Any]]:
-    """Encoded conversations of random tokens, whose first is learnt too."""
+    """Encoded conversations of random tokens; the first token of each is learnt, too."""
     generator = torch.Generator().manual_seed(0)
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": list(lengths)}
     for length in lengths:
@@ -70,7 +70,7 @@ def test_packed_conversations_give_the_gradients_of_separate_ones(kind: str, att
     net = model(kind, attention, **more)
     embedding = net.get_input_embeddings().eval()
     check_packing(net, 2, torch.device("cpu"))
-    assert [part for part in net.modules() if not part.training] == [embedding]  # each is in the mode that it had
+    assert [part for part in net.modules() if not part.training] == [embedding]  # each is in its former mode
     columns = drawn()
     rows = packed(columns, room=16)
     assert len(rows["input_ids"]) == 2
@@ -163,7 +163,7 @@ def test_activations_computed_twice_change_nothing(
     plain = trained(fitted(tiny, sums, tmp_path, EFMLoRA(rho=0.5)))
     once = len(calls)
     again = trained(fitted(tiny, sums, tmp_path, EFMLoRA(rho=0.5), gradient_checkpointing=True))
-    assert len(calls) == 3 * once  # forward once more, and again in backward
+    assert len(calls) == 3 * once  # forward once more, then again in backward
     assert all(torch.equal(weight, again[name]) for name, weight in plain.items())
 
 
@@ -183,7 +183,7 @@ SMALL |= {"intermediate_size": 8, "ffn_dim": 8, "word_embed_proj_dim": 8}
     ("kind", "readable"), [("gpt2", 20), ("opt", 20), ("bert", 20), ("roberta", 18), ("mpnet", 18)]
 )
 def test_a_model_reads_as_many_tokens_as_it_has_positions(kind: str, readable: int) -> None:
-    """The last two begin to count behind the padding's index."""
+    """The last two count positions from after the padding's index."""
     config = transformers.AutoConfig.for_model(kind, max_position_embeddings=20, **SMALL)
     model = transformers.AutoModel.from_config(config).eval()
     assert positions(model) == readable
@@ -193,10 +193,10 @@ def test_a_model_reads_as_many_tokens_as_it_has_positions(kind: str, readable: i
 
 
 def test_all_linear_layers_of_a_classifier_leave_its_head_whole() -> None:
-    """DistilBERT's head has two layers, of which peft counts one among the linear ones."""
+    """DistilBERT's head has two layers, one of which peft counts as one of the linear layers."""
     config = transformers.DistilBertConfig(vocab_size=9, dim=8, n_layers=1, n_heads=1, hidden_dim=8)
     base = transformers.DistilBertForSequenceClassification(config)
-    for field, name in (("modules_to_save", "line"), ("target_modules", "lin")):  # peft would pass over it
+    for field, name in (("modules_to_save", "line"), ("target_modules", "lin")):  # peft would silently skip it
         with pytest.raises(MisconfigurationException, match=f"{field} names '{name}', which the model does not have"):
             add_adapter(base, {"target_modules": ["q_lin"], field: ["q_lin", name]})
     net = add_adapter(base, {"r": 2, "target_modules": "all-linear"}, task_type="SEQ_CLS")
@@ -221,7 +221,7 @@ def test_conversations_longer_than_a_model_reads_are_refused(tiny: str, sums: st
 
     with pytest.raises(MisconfigurationException, match=r"reads at most 48 tokens. The longest text .*data.max_length"):
         fit()
-    # An answer of max_new_tokens has no room, which matters where one is written.
+    # There is no room for an answer of max_new_tokens, which matters only if answers are generated.
     with pytest.raises(MisconfigurationException, match=r"reads at most 48 tokens. .*max_new_tokens=64"):
         fit(max_length=48, exact_match_examples=1)
     assert fit(max_length=48).global_step == 1

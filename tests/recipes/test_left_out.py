@@ -1,4 +1,4 @@
-"""Rows that hold nothing to learn from: every recipe leaves them out, and says how many and which."""
+"""Rows with nothing to learn: every recipe leaves them out, and says how many and which."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -85,7 +85,7 @@ def test_of_meanings_and_texts(gpt2: str, jsonl: Any) -> None:
 
 
 def test_of_an_article_that_is_too_long(gpt2: str, jsonl: Any) -> None:
-    """In an evaluation no text is written for it, either: it may be too long for the model."""
+    """In an evaluation no text is generated for it, either, as it may be too long for the model."""
     rows = [{"article": "word " * (1 + 40 * (i == 3)), "highlights": f"a word {i}"} for i in range(5)]
     file = jsonl(rows)
     for part, name in (("train", file), ("validation", jsonl(rows, "other.jsonl"))):

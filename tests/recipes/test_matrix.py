@@ -1,4 +1,4 @@
-"""Column A of docs/results/protocol_matrix.md: disturbances against dense ones, and its runs."""
+"""Column A of docs/results/protocol_matrix.md: disturbances compared with dense ones, and its runs."""
 
 import copy
 import math
@@ -37,7 +37,7 @@ from matrix_disturbances import (
     noisy,
 )
 
-TASK = "matrix_test"  # kept in a process, so a name that no other test uses
+TASK = "matrix_test"  # cached in the process, so no other test may use this name
 SETTINGS = {"rate": 2e-2, "head_rate": "same", "rank": 2, "dropout": 0.0, "averaging": "none"}
 
 
@@ -61,7 +61,7 @@ def encoder(dtype: torch.dtype = torch.float32) -> CutEncoder:
 
 @pytest.fixture
 def task(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A small task and encoder in place of the study's."""
+    """A small task and encoder instead of the study's."""
     monkeypatch.setitem(texts.TASKS, TASK, Source(("heart", "teeth"), made_up))
     given = {"TASK": TASK, "CLASSES": 2, "SHOTS": 4, "BATCH": 4}
     for name, value in given.items():
@@ -174,7 +174,7 @@ def test_losses_are_those_of_dense_disturbances(disturbance: str, task: None) ->
         logits = torch.cat([module.logits(batch) for batch in evaluated.batches]).detach()
         at = [F.cross_entropy(logits / temperature, labels).item() for temperature in TEMPERATURES]
         assert found["calibrated"] == pytest.approx(min(at))
-    # Whatever was measured before, and bit for bit.
+    # Whatever was measured before, the numbers are equal bit for bit.
     evaluated.measure(module.net, module.head, DISTURBANCES)
     assert evaluated.measure(module.net, module.head, [disturbance])[disturbance] == found
     after = module.state_dict()

@@ -35,7 +35,7 @@ def test_all_arms_have_the_same_settings_spread_over_all_values() -> None:
         strengths = Counter(run.strength for run in own)
         assert set(strengths) == (set(STRENGTHS[arm]) or {None})
         assert len(set(strengths.values())) == 1
-    # The same place in each grid.
+    # The same relative place in each arm's grid.
     places = [[STRENGTHS[arm].index(run.strength) for run in of_arm[arm]] for arm in (EFMLORA, RANDOM)]
     assert places[0] == places[1]
 
@@ -52,12 +52,12 @@ def row_of(run: Run, losses: Losses) -> Row:
 
 
 def study(losses: Losses) -> list[Row]:
-    """Do what is open, from the last run on, until nothing is."""
+    """Do the open runs, starting with the last one, until none is left."""
     rows: dict[str, Row] = {}
     while runs := choice.open_runs(list(rows.values()), lambda run: run.name in rows):
         assert runs[-1].name not in rows
         rows[runs[-1].name] = row_of(runs[-1], losses)
-        for run in runs[:-1:2]:  # and not all that were open at the same look
+        for run in runs[:-1:2]:  # only every second of the other runs
             rows[run.name] = row_of(run, losses)
     return list(rows.values())
 
@@ -138,7 +138,7 @@ def test_grids_are_extended_until_the_best_lies_within(rows: list[Row]) -> None:
     beyond = [row for row in rows if row["arm"] == RANDOM and row["strength"] == 12 and row["seed"] == 0]
     points = {str(row["settings"]) for row in beyond}
     assert len(points) == len(beyond)
-    assert 8 <= len(beyond) <= 16  # of two disturbances
+    assert 8 <= len(beyond) <= 16  # for two disturbances
 
 
 def test_bits_are_extended_upwards_only() -> None:
@@ -167,7 +167,7 @@ def test_final_runs_are_those_of_all_choices(rows: list[Row]) -> None:
 
 
 def test_the_interval_covers_the_choice() -> None:
-    """Two settings of one arm, of which the search seeds choose now one and now the other."""
+    """Two settings of one arm; which one is chosen depends on the search seeds."""
 
     def losses(run: Run, disturbance: str) -> float:
         if run.arm != RANDOM or disturbance == CLEAN:

@@ -1,4 +1,4 @@
-"""A mistake of the user's ends a command with its message, and without a traceback."""
+"""A user's mistake ends a command with a message, and without a traceback."""
 
 import runpy
 
@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.command_line.mistakes import mistake_behind, without_traceback
 
-# Another test may have imported a command's `__main__` before it is run here as the command.
+# Another test may already have imported the `__main__` of a command that is run here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
 
 NO_SPLIT = "^Error: .*has no split[^\n]*$"

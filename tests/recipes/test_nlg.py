@@ -1,4 +1,4 @@
-"""Texts for meanings with tiny random GPT-2s on files of E2E's schema: through the recipe's command line."""
+"""Texts for meanings, with tiny random GPT-2s on files in E2E's schema, through the recipe's command line."""
 
 import csv
 from pathlib import Path
@@ -65,12 +65,12 @@ def test_the_loss_is_that_of_the_text_alone_with_smoothed_labels(gpt2: str, e2e:
     torch.testing.assert_close(module.loss(batch), -sums.sum() / numbers.sum())
 
 
-# -- written texts
+# -- generated texts
 
 
 @pytest.fixture(scope="module")
 def writer(gpt2: str) -> TextGeneration:
-    """A module whose GPT-2 writes texts of different lengths."""
+    """A module whose GPT-2 generates texts of different lengths."""
     module = TextGeneration(model=gpt2, max_new_tokens=24)
     module.configure_model()
     return module.eval()
@@ -96,7 +96,7 @@ def test_texts_may_repeat_their_meaning_but_not_themselves(writer: TextGeneratio
     prompt = torch.tensor([[1, 2, 3, 4]])
     rule = NoRepeatInText(3, prompt.shape[1])
     inside = torch.cat([prompt, torch.tensor([[2, 3]])], dim=1)
-    assert torch.equal(rule(inside, scores.clone()), scores)  # transformers' own rule forbids 4 here
+    assert torch.equal(rule(inside, scores.clone()), scores)  # transformers' own rule would forbid 4 here
     again = torch.cat([prompt, torch.tensor([[7, 8, 9, 7, 8]])], dim=1)
     assert rule(again, scores.clone())[0].isinf().nonzero().tolist() == [[9]]
     for decoding, repeats in ((DEFAULT, False), ({"num_beams": 1}, True)):
@@ -128,7 +128,7 @@ def test_the_test_writes_one_text_for_each_meaning(gpt2: str, e2e: str, tmp_path
     assert [row[1] for row in texts] == [" ".join(text.split()) for text in written]
 
 
-# -- other models, and the way out
+# -- other models, and exporting
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")

@@ -1,4 +1,4 @@
-"""Where meanings and texts come from, how they are divided and encoded, and what is refused before training."""
+"""Sources of meanings and texts, how they are divided and encoded, and what is refused before training."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Scores of texts against what e2e-metrics gives for them, and against values by hand.
+"""Scores of texts, compared with those of e2e-metrics and with values computed by hand.
 
 The expected values are those of github.com/tuetschek/e2e-metrics (its metrics/pymteval.py, and the captioning scores
 that it runs in Java) for these texts and references.
@@ -43,7 +43,7 @@ def test_the_captioning_scores_are_those_of_e2e_metrics() -> None:
 
 
 def test_nist_by_hand() -> None:
-    """Two references of three tokens: "the" comes twice in six tokens, each other word once or twice."""
+    """Two references of three tokens: "the" occurs twice among the six tokens, each other word once or twice."""
     text, references = "the cat sat", [["the cat sat", "the dog sat"]]
     one = math.log2(6 / 2) + math.log2(6 / 1) + math.log2(6 / 2)  # the, cat, sat
     two = math.log2(2 / 1) + math.log2(1 / 1)  # the cat, cat sat

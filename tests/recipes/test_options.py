@@ -1,4 +1,4 @@
-"""Command lines of programs: lists, switches, what is handed on, and what is refused."""
+"""Command lines of programs: lists, switches, what is passed on, and what is refused."""
 
 from dataclasses import dataclass, field
 
@@ -9,13 +9,13 @@ from recipes.command_line.options import parse_known_options, parse_options
 
 @dataclass
 class Options:
-    """What is done.
+    """Some options.
 
     Attributes:
-        table: which one.
+        table: the name of a table.
         search: an option and its values.
-        rho: as texts.
-        seeds: as numbers.
+        rho: given as texts.
+        seeds: given as numbers.
         plan: do nothing.
     """
 

@@ -1,4 +1,4 @@
-"""What is fetched, by pip, by npm or by hand, is refused when it is not what it should be."""
+"""Anything fetched by pip, by npm or by hand is refused if it is not what it should be."""
 
 import io
 import re
@@ -59,9 +59,9 @@ def test_npm_is_asked_where_there_is_one(cache: Path) -> None:
     folder = npm_folder("pictures")
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert found == {"list.json": b"[]", "images/a.png": b"picture"}
-    assert list(cache.iterdir()) == [folder]  # nothing half done beside it
+    assert list(cache.iterdir()) == [folder]  # nothing half finished next to it
     (cache.parent / "bin" / "npm").unlink()
-    assert npm_folder("pictures") == folder  # once is enough
+    assert npm_folder("pictures") == folder  # fetching once is enough
 
 
 def test_a_tarball_fetched_by_hand_is_taken(cache: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_wrong_tarball_is_refused(cache: Path, content: bytes) -> None:
 
 
 def wheel(folder: Path) -> Path:
-    """A package of one file."""
+    """A package with a single file."""
     path = folder / "pictures_of_mine-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("pictures_of_mine.txt", "a picture")

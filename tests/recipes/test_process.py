@@ -1,4 +1,4 @@
-"""A command in its own process: how it is stopped or resumed, and that it ends with its worker."""
+"""A command in its own process: how it is stopped or resumed, and that it ends together with its worker."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ def test_a_command_that_is_stopped_has_time_to_save(tmp_path: Path) -> None:
         assert process.is_alive(), (tmp_path / "output.txt").read_text()
         time.sleep(0.05)
     assert process.pid is not None
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does for Ctrl-C
     process.join(timeout=60)
     assert process.exitcode == 0, (tmp_path / "output.txt").read_text()
     assert (tmp_path / "saved").exists()
@@ -37,7 +37,7 @@ def test_a_command_that_is_stopped_has_time_to_save(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["TERM", "USR1"])
 def test_a_request_to_end_reaches_the_command(name: str) -> None:
-    """Otherwise it would train on, beside the one that a new start begins in its folder. SLURM sends SIGUSR1."""
+    """Otherwise it would go on next to the run that a new start begins in its folder. SLURM sends SIGUSR1."""
     number = signal.Signals[f"SIG{name}"]
     before = signal.getsignal(number)
     Timer(0.3, os.kill, (os.getpid(), number)).start()
@@ -60,7 +60,7 @@ def test_a_hopeless_command_is_ended(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("begins", [0, 1])
 def test_a_run_ends_with_its_killed_worker(begins: int, tmp_path: Path) -> None:
-    """Also one that is killed while the run still loads its libraries; otherwise it would train beside the next one."""
+    """Even if it is killed while the run still loads its libraries; otherwise the run would train next to a new one."""
     run = "\n".join(
         [
             "import threading, time",
@@ -81,8 +81,8 @@ def test_a_run_ends_with_its_killed_worker(begins: int, tmp_path: Path) -> None:
             time.sleep(0.05)
         process.kill()
         assert process.stdout is not None
-        assert process.stdout.read() == b""  # which the run holds open until it has ended
-    assert time.monotonic() - began < 120  # by itself it would sleep on
+        assert process.stdout.read() == b""  # the run holds it open until it ends
+    assert time.monotonic() - began < 120  # otherwise it would keep sleeping
 
 
 @pytest.mark.usefixtures("command_line")
@@ -102,7 +102,7 @@ def test_a_command_line_of_lightnings_resumes_after_a_stop(tmp_path: Path, monke
 
 
 def test_a_run_resumes_from_its_newest_last_checkpoint(tmp_path: Path) -> None:
-    """By time within a long epoch, or of an epoch's end."""
+    """Saved by time within a long epoch, or at an epoch's end."""
     assert resuming(tmp_path) == []
     (tmp_path / "checkpoints").mkdir()
     for age, name in enumerate(("last_by_time", "last", "epoch=9")):

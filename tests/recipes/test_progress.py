@@ -1,4 +1,4 @@
-"""What a log shows of long work: how far it is, and that it is done."""
+"""What a log shows during long work: how far it is, and when it is done."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from recipes.command_line.progress import ProgressLines, progress, progress_bar,
 
 
 def test_a_line_every_ten_seconds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter(range(0, 100, 4))  # four seconds from each look to the next
+    times = iter(range(0, 100, 4))  # four seconds between looks
     monkeypatch.setattr(progress_module, "monotonic", lambda: next(times))
     with progress("Work", 8) as bar:
         for _ in range(8):

@@ -1,4 +1,4 @@
-"""When a trial ends early, whenever somebody looks."""
+"""When a trial is ended early, however often its progress is checked."""
 
 import math
 
@@ -10,7 +10,7 @@ from recipes.tune.pruning import Watch, is_worse_than_most
 
 def test_a_value_is_compared_after_as_many_validations() -> None:
     others = [[3.0, 2.0, 1.0], [3.2, 2.2, 1.2], [9.0, 9.0, 9.0]]
-    assert not is_worse_than_most([9.0], others, "min")  # a low rate begins slowly
+    assert not is_worse_than_most([9.0], others, "min")  # a low rate starts slowly
     assert is_worse_than_most([9.0, 2.5], others, "min")
     assert not is_worse_than_most([9.0, 2.1], others, "min")
     assert is_worse_than_most([math.nan, math.nan], others, "min")

@@ -1,4 +1,4 @@
-"""The queue of runs: each is done once by one of several workers, whatever ends a worker, and nothing is mixed."""
+"""The queue of runs: one of several workers does each run, however a worker ends, and studies are not mixed up."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ def found(run: Run) -> Row:
 
 
 def work(queue: Queue[Run], runs: Sequence[Run] = RUNS) -> list[Run]:
-    """What this worker has done."""
+    """The runs that this worker has done."""
     done: list[Run] = []
     queue.work(lambda: [run for run in runs if queue.find(run) is None], lambda run, trial: found(run), done.append)
     return done
@@ -68,11 +68,11 @@ def test_workers_that_start_together_share_the_runs(tmp_path: Path) -> None:
 
 
 def test_a_run_that_another_worker_has_queued_finds_what_that_one_knew(tmp_path: Path) -> None:
-    """Such as the rounds before it, with which its trial is compared."""
+    """Such as earlier rounds, with which its trial is compared."""
     queue, other = queue_of(tmp_path), queue_of(tmp_path)
 
     def open_runs() -> list[Run]:
-        if not other.rows:  # between this worker's look and its taking of a trial
+        if not other.rows:  # between this worker's look at the queue and its taking of a trial
             work(other, RUNS[:1])
             other.study.enqueue_trial({}, user_attrs={"name": RUNS[1].name, "run": RUNS[1].key()})
         return [run for run in RUNS[:2] if queue.find(run) is None]
@@ -89,7 +89,7 @@ def test_a_run_that_two_workers_have_queued_is_done_once(tmp_path: Path) -> None
     queue = queue_of(tmp_path)
     for _ in range(2):
         queue.study.enqueue_trial({}, user_attrs={"name": RUNS[0].name, "run": RUNS[0].key()})
-    queue.study.enqueue_trial({})  # of somebody else, who has put it into the study by hand
+    queue.study.enqueue_trial({})  # put into the study by hand
     assert work(queue, RUNS[:2]) == RUNS[:2]
     assert len(queue.rows) == 2
 
@@ -106,7 +106,7 @@ def test_two_workers_never_take_the_same_trial(tmp_path: Path, monkeypatch: pyte
     other = Thread(target=take, args=(second,))
 
     def check(*_: object) -> None:
-        if not other.ident:  # the first has read that the trial waits
+        if not other.ident:  # the first worker has read that the trial is waiting
             other.start()
             other.join(1)
 
@@ -196,14 +196,14 @@ def test_runs_of_other_options_are_not_mixed(tmp_path: Path) -> None:
 
 
 def test_what_the_first_worker_has_decided_holds_for_all(tmp_path: Path) -> None:
-    """Another machine may compute another precision fast."""
+    """On another machine, another precision may be fast."""
     for own in ("bf16-mixed", "32-true"):
         study = open_study(file_storage(tmp_path), "runs", "min", {}, {"precision": own})
         assert study.user_attrs["precision"] == "bf16-mixed"
 
 
 def test_a_study_can_be_looked_at_without_its_settings(tmp_path: Path) -> None:
-    assert not study_so_far(file_storage(tmp_path), "runs").trials  # not begun yet
+    assert not study_so_far(file_storage(tmp_path), "runs").trials  # not started yet
     assert not study_so_far("sqlite://", "runs").trials
     work(queue_of(tmp_path), RUNS[:2])
     assert len(study_so_far(file_storage(tmp_path), "runs").trials) == 2

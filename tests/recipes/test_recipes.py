@@ -1,4 +1,4 @@
-"""What every recipe does alike in one process, from its YAML: each method trains, and a stopped run goes on."""
+"""What all recipes have in common in one process, from their YAML: each method trains, and a stopped run resumes."""
 
 import csv
 import shutil
@@ -47,7 +47,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, tiny: str, tokenizer: Any)
 
 @pytest.fixture
 def start(recipes: dict[str, Recipe], tmp_path: Path) -> Start:
-    """One command of a recipe by its name, in this test's folder."""
+    """Run one of a recipe's commands by name, in this test's folder."""
 
     def start(name: str, method: str, *options: str, command: str = "fit") -> dict[str, Any]:
         recipe = recipes[name]
@@ -58,7 +58,7 @@ def start(recipes: dict[str, Recipe], tmp_path: Path) -> Start:
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two runs have the same bits in every trained weight."""
+    """Whether all trained weights of two runs have the same bits."""
     assert one["weights"].keys() == other["weights"].keys()
     return all(torch.equal(weight, other["weights"][name]) for name, weight in one["weights"].items())
 
@@ -86,7 +86,7 @@ def test_every_method_trains_saves_an_adapter_and_is_tested(
 
 
 def assert_complete(folder: Path, name: str, weights: dict[str, torch.Tensor], has_adapter: bool) -> None:
-    """A run has left its configuration, what it logged, and an adapter of the trained weights."""
+    """A run has left its configuration, its logged values, and an adapter with the trained weights."""
     assert (folder / "config.yaml").is_file()
     assert {"train_loss"} | METRICS[name] <= set(logged(folder)[0])
     assert list(folder.glob("events.out.tfevents*")) or name.startswith("classification")
@@ -99,18 +99,18 @@ def assert_complete(folder: Path, name: str, weights: dict[str, torch.Tensor], h
         assert "lora_" not in key or torch.equal(saved[plain], weight), key
 
 
-# -- going on after a stop
+# -- resuming after a stop
 
 
 def saver(filename: str, **settings: Any) -> list[str]:
-    """Arguments of one more AdapterCheckpoint, which keeps all that it saves."""
+    """Arguments for another AdapterCheckpoint, which keeps everything that it saves."""
     settings |= {"save_top_k": -1, "filename": filename}
     given = [f"--trainer.callbacks.init_args.{name}={value}" for name, value in settings.items()]
     return ["--trainer.callbacks+=lightning_flatlora.AdapterCheckpoint", *given]
 
 
 def trained(start: Start, name: str, *options: str) -> dict[str, Any]:
-    """A run of two epochs of four steps, each with two validations."""
+    """A run of two epochs with four steps each, and two validations per epoch."""
     metric = "val_accuracy" if name == "clip_fewshot" else "val_loss"
     savers = [*saver("{step}", every_n_train_steps=1), *saver("val-{step}", monitor=metric, mode="max")]
     given = ["--trainer.max_epochs=2", "--trainer.max_steps=-1", "--trainer.limit_train_batches=4"]
@@ -151,7 +151,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         assert same(whole, trained(start, name, workers))
         saved = first.parent / "version_2" / "checkpoints" / "step=3.ckpt"
         assert same(whole, trained(start, name, workers, f"--ckpt_path={saved}"))
-    if name == "instruction_tuning":  # the random state decides about that
+    if name == "instruction_tuning":  # here the random state matters
         monkeypatch.setattr(RandomState, "load_state_dict", lambda self, state: None)
         assert not same(whole, trained(start, name, f"--ckpt_path={first / 'checkpoints' / 'step=3.ckpt'}"))
 

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.timeout(1200)  # the first test waits for all runs
 ]
 
-NO_DROPOUT = "--model.init_args.lora.lora_dropout=0"  # each rank draws its own
+NO_DROPOUT = "--model.init_args.lora.lora_dropout=0"  # each rank draws its own dropout
 
 # -- the runs
 
@@ -54,11 +54,11 @@ EVERY_STEP = [
 
 
 def training(name: str, method: str) -> list[str]:
-    """Arguments of short runs without dropout; instruction tuning's clips so much that Adam's epsilon counts."""
+    """Arguments of short runs without dropout; instruction tuning is clipped so strongly that Adam's epsilon counts."""
     options = [NO_DROPOUT] if method != "full" else []
     if name == "instruction_tuning":
         options += ["--trainer.max_epochs=1", "--trainer.gradient_clip_val=1e-7"]
-    elif name in ("clip_contrastive", *MODES):  # so that the size of the gradient counts
+    elif name in ("clip_contrastive", *MODES):  # so that the gradient's size matters
         options += ["--trainer.gradient_clip_val=null"]
     return options
 
@@ -79,7 +79,7 @@ def recipes(place: Path, tiny: str, tokenizer: Any) -> dict[str, Recipe]:
 
 @pytest.fixture(scope="module")
 def results(place: Path, recipes: dict[str, Recipe]) -> Results:
-    """All runs on two processes, by the recipe's name, the strategy and the method or what else it is about."""
+    """All runs on two processes, by recipe, strategy, and method or other subject."""
     cases: Runs = {}
 
     def add(
@@ -109,7 +109,7 @@ def results(place: Path, recipes: dict[str, Recipe]) -> Results:
         add(name, strategy, "lora", "predict", "predict", [])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(place / "datasets"))
-        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
+        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # caused by Lightning
         return launch(place, cases, timeout=1000)
 
 
@@ -117,7 +117,7 @@ EVERY_RUN = ["--trainer.precision=32-true", "--trainer.log_every_n_steps=1", "--
 
 
 def measuring(name: str, batches: int) -> list[str]:
-    """Arguments of an evaluation; of choices so many batches on each process."""
+    """Arguments of an evaluation; for choices, with this number of batches per process."""
     if name == "choices":
         return [*CHOICES, f"--trainer.limit_test_batches={batches}"]
     return ["--model.init_args.exact_match_examples=7"] if name == "instruction_tuning" else []
@@ -128,7 +128,7 @@ Alone = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def alone(recipes: dict[str, Recipe], tmp_path: Path, command_line: None, own_datasets: None) -> Alone:
-    """The same command in this process alone."""
+    """Run the same command in this process only."""
 
     def command(name: str, method: str, *options: str, what: str = "fit") -> dict[str, Any]:
         recipe = recipes[name]
@@ -146,12 +146,12 @@ def assert_same_weights(one: dict[str, Any], other: dict[str, Any], rtol: float)
 
 
 def evaluated(result: dict[str, Any]) -> dict[str, float]:
-    """What was measured of all data, and not of a rank's last batch."""
+    """The metrics over all data, rather than those of a rank's last batch."""
     return {name: value for name, value in result["logged"].items() if name.startswith(("val_", "test_"))}
 
 
 def assert_same_protocol(folder: Path, other: Path) -> None:
-    """Two few-shot runs have measured the same before, in and after training."""
+    """Two few-shot runs have measured the same before, during and after training."""
     one, two = (json.loads(next(place.glob("runs/**/result.json")).read_text()) for place in (folder, other))
     for part in ("zero_shot", "validation", "test"):
         assert one[part] == pytest.approx(two[part], rel=1e-4), part
@@ -200,7 +200,7 @@ def test_both_passes_of_fmlora_are_the_same_on_sharded_models(strategy: str, met
 @pytest.mark.parametrize(
     ("name", "units"),
     [
-        ("siglip", 1 + 1 + 4 + 4 * 3 * 2),  # the rest, the loss, blocks, and the factors of q, k and v in each
+        ("siglip", 1 + 1 + 4 + 4 * 3 * 2),  # the rest, the loss, the blocks, and the factors of q, k and v in each
         ("instruction_tuning", 1 + 2 + 2 * 2 * 2),
     ],
 )

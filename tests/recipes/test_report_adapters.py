@@ -1,4 +1,4 @@
-"""A base and its adapter are loaded whole, or one line says what does not fit; so are mistakes of a command line."""
+"""A base and its adapter are loaded completely, or one line says what doesn't fit; the same for wrong command lines."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def loaded(adapter: Path, data: Path, **options: Any) -> Adapted:
 
 
 def changed(adapter: Path, to: Path, **config: Any) -> Path:
-    """A copy with another configuration."""
+    """A copy with a changed configuration."""
     shutil.copytree(adapter, to)
     path = to / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
@@ -53,7 +53,7 @@ def test_it_is_ready_to_be_measured(adapters: tuple[Path, Path], data: Path) -> 
 
 
 def test_the_number_of_classes_is_the_heads(base: Path, tmp_path: Path, data: Path) -> None:
-    """Trained tokens and a whole layer, or the head's first layer, have fewer rows than there are classes."""
+    """Trained tokens, a fully trained layer and the head's first layer have fewer rows than there are classes."""
     torch.manual_seed(0)
     transformers.RobertaModel(transformers.RobertaConfig(**SIZES)).save_pretrained(tmp_path / "roberta")
     make_tokenizer().save_pretrained(tmp_path / "roberta")

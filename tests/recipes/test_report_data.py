@@ -1,4 +1,4 @@
-"""Which tokens count, in every kind of data; and that the mean is over all of them."""
+"""Which tokens count, in each kind of data, and that the mean is over all of them."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def options(adapter: Path, data: Path, **more: Any) -> Options:
 
 
 def by_hand(adapted: Adapted, words: str, counted: list[str]) -> float:
-    """Mean negative log-likelihood of the tokens that are to be counted, which end the text."""
+    """Mean negative log-likelihood of the counted tokens, which are at the end of the text."""
     ids = torch.tensor([adapted.tokenizer(words, add_special_tokens=False)["input_ids"]])
     losses = cross_entropy(adapted.model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
     return losses[-len(counted) :].mean().item()
@@ -62,7 +62,7 @@ def test_the_loss_of_classes_by_number_and_by_name(classifiers: tuple[Path, Path
 
 
 def test_an_empty_text_has_no_class(base: Path, texts: Path, tmp_path: Path) -> None:
-    """The tokenizer makes no token of it, so that in a batch of its own there would be nothing to compute."""
+    """It has no tokens, so if it were alone in a batch, there would be nothing to compute."""
     adapted = loaded(save_adapter(tmp_path / "adapter", base, task="SEQ_CLS"), texts)
     rows = [{"text": text, "label": 0} for text in ("a b", "", "c")]
     settings = options(tmp_path / "adapter", texts, batch_size=1)

@@ -1,4 +1,4 @@
-"""Rounding of a base, of a merged adapter and of its factors, against rounding by hand in dense models."""
+"""Rounding of a base, a merged adapter and its factors, compared with rounding dense models by hand."""
 
 import math
 from collections.abc import Callable
@@ -44,7 +44,7 @@ Load = Callable[..., tuple[Adapted, Options]]
 
 
 def by_hand(weight: Tensor, bits: int, inputs: int = -1) -> Tensor:
-    """Round in NumPy, in float64, row by row and group by group."""
+    """Round with NumPy in float64, row by row and group by group."""
     rows = weight.detach().double().movedim(inputs, -1)
     result = np.empty(rows.shape)
     for place in np.ndindex(*rows.shape[:-1]):
@@ -90,7 +90,7 @@ def llama() -> tuple[Any, dict[str, Any], str]:
 
 
 def gpt2() -> tuple[Any, dict[str, Any], str]:
-    """The output layer reads the embedding's parameter, and has no adapter."""
+    """The output layer shares the embedding's parameter, and has no adapter."""
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=WIDTH, n_positions=16, vocab_size=20, eos_token_id=1)
     return config, {"target_modules": ["wte", "c_attn"], "init_lora_weights": False}, "c_attn"
 
@@ -123,7 +123,7 @@ FAMILIES = [llama, gpt2, pytest.param(mixtral, marks=NEEDS_EXPERTS), pytest.para
 @pytest.fixture
 def load(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     """Save a base and an adapter, and load both."""
-    # The grouped product of experts does not take float64.
+    # The grouped matrix product of experts doesn't support float64.
     one_by_one = "get_correct_experts_implementation"
     monkeypatch.setattr(transformers.PreTrainedModel, one_by_one, lambda *args: "eager", raising=False)
 
@@ -188,7 +188,7 @@ def test_losses_are_those_of_dense_models(family: Any, load: Load, tmp_path: Pat
         rows = W0.detach().movedim(inputs, -1)
         groups = torch.cat([part.abs().amax(-1).flatten() for part in rows.split(64, -1)])
         all_steps.append((groups / (2 ** (bits - 1) - 1)).square().mean().sqrt().item())
-    if family is gpt2:  # whose output layer stays
+    if family is gpt2:  # its output layer stays
         base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
     for way in (MERGED, AGAIN, APART, NONE):
         for name, weight in zip(changed, sizes[way], strict=True):
@@ -213,7 +213,7 @@ def test_without_rounding_merged_is_the_adapters_own_loss(family: Any, load: Loa
         assert losses.loc["float", NONE] == pytest.approx(loss_of(adapted.model, adapted, options), rel=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:.*LoRA tensor.* have invalid shape")  # peft of its own bias
+@pytest.mark.filterwarnings("ignore:.*LoRA tensor.* have invalid shape")  # peft's warning about its own bias
 def test_a_bias_that_is_trained_with_B_is_kept(load: Load) -> None:
     adapted, options = load(gpt2, lora_bias=True, target_modules=["c_attn"])
     (reader,) = adapted.pairs[0].readers

@@ -1,4 +1,4 @@
-"""The command from beginning to end: the files it writes, the numbers in them, and what it leaves alone."""
+"""The command from start to end: the files it writes, the numbers in them, and what it leaves unchanged."""
 
 import hashlib
 from pathlib import Path
@@ -129,7 +129,7 @@ def test_every_curve_and_the_surface_go_through_the_adapter(results: list[Measur
 
 
 def test_the_adversarial_curve_meets_the_sharpness(options: Options, results: list[Measured]) -> None:
-    """Where the curve reaches the radius that E has, the loss has risen by what the table says."""
+    """At the radius of E, the loss on the curve has risen by the sharpness in the table."""
     # The points are half of the largest rho apart.
     largest = 2 * 0.2 * results[0].value(RADIUS)
     given = arguments((options.adapters[0].path,), options.data, "--dtype", "float64", "--curvature=false")

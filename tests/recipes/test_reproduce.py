@@ -1,4 +1,4 @@
-"""The paper's tables: what is planned, chosen, run, shared, resumed and shown, on a tiny RoBERTa and files of GLUE."""
+"""The paper's tables on a tiny RoBERTa and GLUE's files: what is planned, chosen, run, shared, resumed and shown."""
 
 import json
 from dataclasses import replace
@@ -20,8 +20,8 @@ from recipes.studies.queue import Queue, file_storage, study_so_far
 from recipes.studies.rows import Row
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),  # a test logs into a folder of its own
-    pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists:UserWarning"),  # a resumed run's
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),  # a test logs into its own folder
+    pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists:UserWarning"),  # from a resumed run
 ]
 
 GRIDS = {"lora_dropout": (0.0, 0.1), "rho": (0.0, 0.05), "lora_rho": (0.0, 0.1), "sigma": (0.0, 0.1), "alpha": (0.0, 1)}
@@ -29,7 +29,7 @@ GRIDS = {"lora_dropout": (0.0, 0.1), "rho": (0.0, 0.05), "lora_rho": (0.0, 0.1),
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What makes a run small."""
+    """Options that make a run small."""
     return [
         f"--model.model={save_roberta(tmp_path_factory.mktemp('roberta'))}",
         f"--data.dataset={save_glue(tmp_path_factory.mktemp('glue'))}",
@@ -49,7 +49,7 @@ def prompts(options: list[str]) -> list[str]:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, command_line: None, own_datasets: None) -> list[list[str]]:
-    """Runs in this process, with small grids; the commands that were run."""
+    """Do runs in this process, with small grids; the list of commands that were run."""
     commands: list[list[str]] = []
 
     def run_here(command: list[str], is_hopeless: Any = None) -> None:
@@ -106,7 +106,7 @@ def test_a_table_from_plan_to_figures(
     assert main([*given, *prompts]) == 0
     assert not here  # everything is done
     capsys.readouterr()
-    assert main([*given, "--plan"]) == 0  # which needs no options to look
+    assert main([*given, "--plan"]) == 0  # it needs no options
     assert f"Done: {len(rows)}. 0 runs may start now." in capsys.readouterr().out
     with pytest.raises(
         MisconfigurationException, match=r"options was \[.* and is \[.*'--data.shots=4'\]. Give the original ones"

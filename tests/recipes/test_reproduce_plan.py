@@ -1,4 +1,4 @@
-"""What is planned for the paper's tables: shares, choices, trials, and the recipes' commands; nothing is trained."""
+"""Plans for the paper's tables: shares, choices, trials, and the recipes' commands; nothing is trained."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {"learning_rates": (1e-2,), "grids": GRIDS}
 
 
 class Fake:
-    """Stands in for a run; the last configuration of every method is the best, and some runs fail."""
+    """Stands in for the runs; each method's last configuration is the best, and some runs fail."""
 
     def __init__(self) -> None:
         self.done: list[str] = []
@@ -58,7 +58,7 @@ class Fake:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """What the command does in place of its runs, of small grids."""
+    """Replaces the command's runs, with small grids."""
     found = Fake()
     monkeypatch.setitem(TABLES, "table1", replace(TABLES["table1"], **SMALL))
     monkeypatch.setattr(planning, "perform", found)
@@ -70,7 +70,7 @@ Planned = Callable[..., Plan]
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> Planned:
-    """Makes the plan of a table."""
+    """A function that makes the plan of a table."""
 
     def plan(name: str, tasks: list[str] | None = None, study: optuna.Study | None = None, **changed: Any) -> Plan:
         monkeypatch.setitem(TABLES, name, replace(TABLES[name], **changed))
@@ -143,14 +143,14 @@ def test_a_run_that_fails_keeps_no_other_one_from_being_done(
     tmp_path: Path, fake: Fake, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["table1", "--tasks", "sst2", "rte", "--methods", "lora", "efmlora", f"--folder={tmp_path}/table"]
-    fake.failing = [""]  # all: the first one shows what is wrong with them
+    fake.failing = [""]  # all; the first one shows what is wrong with them
     assert main(given) == 3
     assert "The first run has failed, with the error above" in capsys.readouterr().out
     assert len(study_so_far(file_storage(tmp_path / "table"), "table1").trials) == 1
     assert not list(tmp_path.rglob("table.md"))
     fake.failing = ["rho=0.05", "seed-21"]
     assert main(given) == 1
-    # The dropouts of both tasks, since EFMLoRA's rho 0 is LoRA's run. Its other rho has failed, so nothing is chosen.
+    # The dropouts of both tasks, as EFMLoRA's rho 0 is LoRA's run. Its other rho has failed, so nothing is chosen.
     assert len(fake.done) == 4
     said = capsys.readouterr().out
     assert "Failed, with the error above" in said
@@ -166,7 +166,7 @@ def test_a_run_that_fails_keeps_no_other_one_from_being_done(
 def test_a_run_that_another_worker_has_done_has_not_failed(
     tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may have more memory."""
+    """The other worker may have more memory."""
     failed: list[Run] = []
 
     def perform(run: Run, _: Context) -> Row:
@@ -192,8 +192,8 @@ def test_equal_scores_are_decided_by_the_loss(planned: Planned) -> None:
 
     work(plan, perform)
     assert plan.chosen("sst2", "efmlora") == {"learning_rate": 1e-2, "rho": 0.0}
-    assert {run.method for run in plan.finals("sst2", "efmlora")} == {"lora"}  # of radius 0: LoRA's own runs
-    assert "| EFMLoRA | learning_rate 0.01*, rho 0 |" in table_text(plan)  # at an end of the grid
+    assert {run.method for run in plan.finals("sst2", "efmlora")} == {"lora"}  # radius 0, so these are LoRA's own runs
+    assert "| EFMLoRA | learning_rate 0.01*, rho 0 |" in table_text(plan)  # marked, as it is at an end of the grid
 
 
 @pytest.mark.parametrize("name", ["table2", "table5"])
@@ -258,7 +258,7 @@ Parse = Callable[[list[str]], Any]
 
 @pytest.fixture(scope="module")
 def parse() -> Iterator[Parse]:
-    """A function from a command to the settings that the recipe's parser makes of it."""
+    """A function that returns the settings which a recipe's parser makes of a command."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["test"])
         patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -305,7 +305,7 @@ def test_the_protocols_values_are_those_of_the_recipes_files(
     arguments = running.fit_arguments(run, Context(tmp_path, "32-true"))
     given = [argument for argument in arguments if not argument.startswith(chosen)]
     settings = parse(command(table.recipe, "fit", tmp_path, given))
-    # With another first value, runs of size 0 would be other ones than LoRA's, with which they are shared.
+    # Runs of size 0 are shared with LoRA's, so their other settings must be the same.
     assert settings.model.init_args.lora["lora_dropout"] == table.grids["lora_dropout"][0]
     assert table.tasks[task].learning_rate == settings.model.init_args.learning_rate
     if settings.trainer.max_steps > 0:

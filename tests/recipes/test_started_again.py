@@ -1,4 +1,4 @@
-"""What is found by commands that are started again: with other options, and after failures."""
+"""What commands that are started again find: other options, and earlier failures."""
 
 import math
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ NOT_KEPT: Row = {"best": "", "last": None}
 
 
 def test_a_folder_of_runs_with_other_options_is_not_used_again(tmp_path: Path) -> None:
-    begin_runs(tmp_path / "runs", {"options": ["--wrong=1"]})  # which no run has survived
+    begin_runs(tmp_path / "runs", {"options": ["--wrong=1"]})  # no run has completed with these
     begin_runs(tmp_path / "runs", {"options": ["--a=1"]})
     (tmp_path / "runs" / "seed-0").mkdir()
     (tmp_path / "runs" / "seed-0" / "fit.json").touch()
     begin_runs(tmp_path / "runs", {"options": ["--a=1"]})
-    # Whatever the study is called: a run that is found in the folder is not trained again.
+    # Whatever the study's name is, a run that is found in the folder is not trained again.
     with pytest.raises(MisconfigurationException, match=r"options was \['--a=1'\] and is \[\].*another --folder"):
         begin_runs(tmp_path / "runs", {"options": []})
 
@@ -56,7 +56,7 @@ def fit_badly(*_: Any) -> Row:
 def test_a_search_that_never_worked_has_no_diverged_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = optuna.create_study()
     monkeypatch.setattr("recipes.tune.search.fit", fit_badly)
-    for _ in range(9):  # as a cluster may do
+    for _ in range(9):  # as a cluster may start it again and again
         with pytest.raises(FailedError):
             work(search_in(tmp_path, study))
     assert not search_in(tmp_path, study).queue.rows
@@ -70,7 +70,7 @@ def test_a_worker_that_lacks_something_ends_by_its_first_run(tmp_path: Path, mon
     monkeypatch.setattr("recipes.tune.search.fit", fit_badly)
     with pytest.raises(FailedError):
         work(search_in(tmp_path, study))
-    assert len(study.trials) == 2  # what one machine lacks, another may have
+    assert len(study.trials) == 2  # another machine may have what this one lacks
 
 
 def test_an_offer_is_what_there_is_to_buy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,15 +78,15 @@ def test_an_offer_is_what_there_is_to_buy(tmp_path: Path, monkeypatch: pytest.Mo
     search = search_in(tmp_path, optuna.create_study(), rates=2, fresh=2)
     work(search)
     rows = search.queue.rows
-    rows[0]["value"] += 0.1  # not all seeds do the same
+    rows[0]["value"] += 0.1  # so that the seeds differ
     rows[-1]["value"] += 0.1
     said = _one_more_hour(search, answer(rows, "min"))  # a run takes half an hour
     assert said.startswith("One more hour of one worker would buy about 2 runs: --fresh 3, by which")
-    assert "--budget" not in said  # both settings are tried
+    assert "--budget" not in said  # both settings have been tried
     rows[-1]["value"] = math.inf
     assert _one_more_hour(search, answer(rows, "min")).endswith("about 2 runs: all has been tried")
     rows[0].update(pruned=True, seconds=1.0)
-    rows[1].update(seconds=0.0)  # has failed
+    rows[1].update(seconds=0.0)  # it has failed
     assert search.seconds_of_a_run() == 1800
     search.space = {"model.lr": ["1", "2", "3", "4"], "rho": ["0", "0.5"]}
     monkeypatch.setattr(search, "seconds_of_a_run", lambda: 7200)

@@ -1,4 +1,4 @@
-"""Studies: by what a run is judged, and where it goes on. The rest is tested with the programs that do it."""
+"""Studies: how a run is judged, and where it resumes. For the rest, see the tests of the programs that use studies."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ class Validated(BoringModel):
 
 
 def test_a_run_is_judged_by_the_weights_that_its_monitor_keeps(tmp_path: Path) -> None:
-    """Whatever they are called, and whatever else is kept."""
+    """Whatever the files' names are, and whatever else is kept."""
     every, kept = ModelCheckpoint(tmp_path / "every", save_top_k=-1), ModelCheckpoint(tmp_path, monitor="epoch")
     of_run: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     sizes = {"max_epochs": 2, "limit_train_batches": 1, "limit_val_batches": 1}

@@ -1,4 +1,4 @@
-"""Tables that the recipes read through `datasets`: their files, what is kept of them, and what is not read."""
+"""Tables that the recipes read with `datasets`: their files, what is kept of them, and what is not read."""
 
 import gzip
 import json
@@ -76,10 +76,10 @@ def test_files_that_are_not_read_are_named(tmp_path: Path, name: str, text: str 
     "name", ["mine.csv", "mine.csv.gz", "mine.tsv", "open_clip.csv", "[1]/mine.csv", "folder/a.csv"]
 )
 def test_words_for_nothing_and_other_separators_stay(tmp_path: Path, name: str) -> None:
-    """open_clip's tables have tabs, whatever their ending; brackets are a pattern to those who expand names."""
+    """open_clip's tables are separated by tabs, whatever their extension; brackets are a pattern in globbing."""
     separator = "\t" if "tsv" in name or "open_clip" in name else ","
     rows = [("question", "answer"), ("None", "abc"), ("What is null?", "NA"), ("n/a", "")]
-    text = "".join(separator.join(row) + "\n" for row in rows).encode("utf-8-sig")  # as Excel begins a file
+    text = "".join(separator.join(row) + "\n" for row in rows).encode("utf-8-sig")  # Excel's files begin like this
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(gzip.compress(text) if file.suffix == ".gz" else text)
@@ -95,7 +95,7 @@ def noted(row: dict[str, Any], calls: str) -> dict[str, Any]:
 
 
 def test_an_update_of_the_code_converts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` knows a function of a module by its name alone."""
+    """`datasets` identifies a function of a module only by its name."""
     table = data.read_table(written(tmp_path / "a.jsonl"), "train")
     calls = tmp_path / "calls"
     lengths = []
@@ -128,7 +128,7 @@ def test_columns_that_nobody_reads_are_named(tmp_path: Path, caplog: pytest.LogC
         (["train.jsonl", "more.jsonl"], 3, "train is train.jsonl", "more.jsonl"),
         (["a.jsonl", "b.csv"], 3, "train is a.jsonl", "b.csv"),
         (["train/a.jsonl", "train/b.jsonl", "test/c.jsonl"], 6, "test is c.jsonl", None),
-        (["one.csv", "two.csv", "README.md"], 3, "train is one.csv", None),  # whose card names it
+        (["one.csv", "two.csv", "README.md"], 3, "train is one.csv", None),  # its card names the file
     ],
 )
 def test_the_files_that_are_read_of_a_folder_are_named(
@@ -143,7 +143,7 @@ def test_the_files_that_are_read_of_a_folder_are_named(
 
 
 def test_texts_with_commas_outside_of_quotes_are_refused(tmp_path: Path) -> None:
-    """pandas would take a row's first value for its name, and the second one for the text."""
+    """pandas would take a row's first value as its index, and the second one as the text."""
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "train.csv").write_text("text,label\n" + "good, and long,0\nbad, and short,1\n" * 3)
@@ -181,7 +181,7 @@ def test_few_rows_leave_one_for_each_part_that_is_wanted(number: int) -> None:
     assert len(parts["train"]) == 2 * number - 2
     assert parts["test"] == []
     assert len(parts["validation"]) == 2
-    # The one that more rows, or a larger share, would leave there.
+    # The example that would be the first there with more rows or a larger share.
     for share in np.arange(0.0001, 1, 0.0001):
         nearest = {key for key in keys if part_of(key, {"validation": share}) == "validation"}
         if nearest:

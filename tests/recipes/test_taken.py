@@ -1,4 +1,4 @@
-"""What a foreign run's config.yaml may choose: neither code of others nor where files are written."""
+"""What someone else's config.yaml must not choose: code of others, and where files are written."""
 
 import inspect
 from pathlib import Path
@@ -24,7 +24,7 @@ MODEL, DATA = "recipes.classification.module.TextClassification", "recipes.class
 
 
 def folder_of(tmp_path: Path, changes: dict[str, Any]) -> Path:
-    """A run's checkpoint; what its settings hold is a class's path by dotted names, or a value."""
+    """A run's checkpoint, with changes to its settings by their dotted names."""
     settings: dict[str, Any] = {
         "seed_everything": 3,
         "model": {"class_path": MODEL, "init_args": {"model": "mine", "lora": {"r": 2}}},
@@ -89,13 +89,13 @@ def test_a_foreign_run_chooses_no_code_and_no_folder(name: str, value: Any, said
     assert [other[: len(said)] for other in others] == [said] if said else others == []
     assert "payload" not in str(found)
     assert found["trainer"].keys() <= {"max_epochs", "precision", "callbacks"}
-    # In the same words nothing else is left out.
+    # The data's settings are left out only if the message says so.
     assert (found.get("data", {}).get("init_args", {}).get("dataset") == "my.jsonl") == ("data (" not in str(others))
 
 
 @pytest.fixture(autouse=True)
 def _payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that leaves a file if it is imported, and command lines that are parsed only."""
+    """A module that leaves a file if it is imported; command lines are only parsed."""
     monkeypatch.setattr(ParsingCLI, "_run_subcommand", lambda self, name: None)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "payload.py").write_text(PAYLOAD)
@@ -124,7 +124,7 @@ def test_the_parser_imports_nothing_that_a_foreign_run_names(name: str, value: A
 
 
 def test_the_hyper_parameters_in_a_checkpoint_choose_nothing(tmp_path: Path) -> None:
-    """Lightning would lay them over the model's settings, with a class of theirs."""
+    """Lightning would let them override the model's settings, including its class."""
     checkpoint = folder_of(tmp_path, {})
     torch.save({"hyper_parameters": {"_class_path": "payload.Evil", "model": "theirs"}}, checkpoint)
     settings = parsed("test", f"--ckpt_path={checkpoint}")
@@ -188,7 +188,7 @@ PLAIN = (str, int, float, bool, dict, type(None), Any, ...)
 
 
 def leaves(annotation: Any) -> set[Any]:
-    """The types that a type is made of; a Literal's values count by their types."""
+    """The basic types in an annotation; for a Literal, the types of its values."""
     if not get_args(annotation):
         return {type(annotation) if isinstance(annotation, str) else annotation}
     return set().union(*map(leaves, get_args(annotation)))
@@ -197,7 +197,7 @@ def leaves(annotation: Any) -> set[Any]:
 @pytest.mark.parametrize("part", ["model", "data"])
 @pytest.mark.parametrize("base", sorted(RECIPES.glob("*/configs/base.yaml")), ids=lambda path: path.parts[-3])
 def test_no_argument_of_a_recipe_is_an_object(base: Path, part: str) -> None:
-    """A text given for one may be a class's path, which the parser imports."""
+    """Otherwise a text given for it could be a class's path, which the parser would import."""
     ours: Any = locate(yaml.safe_load(base.read_text())[part]["class_path"])
     objects = set()
     for kind in ours.__mro__:

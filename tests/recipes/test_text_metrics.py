@@ -1,4 +1,4 @@
-"""When two texts are the same, in any script."""
+"""When two texts are equal, in any script."""
 
 import pytest
 
@@ -17,12 +17,12 @@ from recipes.data.text_metrics import is_same
         ("3-4", "3 - 4", True),
         ("-3", "3", False),
         ("1.5", "1 5", False),
-        ("\u092a\u093f\u0924\u093e", "\u092a\u0940\u0924\u093e", False),  # Hindi, which differ in a vowel's sign alone
-        ("\u0e17\u0e35\u0e48", "\u0e17\u0e39\u0e48", False),  # Thai, the same
+        ("\u092a\u093f\u0924\u093e", "\u092a\u0940\u0924\u093e", False),  # Hindi; they differ only in a vowel sign
+        ("\u0e17\u0e35\u0e48", "\u0e17\u0e39\u0e48", False),  # Thai; likewise
         (".5", "5", False),
         ("-.5", "-5", False),
         ("snake_case", "snake case", False),
-        ("\u2600\ufe0f", "\u2764\ufe0f", False),  # a sun and a heart, each drawn as an emoji
+        ("\u2600\ufe0f", "\u2764\ufe0f", False),  # a sun and a heart, both displayed as emoji
         ("Yes \u2714\ufe0f", "Yes", True),
         ("", "+", False),
         ("-", "+", False),

@@ -1,4 +1,4 @@
-"""Thoughts before answers and several turns, in templates built like real ones."""
+"""Thoughts before answers, and several turns, in templates built like real ones."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def learnt(encoder: ChatEncoder, turns: list[dict[str, Any]]) -> list[str]:
 
 
 def thinking(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The turns with thoughts before each answer, as the data give them to a template."""
+    """The turns with thoughts before each answer, in the form that a template receives."""
     made = []
     for message in turns:
         thoughts = f"hm {message['content']}" if message["role"] == "assistant" else None
@@ -60,11 +60,11 @@ GPT_OSS_THOUGHTS = "<|channel|>analysis<|message|>hm so<|end|><|start|>assistant
     ids=["qwen3", "qwen3.5", "gpt-oss"],
 )
 def test_thoughts_are_learnt_if_prompts_leave_room_for_them(template: str, answer: str) -> None:
-    """A prompt with a closed block is no beginning of a text with thoughts, and half of them would be learnt."""
+    """A prompt with a closed block is not the beginning of a text with thoughts; half of these would be learnt."""
     in_content = messages("why?", "<think>hm so</think>so")
     later = [*messages("a?", "a!"), *in_content]
     forms = [in_content, later]
-    if template in (QWEN35, GPT_OSS):  # these read a field
+    if template in (QWEN35, GPT_OSS):  # these read thoughts from a field
         forms.append(thinking(messages("why?", "so")))
     own = tokenizer(template)
     for turns in forms:
@@ -75,7 +75,7 @@ def test_thoughts_are_learnt_if_prompts_leave_room_for_them(template: str, answe
         prompt = room.encode_prompt(turns[:-1])
         assert room.encode(turns).input_ids[: len(prompt)] == prompt
     row = conversation("why?", "<think>hm so</think>so", [], "why?")
-    assert encode(row, room, with_options=True)["answer"] == ""  # which would be compared with an answer without any
+    assert encode(row, room, with_options=True)["answer"] == ""  # it would be compared with an answer without thoughts
 
 
 def test_thoughts_that_the_template_leaves_out_are_noticed() -> None:
@@ -88,7 +88,7 @@ def test_thoughts_that_the_template_leaves_out_are_noticed() -> None:
     assert learnt(encoder, thinking(messages("why?", "so"))) == ["so<|eot|>"]
     room = ChatEncoder(tokenizer(QWEN35), 1000, template_arguments=THINK)
     kept = encode(row, room, with_options=True)
-    assert (kept["leaves_out"], kept["answer"], kept["prompt_ids"]) == (False, "", [])  # and is not generated
+    assert (kept["leaves_out"], kept["answer"], kept["prompt_ids"]) == (False, "", [])  # and it is not generated
 
 
 # -- a prompt is what was trained
@@ -99,7 +99,7 @@ EMPTY = "<think>\n\n</think>\n\n"
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_training", "qwen3_5_think", "qwen3_8", "gptoss", "glm4moe"])
 @pytest.mark.parametrize("thinks", [False, True])
 def test_what_is_learnt_follows_the_prompt(name: str, thinks: bool) -> None:
-    """In models' own templates, all of which open an answer without thoughts otherwise than one with some."""
+    """In models' own templates, which all open an answer with thoughts and one without them differently."""
     arguments = THINK if thinks else None
     encoder = ChatEncoder(tokenizer(shipped(name), end="<|im_end|>"), 1000, template_arguments=arguments)
     (ask, plain) = messages("why?", "so")
@@ -162,7 +162,7 @@ def test_answers_that_do_not_follow_the_generation_prompt_are_refused() -> None:
 
 
 def test_a_given_template_with_marks_is_taken_at_its_word() -> None:
-    """DeepSeek-R1's answers do not follow its generation prompt, and its training template marks their opening too."""
+    """DeepSeek-R1's answers don't continue its generation prompt; its training template also marks their opening."""
     encoder = ChatEncoder(tokenizer(R1), 1000, shipped("deepseek_r1_distill_training"))
     turns = messages("a?", "<think>hm</think>a!", "b?", "b!")
     answers = [f"<｜Assistant｜>{answer}<｜end▁of▁sentence｜>" for answer in ("<think>hm</think>a!", "b!")]

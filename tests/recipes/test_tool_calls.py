@@ -1,4 +1,4 @@
-"""Tools, their calls and their results: as people keep them, and as models' own templates write them."""
+"""Tools, calls and results, in the forms that data have and in those that models' own templates write."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def qwen3() -> ChatEncoder:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_calls_are_learnt_and_results_are_not(name: str, jsonl: Any, qwen3: ChatEncoder) -> None:
-    """What is read is what the template writes of the messages as OpenAI has them."""
+    """What is learnt is what the template writes for messages in OpenAI's form."""
     (row,) = sources.load_chats(jsonl([ROWS[name]]), "train")
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call><|im_end|>'
     assert learnt(qwen3, row) == [call, "It is.<|im_end|>"]
@@ -95,14 +95,14 @@ def test_what_a_template_does_not_write_is_dropped_and_told(template: str, why: 
     rows = [ROWS["openai"], {"messages": [ASK, SAY], "tools": TOOLS}, {"messages": [ASK, SAY]}, {"messages": TURNS}]
     settings: dict[str, Any] = {"chat_template": template, "validation_share": 0, "test_share": 0}
     data = instruction_data("fit", tiny, dataset=jsonl(rows), **settings)
-    # A list of tools that nobody calls is no reason to drop a conversation.
+    # Tools that are listed but never called are not a reason to drop a conversation.
     left_out = "1 of them without thoughts or tools of the data: the template leaves them out"
     assert f"train: 2 conversations; {left_out}; 2 dropped: {why}" in data.reports["train"]
 
 
 @pytest.mark.parametrize(("name", "writes"), [("qwen3", True), ("qwen2_5", True), ("gptoss_training", False)])
 def test_several_calls_in_an_answer_are_all_learnt_or_refused(name: str, writes: bool, jsonl: Any) -> None:
-    """The training template of GPT-OSS writes the first one only."""
+    """The training template of GPT-OSS writes only the first one."""
     encoder = ChatEncoder(tokenizer(shipped(name), end="<|im_end|>"), 4000)
     time = {"type": "function", "id": "c2", "function": {"name": "time", "arguments": {"zone": "CET"}}}
     answer = {"role": "assistant", "tool_calls": [CALL, time]}
@@ -129,7 +129,7 @@ def test_what_is_empty_is_no_tool_and_nulls_of_a_text_stay(jsonl: Any) -> None:
 
 @pytest.mark.parametrize("name", ["gemma4", "llama3_1"])
 def test_a_call_that_would_be_learnt_wrongly_is_refused(name: str, jsonl: Any) -> None:
-    """Gemma 4's template has results inside of answers, and Llama 3's leaves out what is said before a call."""
+    """Gemma 4's template puts results into answers, and Llama 3's drops text before a call."""
     encoder = ChatEncoder(tokenizer(shipped(name)), 4000)
     rows = [{"messages": [ASK, {**CALLING, "content": "Let me see."}, RESULT, SAY], "tools": TOOLS}]
     (row,) = sources.load_chats(jsonl(rows), "train")
@@ -154,7 +154,7 @@ def test_what_is_no_call_is_counted(tiny: str, jsonl: Any) -> None:
 
 
 def test_fields_of_other_rows_are_left_out(tmp_path: Path) -> None:
-    """Tables give each call the arguments of all calls."""
+    """Tables fill in each call with the arguments of all calls."""
     other = {"type": "function", "function": {"name": "time", "arguments": {"zone": "CET"}}}
     rows = [{"messages": [ASK, {**CALLING, "tool_calls": [call]}, SAY]} for call in (CALL, other)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "calls.parquet")

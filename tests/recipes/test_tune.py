@@ -1,4 +1,4 @@
-"""The search with the perturbation and without it: what is tried, run, shared and resumed, and what it says."""
+"""The search with and without the perturbation: what is tried, run, shared and resumed, and the messages."""
 
 import json
 import math
@@ -57,19 +57,19 @@ def options(tiny: str, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
-    """The commands that were run, in this process; the third one is stopped."""
+    """Do runs in this process; the list of commands. The third one is stopped."""
     commands: list[Sequence[str]] = []
 
     def run_here(command: Sequence[str], is_hopeless: Any = None) -> None:
         commands.append(command)
-        assert os.environ[SETTING] == "bf16-mixed"  # in all runs, if no option says another
+        assert os.environ[SETTING] == "bf16-mixed"  # in all runs, unless an option says otherwise
         if len(commands) == 3:
             raise StoppedError
-        RecipeCLI(list(command[3:]))  # behind python -m recipes.classification
+        RecipeCLI(list(command[3:]))  # after python -m recipes.classification
 
     monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))  # for the processes that print settings
     monkeypatch.setattr(precision, "_has_fast_bfloat16", lambda: True)
-    monkeypatch.setenv(SETTING, "")  # so that it is put back
+    monkeypatch.setenv(SETTING, "")  # so that it is restored afterwards
     monkeypatch.setattr("recipes.studies.process.run_process", run_here)
     return commands
 
@@ -90,7 +90,7 @@ def test_a_search_is_run_once_resumed_and_answered(
     sides = finals.groupby(["model.learning_rate", "model.head_learning_rate", "rho"], dropna=False)
     assert len(finals) == 2 * len(sides) == len(rows) - 4 - 8
     assert len(started) == len(rows) + len(finals) + 1 + 1
-    assert started[1][3] == "test"  # so that data without a test part end the search at its start
+    assert started[1][3] == "test"  # so that a search on data without a test part ends at its start
     assert list(started[2]) == list(started[3])
     assert {"--data.seed=101", "--data.shots_seed=101"} <= set(started[-1])
     assert all(set(of_side.seed) == {100, 101} for _, of_side in sides)
@@ -104,12 +104,12 @@ def test_a_search_is_run_once_resumed_and_answered(
     assert (folder / "trials.png").stat().st_size > 0
     assert (folder / "table-1.txt").read_text() == "somebody's"
     assert not list(tmp_path.glob("search/search/**/*.ckpt"))
-    # The table and the study give the verdict of the search.
+    # The verdict on the table and the study is the search's own.
     text = (folder / "table.txt").read_text()
     for source in (folder / "results.csv", f"sqlite:///{folder / 'study.db'}"):
         verdict.main([str(source), "--metric", "val_score", "--picture", str(tmp_path / "verdict.png")])
         assert capsys.readouterr().out.startswith(text)
-    # Nothing is run again, more seeds can be bought, and runs of other options can't be compared with those.
+    # Nothing is run again, more seeds can be added, and runs with other options can't be mixed in.
     assert main([*options, "--test"]) == 0
     assert len(started) == len(rows) + len(finals) + 2
     with pytest.raises(MisconfigurationException, match="test was True and is False"):
@@ -123,7 +123,7 @@ def made(folder: Path, space: Space = SPACE, **settings: Any) -> Search:
 
 
 def finished(folder: Path, rank_8: bool = False, space: Space = SPACE, **settings: Any) -> tuple[Search, list[Run]]:
-    """A search whose runs take no time: without the perturbation 1e-2 and rank 2 are best, with it rho 5."""
+    """A search whose runs take no time; the best are 1e-2 and rank 2 without the perturbation, and rho 5 with it."""
     search = made(folder, space, **settings)
     runs: list[Run] = []
 
@@ -138,7 +138,7 @@ def finished(folder: Path, rank_8: bool = False, space: Space = SPACE, **setting
 
 
 def changed(search: Search, **values: float) -> list[Row]:
-    """The rows of a search with another value for the first final run of a side."""
+    """A search's rows, with another value for the first final run of a side."""
     rows = [dict(row) for row in search.queue.rows]
     for side, value in values.items():
         next(row for row in rows if row["stage"] == "final" and row["side"] == side)["value"] = value
@@ -149,7 +149,7 @@ def test_both_sides_have_as_many_trials_and_the_best_are_chosen(tmp_path: Path) 
     search, runs = finished(tmp_path, budget=12)
     tried = {side: list(search.tried(side).values()) for side in SIDES}
     assert [len(rows) for rows in tried.values()] == [6, 6]
-    assert len({json.dumps(row["config"]) for row in tried[WITHOUT]}) == 6  # all that there are
+    assert len({json.dumps(row["config"]) for row in tried[WITHOUT]}) == 6  # all that exist
     assert chosen(search.queue.rows, "min")[WITHOUT] == {"model.lr": "1e-2", "model.r/model.alpha": "2/4", "rho": "0"}
     assert len(runs) == 12 + 2 * 2 * 2 + 2 * 5  # both winners have rank 2, so there is no control
     drawn = draw(search.queue.rows, "model.lr", "val_loss", "min").axes[0]
@@ -166,7 +166,7 @@ def test_rho_alone_can_be_searched(tmp_path: Path) -> None:
     assert [search.trials_of(side) for side in SIDES] == [1, 2]
     assert len(runs) == 3 * 3 + 2 * 5
     assert draw(search.queue.rows, "rho", "val_loss", "min").axes[0].get_xlabel() == "rho"
-    contrastive = replace(made(tmp_path), options=Options("clip_contrastive"))  # whose data's seed draws the parts
+    contrastive = replace(made(tmp_path), options=Options("clip_contrastive"))  # here the data's seed divides the parts
     assert contrastive.arguments({"rho": "0"}, 7) == ["--seed_everything=7", "--rho=0"]
 
 
@@ -176,7 +176,7 @@ def test_winners_that_differ_in_more_than_rho_have_a_control(tmp_path: Path) -> 
     assert found.configs == chosen(search.queue.rows, "min")
     assert found.configs[CONTROL] == {**found.configs[WITH], "rho": "0"} != found.configs[WITHOUT]
     assert len(runs) == 12 + 2 * 2 * 2 + 3 * 5
-    assert (found.rival, found.winner) == (WITHOUT, WITH)  # rank 8 alone is worse
+    assert (found.rival, found.winner) == (WITHOUT, WITH)  # only rank 8 is worse
     for sign in (1, -1):
         values = {CONTROL: {seed: -sign * (1.0 + seed / 1e6) for seed in found.values[WITH]}}
         for side in SIDES:
@@ -188,7 +188,7 @@ def test_winners_that_differ_in_more_than_rho_have_a_control(tmp_path: Path) -> 
 
 
 def test_a_round_learns_from_the_rounds_before_it_only(tmp_path: Path) -> None:
-    """So that workers that race find the same, and so does a search whose budget grows."""
+    """So workers that race get the same result, and so does a search whose budget is raised."""
     space = {"model.lr": [str(rate) for rate in range(9)], "model.r": ["1", "2"]}
     configs = []
     for trials in (12, 20):
@@ -271,7 +271,7 @@ def test_a_run_that_fails_twice_counts_as_diverged(tmp_path: Path, monkeypatch: 
         row = search.queue.find(each) or {}
         assert (row["value"], row["metric"], row["seed"]) == (math.inf, "val_loss", 7)
         assert search.queue.failures(each) == 2
-    # A winner's settings have worked, so that its final run which fails does so for another reason.
+    # A winner's settings have worked before, so if its final run fails, there is another reason.
     for _ in range(3):
         with pytest.raises(MisconfigurationException, match="seed 8 has failed, with the error above"):
             search.queue.work(lambda: [final], search.perform, print)
@@ -298,7 +298,7 @@ def test_the_answer_is_one_sentence_with_its_doubt() -> None:
     unknown = answer_of([1.0, 1.2, 1.1], [1.1, 1.0, 1.2])
     assert unknown.verdict().startswith("Not known yet: it is between ")
     assert unknown.winner == WITHOUT
-    # What is surely worse than LoRA may be anything against the control.
+    # If it is clearly worse than LoRA, the comparison with the control doesn't matter.
     worse = answer_of([1.0, 1.2, 1.1], [1.2, 1.4, 1.31])
     values = {**worse.values, CONTROL: {0: 0.1, 1: 3.2, 2: 0.1}}
     worse = replace(worse, configs={**worse.configs, CONTROL: {}}, values=values)

@@ -1,4 +1,4 @@
-"""Workers of one search, each in its own process: what they share, and what is left when one of them is ended."""
+"""Workers of one search, each in its own process: what they share, and what remains when one of them is ended."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ PATH = os.pathsep.join([os.environ["PATH"], *sorted(map(str, Path("/usr/lib/post
 
 
 class Workers:
-    """Of one search; all wait in their first trainings until they may go.
+    """The workers of one search; they all wait in their first training until :meth:`go`.
 
     Args:
         place: a new folder for what they write.
@@ -52,12 +52,12 @@ class Workers:
         return worker
 
     def training(self, worker: BaseProcess) -> int:
-        """Wait until a worker's first run trains; returns its process's id."""
+        """Wait until a worker's first run trains; returns that run's process id."""
         until(lambda: any(self.room.glob(f"{worker.pid}-*")), f"a training\n{self.said()}")
         return int(next(self.room.glob(f"{worker.pid}-*")).name.partition("-")[2])
 
     def go(self) -> list[int | None]:
-        """Let all trainings begin, and wait for the workers; returns their exit codes."""
+        """Let all trainings continue, and wait for the workers; returns their exit codes."""
         (self.room / "go").touch()
         for worker in self.started:
             worker.join(240)
@@ -67,7 +67,7 @@ class Workers:
         return "\n".join(log.read_text() for log in sorted(self.place.glob("*.log")))
 
     def begun(self) -> list[int]:
-        """How many runs each has begun."""
+        """The number of runs that each worker has begun."""
         return [log.read_text().count("Next: ") for log in sorted(self.place.glob("*.log"))]
 
     def end(self) -> None:
@@ -83,7 +83,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 120) -> Non
 
 
 def is_alive(process: int) -> bool:
-    """Whether it runs: an orphan that has ended may wait for ever for a parent to ask how."""
+    """Whether it runs; an orphan that has ended may stay a zombie if no parent collects its status."""
     with suppress(FileNotFoundError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
@@ -98,7 +98,7 @@ def workers(tmp_path: Path) -> Iterator[Workers]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """URL of the storage on a PostgreSQL server; why there is none where it can't be started."""
+    """The URL of the storage on a PostgreSQL server, or the reason why none can be started."""
     lacking = [name for name in ("initdb", "postgres") if not shutil.which(name, path=PATH)]
     try:
         import psycopg
@@ -109,7 +109,7 @@ def server() -> Iterator[str]:
         return
     folder = Path(tempfile.mkdtemp(prefix="flatlora-postgres-"))
     how: dict[str, Any] = {"cwd": folder, "env": {**os.environ, "PATH": PATH, "LC_ALL": "C"}}
-    if os.geteuid() == 0:  # as whom the server refuses to run
+    if os.geteuid() == 0:  # the server refuses to run as root
         how |= {"user": "nobody", "group": "nogroup", "extra_groups": []}
         shutil.chown(folder, "nobody")
     (port,) = free_ports(1)
@@ -136,7 +136,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    """A search of two workers that share no folder, only the server; only a file where there is no server."""
+    """A search of two workers that share only the server, or only a file if there is no server."""
     place = tmp_path_factory.mktemp("undisturbed")
     url = server if server.startswith("postgresql") else file_storage(place)
     made = Workers(place / "workers")
@@ -162,7 +162,7 @@ def check_done_once(url: str) -> None:
 
 
 def results(folder: Path) -> pandas.DataFrame:
-    """What was found, whoever has found it and when."""
+    """The results, without who found them and when."""
     table = pandas.read_csv(folder / "results.csv").drop(columns=["seconds", "commit"])
     return table.sort_values(["stage", "rho", "model.lr", "seed"], ignore_index=True)
 

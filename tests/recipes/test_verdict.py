@@ -1,4 +1,4 @@
-"""The verdict on anybody's sweep: tables, Hydra's folders and Optuna's storages, and what they lack."""
+"""The verdict on any sweep: tables, Hydra's folders and Optuna's storages, and what may be missing in them."""
 
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def test_a_study_of_another_program_is_judged(tmp_path: Path, capsys: pytest.Cap
             value=run["val_loss"],
         )
         study.add_trial(frozen)
-    # Without --mode less is better, as the study has it.
+    # Without --mode, the study's direction counts: less is better.
     options = ["--metric", "value", "--picture", str(tmp_path / "verdict.png")]
     assert main([url, *options]) == 0
     assert "Use it, with rho=0.5" in capsys.readouterr().out

@@ -43,7 +43,7 @@ def test_validation_answers_its_first_questions_and_testing_all(
     order = list(chain.from_iterable(LengthBatchSampler(rows["length"], 4, data.seed, shuffle=False)))
     compared = [rows[place] for place in order[:5]]
     right = [row["answers"][0] == ("no" if row["type"] == "yes/no" else "red") for row in compared]
-    assert results["val_exact_match"] == pytest.approx(sum(right) / 5)  # and five answers compared
+    assert results["val_exact_match"] == pytest.approx(sum(right) / 5)  # and five answers are compared
     assert set(results) == {"val_loss", "val_exact_match", "val_exact_match_colour", "val_exact_match_yes_no"}
     (results,) = trainer(tmp_path).test(module, data, verbose=False)
     rows = list(data.parts["test"])
@@ -67,7 +67,7 @@ def test_the_offline_model_is_trained_once(
         VQA("packaged", DEFAULT_LORA).prepare_data()
     folder = offline.build(steps=2, dataset=drawn)
     with monkeypatch.context() as patch:
-        patch.setattr(VQA, "training_step", None)  # nothing is trained again
+        patch.setattr(VQA, "training_step", None)  # nothing may be trained again
         assert offline.build(steps=2, dataset=drawn) == folder
     assert "delete" in capsys.readouterr().out
     assert {path.name for path in folder.parent.iterdir()} == {folder.name, f"{folder.name}.lock"}

@@ -31,7 +31,7 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def conversations(folder: Path) -> str:
-    """Two turns about each image; identities are of two types, as in LLaVA's mix of sources."""
+    """Two turns about each image; ids have two types, as in LLaVA's mixture of sources."""
     rows = []
     for i in range(12):
         said = turns("What is it?\n<image>", "A colour.", "Which?", f"It is {COLOURS[i % 3]}.")
@@ -44,7 +44,7 @@ def test_all_answers_of_a_conversation_are_learnt(model: str, tmp_path: Path) ->
     tokenizer = data.encoder.tokenizer
     row = data.parts["train"][0]
     assert (row["question"], row["history"][0]["content"]) == ("Which?", "What is it?")
-    # The image stands before the first question, and nowhere else.
+    # The image is placed before the first question only.
     mark = "<|image_pad|>" if "<|image_pad|>" in row["text"] else "<image>"
     assert row["text"].index(mark) < row["text"].index("What is it?")
     assert row["text"].count(mark) == row["prompt"].count(mark) == 1

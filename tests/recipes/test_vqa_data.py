@@ -84,7 +84,7 @@ def test_the_likelihood_is_that_of_each_row_alone(model: str, drawn: str) -> Non
 
 
 def rows_of(data: VQAData, batch: Any) -> list[Any]:
-    """The rows of the first batch, in its order."""
+    """The first batch's rows, in order."""
     (places,) = list(data.train_dataloader().sampler)[:1]
     rows = [data.parts["train"][place] for place in places]
     assert [row["answers"] for row in rows] == batch["answers"]
@@ -96,7 +96,7 @@ def by_hand(net: Any, data: VQAData, row: Any) -> float:
     image = Image.open(row["image"]["path"]).convert("RGB")
     inputs = data.encoder.processor(text=[row["text"]], images=[[image]], return_tensors="pt")
     ids = inputs["input_ids"][0]
-    space = " " if data.encoder.prompt("why?").endswith(":") else ""  # then the template writes one before the answer
+    space = " " if data.encoder.prompt("why?").endswith(":") else ""  # then the template adds one before the answer
     answer = data.encoder.tokenizer(f"{space}{row['answers'][0]}{data.encoder.tokenizer.eos_token}")["input_ids"]
     assert ids[-1 - len(answer) : -1].tolist() == answer
     log_probabilities: Tensor = net(**inputs).logits[0].log_softmax(-1)

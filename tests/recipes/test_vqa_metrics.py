@@ -1,4 +1,4 @@
-"""How answers to questions about images are judged: against the VQA challenges' rules, written out."""
+"""How answers to questions about images are judged, compared with the VQA challenges' rules written out."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -18,7 +18,7 @@ STATES = ("Texas", "Louisiana", "New York")
 
 
 def accuracy_by_the_letter(answer: str, answers: Sequence[str]) -> float:
-    """Each person's answer is set aside, and the rest counted."""
+    """The rule word for word: each person's answer is set aside in turn, and compared with the others."""
     scores = []
     for aside in range(len(answers)):
         others = [other for place, other in enumerate(answers) if place != aside]
@@ -31,7 +31,7 @@ def test_the_accuracy_is_the_mean_over_people_set_aside() -> None:
     for people, agreeing in product((4, 5, 10), range(11)):
         answers = (["dog"] * agreeing + ["cat", "fox"] * 10)[:people]
         assert vqa_accuracy("dog", answers) == pytest.approx(accuracy_by_the_letter("dog", answers)), answers
-    # Three people are too few for it.
+    # Three people are too few.
     assert "vqa_accuracy" not in scores("dog", ["dog"] * 3, "", [])
 
 
@@ -44,13 +44,13 @@ def test_the_accuracy_is_the_mean_over_people_set_aside() -> None:
         ("Ten dogs", "10 dogs"),
         ("dont know", "don't know"),
         ("couldn'tve", "couldn't've"),
-        ("its", "its"),  # a pronoun, and no contraction
+        ("its", "its"),  # a pronoun, not a contraction
         ("lets", "lets"),
         ("somebodyd", "somebody'd"),
         ("women's", "women's"),
         ("hadnt've", "hadn't've"),
         ("hadn'tve", "hadn't've"),
-        ("'dont'", "'dont'"),  # in quotation marks it is no contraction
+        ("'dont'", "'dont'"),  # in quotation marks it is not a contraction
         ("shed", "shed"),
         ("twas the 'ow'sat", "'twas 'ow's'at"),
         ("black/white", "black white"),
@@ -63,7 +63,7 @@ def test_the_accuracy_is_the_mean_over_people_set_aside() -> None:
         ("5.", "5"),
         ("what?!", "what"),
         ("", ""),
-        ("A", "a"),  # no article here, but all there is
+        ("A", "a"),  # the whole answer, so not an article
     ],
 )
 def test_texts_are_compared_as_in_the_challenges(answer: str, compared: str) -> None:
@@ -113,7 +113,7 @@ def test_both_ways_to_read_a_choice_are_measured() -> None:
 
 
 class Judged(BoringModel):
-    """Asks one kind of question in each batch."""
+    """Each batch asks one kind of question."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The configurations of the paper's rows, on files of the Hub's schemas and real classes of models and processors."""
+"""The configurations of the paper's rows, on files with the Hub's schemas and real classes of models and processors."""
 
 import json
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def drawn(place: int) -> Image.Image:
 
 
 def save_scienceqa(folder: Path, rows: int = 12) -> str:
-    """A folder like the repository of derek-thomas/ScienceQA; every third question has no image."""
+    """A folder with the layout of derek-thomas/ScienceQA; every third question has no image."""
     for number, split in enumerate(("train", "validation", "test")):
         table: list[dict[str, Any]] = []
         for place in range(rows):
@@ -82,7 +82,7 @@ def people(place: int) -> list[str]:
 
 
 def save_vizwiz_hub(folder: Path) -> str:
-    """A folder like the repository of lmms-lab/VizWiz-VQA, whose test split has no answers."""
+    """A folder with the layout of lmms-lab/VizWiz-VQA, whose test split has no answers."""
     for split, rows in (("val", 24), ("test", 3)):
         table = []
         for place in range(rows):
@@ -97,7 +97,7 @@ def save_vizwiz_hub(folder: Path) -> str:
 
 
 def save_vizwiz(folder: Path) -> None:
-    """A folder "vizwiz" like that of vizwiz.org's files."""
+    """A folder "vizwiz" with the layout of vizwiz.org's files."""
     (folder / "vizwiz" / "Annotations").mkdir(parents=True)
     for split in ("train", "val"):
         (folder / "vizwiz" / split).mkdir()
@@ -121,7 +121,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def run(command: str, model: str, overlays: list[str], *options: str, method: str = "efmlora") -> RecipeCLI:
-    """A command with a method's configurations, added to those of the data."""
+    """Run a command with a method's configurations on top of those of the data."""
     base, *rest = config_arguments("vqa", method)
     laid = [f"--config={CONFIGS / name}.yaml" for name in overlays]
     return RecipeCLI([command, base, *laid, *rest, f"--model.init_args.model={model}", *QUICK, *options])
@@ -207,7 +207,7 @@ def test_the_connector_may_be_trained(kind: str, connector: str, kinds: dict[str
 def test_the_language_model_alone_is_quantized(tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     dataset = f"--data.init_args.dataset={save_scienceqa(tmp_path / 'hub')}"
-    # bitsandbytes' kernel for CPUs wants no fewer columns than a block has.
+    # bitsandbytes' CPU kernel needs at least as many columns as a block has.
     model = saved(tmp_path / "wide", partial(qwen2_5_vl, width=64))
     cli = run("fit", model, ["scienceqa"], dataset, "--model.init_args.quantization=4bit")
     quantized = [n for n, module in cli.model.net.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]

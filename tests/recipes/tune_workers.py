@@ -1,4 +1,4 @@
-"""A worker of ``recipes.tune`` as its own process, and the small LightningCLI whose runs it does."""
+"""A worker of ``recipes.tune`` in its own process, and the small LightningCLI that it runs."""
 
 import os
 import signal
@@ -59,9 +59,9 @@ class Data(L.LightningDataModule):
 
 
 class Forked:
-    """Stands for ``subprocess.Popen([python, "-m", module, ...])``, and forks this process, which has imported all.
+    """Replaces ``subprocess.Popen([python, "-m", module, ...])`` by a fork of this process, which has all imports.
 
-    To import it takes ten times as long as a run.
+    Importing takes ten times as long as a run.
     """
 
     def __init__(self, command: Sequence[str], stdin: int, env: dict[str, str]) -> None:
@@ -104,13 +104,13 @@ class Forked:
 
 
 def work(arguments: Sequence[str]) -> None:
-    """Do what ``python -m recipes.tune`` does, and soon take over what a killed worker has left."""
+    """Do what ``python -m recipes.tune`` does, but soon take over what a killed worker has left."""
     from recipes.studies import process, queue
     from recipes.tune import __main__ as tune
 
     queue.HEARTBEAT, queue.GRACE = 1, 4
     process.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})  # type: ignore[attr-defined]
-    tune._printed_settings = lambda command, arguments: ""  # which starts a process, and test_tune.py looks at
+    tune._printed_settings = lambda command, arguments: ""  # it would start a process; it is tested in test_tune.py
     sys.exit(tune.main(arguments))
 
 

@@ -1,6 +1,6 @@
 """Tiny random models of well-known kinds, with their own classes of tokenizer, image processor and processor.
 
-The chat templates behave like the models' own: Qwen2.5-VL writes a system message of its own, Gemma 3 has its own name
+The chat templates behave like the originals: Qwen2.5-VL writes a system message of its own, Gemma 3 has its own name
 for the assistant and an end of turn that is not the tokenizer's end token, and a template may be in the tokenizer.
 """
 
@@ -44,7 +44,7 @@ _WORDS = "what colour is it? is it red green blue yes no Answer unanswerable que
 
 
 def learnt_words() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A vocabulary of bytes and a few words, and its merges, in the form that transformers' own classes take."""
+    """A vocabulary of bytes and a few words, with its merges, as transformers' own classes expect them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -55,7 +55,7 @@ def learnt_words() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def qwen_tokenizer(template: str | None = None, **marks: str) -> Any:
-    """Qwen2's class; what is named is a special token and an attribute of the tokenizer."""
+    """Qwen2's class; each keyword argument becomes a special token and an attribute of the tokenizer."""
     vocabulary, merges = learnt_words()
     ends = {"eos_token": QWEN_END, "pad_token": "<|endoftext|>", "unk_token": None}
     tokenizer = transformers.Qwen2Tokenizer(vocabulary, merges, extra_special_tokens=marks, **ends)
@@ -75,7 +75,7 @@ def _qwen_ids(tokenizer: Any) -> dict[str, int]:
 
 
 def _qwen_images(patch: int) -> Any:
-    """Images keep their size: the number of their tokens differs."""
+    """Images keep their size, so the number of their tokens differs."""
     side = 2 * patch
     size = {"shortest_edge": side * side, "longest_edge": 4 * side * side}
     return transformers.Qwen2VLImageProcessor(size=size, patch_size=patch)
@@ -112,7 +112,7 @@ def qwen3_vl() -> Any:
 
 
 def internvl() -> Any:
-    """The template is the tokenizer's alone."""
+    """Only the tokenizer has the template."""
     tokenizer = qwen_tokenizer(
         INTERNVL,
         start_image_token="<img>",

@@ -1,6 +1,6 @@
 """Tiny random vision-language models, and drawn images with questions about their colour.
 
-Over those in KINDS most tests run; tests/recipes/vqa_kinds.py has more.
+Most tests use those in KINDS; there are more in tests/recipes/vqa_kinds.py.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ KINDS = {"idefics3": idefics3, "qwen2_5_vl": lambda _: vqa_kinds.qwen2_5_vl()}
 
 
 def save_model(kind: str, folder: Path) -> str:
-    """A random model of a kind, and its processor; the folder's name."""
+    """Save a random model of a kind, and its processor; returns the folder's name."""
     processor = offline.build_processor([f"User: is it {colour}? Assistant: yes no" for colour in COLOURS])
     torch.manual_seed(0)
     model, processor = KINDS[kind](processor)
@@ -34,7 +34,7 @@ def save_model(kind: str, folder: Path) -> str:
 
 
 def draw(folder: Path, number: int = 24) -> list[dict[str, Any]]:
-    """Images of one colour and of different sizes, with two questions each."""
+    """Draw images of one colour and of different sizes, with two questions each."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(number):
@@ -49,7 +49,7 @@ def draw(folder: Path, number: int = 24) -> list[dict[str, Any]]:
 
 def prepared(stage: str, processor: str, **options: Any) -> VQAData:
     data = VQAData(**{"processor": processor, "validation_share": 0.3, **options})
-    if stage != "predict":  # which asks for no data set
+    if stage != "predict":  # prediction needs no data set
         data.prepare_data()
     data.setup(stage)
     return data
