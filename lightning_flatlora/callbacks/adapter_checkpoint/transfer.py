@@ -289,8 +289,8 @@ def _report(names: list[str], problem: str, refuse: bool) -> None:
     text = f"AdapterCheckpoint: the checkpoint {problem}, such as {', '.join(names[:3])}. Was it another model"
     if names and refuse:
         raise MisconfigurationException(
-            f"{text}, was it elsewhere in its module, or are layers initialized at random? Build the same module, train"
-            " such layers or put them in peft's modules_to_save, or load what fits by module.strict_loading = False"
+            f"{text}, was it elsewhere in its module, or are layers initialized at random? Build the same module, "
+            "train such layers or put them in modules_to_save, or load what fits by module.strict_loading = False"
         )
     if names:
         rank_zero_warn(f"{text}? The results will be those of the model as it is now")
