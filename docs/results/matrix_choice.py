@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from matrix_disturbances import B_NOISE, BASE_NOISE, CLEAN, DISTURBANCES, PRIMARY  # in this folder
 from scipy.stats.qmc import LatinHypercube
 
+from recipes.studies.queue import AnyRun
 from recipes.studies.rows import Row
 
 Settings = Mapping[str, Any]
@@ -97,13 +98,15 @@ class Setting(NamedTuple):
         return all(seed in self.losses[CLEAN] for seed in seeds)
 
 
-def points() -> list[tuple[Settings, float]]:
-    """Return the settings that all arms share, each with the position (0 to 1) of the strength in an arm's grid."""
-    drawn = LatinHypercube(len(SPACE) + 1, scramble=False, rng=HYPERCUBE).random(POINTS)
+def points(
+    space: Mapping[str, Sequence[Any]] = SPACE, number: int = POINTS, seed: int = HYPERCUBE
+) -> list[tuple[Settings, float]]:
+    """Draw the settings that all arms share, and each arm's place in its grid of strengths, from 0 to 1."""
+    drawn = LatinHypercube(len(space) + 1, scramble=False, rng=seed).random(number)
     found = []
     for *places, last in drawn:
         settings = {}
-        for (name, values), place in zip(SPACE.items(), places, strict=True):
+        for (name, values), place in zip(space.items(), places, strict=True):
             settings[name] = values[int(place * len(values))]
         found.append((settings, float(last)))
     return found
@@ -205,18 +208,32 @@ def further(settings: Sequence[Setting], arm: str, disturbance: str) -> list[Run
 
 def extended(rows: Iterable[Row]) -> list[Run]:
     """Return the runs that extend the grids, as far as the rows can tell."""
-    every = {each.run.name: each for each in settings_of(rows)}
-    seen = [every[run.name] for run in searched()]
-    found: dict[str, Run] = {}
+
+    def more(seen: list[Setting]) -> list[Run]:
+        arms = [arm for arm, grid in STRENGTHS.items() if grid]
+        return [run for arm, each in product(arms, PRIMARY) for run in further(seen, arm, each)]
+
+    return extended_by(more, {each.run.name: each for each in settings_of(rows)}, searched())
+
+
+def extended_by(
+    more: Callable[[list[Any]], list[AnyRun]], every: Mapping[str, Any], first: Iterable[AnyRun]
+) -> list[AnyRun]:
+    """Extend again and again, each time by all results so far, so that workers that see other rows do the same.
+
+    Args:
+        more: returns the runs of one extension for the settings so far.
+        every: all settings that have a result, by their runs' names.
+        first: the runs before any extension.
+    """
+    seen = [every[run.name] for run in first]
+    found: dict[str, AnyRun] = {}
     while True:
-        more: dict[str, Run] = {}
-        for arm, disturbance in product(STRENGTHS, PRIMARY):
-            if STRENGTHS[arm]:
-                more.update({run.name: run for run in further(seen, arm, disturbance)})
-        found.update(more)
-        if not more or not every.keys() >= more.keys():
+        new = {run.name: run for run in more(seen)}
+        found.update(new)
+        if not new or not every.keys() >= new.keys():
             return list(found.values())
-        seen += [every[name] for name in more]
+        seen += [every[name] for name in new]
 
 
 def repeated(rows: Iterable[Row]) -> list[Run]:
@@ -259,9 +276,14 @@ def final(rows: Iterable[Row]) -> list[Run]:
     return runs
 
 
-def open_runs(rows: Sequence[Row], is_done: Callable[[Run], bool]) -> list[Run]:
+STAGES = (lambda rows: searched(), extended, repeated, final)
+
+
+def open_runs(
+    rows: Sequence[Row], is_done: Callable[[Any], bool], stages: Iterable[Callable[[Sequence[Row]], list[Any]]] = STAGES
+) -> list[Any]:
     """Return the runs that are left in the first unfinished stage; none at the end."""
-    for stage in (lambda rows: searched(), extended, repeated, final):
+    for stage in stages:
         missing = [run for run in stage(rows) if not is_done(run)]
         if missing:
             return missing

@@ -66,11 +66,20 @@ def covering(settings: Sequence[Setting], finals: Finals, arm: str, disturbance:
             choice = chosen(settings, each, disturbance, seeds) or chosen(settings, each, disturbance)
             losses.append(on_test(finals, choice, disturbance))  # type: ignore[arg-type]
         differences.append(np.subtract(*losses))
+    return resampled_interval(differences)
+
+
+def resampled_interval(differences: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Return the 95 % interval of a mean difference.
+
+    Args:
+        differences: by final seed, for each resampling of the search seeds.
+    """
+    values = np.array(differences)
     generator = np.random.default_rng(0)
-    which = generator.integers(len(differences), size=DRAWS)
-    seeds = generator.integers(len(FINAL_SEEDS), size=(DRAWS, len(FINAL_SEEDS)))
-    means = np.array(differences)[which[:, None], seeds].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    which = generator.integers(len(values), size=DRAWS)
+    seeds = generator.integers(values.shape[1], size=(DRAWS, values.shape[1]))
+    low, high = np.quantile(values[which[:, None], seeds].mean(1), [0.025, 0.975])
     return float(low), float(high)
 
 

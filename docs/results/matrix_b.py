@@ -1,0 +1,231 @@
+"""Column B of protocol_matrix.md: unlearning that is attacked by relearning.
+
+From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/matrix_b.py FOLDER``. When all runs are done,
+the rows are in ``FOLDER/results.jsonl`` and the table is in ``FOLDER/table.md``. The same command resumes, and several
+processes may share the runs.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matrix_choice import extended_by, open_runs, points, resamplings  # beside this file
+from matrix_facts import Knowledge, recall
+from matrix_table import finals_of, resampled_interval, short
+from matrix_unlearning import ATTACKS, LORA, SPACE, STRENGTHS, Run, attacked, parts_of, unlearned
+from scipy import stats
+
+from recipes.command_line.progress import quiet
+from recipes.data.files import write_whole
+from recipes.demo.training import on_one_thread
+from recipes.studies.process import commit
+from recipes.studies.queue import Queue, file_storage, open_study
+from recipes.studies.rows import Row
+from recipes.studies.statistics import estimate, with_error, with_interval
+from recipes.studies.tables import markdown
+
+POINTS = 32
+HYPERCUBE = 1  # the first seed that draws 32 different settings
+SEARCH_SEEDS = (0, 1, 2)
+FINAL_SEEDS = range(100, 120)
+BEST = 8  # settings of an arm that run with all search seeds
+LEAST_UTILITY = 0.95  # that a choice must have; before unlearning it is 1
+FURTHER = 4  # the factor by which a grid of strengths is extended
+PRIMARY = str(ATTACKS[-1])
+"""The number of the attack's steps."""
+
+
+class Setting(NamedTuple):
+    """An arm's setting and its rows of the search.
+
+    Attributes:
+        run: the first seed's.
+        rows: by seed.
+    """
+
+    run: Run
+    rows: dict[int, Row]
+
+    def recalled(self, seeds: Sequence[int]) -> float:
+        """Return the mean recall of the hidden facts after the attack over seeds, which may repeat."""
+        return sum(self.rows[seed]["recall"][PRIMARY] for seed in seeds) / len(seeds)
+
+    def utility(self, seeds: Sequence[int]) -> float:
+        """Return the mean utility over seeds, which may repeat."""
+        return sum(self.rows[seed]["utility"] for seed in seeds) / len(seeds)
+
+
+def perform(run: Run, knowledge: Knowledge) -> Row:
+    """Unlearn, attack and measure.
+
+    Returns:
+        A JSON line without the run's key: the recall of the hidden facts after each number of the attack's steps; the
+        ``utility``, which is the recall of facts that no loss has seen; the ``rise`` of the loss of general texts, in
+        nats per token; and seconds of processor time.
+    """
+    began = time.process_time()
+    net = unlearned(knowledge, run)
+    utility = recall(net, knowledge.texts, parts_of(run.seed).kept)
+    rise = knowledge.general_loss(net) - knowledge.loss
+    found = attacked(knowledge, net, run.seed)
+    return {
+        "value": found[PRIMARY],
+        "recall": found,
+        "utility": utility,
+        "rise": rise if math.isfinite(rise) else None,
+        "seconds": time.process_time() - began,
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+
+
+# -- the choice
+
+
+def searched() -> list[Run]:
+    """Return the runs of all settings on the first seed."""
+    runs = []
+    for (settings, place), arm in product(points(SPACE, POINTS, HYPERCUBE), STRENGTHS):
+        grid = STRENGTHS[arm]
+        runs.append(Run(arm, settings, grid[int(place * len(grid))] if grid else None, SEARCH_SEEDS[0]))
+    return runs
+
+
+def settings_of(rows: Iterable[Row]) -> list[Setting]:
+    """Gather the rows of the search by arm and setting."""
+    found: dict[str, Setting] = {}
+    for row in rows:
+        if row["stage"] == "search":
+            run = Run(row["arm"], row["settings"], row["strength"], SEARCH_SEEDS[0])
+            found.setdefault(run.name, Setting(run, {})).rows[row["seed"]] = row
+    return list(found.values())
+
+
+def candidates(settings: Sequence[Setting], arm: str) -> list[Setting]:
+    """Return an arm's best settings on the first seed, of those with enough utility, the lowest recall first.
+
+    If no setting has enough utility, this is the one with the most.
+    """
+    first = SEARCH_SEEDS[:1]
+    own = [each for each in settings if each.run.arm == arm]
+    useful = [each for each in own if each.utility(first) >= LEAST_UTILITY]
+    if not useful:
+        return [max(own, key=lambda each: each.utility(first))]
+    return sorted(useful, key=lambda each: each.recalled(first))[:BEST]
+
+
+def chosen(settings: Sequence[Setting], arm: str, seeds: Sequence[int] = SEARCH_SEEDS) -> Setting:
+    """Choose among an arm's candidates by the means over seeds, which may repeat."""
+    best = candidates(settings, arm)
+    useful = [each for each in best if each.utility(seeds) >= LEAST_UTILITY]
+    return min(useful or best, key=lambda each: each.recalled(seeds))
+
+
+# -- the stages
+
+
+def extended(rows: Iterable[Row]) -> list[Run]:
+    """Return the runs that extend the grids, as far as the rows can tell."""
+
+    def more(seen: list[Setting]) -> list[Run]:
+        return [run for arm, grid in STRENGTHS.items() if grid for run in further(seen, arm)]
+
+    return extended_by(more, {each.run.name: each for each in settings_of(rows)}, searched())
+
+
+def further(settings: Sequence[Setting], arm: str) -> list[Run]:
+    """Return the arm's best settings one strength beyond its grid, if the best strength is at the grid's end."""
+    best = candidates(settings, arm)
+    tried = [each.run.strength for each in settings if each.run.arm == arm]
+    strength = best[0].run.strength
+    if min(tried) < strength < max(tried):
+        return []
+    beyond = strength * FURTHER if strength == max(tried) else strength / FURTHER
+    return [each.run._replace(strength=beyond) for each in best]
+
+
+def repeated(rows: Iterable[Row]) -> list[Run]:
+    """Return the runs of each arm's candidates on the other search seeds."""
+    settings = settings_of(rows)
+    best = [each for arm in STRENGTHS for each in candidates(settings, arm)]
+    return [setting.run._replace(seed=seed) for setting, seed in product(best, SEARCH_SEEDS[1:])]
+
+
+def choices(settings: Sequence[Setting], arm: str) -> list[Setting]:
+    """Return an arm's choice for each resampling of the search seeds."""
+    return [chosen(settings, arm, seeds) for seeds in resamplings()]
+
+
+def final(rows: Iterable[Row]) -> list[Run]:
+    """Return the final runs, seed by seed, of all choices that a resampling of the search seeds makes."""
+    settings, judged = settings_of(rows), {}
+    for arm in STRENGTHS:
+        for setting in [chosen(settings, arm), *choices(settings, arm)]:
+            judged[setting.run.name] = setting.run
+    return [run._replace(seed=seed, stage="final") for seed, run in product(FINAL_SEEDS, judged.values())]
+
+
+# -- the table
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the table of all arms, and what is compared; every run must be there."""
+    settings, finals = settings_of(rows), finals_of(rows)
+
+    def on_fresh(setting: Setting, steps: str = PRIMARY) -> list[float]:
+        return [finals[setting.run.name][seed]["recall"][steps] for seed in FINAL_SEEDS]
+
+    head = ["arm", "strength; rate, steps, beta, retain, rank, optimizer, averaging"]
+    attacked_for = [str(steps) for steps in (0, *ATTACKS)]
+    lines = [[*head, *(f"recall after {each}" for each in attacked_for), "utility", "rise of general texts"]]
+    compared = [["arm", "minus LoRA's", "p", "search resampled"]]
+    of_lora = chosen(settings, LORA)
+    for arm in STRENGTHS:
+        choice = chosen(settings, arm)
+        own = finals[choice.run.name]
+        cells = [with_error(estimate(on_fresh(choice, each)), ".3f") for each in attacked_for]
+        for measure in ("utility", "rise"):
+            cells.append(with_error(estimate([own[seed][measure] for seed in FINAL_SEEDS]), ".3f"))
+        lines.append([arm, short(choice), *cells])
+        if arm == LORA:
+            continue
+        difference = np.subtract(on_fresh(choice), on_fresh(of_lora))
+        p = stats.ttest_rel(on_fresh(choice), on_fresh(of_lora)).pvalue
+        pairs = zip(choices(settings, arm), choices(settings, LORA), strict=True)
+        low, high = resampled_interval([np.subtract(on_fresh(mine), on_fresh(its)) for mine, its in pairs])
+        interval = with_interval(estimate(difference.tolist()), 3)
+        compared.append([arm, interval, f"{p:.2g}", f"[{low:+.3f}, {high:+.3f}]"])
+    return f"{markdown(lines)}\n\n{markdown(compared)}\n"
+
+
+# -- all runs
+
+
+def main(folder: Path) -> None:
+    """Do all runs, and write the rows and the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    knowledge = Knowledge(folder / "taught.safetensors")
+    study = open_study(file_storage(folder), "matrix_b", "min", {"space": SPACE, "points": POINTS}, {})
+    queue = Queue(study, lambda key: Run(**key))
+
+    def left() -> list[Run]:
+        return open_runs(queue.rows, lambda run: queue.find(run) is not None, STAGES)
+
+    queue.work(left, lambda run, trial: perform(run, knowledge), lambda run: print(run, flush=True))
+    write_whole(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in queue.rows))
+    write_whole(folder / "table.md", table(queue.rows))
+
+
+STAGES = (lambda rows: searched(), extended, repeated, final)
+
+if __name__ == "__main__":
+    quiet()
+    on_one_thread()
+    main(Path(sys.argv[1]))

@@ -1,0 +1,159 @@
+"""Column B of protocol_matrix.md: unlearning with and without a perturbation of the forget term, and relearning."""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from matrix_facts import PEOPLE, Knowledge, batches, log_likelihoods, recall, trained, with_adapter  # beside this file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from lightning_flatlora.full_weight import WeightNoise
+from lightning_flatlora.full_weight.weight_noise import derived_seed
+from lightning_flatlora.loops import FMLoRA
+from recipes.studies.rows import Row
+
+LORA, FMLORA, RANDOM = "LoRA", "FMLoRA", "RandomPerturbation"
+STRENGTHS: dict[str, list[float]] = {LORA: [], FMLORA: [0.25, 1, 4, 16], RANDOM: [0.1, 0.3, 1]}
+"""Of each arm, in order: rho or sigma."""
+SPACE: dict[str, list[Any]] = {
+    "rate": [3e-4, 1e-3, 3e-3],
+    "steps": [25, 50, 100],
+    "beta": [0.1, 0.5],
+    "retain": [1, 3, 10],
+    "rank": [2, 8, 32],
+    "optimizer": ["adamw", "sign"],
+    "averaging": [0.0, 0.9],
+}
+FORGOTTEN, SHOWN, RETAINED = 64, 32, 96
+ATTACK_RATE, ATTACK_RANK, ATTACKS = 1e-3, 8, (5, 10, 30)
+
+
+class Run(NamedTuple):
+    """One unlearning and the attack on it.
+
+    Attributes:
+        arm: a key of :data:`STRENGTHS`.
+        settings: a value of each key of :data:`SPACE`.
+        strength: of the arm; None for LoRA.
+        seed: of the facts that are forgotten, the adapters' starts, the order of the batches and the noise.
+        stage: "search" or "final".
+    """
+
+    arm: str
+    settings: Mapping[str, Any]
+    strength: float | None
+    seed: int
+    stage: str = "search"
+
+    @property
+    def name(self) -> str:
+        """A name that no other run has."""
+        return json.dumps([self.arm, self.settings, self.strength, self.seed], sort_keys=True)
+
+    def key(self) -> Row:
+        """Return the first entries of its row."""
+        return self._asdict()
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return f"{self.stage}: {self.arm} {self.strength or ''} with {values}, seed {self.seed}"
+
+
+class Parts(NamedTuple):
+    """Numbers of the facts.
+
+    Attributes:
+        forgotten: are unlearned.
+        shown: those of them that the attacker has.
+        hidden: the others of them; their recall is measured.
+        retained: are in the retain loss.
+        kept: are in no loss; their recall is the utility.
+    """
+
+    forgotten: list[int]
+    shown: list[int]
+    hidden: list[int]
+    retained: list[int]
+    kept: list[int]
+
+
+def parts_of(seed: int) -> Parts:
+    """Divide the facts at random."""
+    order = random.Random(seed).sample(range(PEOPLE), PEOPLE)
+    forgotten, rest = order[:FORGOTTEN], order[FORGOTTEN:]
+    return Parts(forgotten, forgotten[:SHOWN], forgotten[SHOWN:], rest[:RETAINED], rest[RETAINED:])
+
+
+def npo(net: Any, knowledge: Knowledge, numbers: Sequence[int], beta: float) -> Tensor:
+    """Return the loss of negative preference optimization (Zhang et al., arXiv 2404.05868, Eq. 3).
+
+    Args:
+        net: the model that unlearns.
+        knowledge: with the reference model's log-likelihoods.
+        numbers: the facts of the batch.
+        beta: with a small one, it is gradient ascent.
+    """
+    ratio = log_likelihoods(net, knowledge.texts.batch(numbers)) - knowledge.likelihoods[list(numbers)]
+    return -2 / beta * F.logsigmoid(-beta * ratio).mean()
+
+
+def unlearned(knowledge: Knowledge, run: Run) -> Any:
+    """Unlearn by a new adapter: NPO on what is forgotten, and the answers' loss on what is retained."""
+    parts, settings = parts_of(run.seed), run.settings
+    net = with_adapter(knowledge.model, settings["rank"], run.seed)
+    optimizer = optimizer_of(net, settings)
+    passes = forget_passes(net, optimizer, run)
+    forget, retain = batches(parts.forgotten, run.seed), batches(parts.retained, run.seed)
+    averages = [parameter.detach().clone() for parameter in trained(net)]
+    for step in range(settings["steps"]):
+        numbers = next(forget)
+        for each_pass in passes(step):
+            with each_pass:
+                npo(net, knowledge, numbers, settings["beta"]).backward()
+        loss = -log_likelihoods(net, knowledge.texts.batch(next(retain))).mean()
+        (settings["retain"] * loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for average, parameter in zip(averages, trained(net), strict=True):
+            average.lerp_(parameter.detach(), 1 - settings["averaging"])
+    for average, parameter in zip(averages, trained(net), strict=True):
+        parameter.data.copy_(average)
+    return net
+
+
+def optimizer_of(net: nn.Module, settings: Any) -> Optimizer:
+    """Return AdamW, or sign descent: Adam that remembers nothing."""
+    memory = {"betas": (0.0, 0.0), "eps": 1e-12} if settings["optimizer"] == "sign" else {}
+    return torch.optim.AdamW(trained(net), lr=settings["rate"], weight_decay=0.0, **memory)
+
+
+def forget_passes(net: nn.Module, optimizer: Optimizer, run: Run) -> Callable[[int], Iterator[Any]]:
+    """Return a function that yields, for a step, the passes over the forget loss."""
+    if run.arm == FMLORA:
+        flat = FMLoRA(net, optimizer, rho=run.strength)
+        return lambda step: flat.training_passes()
+    if run.arm == RANDOM:
+        noise, sigma = WeightNoise(net), run.strength or 0.0
+        return lambda step: iter([noise.applied(sigma, derived_seed(run.seed, step))])
+    return lambda step: iter([nullcontext()])
+
+
+def attacked(knowledge: Knowledge, net: Any, seed: int) -> dict[str, float]:
+    """Train a new adapter on what is shown; return what is recalled after each number of steps."""
+    parts, texts = parts_of(seed), knowledge.texts
+    found = {"0": recall(net, texts, parts.hidden)}
+    net = with_adapter(net.merge_and_unload(), ATTACK_RANK, seed)
+    optimizer = torch.optim.AdamW(trained(net), lr=ATTACK_RATE, weight_decay=0.0)
+    order = batches(parts.shown, seed)
+    for step in range(1, ATTACKS[-1] + 1):
+        (-log_likelihoods(net, texts.batch(next(order))).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in ATTACKS:
+            found[str(step)] = recall(net, texts, parts.hidden)
+    return found

@@ -1,0 +1,236 @@
+"""Column B of docs/results/protocol_matrix.md: facts, unlearning, the attack, and the search."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from recipes.language.model import PACKAGED, load_tokenizer
+from recipes.studies.rows import Row
+
+sys.path.append(str(Path(__file__).parents[2] / "docs" / "results"))
+import matrix_b
+import matrix_facts
+import matrix_unlearning
+from matrix_choice import open_runs
+from matrix_facts import PEOPLE, Knowledge, Texts, facts, log_likelihoods, recall, trained
+from matrix_unlearning import FMLORA, LORA, RANDOM, Run, attacked, npo, parts_of, unlearned
+
+SETTINGS = {"rate": 1e-2, "steps": 3, "beta": 0.5, "retain": 3, "rank": 2, "optimizer": "adamw", "averaging": 0.0}
+
+
+def tiny() -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def knowledge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Knowledge]:
+    """A tiny model that is taught for a few steps only."""
+    monkeypatch.setattr(matrix_facts, "load_base", lambda *args: tiny())
+    monkeypatch.setattr(matrix_facts, "KEPT_LAYERS", 1)
+    recalled = iter([0.0, 1.0])
+    with monkeypatch.context() as teaching:
+        teaching.setattr(matrix_facts, "recall", lambda *args: next(recalled))
+        found = Knowledge(tmp_path / "taught.safetensors")
+    # A second process reads the file.
+    assert torch.equal(Knowledge(tmp_path / "taught.safetensors").likelihoods, found.likelihoods)
+    return found
+
+
+def weights(net: nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trained(net)]
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(mine, its) for mine, its in zip(weights(one), weights(other), strict=True))
+
+
+def run_of(arm: str = LORA, strength: float | None = None, **settings: Any) -> Run:
+    return Run(arm, {**SETTINGS, **settings}, strength, 0)
+
+
+# -- facts
+
+
+def test_each_fact_is_of_another_person_and_each_part_has_its_own() -> None:
+    found = facts()
+    assert len({fact.prompt for fact in found}) == len(found) == PEOPLE
+    parts = parts_of(0)
+    assert sorted([*parts.forgotten, *parts.retained, *parts.kept]) == list(range(PEOPLE))
+    assert sorted([*parts.shown, *parts.hidden]) == sorted(parts.forgotten)
+    assert parts_of(1) != parts
+
+
+def test_likelihoods_equal_the_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text by text, without padding, with all layers."""
+    monkeypatch.setattr(matrix_facts, "KEPT_LAYERS", 1)
+    whole, tokenizer = tiny().double(), load_tokenizer(PACKAGED)
+    some, expected = facts()[:5], []
+    texts = Texts(whole, tokenizer, some)
+    for prompt, answer in some:
+        start, end = (tokenizer(each)["input_ids"] for each in (prompt, answer))
+        with torch.no_grad():
+            logits = whole(torch.tensor([start + end])).logits[0, len(start) - 1 : -1]
+        expected.append(float(logits.log_softmax(1)[range(len(end)), end].sum()))
+    whole.model.layers = whole.model.layers[1:]
+    found = log_likelihoods(whole, texts.batch(range(5)))
+    # transformers' RMSNorm computes in float32.
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=0)
+
+
+def test_only_whole_answers_are_recalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix_facts, "KEPT_LAYERS", 1)
+    whole, tokenizer = tiny(), load_tokenizer(PACKAGED)
+    texts, ids = Texts(whole, tokenizer, facts()[:1] * 3), tokenizer(facts()[0].prompt)["input_ids"]
+    with torch.no_grad():
+        first = whole(torch.tensor([ids])).logits[0, -1].argmax()
+        second = whole(torch.tensor([[*ids, first]])).logits[0, -1].argmax()
+        states = whole.model(torch.tensor([[*ids, first]]), output_hidden_states=True).hidden_states[1][0]
+    texts.hidden = [states] * 3
+    texts.tokens = [torch.tensor(pair) for pair in ([first, second], [first, second + 1], [first + 1, second])]
+    whole.model.layers = whole.model.layers[1:]
+    assert [recall(whole, texts, [number]) for number in range(3)] == [1, 0, 0]
+    assert recall(whole, texts, [0, 1, 2, 0]) == 0.5
+
+
+# -- unlearning
+
+
+def test_the_forget_loss_is_npos(knowledge: Knowledge) -> None:
+    """By the formula of the paper, with the odds of the two models."""
+    net = matrix_facts.with_adapter(knowledge.model, 2, 0)
+    for parameter in trained(net):
+        nn.init.normal_(parameter, std=0.1)
+    batch = knowledge.texts.batch([3, 4])
+    with torch.no_grad():
+        odds = (log_likelihoods(net, batch) - log_likelihoods(knowledge.model, batch)).exp()
+    expected = 2 / 0.5 * (1 + odds**0.5).log().mean()
+    torch.testing.assert_close(npo(net, knowledge, [3, 4], 0.5), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("arm", [FMLORA, RANDOM])
+def test_strength_0_is_plain_lora_and_another_is_not(knowledge: Knowledge, arm: str) -> None:
+    plain = unlearned(knowledge, run_of())
+    assert same(plain, unlearned(knowledge, run_of(arm, 0.0)))
+    assert not same(plain, unlearned(knowledge, run_of(arm, 1.0)))
+
+
+@pytest.mark.parametrize("arm", [FMLORA, RANDOM])
+def test_only_the_forget_loss_is_perturbed(knowledge: Knowledge, arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a forget loss, the perturbation changes nothing."""
+    forget_loss = matrix_unlearning.npo
+    monkeypatch.setattr(matrix_unlearning, "npo", lambda *args: 0 * forget_loss(*args))
+    assert same(unlearned(knowledge, run_of()), unlearned(knowledge, run_of(arm, 1.0)))
+
+
+def test_sign_descent_moves_each_weight_by_the_rate(knowledge: Knowledge) -> None:
+    before = matrix_facts.with_adapter(knowledge.model, 2, 0)
+    after = unlearned(knowledge, run_of(optimizer="sign", steps=1))
+    moved = torch.cat([(one - other).flatten() for one, other in zip(weights(after), weights(before), strict=True)])
+    moved = moved[moved != 0]  # A has no gradient while B is 0
+    assert len(moved) > 100
+    torch.testing.assert_close(moved.abs(), torch.full_like(moved, 1e-2), rtol=1e-3, atol=0)
+
+
+def test_averages_lag_behind(knowledge: Knowledge) -> None:
+    """Of the start, weighted by 0.9, and the only step."""
+    start = matrix_facts.with_adapter(knowledge.model, 2, 0)
+    last, average = (unlearned(knowledge, run_of(steps=1, averaging=each)) for each in (0.0, 0.9))
+    for first, then, mean in zip(weights(start), weights(last), weights(average), strict=True):
+        torch.testing.assert_close(mean, 0.9 * first + 0.1 * then)
+
+
+def test_an_attack_sees_only_what_it_is_shown(knowledge: Knowledge, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, seen = parts_of(0), set()
+    batch = Texts.batch
+
+    def noted(self: Texts, numbers: Any) -> Any:
+        if torch.is_grad_enabled():
+            seen.update(numbers)
+        return batch(self, numbers)
+
+    net = unlearned(knowledge, run_of())
+    monkeypatch.setattr(Texts, "batch", noted)
+    assert attacked(knowledge, net, 0).keys() == {"0", "5", "10", "30"}
+    assert seen == set(parts.shown)
+
+
+# -- the search
+
+Recall = Callable[[Run], float]
+
+
+def row_of(run: Run, recalled: Recall) -> Row:
+    """Utility falls with the rate, and only the highest rate leaves too little of it."""
+    utility = 1 - 20 * run.settings["rate"]
+    recall = {steps: recalled(run) for steps in ("0", "5", "10", "30")}
+    return {**run.key(), "recall": recall, "utility": utility, "rise": 0.1}
+
+
+def study(recalled: Recall) -> list[Row]:
+    """Do the open runs, starting with the last one, until none is left."""
+    rows: dict[str, Row] = {}
+    while runs := open_runs(list(rows.values()), lambda run: run.name in rows, matrix_b.STAGES):
+        assert runs[-1].name not in rows
+        for run in [runs[-1], *runs[:-1:2]]:
+            rows[run.name] = row_of(run, recalled)
+    return list(rows.values())
+
+
+def smooth(run: Run) -> float:
+    """A strength of 4 is best, and a high rate."""
+    away = abs(math.log(run.strength / 4)) if run.strength else 1.0
+    noise = 0.001 * math.sin((1 + len(run.arm)) * run.seed + 1000 * run.settings["rate"] + run.settings["steps"])
+    return 0.5 + 0.1 * away - 100 * run.settings["rate"] + noise
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return study(smooth)
+
+
+def test_all_settings_differ_and_all_arms_share_them() -> None:
+    runs = matrix_b.searched()
+    assert len({run.name for run in runs}) == len(runs) == 3 * matrix_b.POINTS
+    shared = [{json.dumps(run.settings) for run in runs if run.arm == arm} for arm in (LORA, FMLORA, RANDOM)]
+    assert shared[0] == shared[1] == shared[2]
+
+
+def test_a_choice_keeps_its_utility(rows: list[Row]) -> None:
+    settings = matrix_b.settings_of(rows)
+    for arm in (LORA, FMLORA, RANDOM):
+        choice = matrix_b.chosen(settings, arm)
+        assert choice.utility((0,)) >= 0.95
+        assert choice.run.settings["rate"] == 1e-3  # 3e-3 would leave 0.94
+    assert matrix_b.chosen(settings, FMLORA).run.strength == 4
+
+
+def test_grids_are_extended_until_the_best_lies_within(rows: list[Row]) -> None:
+    """That of the noise ends at 1."""
+    strengths = {row["strength"] for row in rows if row["arm"] == RANDOM}
+    assert strengths == {0.1, 0.3, 1, 4, 16}
+
+
+def test_final_runs_are_on_fresh_seeds_and_the_table_has_all_arms(rows: list[Row]) -> None:
+    finals = [row for row in rows if row["stage"] == "final"]
+    assert {row["seed"] for row in finals} == set(range(100, 120))
+    text = matrix_b.table(rows)
+    assert all(f"| {arm} |" in text for arm in (LORA, FMLORA, RANDOM))
+
+
+def test_an_arm_without_enough_utility_takes_what_has_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix_b, "LEAST_UTILITY", 0.999)
+    settings = matrix_b.settings_of(study(smooth))
+    assert matrix_b.chosen(settings, FMLORA).run.settings["rate"] == 3e-4
