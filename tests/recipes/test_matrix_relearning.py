@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,16 @@ def tiny() -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
-@pytest.fixture
-def knowledge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Knowledge]:
+@pytest.fixture(scope="module")
+def knowledge(tmp_path_factory: pytest.TempPathFactory) -> Knowledge:
     """A tiny model that is taught for a few steps only."""
-    monkeypatch.setattr(matrix_facts, "load_base", lambda *args: tiny())
-    monkeypatch.setattr(matrix_facts, "KEPT_LAYERS", 1)
-    recalled = iter([0.0, 1.0])
-    with monkeypatch.context() as teaching:
-        teaching.setattr(matrix_facts, "recall", lambda *args: next(recalled))
-        found = Knowledge(tmp_path / "taught.safetensors")
-    # A second process reads the file.
-    assert torch.equal(Knowledge(tmp_path / "taught.safetensors").likelihoods, found.likelihoods)
+    file, recalled = tmp_path_factory.mktemp("knowledge") / "taught.safetensors", iter([0.0, 1.0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matrix_facts, "load_base", lambda *args: tiny())
+        patch.setattr(matrix_facts, "KEPT_LAYERS", 1)
+        patch.setattr(matrix_facts, "recall", lambda *args: next(recalled))
+        found, second = Knowledge(file), Knowledge(file)  # the second one reads the file
+    assert torch.equal(second.likelihoods, found.likelihoods)
     return found
 
 
