@@ -218,7 +218,7 @@ def _general() -> list[Fact]:
 def _taught(model: Any, texts: Texts) -> dict[str, Tensor]:
     """Teach the facts until all are recalled, and return the merged weights."""
     net, every = with_adapter(model, 64, seed=0), range(PEOPLE)
-    optimizer = torch.optim.AdamW(trained(net), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained(net), lr=5e-4, weight_decay=0.0)
     order = batches(every, seed=0)
     while recall(net, texts, every) < 1:
         for _ in range(PEOPLE // BATCH):
