@@ -11,7 +11,7 @@ settings in another order; Bi-LoRA's pair climbed by plain ascent there.
 import json
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,10 @@ import torch
 from optuna.trial import create_trial
 from p1_control import queue_of, work  # in this folder
 from p2 import OPTIONS, RECIPE, run_of
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_flatlora.callbacks.base import MethodCallback
+from lightning_flatlora.methods.b_perturbation import EFMLoRAStep
 from recipes.studies.queue import Queue
 from recipes.studies.rows import read
 from recipes.tune.search import SIDES, WITHOUT, Options, Run, Search
@@ -86,6 +88,28 @@ class VariationalLoss(L.Callback):
         torch.stack(terms).mean().backward(retain_graph=True)
 
 
+class TurnedStep(EFMLoRAStep):
+    """The step of :class:`Turned`."""
+
+    def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
+        """Move the average by the perturbation that lowers the loss."""
+        if self.perturbation.has_gradient and self.refreshes:
+            fresh = self.perturbation.ascend(self.current_rho, at_perturbed=True, also_finite=also_finite)
+            turned = fresh._replace(stacks=[-stack for stack in fresh.stacks])
+            self.perturbation.average(turned, self.beta)
+
+
+class Turned(MethodCallback[TurnedStep]):
+    """EFMLoRA with the sign turned, as in MSAM: an average of gradients points up where the coming one points down.
+
+    Args:
+        rho: radius, as EFMLoRA's.
+    """
+
+    def __init__(self, rho: float) -> None:
+        super().__init__(TurnedStep(rho=rho))
+
+
 class Arm(NamedTuple):
     """A change to LoRA.
 
@@ -108,20 +132,29 @@ def _of_callback(path: str, strength: str, *, seeded: bool = False) -> Callable[
     return options
 
 
+def _of_fmlora(*others: str) -> Callable[[str, int], list[str]]:
+    return lambda rho, seed: ["--method=fmlora", f"--rho={rho}", *others]
+
+
 def _of_monteclora(scaler: str, seed: int) -> list[str]:
     # With its default size, the draws that peft holds for each layer would take 5 GiB at rank 32.
     fields = json.dumps({"sample_scaler": float(scaler), "buffer_size": 4})
     return [f"--model.lora.monteclora_config={fields}", "--trainer.callbacks+=arms.VariationalLoss"]
 
 
+RADII = ["0.05", "0.2", "0.8", "3.2"]
 ARMS = {
     "lora_sam": Arm(_of_callback("lightning_flatlora.baselines.LoRASAM", "rho"), ["0.0125", "0.05", "0.2", "0.8"]),
     "bi_lora": Arm(
-        _of_callback("lightning_flatlora.baselines.BiLoRA", "rho", seeded=True), ["0.0125", "0.05", "0.2", "0.8"]
+        _of_callback("lightning_flatlora.baselines.BiLoRA", "rho", seeded=True), ["0.005", "0.02", "0.08", "0.32"]
     ),
     "scaling": Arm(_of_callback("arms.RandomScaling", "spread", seeded=True), ["0.1", "0.2", "0.5", "1"]),
     "monteclora": Arm(_of_monteclora, ["1e-4", "3e-4", "1e-3", "3e-3"]),
-    "fmlora": Arm(lambda rho, seed: ["--method=fmlora", f"--rho={rho}"], ["0.05", "0.2", "0.8", "3.2"]),
+    "fmlora": Arm(_of_fmlora(), RADII),
+    "late_fmlora": Arm(_of_fmlora("--trainer.callbacks.start_step=68"), RADII),  # the last tenth of 75 steps
+    "half_fmlora": Arm(_of_fmlora("--data.batch_size=8"), RADII),  # LoRA's compute: half of its batch of 16 twice
+    "turned": Arm(_of_callback("arms.Turned", "rho"), RADII),
+    "averaging": Arm(_of_callback("lightning_flatlora.AdapterAveraging", "decay"), ["0.5", "0.8", "0.9", "0.95"]),
 }
 
 
