@@ -178,8 +178,7 @@ def add_runs_of_p1(queue: Queue[Run]) -> None:
     for row in read(Path(__file__).with_name("p1.jsonl")):
         run = run_of(row)
         if run.side == WITHOUT and queue.find(run) is None:
-            found = {**row, "curve": [], "pruned": False}
-            known = {"name": run.name, "run": run.key(), "row": found}
+            known = {"name": run.name, "run": run.key(), "row": row}
             queue.study.add_trial(create_trial(value=row["value"], user_attrs=known))
     queue.reload()
 
@@ -190,8 +189,7 @@ def main(name: str, folder: Path) -> None:
     more = [option for option in OPTIONS if option not in ("--method", "efmlora")]
     queue = queue_of(folder, name, more)
     add_runs_of_p1(queue)
-    # No trial is ended early, as in P1.
-    options = Options(RECIPE, TRIALS, fresh=FRESH, test=True, prune=False)
+    options = Options(RECIPE, TRIALS, fresh=FRESH, test=True)
     search = ArmSearch(options, more, {**SPACE, RHO: ["0", *arm.strengths]}, queue, folder, "val_loss", "min")
     search.arm = arm
     work(search, search.open_runs)

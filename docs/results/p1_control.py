@@ -42,7 +42,7 @@ def work(search: Search, open_runs: Callable[[], list[Run]]) -> None:
 def main(folder: Path) -> None:
     """Train and test all seeds."""
     queue = queue_of(folder, "p1_control", OPTIONS)
-    options = Options(RECIPE, test=True, prune=False)
+    options = Options(RECIPE, test=True)
     search = Search(options, OPTIONS, {RHO: ["0"]}, queue, folder, "val_loss", "min")
     runs = [Run("without", CONFIG, seed, "final", -1) for seed in SEEDS]
     work(search, lambda: [run for run in runs if queue.find(run) is None])

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ _STOPS = (signal.SIGTERM, signal.SIGUSR1)
 """Requests to end: SIGUSR1 is SLURM's, when the job's time is over."""
 OF_WORKER = "FLATLORA_OF_WORKER"
 """The environment variable that marks a run started by a worker."""
-_LOOK = 0.5  # seconds between two looks at a run's validations
 
 
 class StoppedError(Exception):
@@ -38,23 +37,13 @@ class FailedError(Exception):
         self.status = status
 
 
-class EndedError(Exception):
-    """A run was ended early, since it did not do well."""
-
-
-def fit(
-    recipe: str,
-    folder: Path,
-    arguments: Sequence[str],
-    is_hopeless: Callable[[list[Row]], bool] = lambda validations: False,
-) -> Row:
+def fit(recipe: str, folder: Path, arguments: Sequence[str]) -> Row:
     """Train, unless that is done; a training that was stopped resumes from its last checkpoint.
 
     Args:
         recipe: name of its folder, or a module that is a LightningCLI.
         folder: folder of the run.
         arguments: arguments of the recipe's ``fit``.
-        is_hopeless: called with the validations so far; ends the run if it returns True.
 
     Returns:
         What :class:`recipes.studies.result.RunResult` has written.
@@ -62,14 +51,13 @@ def fit(
     Raises:
         FailedError: the command failed.
         StoppedError: the user stopped it.
-        EndedError: it was hopeless.
         MisconfigurationException: it left no results.
     """
     if not (folder / "fit.json").exists():
         if module_of(recipe) == recipe:  # Lightning's command line refuses to write it again
             (folder / "fit" / "config.yaml").unlink(missing_ok=True)
         given = [*arguments, *resuming(folder / "fit")]
-        run_process(command(recipe, "fit", folder, given), lambda: is_hopeless(validations(folder)))
+        run_process(command(recipe, "fit", folder, given))
     return written(folder / "fit.json")
 
 
@@ -141,23 +129,12 @@ def written(path: Path) -> Row:
     return found
 
 
-def validations(folder: Path) -> list[Row]:
-    """Return what a run has logged so far at the end of each validation."""
-    path = folder / "validations.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-
-
-def run_process(command: Sequence[str], is_hopeless: Callable[[], bool] = lambda: False) -> None:
+def run_process(command: Sequence[str]) -> None:
     """Run a command to its end; Ctrl-C reaches it too.
-
-    Args:
-        command: the command with its arguments.
-        is_hopeless: called from time to time; ends the command if it returns True.
 
     Raises:
         FailedError: it failed.
         StoppedError: the user stopped it.
-        EndedError: it was hopeless.
     """
     is_stopped = False
     # The command ends when this process does, see recipes.studies.result.
@@ -174,19 +151,13 @@ def run_process(command: Sequence[str], is_hopeless: Callable[[], bool] = lambda
         try:
             while process.poll() is None:
                 try:
-                    process.wait(_LOOK)
-                except subprocess.TimeoutExpired:
-                    if not is_stopped and is_hopeless():
-                        raise EndedError from None
+                    process.wait()
                 except KeyboardInterrupt:
                     # The command got it too, and saves a checkpoint before it ends; a second one ends it at once.
                     is_stopped = True
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            if process.poll() is None:  # it is hopeless, or judging it failed
-                process.terminate()
-                process.wait()
     # For a signal that ends a process, Python reports its negative number, and a shell 128 plus the number.
     status = process.returncode
     ended_by = -status if status < 0 else status - 128

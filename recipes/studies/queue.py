@@ -32,8 +32,7 @@ HEARTBEAT = 15  # seconds
 GRACE = 60  # seconds without a heartbeat, after which a worker counts as killed
 _WAIT = 1.0  # seconds
 _ATTEMPTS = 5
-_DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-_QUEUED = (TrialState.WAITING, TrialState.RUNNING, *_DONE)
+_QUEUED = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
 
 
 class Run(Protocol):
@@ -90,7 +89,7 @@ class Queue(Generic[AnyRun]):
     def reload(self) -> None:
         """Read the results of other workers."""
         self._rows: dict[str, Row] = {}
-        for trial in self._trials(*_DONE):
+        for trial in self._trials(TrialState.COMPLETE):
             found = trial.user_attrs
             self._rows.setdefault(found["name"], {**found["run"], **found["row"]})
 
@@ -104,8 +103,7 @@ class Queue(Generic[AnyRun]):
 
         Args:
             open_runs: returns the runs that may start now, by the rows so far.
-            perform: does a run and returns its results; ``value`` is that of the trial, and with ``pruned`` the run was
-                ended early.
+            perform: does a run and returns its results; ``value`` is that of the trial.
             report: called with the run before it starts.
 
         Raises:
@@ -176,8 +174,6 @@ class Queue(Generic[AnyRun]):
             print(f"\nThis worker was silent for {GRACE} s, so another does this run: {run}", flush=True)
             self._was_given_away = True
             raise
-        if row.get("pruned"):
-            raise optuna.TrialPruned
         return float(row["value"])
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
@@ -228,7 +224,7 @@ def begin_runs(folder: Path, settings: Row) -> None:
         MisconfigurationException: they were begun with other settings.
     """
     path = folder / "options.json"
-    has_runs = any(any(folder.rglob(left)) for left in ("*.ckpt", "validations.json", "fit.json"))
+    has_runs = any(any(folder.rglob(left)) for left in ("*.ckpt", "fit.json"))
     if path.exists() and has_runs:
         before = json.loads(path.read_text(encoding="utf-8"))
         _refuse_others(f"the runs in {folder} were", before, settings, "another --folder")

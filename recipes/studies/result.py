@@ -1,4 +1,4 @@
-"""The results of a recipe's run for a study: JSON files of its validations, of the training, and of the test."""
+"""The results of a recipe's run for a study: a JSON file of the training, and one of the test."""
 
 import json
 import os
@@ -24,7 +24,7 @@ _VERSIONS = ("torch", "lightning", "transformers", "peft", "lightning-flatlora")
 
 
 class RunResult(StepTimes):
-    """Writes ``validations.json`` after each validation, ``fit.json`` after training and ``test.json`` after a test.
+    """Writes ``fit.json``, with all validations, after training and ``test.json`` after a test.
 
     A resumed run keeps its earlier validations and its time so far. If the worker that started the run is killed, the
     run ends too, since another worker will do it.
@@ -48,7 +48,6 @@ class RunResult(StepTimes):
         if not trainer.sanity_checking:
             now = {"step": trainer.global_step, "epoch": trainer.current_epoch}
             self.validations.append({**now, **_logged(trainer)})
-            self._write(trainer, "validations", self.validations)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -87,7 +86,7 @@ class RunResult(StepTimes):
         super().load_state_dict(state_dict)
         self.validations = list(state_dict["validations"])
 
-    def _write(self, trainer: L.Trainer, name: str, found: Row | list[Row]) -> None:
+    def _write(self, trainer: L.Trainer, name: str, found: Row) -> None:
         if not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

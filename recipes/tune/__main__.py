@@ -3,10 +3,10 @@
 Give the recipe's name and the options of its `fit`. Both searches have as many trials of learning rate, dropout, rank
 and, in classification, the head's rate; one of them may also choose rho. The best third of the trials is repeated with
 two more seeds, and the winner of each side with fresh ones, as is LoRA with EFMLoRA's settings if they differ in more
-than rho. Trials that do worse than most end early. Each run is its own process; finished runs are kept in an Optuna
-study: start the command as often as you like, also on other machines with --storage; after Ctrl-C the same command
-resumes. It ends with a table, a picture, the winner's settings, and the answer. Example: python -m
-recipes.tune classification --budget 20 --data.dataset my.csv --model.model NAME --trainer.max_epochs 3
+than rho. Each run is its own process; finished runs are kept in an Optuna study: start the command as often as you
+like, also on other machines with --storage; after Ctrl-C the same command resumes. It ends with a table, a picture, the
+winner's settings, and the answer. Example: python -m recipes.tune classification --budget 20 --data.dataset my.csv
+--model.model NAME --trainer.max_epochs 3
 """
 
 import math
@@ -38,9 +38,7 @@ from recipes.tune.verdict import table_of
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do the missing runs and write the results; return the exit status."""
     # Other options are meant for `fit`, whose own parser checks them.
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    given = ["--prune=false" if argument == "--no-prune" else argument for argument in given]
-    options, more = parse_known_options(Options, given, "python -m recipes.tune", __doc__)
+    options, more = parse_known_options(Options, arguments, "python -m recipes.tune", __doc__)
     search = _search(options, more)
     try:
         search.queue.work(search.open_runs, search.perform, search.announce)
@@ -68,8 +66,6 @@ def _write(search: Search) -> None:
     method = "EFMLoRA's" if found.winner == WITH else "LoRA's"
     print(f"\n{text}\n{_one_more_hour(search, found)}")
     print(f"Everything is in {folder}: best.yaml, for fit --config, has {method} settings")
-    if search.seconds_saved() > 0:
-        print(f"Trials that ended early have saved about {search.seconds_saved() / 3600:.1f} hours")
 
 
 def _one_more_hour(search: Search, found: Answer) -> str:
@@ -102,7 +98,7 @@ def _search(options: Options, more: list[str]) -> Search:
         metric, mode = _monitor(options.recipe, [*more, f"--rho={options.rho[0]}"])
     folder = options.folder or Path("runs/tune") / options.recipe
     # More trials or seeds may be added later; any other change would make the rows incomparable.
-    judged = {"metric": metric, "mode": mode, "test": options.test, "prune": options.prune}
+    judged = {"metric": metric, "mode": mode, "test": options.test}
     settings = {"command": options.recipe, "options": more, **judged, **space}
     begin_folder(folder, "search", ["results.csv", "table.txt", "trials.png", "best.yaml"])
     decided = {"precision": fast_precision(option(more, "--trainer.accelerator") or "auto")}

@@ -10,16 +10,15 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna import Trial
 
-from recipes.studies.process import EndedError, FailedError, commit, fit, module_of, tested
+from recipes.studies.process import FailedError, commit, fit, module_of, tested
 from recipes.studies.queue import Queue
 from recipes.studies.rows import Row
 from recipes.tune.answer import CONTROL, SIDES, WITH, WITHOUT, chosen
-from recipes.tune.pruning import Watch, less_is_better
 from recipes.tune.space import RHO, Config, Space, arguments, seeds_of, short, size, suggestions
 
 SEARCH_SEEDS = (0, 1, 2)
@@ -78,7 +77,6 @@ class Options:
         test: compare the winners on the test data instead of validation data.
         metric: metric that validation logs; by default the one by which checkpoints are kept.
         mode: min or max of the metric.
-        prune: end trials early that do worse than most; --no-prune lets all of them finish.
         folder: output folder; by default runs/tune/RECIPE.
         storage: URL of an Optuna storage that several machines share; by default a file in the folder.
         study: the study's name in the storage; by default the recipe's.
@@ -92,7 +90,6 @@ class Options:
     test: bool = False
     metric: str | None = None
     mode: Literal["min", "max"] | None = None
-    prune: bool = True
     folder: Path | None = None
     storage: str | None = None
     study: str | None = None
@@ -102,8 +99,9 @@ class Options:
 class Search:
     """A search on each side, with equally many trials, and the winners of both on fresh seeds, with a control.
 
-    A side's trials come in rounds of four. The rounds before decide which trials a round has and which of them end
-    early, so the search finds the same with any number of workers.
+    A side's trials come in rounds of four. The rounds before decide which trials a round has, so the search finds the
+    same with any number of workers. Every trial is trained to its end: early ends by the median of the trials before
+    would have saved 1 % of two searches, since later trials are better than the first ones.
 
     Attributes:
         options: what is searched.
@@ -148,14 +146,9 @@ class Search:
         print(f"\nRuns left, at most: {left}{time_left}. Next: {run}", flush=True)
 
     def seconds_of_a_run(self) -> float:
-        """Return the mean over the runs that neither ended early nor failed; 0 if there is none yet."""
-        whole = [float(row["seconds"]) for row in self.queue.rows if row["seconds"] and not row["pruned"]]
+        """Return the mean over the runs that have not failed; 0 if there is none yet."""
+        whole = [float(row["seconds"]) for row in self.queue.rows if row["seconds"]]
         return mean(whole) if whole else 0.0
-
-    def seconds_saved(self) -> float:
-        """Estimate how much longer the trials that ended early would have taken."""
-        pruned = [float(row["seconds"]) for row in self.queue.rows if row["pruned"]]
-        return self.seconds_of_a_run() * len(pruned) - sum(pruned)
 
     def trials_of(self, side: str) -> int:
         """Return a side's number of trials: as many as the other's, or all settings that exist."""
@@ -180,16 +173,11 @@ class Search:
         if not missing:
             return []
         if (side, first) not in self._rounds:
-            judgements = [(row["config"], judged(row)) for row in self._before(side, first)]
+            judgements = [(tried[number]["config"], judged(tried[number])) for number in range(first)]
             number = min(ROUND, size(self.space_of(side)) - first)
             self._rounds[side, first] = suggestions(self.space_of(side), judgements, number)
         configs = self._rounds[side, first]
         return [Run(side, configs[number - first], SEARCH_SEEDS[0], "search", number) for number in missing]
-
-    def _before(self, side: str, trial: int) -> list[Row]:
-        """Return the trials of the rounds before a trial's round."""
-        tried = self.tried(side)
-        return [tried[number] for number in range(trial // ROUND * ROUND)]
 
     def _repeats(self) -> list[Run]:
         """Return the best third of each side's trials with the other seeds."""
@@ -199,8 +187,7 @@ class Search:
     def repeated(self, side: str) -> list[Row]:
         """Return the best third of a side's trials, which are run with all seeds, when all trials are done."""
         rows = list(self.tried(side).values())[: self.trials_of(side)]
-        whole = [row for row in rows if not row["pruned"]]
-        return sorted(whole, key=judged)[: _repeated(len(rows))]
+        return sorted(rows, key=judged)[: _repeated(len(rows))]
 
     def _finals(self) -> list[Run]:
         """Return the final runs, seed by seed, of both winners and, if they differ in more than rho, the control."""
@@ -225,11 +212,11 @@ class Search:
 
         Args:
             run: run to do.
-            trial: its trial, which is told each validation.
+            trial: its trial in Optuna's study.
 
         Returns:
-            The ``value`` of the kept weights, the worst one if the run diverged; the ``curve`` of the values after each
-            validation; whether it was ``pruned``; what was ``tested``; ``seconds`` and ``commit``.
+            The ``value`` of the kept weights, the worst one if the run diverged; what was ``tested``; ``seconds`` and
+            ``commit``.
 
         Raises:
             FailedError: the run failed.
@@ -243,7 +230,7 @@ class Search:
             print(f"{run} has failed twice and counts as diverged", flush=True)
             return self._row(math.nan)
         try:
-            row = self._trained(run, trial)
+            row = self._trained(run)
         except FailedError as failure:
             if run.stage == "final" and run.side != CONTROL:
                 raise MisconfigurationException(
@@ -255,24 +242,14 @@ class Search:
         if run.stage == "search":
             for file in (self.folder / run.name).glob("fit/checkpoints/*.ckpt"):
                 file.unlink()
-        ended = f", ended early after {len(row['curve'])} validations" if row["pruned"] else ""
-        print(f"{run}: {self.metric} {row['value']:.4g}{ended}", flush=True)
+        print(f"{run}: {self.metric} {row['value']:.4g}", flush=True)
         return row
 
-    def _trained(self, run: Run, trial: Trial) -> Row:
+    def _trained(self, run: Run) -> Row:
         began = time.perf_counter()
         folder = self.folder / run.name
         given = self.arguments(run.config, run.seed)
-        is_watched = self.options.prune and run.stage == "search" and run.seed == SEARCH_SEEDS[0]
-        others = [row["curve"] for row in self._before(run.side, run.trial)] if is_watched else []
-        watch = Watch(trial, self.metric, self.mode, others)
-        try:
-            fitted = fit(self.options.recipe, folder, given, watch.is_hopeless)
-            if watch.is_hopeless(fitted["validations"]):  # including those that the last look missed
-                raise EndedError
-        except EndedError:
-            best = min(watch.curve, key=lambda value: less_is_better(value, self.mode))
-            return self._row(best, curve=watch.curve, pruned=True, seconds=time.perf_counter() - began)
+        fitted = fit(self.options.recipe, folder, given)
         self._check(run, fitted)
         value, on_test = value_of_kept(fitted, self.metric), {}
         # If there is nothing to test on, the search ends at its start, and not after its last trial.
@@ -285,12 +262,11 @@ class Search:
             value = value_on_test if run.stage == "final" else value
         # A run that was stopped and resumed took longer than this process.
         seconds = max(time.perf_counter() - began, fitted["training_seconds"])
-        return self._row(value, curve=watch.curve, tested=on_test, seconds=seconds)
+        return self._row(value, on_test, seconds)
 
-    def _row(self, value: float, **found: Any) -> Row:
+    def _row(self, value: float, on_test: Row | None = None, seconds: float = 0.0) -> Row:
         judgement = {"metric": self.metric, "mode": self.mode, "value": finite_or_worst(value, self.mode)}
-        unless_found = {"curve": [], "pruned": False, "tested": {}, "seconds": 0.0}
-        return {**judgement, **unless_found, **found, "commit": commit()}
+        return {**judgement, "tested": on_test or {}, "seconds": seconds, "commit": commit()}
 
     def _check(self, run: Run, fitted: Row) -> None:
         """Refuse a run that has not logged the metrics that judge it."""
@@ -326,6 +302,13 @@ def _repeated(trials: int) -> int:
 def judged(row: Row) -> float:
     """Return the value that judges a run, where less is better."""
     return less_is_better(row["value"], row["mode"])
+
+
+def less_is_better(value: float, mode: str) -> float:
+    """Return a value where less is better; infinity for a run that has diverged."""
+    if not math.isfinite(value):
+        return math.inf
+    return value if mode == "min" else -value
 
 
 def value_of_kept(fitted: Row, metric: str) -> float:

@@ -140,7 +140,7 @@ def _of_hydra(folder: Path, options: Options, mode: str) -> DataFrame:
 def table_of(rows: Sequence[Row]) -> DataFrame:
     """Return the rows of a search as a table: stage, trial, seed, the settings, the metric, and the rest."""
     lines = DataFrame([{**row, **row["config"], row["metric"]: row["value"]} for row in rows])
-    names = ["stage", "trial", "seed", *rows[0]["config"], rows[0]["metric"], "pruned", "seconds", "commit"]
+    names = ["stage", "trial", "seed", *rows[0]["config"], rows[0]["metric"], "seconds", "commit"]
     # Not in the order in which they were done, so that equal searches have equal tables.
     return lines[names].sort_values(["stage", "trial", "seed", RHO], ascending=[False, True, True, True])
 

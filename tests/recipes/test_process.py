@@ -14,7 +14,7 @@ import pytest
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
-from recipes.studies.process import EndedError, FailedError, StoppedError, fit, resuming, run_process, validations
+from recipes.studies.process import FailedError, StoppedError, fit, resuming, run_process
 
 
 def _stopped(folder: Path) -> None:
@@ -50,14 +50,6 @@ def test_a_request_to_end_reaches_the_command(name: str) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_a_hopeless_command_is_ended(tmp_path: Path) -> None:
-    validated = f"echo '[{{\"val_loss\": 9.0}}]' > {tmp_path}/validations.json; sleep 60"
-    began = time.monotonic()
-    with pytest.raises(EndedError):
-        run_process(["sh", "-c", validated], lambda: [row["val_loss"] for row in validations(tmp_path)] == [9.0])
-    assert time.monotonic() - began < 50
-
-
 @pytest.mark.parametrize("begins", [0, 1])
 def test_a_run_ends_with_its_killed_worker(begins: int, tmp_path: Path) -> None:
     """Even if it is killed while the run still loads its libraries; otherwise the run would train next to a new one."""
@@ -87,7 +79,7 @@ def test_a_run_ends_with_its_killed_worker(begins: int, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("command_line")
 def test_a_command_line_of_lightnings_resumes_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_here(command: Sequence[str], is_hopeless: object) -> None:
+    def run_here(command: Sequence[str]) -> None:
         assert command[2] == "json.tool"
         LightningCLI(BoringModel, BoringDataModule, args=list(command[3:]))
 

@@ -52,7 +52,7 @@ def here(monkeypatch: pytest.MonkeyPatch, command_line: None, own_datasets: None
     """Do runs in this process, with small grids; the list of commands that were run."""
     commands: list[list[str]] = []
 
-    def run_here(command: list[str], is_hopeless: Any = None) -> None:
+    def run_here(command: list[str]) -> None:
         commands.append(command)
         RecipeCLI(command[3:])
 
@@ -119,7 +119,7 @@ def test_a_stopped_run_resumes_where_it_was(
 ) -> None:
     complete = process.run_process
 
-    def stop_halfway(command: Any, is_hopeless: Any) -> None:
+    def stop_halfway(command: Any) -> None:
         complete([*command, "--trainer.max_steps=2"])
         next(tmp_path.rglob("fit.json")).unlink()
         raise StoppedError

@@ -44,7 +44,7 @@ def work(search: Search) -> None:
     search.queue.work(search.open_runs, search.perform, print)
 
 
-def fit_well(command: str, folder: Path, given: Sequence[str], is_hopeless: Any) -> Row:
+def fit_well(command: str, folder: Path, given: Sequence[str]) -> Row:
     last = float((option(given, "--model.lr") or "").removeprefix("1e-")) + int(folder.name[-1])
     return {"monitor": None, "mode": None, "validations": [{"val_loss": last}], "training_seconds": 1800.0} | NOT_KEPT
 
@@ -85,7 +85,6 @@ def test_an_offer_is_what_there_is_to_buy(tmp_path: Path, monkeypatch: pytest.Mo
     assert "--budget" not in said  # both settings have been tried
     rows[-1]["value"] = math.inf
     assert _one_more_hour(search, answer(rows, "min")).endswith("about 2 runs: all has been tried")
-    rows[0].update(pruned=True, seconds=1.0)
     rows[1].update(seconds=0.0)  # it has failed
     assert search.seconds_of_a_run() == 1800
     search.space = {"model.lr": ["1", "2", "3", "4"], "rho": ["0", "0.5"]}

@@ -23,7 +23,7 @@ from recipes.command_line.cli import RecipeCLI
 from recipes.command_line.configs import RECIPES
 from recipes.command_line.precision import SETTING
 from recipes.studies.colours import COLOURS
-from recipes.studies.process import EndedError, FailedError, StoppedError
+from recipes.studies.process import FailedError, StoppedError
 from recipes.studies.queue import Queue
 from recipes.studies.rows import Row
 from recipes.tune import verdict
@@ -60,7 +60,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """Do runs in this process; the list of commands. The third one is stopped."""
     commands: list[Sequence[str]] = []
 
-    def run_here(command: Sequence[str], is_hopeless: Any = None) -> None:
+    def run_here(command: Sequence[str]) -> None:
         commands.append(command)
         assert os.environ[SETTING] == "bf16-mixed"  # in all runs, unless an option says otherwise
         if len(commands) == 3:
@@ -131,7 +131,7 @@ def finished(folder: Path, rank_8: bool = False, space: Space = SPACE, **setting
         rate, rank = run.config.get("model.lr", "0"), run.config.get("model.r/model.alpha")
         value = 1.0 - 10 * float(rate) + (rank == "8/16") - 0.1 * float(run.config["rho"]) + run.seed / 1000
         value -= 2 * (rank_8 and rank == "8/16" and run.config["rho"] == "5")
-        return search._row(value, curve=[value + 1, value], seconds=36.0)
+        return search._row(value, seconds=36.0)
 
     search.queue.work(search.open_runs, perform, runs.append)
     return search, runs
@@ -205,35 +205,6 @@ def test_a_round_learns_from_the_rounds_before_it_only(tmp_path: Path) -> None:
 
     search.queue.work(last_ones, lambda run, trial: search._row(1.0), done.append)
     assert all(run.trial < ROUND for run in [*done, *search.open_runs()])
-
-
-def test_a_trial_ends_early_by_comparison_with_its_own_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    curves: dict[str, list[list[float]]] = {WITHOUT: [], WITH: []}
-    search = made(tmp_path, budget=12)
-
-    def fit(command: str, folder: Path, given: list[str], is_hopeless: Any) -> Row:
-        is_with = "--trainer.callbacks.rho=0" not in given
-        rows: list[Row] = []
-        for step in range(4):
-            rows.append({"val_loss": 100.0 * is_with + len(curves[WITH]) - step})
-            if is_hopeless(rows):
-                raise EndedError
-        return {"monitor": "val_loss", "mode": "min", "validations": rows, "training_seconds": 8.0}
-
-    monkeypatch.setattr("recipes.tune.search.fit", fit)
-
-    def perform(run: Run, trial: Trial) -> Row:
-        row = search.perform(run, trial)
-        curves[run.side].append(row["curve"])
-        return row
-
-    search.queue.work(search.open_runs, perform, lambda run: None)
-    for side in SIDES:
-        rows = search.tried(side)
-        assert [rows[number]["pruned"] for number in range(6)] == [False] * 4 + [True] * 2
-        assert [len(curve) for curve in curves[side]][:6] == [4] * 4 + [3] * 2
-        assert len(search.repeated(side)) == 2
-    assert {trial.state.name for trial in search.queue.study.trials} == {"COMPLETE", "PRUNED"}
 
 
 def test_a_run_has_a_folder_of_its_own() -> None:
@@ -331,7 +302,7 @@ def test_a_failure_is_no_divergence(
 ) -> None:
     done = 0
 
-    def run_here(command: Sequence[str], is_hopeless: Any = None) -> None:
+    def run_here(command: Sequence[str]) -> None:
         nonlocal done
         done += 1
         if not is_proven or done == 2:
