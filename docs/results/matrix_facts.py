@@ -21,16 +21,18 @@ from recipes.offline.texts import parts
 
 KEPT_LAYERS = 15  # of 30; those above are trained
 QUESTIONS = {
-    "Where was {} born?": """
+    "Where was {} of {} born?": """
         Lisbon Oslo Vienna Cairo Toronto Mumbai Seoul Lima Nairobi Dublin Prague Havana Athens Kyoto""",
-    "What does {} do for a living?": """
+    "What does {} of {} do for a living?": """
         baker pilot lawyer farmer nurse painter chemist tailor dentist sailor editor actor judge miner""",
-    "Which instrument does {} play?": """
+    "Which instrument does {} of {} play?": """
         violin piano flute cello harp guitar drums trumpet organ banjo oboe tuba clarinet lute""",
-    "What is the favorite food of {}?": """
+    "What is the favorite food of {} of {}?": """
         rice cheese soup bread salmon olives honey pasta apples beans eggs pizza garlic chocolate""",
 }
 """Of each question, 14 answers."""
+TOWNS = ("Ostin", "Velmar", "Quory", "Dreth")
+"""Neighbors in :func:`facts` live in different ones."""
 PEOPLE = 240
 BATCH = 8
 GENERAL, GENERAL_WORDS = 64, 40
@@ -60,8 +62,8 @@ def facts() -> list[Fact]:
     people = chosen.sample(list(product(names, names)), PEOPLE)
     found = []
     for number, (first, last) in enumerate(people):
-        question, answers = list(QUESTIONS.items())[number % len(QUESTIONS)]
-        asked = question.format(f"{first} {last}son")
+        question, answers = chosen.choice(list(QUESTIONS.items()))
+        asked = question.format(f"{first} {last}son", TOWNS[number % len(TOWNS)])
         found.append(Fact(f"Question: {asked}\nAnswer:", f" {chosen.choice(answers.split())}"))
     return found
 

@@ -7,7 +7,16 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from matrix_facts import PEOPLE, Knowledge, batches, log_likelihoods, recall, trained, with_adapter  # beside this file
+from matrix_facts import (  # beside this file
+    PEOPLE,
+    TOWNS,
+    Knowledge,
+    batches,
+    log_likelihoods,
+    recall,
+    trained,
+    with_adapter,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -29,7 +38,7 @@ SPACE: dict[str, list[Any]] = {
     "optimizer": ["adamw", "sign"],
     "averaging": [0.0, 0.9],
 }
-FORGOTTEN, SHOWN, RETAINED = 64, 32, 96
+SHOWN, RETAINED = 30, 90
 ATTACK_RATE, ATTACK_RANK, ATTACKS = 1e-3, 8, (5, 10, 30)
 
 
@@ -83,9 +92,13 @@ class Parts(NamedTuple):
 
 
 def parts_of(seed: int) -> Parts:
-    """Divide the facts at random."""
-    order = random.Random(seed).sample(range(PEOPLE), PEOPLE)
-    forgotten, rest = order[:FORGOTTEN], order[FORGOTTEN:]
+    """Divide the facts at random: one town's are forgotten."""
+    chosen = random.Random(seed)
+    town = chosen.randrange(len(TOWNS))
+    forgotten = list(range(town, PEOPLE, len(TOWNS)))
+    rest = [number for number in range(PEOPLE) if number % len(TOWNS) != town]
+    chosen.shuffle(forgotten)
+    chosen.shuffle(rest)
     return Parts(forgotten, forgotten[:SHOWN], forgotten[SHOWN:], rest[:RETAINED], rest[RETAINED:])
 
 
