@@ -101,7 +101,7 @@ class Search:
 
     A side's trials come in rounds of four. The rounds before decide which trials a round has, so the search finds the
     same with any number of workers. Every trial is trained to its end: early ends by the median of the trials before
-    would have saved 1 % of the time of two searches, since later trials are better than the first ones.
+    would have saved 1 and 2 % of the time of two searches, since later trials are better than the first ones.
 
     Attributes:
         options: what is searched.
