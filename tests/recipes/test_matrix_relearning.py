@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from recipes.language.model import PACKAGED, load_tokenizer
-from recipes.studies.rows import Row
+from recipes.studies.rows import Row, read
 
 sys.path.append(str(Path(__file__).parents[2] / "docs" / "results"))
 import matrix_b
@@ -233,3 +233,15 @@ def test_an_arm_without_enough_utility_takes_what_has_most(monkeypatch: pytest.M
     monkeypatch.setattr(matrix_b, "LEAST_UTILITY", 0.999)
     settings = matrix_b.settings_of(study(smooth))
     assert matrix_b.chosen(settings, FMLORA).run.settings["rate"] == 3e-4
+
+
+def test_the_command_does_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four settings of each arm, and two final seeds."""
+    monkeypatch.setattr(matrix_b, "POINTS", 4)
+    monkeypatch.setattr(matrix_b, "FINAL_SEEDS", range(100, 102))
+    monkeypatch.setattr(matrix_b, "Knowledge", lambda file: None)
+    monkeypatch.setattr(matrix_b, "perform", lambda run, knowledge: {**row_of(run, smooth), "value": smooth(run)})
+    matrix_b.main(tmp_path)
+    rows = read(tmp_path / "results.jsonl")
+    assert {row["stage"] for row in rows} == {"search", "final"}
+    assert (tmp_path / "table.md").read_text() == matrix_b.table(rows)
