@@ -27,7 +27,7 @@ from lightning_flatlora.loops import FMLoRA
 from recipes.studies.rows import Row
 
 LORA, FMLORA, RANDOM = "LoRA", "FMLoRA", "RandomPerturbation"
-STRENGTHS: dict[str, list[float]] = {LORA: [], FMLORA: [0.25, 1, 4, 16], RANDOM: [0.1, 0.3, 1]}
+STRENGTHS: dict[str, list[float]] = {LORA: [], FMLORA: [0.06, 0.25, 1, 4], RANDOM: [0.03, 0.1, 0.3, 1]}
 """Of each arm, in order: rho or sigma."""
 SPACE: dict[str, list[Any]] = {
     "rate": [3e-4, 1e-3, 3e-3],

@@ -219,7 +219,7 @@ def test_a_choice_keeps_its_utility(rows: list[Row]) -> None:
 def test_grids_are_extended_until_the_best_lies_within(rows: list[Row]) -> None:
     """That of the noise ends at 1."""
     strengths = {row["strength"] for row in rows if row["arm"] == RANDOM}
-    assert strengths == {0.1, 0.3, 1, 4, 16}
+    assert strengths == {0.03, 0.1, 0.3, 1, 4, 16}
 
 
 def test_final_runs_are_on_fresh_seeds_and_the_table_has_all_arms(rows: list[Row]) -> None:
