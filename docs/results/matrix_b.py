@@ -5,8 +5,8 @@ the rows are in ``FOLDER/results.jsonl`` and the table is in ``FOLDER/table.md``
 processes may share the runs.
 """
 
+import gc
 import json
-import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matrix_choice import extended_by, open_runs, points, resamplings  # beside this file
+from matrix_choice import (  # in this folder
+    BEST,
+    FINAL_SEEDS,
+    FURTHER,
+    SEARCH_SEEDS,
+    extended_by,
+    on_first_seed,
+    open_runs,
+    points,
+    resamplings,
+)
 from matrix_facts import Knowledge, recall
 from matrix_table import finals_of, resampled_interval, short
 from matrix_unlearning import ATTACKS, LORA, SPACE, STRENGTHS, Run, attacked, parts_of, unlearned
@@ -33,11 +43,7 @@ from recipes.studies.tables import markdown
 
 POINTS = 32
 HYPERCUBE = 1  # the first seed that draws 32 different settings
-SEARCH_SEEDS = (0, 1, 2)
-FINAL_SEEDS = range(100, 120)
-BEST = 8  # settings of an arm that run with all search seeds
 LEAST_UTILITY = 0.95  # that a choice must have; before unlearning it is 1
-FURTHER = 4  # the factor by which a grid of strengths is extended
 PRIMARY = str(ATTACKS[-1])
 """The number of the attack's steps."""
 
@@ -70,6 +76,7 @@ def perform(run: Run, knowledge: Knowledge) -> Row:
         ``utility``, which is the recall of facts that no loss has seen; the ``rise`` of the loss of general texts, in
         nats per token; and seconds of processor time.
     """
+    gc.collect()  # the last run's models: their parts point at each other
     began = time.process_time()
     net = unlearned(knowledge, run)
     utility = recall(net, knowledge.texts, parts_of(run.seed).kept)
@@ -79,7 +86,7 @@ def perform(run: Run, knowledge: Knowledge) -> Row:
         "value": found[PRIMARY],
         "recall": found,
         "utility": utility,
-        "rise": rise if math.isfinite(rise) else None,
+        "rise": rise,
         "seconds": time.process_time() - began,
         "torch": torch.__version__,
         "commit": commit(),
@@ -91,11 +98,7 @@ def perform(run: Run, knowledge: Knowledge) -> Row:
 
 def searched() -> list[Run]:
     """Return the runs of all settings on the first seed."""
-    runs = []
-    for (settings, place), arm in product(points(SPACE, POINTS, HYPERCUBE), STRENGTHS):
-        grid = STRENGTHS[arm]
-        runs.append(Run(arm, settings, grid[int(place * len(grid))] if grid else None, SEARCH_SEEDS[0]))
-    return runs
+    return on_first_seed(Run, points(SPACE, POINTS, HYPERCUBE), STRENGTHS)
 
 
 def settings_of(rows: Iterable[Row]) -> list[Setting]:
@@ -108,8 +111,8 @@ def settings_of(rows: Iterable[Row]) -> list[Setting]:
     return list(found.values())
 
 
-def candidates(settings: Sequence[Setting], arm: str) -> list[Setting]:
-    """Return an arm's best settings on the first seed, of those with enough utility, the lowest recall first.
+def ranked(settings: Sequence[Setting], arm: str) -> list[Setting]:
+    """Return an arm's settings with enough utility on the first seed, the lowest recall first.
 
     If no setting has enough utility, this is the one with the most.
     """
@@ -118,12 +121,12 @@ def candidates(settings: Sequence[Setting], arm: str) -> list[Setting]:
     useful = [each for each in own if each.utility(first) >= LEAST_UTILITY]
     if not useful:
         return [max(own, key=lambda each: each.utility(first))]
-    return sorted(useful, key=lambda each: each.recalled(first))[:BEST]
+    return sorted(useful, key=lambda each: each.recalled(first))
 
 
 def chosen(settings: Sequence[Setting], arm: str, seeds: Sequence[int] = SEARCH_SEEDS) -> Setting:
-    """Choose among an arm's candidates by the means over seeds, which may repeat."""
-    best = candidates(settings, arm)
+    """Choose among the best eight of the first seed by the means over seeds, which may repeat."""
+    best = ranked(settings, arm)[:BEST]
     useful = [each for each in best if each.utility(seeds) >= LEAST_UTILITY]
     return min(useful or best, key=lambda each: each.recalled(seeds))
 
@@ -135,26 +138,34 @@ def extended(rows: Iterable[Row]) -> list[Run]:
     """Return the runs that extend the grids, as far as the rows can tell."""
 
     def more(seen: list[Setting]) -> list[Run]:
-        return [run for arm, grid in STRENGTHS.items() if grid for run in further(seen, arm)]
+        runs: list[Run] = []
+        for arm, grid in STRENGTHS.items():
+            runs += further(seen, arm) if grid else []
+        return runs
 
     return extended_by(more, {each.run.name: each for each in settings_of(rows)}, searched())
 
 
 def further(settings: Sequence[Setting], arm: str) -> list[Run]:
     """Return the arm's best settings one strength beyond its grid, if the best strength is at the grid's end."""
-    best = candidates(settings, arm)
+    order = ranked(settings, arm)
     tried = [each.run.strength for each in settings if each.run.arm == arm]
-    strength = best[0].run.strength
+    strength = order[0].run.strength
     if min(tried) < strength < max(tried):
         return []
     beyond = strength * FURTHER if strength == max(tried) else strength / FURTHER
-    return [each.run._replace(strength=beyond) for each in best]
+    runs: dict[str, Run] = {}
+    for each in order:
+        run = each.run._replace(strength=beyond)
+        runs[run.name] = run  # a setting that occurs twice, with different strengths, counts once
+    return list(runs.values())[:BEST]
 
 
 def repeated(rows: Iterable[Row]) -> list[Run]:
-    """Return the runs of each arm's candidates on the other search seeds."""
-    settings = settings_of(rows)
-    best = [each for arm in STRENGTHS for each in candidates(settings, arm)]
+    """Return the runs of each arm's best eight on the other search seeds."""
+    settings, best = settings_of(rows), list[Setting]()
+    for arm in STRENGTHS:
+        best += ranked(settings, arm)[:BEST]
     return [setting.run._replace(seed=seed) for setting, seed in product(best, SEARCH_SEEDS[1:])]
 
 
@@ -170,6 +181,9 @@ def final(rows: Iterable[Row]) -> list[Run]:
         for setting in [chosen(settings, arm), *choices(settings, arm)]:
             judged[setting.run.name] = setting.run
     return [run._replace(seed=seed, stage="final") for seed, run in product(FINAL_SEEDS, judged.values())]
+
+
+STAGES = (lambda rows: searched(), extended, repeated, final)
 
 
 # -- the table
@@ -222,8 +236,6 @@ def main(folder: Path) -> None:
     write_whole(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in queue.rows))
     write_whole(folder / "table.md", table(queue.rows))
 
-
-STAGES = (lambda rows: searched(), extended, repeated, final)
 
 if __name__ == "__main__":
     quiet()

@@ -98,9 +98,7 @@ class Setting(NamedTuple):
         return all(seed in self.losses[CLEAN] for seed in seeds)
 
 
-def points(
-    space: Mapping[str, Sequence[Any]] = SPACE, number: int = POINTS, seed: int = HYPERCUBE
-) -> list[tuple[Settings, float]]:
+def points(space: Mapping[str, Sequence[Any]], number: int, seed: int) -> list[tuple[Settings, float]]:
     """Draw the settings that all arms share, and each arm's place in its grid of strengths, from 0 to 1."""
     drawn = LatinHypercube(len(space) + 1, scramble=False, rng=seed).random(number)
     found = []
@@ -114,10 +112,25 @@ def points(
 
 def searched() -> list[Run]:
     """Return the runs of all settings on the first seed."""
+    return on_first_seed(Run, points(SPACE, POINTS, HYPERCUBE), STRENGTHS)
+
+
+def on_first_seed(
+    kind: Callable[[str, Settings, float | None, int], AnyRun],
+    drawn: Iterable[tuple[Settings, float]],
+    strengths: Mapping[str, Sequence[float]],
+) -> list[AnyRun]:
+    """Return each arm's run of each setting.
+
+    Args:
+        kind: makes a run of an arm, its settings, its strength and a seed.
+        drawn: from :func:`points`.
+        strengths: the grid of each arm; an empty one for an arm without a strength.
+    """
     runs = []
-    for (settings, place), arm in product(points(), STRENGTHS):
-        grid = STRENGTHS[arm]
-        runs.append(Run(arm, settings, grid[int(place * len(grid))] if grid else None, SEARCH_SEEDS[0]))
+    for (settings, place), arm in product(drawn, strengths):
+        grid = strengths[arm]
+        runs.append(kind(arm, settings, grid[int(place * len(grid))] if grid else None, SEARCH_SEEDS[0]))
     return runs
 
 
@@ -210,8 +223,10 @@ def extended(rows: Iterable[Row]) -> list[Run]:
     """Return the runs that extend the grids, as far as the rows can tell."""
 
     def more(seen: list[Setting]) -> list[Run]:
-        arms = [arm for arm, grid in STRENGTHS.items() if grid]
-        return [run for arm, each in product(arms, PRIMARY) for run in further(seen, arm, each)]
+        arms, runs = [arm for arm, grid in STRENGTHS.items() if grid], list[Run]()
+        for arm, disturbance in product(arms, PRIMARY):
+            runs += further(seen, arm, disturbance)
+        return runs
 
     return extended_by(more, {each.run.name: each for each in settings_of(rows)}, searched())
 

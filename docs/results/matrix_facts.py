@@ -132,13 +132,11 @@ def log_likelihoods(net: Any, batch: Batch) -> Tensor:
 @torch.no_grad()
 def recall(net: Any, texts: Texts, numbers: Sequence[int]) -> float:
     """Return the share of the facts of which greedy decoding gives the whole answer."""
-    net.eval()
     wrong = 0
     for start in range(0, len(numbers), 4 * BATCH):
         batch = texts.batch(numbers[start : start + 4 * BATCH])
         is_wrong = logits(net, batch).argmax(1) != batch.tokens
         wrong += len(set(batch.rows[is_wrong].tolist()))
-    net.train()
     return 1 - wrong / len(numbers)
 
 
@@ -192,19 +190,19 @@ class Knowledge:
             save_file(_taught(self.model, self.texts), unfinished)
             unfinished.replace(file)
         self.model.load_state_dict(load_file(file), strict=False)  # the head is the embedding
-        self.likelihoods = self._likelihoods(self.texts)
+        self.likelihoods = self._likelihoods(self.model, self.texts)
         self.loss = self.general_loss(self.model)
 
     def general_loss(self, net: Any) -> float:
         """Return the loss of the general texts, in nats per token."""
-        return -float(self._likelihoods(self.general, net).sum()) / sum(map(len, self.general.tokens))
+        return -float(self._likelihoods(net, self.general).sum()) / sum(map(len, self.general.tokens))
 
     @torch.no_grad()
-    def _likelihoods(self, texts: Texts, net: Any = None) -> Tensor:
+    def _likelihoods(self, net: Any, texts: Texts) -> Tensor:
         found = []
         for start in range(0, len(texts.tokens), 4 * BATCH):
             numbers = range(start, min(start + 4 * BATCH, len(texts.tokens)))
-            found.append(log_likelihoods(net or self.model, texts.batch(numbers)))
+            found.append(log_likelihoods(net, texts.batch(numbers)))
         return torch.cat(found)
 
 

@@ -141,12 +141,15 @@ class Joins(Unfreeze):
 @pytest.mark.parametrize(("callback", "part"), [(EFMLoRA, ""), *product([EFMLoRA, *OTHERS], [".2."])])
 def test_factors_that_join_the_optimizer_later(tmp_path, callback, part):
     """Factors that never join are reported at the end."""
-    module = with_own(HEAD_ONLY)[0]()
+    module, ours = with_own(HEAD_ONLY)[0](), callback(0.5)
     watching = Watching(module)
     with pytest.warns(UserWarning, match=callback.__name__) as warned:
-        fit(tmp_path, module, [callback(0.5), Joins(part)])
+        fit(tmp_path, module, [ours, Joins(part)])
     if callback is EFMLoRA:
         assert watching.moved == [*[[]] * 7, *[["2.default"] if part else ALL] * 5]
+    if callback is BiLoRA:  # no other layer's auxiliary pair has climbed
+        auxiliary = ours.state_dict()["auxiliary"]
+        assert [name for name, pair in auxiliary.items() if pair["B"].any()] == ["net.base_model.model.2"]
     left = "2 pairs, .* came into no optimizer and were not perturbed"
     assert len([each for each in warned if re.search(left, str(each.message))]) == bool(part)
     assert_no_trace(module)

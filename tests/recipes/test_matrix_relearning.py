@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,8 +204,10 @@ def rows() -> list[Row]:
 def test_all_settings_differ_and_all_arms_share_them() -> None:
     runs = matrix_b.searched()
     assert len({run.name for run in runs}) == len(runs) == 3 * matrix_b.POINTS
-    shared = [{json.dumps(run.settings) for run in runs if run.arm == arm} for arm in (LORA, FMLORA, RANDOM)]
-    assert shared[0] == shared[1] == shared[2]
+    shared = defaultdict(set)
+    for run in runs:
+        shared[run.arm].add(json.dumps(run.settings))
+    assert shared[LORA] == shared[FMLORA] == shared[RANDOM]
 
 
 def test_a_choice_keeps_its_utility(rows: list[Row]) -> None:
@@ -220,13 +223,19 @@ def test_grids_are_extended_until_the_best_lies_within(rows: list[Row]) -> None:
     """That of the noise ends at 1."""
     strengths = {row["strength"] for row in rows if row["arm"] == RANDOM}
     assert strengths == {0.03, 0.1, 0.3, 1, 4, 16}
+    for beyond in (4, 16):
+        runs = [row for row in rows if (row["arm"], row["strength"], row["seed"]) == (RANDOM, beyond, 0)]
+        assert len({json.dumps(row["settings"]) for row in runs}) == len(runs) == 8
 
 
 def test_final_runs_are_on_fresh_seeds_and_the_table_has_all_arms(rows: list[Row]) -> None:
-    finals = [row for row in rows if row["stage"] == "final"]
+    finals = [dict(row) for row in rows if row["stage"] == "final"]
     assert {row["seed"] for row in finals} == set(range(100, 120))
     text = matrix_b.table(rows)
     assert all(f"| {arm} |" in text for arm in (LORA, FMLORA, RANDOM))
+    for row in finals:
+        row["rise"] = math.nan  # one that has diverged
+    assert "| nan ± nan |" in matrix_b.table(finals + [row for row in rows if row["stage"] == "search"])
 
 
 def test_an_arm_without_enough_utility_takes_what_has_most(monkeypatch: pytest.MonkeyPatch) -> None:
