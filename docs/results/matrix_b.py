@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from matrix_choice import (  # in this folder
     resamplings,
 )
 from matrix_facts import Knowledge, recall
-from matrix_table import finals_of, resampled_interval, short
+from matrix_table import Finals, finals_of, resampled_interval, short
 from matrix_unlearning import ATTACKS, LORA, SPACE, STRENGTHS, Run, attacked, parts_of, unlearned
 from scipy import stats
 
@@ -189,13 +190,15 @@ STAGES = (lambda rows: searched(), extended, repeated, final)
 # -- the table
 
 
+def recalls(finals: Finals, setting: Setting, steps: str = PRIMARY) -> list[float]:
+    """Return the recall of the hidden facts after a number of the attack's steps, by final seed."""
+    return [finals[setting.run.name][seed]["recall"][steps] for seed in FINAL_SEEDS]
+
+
 def table(rows: Sequence[Row]) -> str:
     """Return the table of all arms, and what is compared; every run must be there."""
     settings, finals = settings_of(rows), finals_of(rows)
-
-    def on_fresh(setting: Setting, steps: str = PRIMARY) -> list[float]:
-        return [finals[setting.run.name][seed]["recall"][steps] for seed in FINAL_SEEDS]
-
+    on_fresh = partial(recalls, finals)
     head = ["arm", "strength; rate, steps, beta, retain, rank, optimizer, averaging"]
     attacked_for = [str(steps) for steps in (0, *ATTACKS)]
     lines = [[*head, *(f"recall after {each}" for each in attacked_for), "utility", "rise of general texts"]]

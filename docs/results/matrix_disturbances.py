@@ -87,14 +87,24 @@ def _rounded_factors(bits: int, name: str, layer: Layer) -> Layer:
     return layer._replace(A=rounded(layer.A, bits), B=rounded(layer.B, bits))
 
 
+def noise_on_base(size: float, draws: int = DRAWS) -> list[Change]:
+    """Return draws of noise on each base weight."""
+    return [partial(_noise_on_base, size, draw) for draw in range(draws)]
+
+
+def noise_on_B(size: float, draws: int = DRAWS) -> list[Change]:
+    """Return draws of noise on each B."""
+    return [partial(_noise_on_B, size, draw) for draw in range(draws)]
+
+
 def _all() -> dict[str, list[Change]]:
     found: dict[str, list[Change]] = {CLEAN: [lambda name, layer: layer]}
     for size in (0.3, 1.0):
-        found[f"base, noise {size:g}"] = [partial(_noise_on_base, size, draw) for draw in range(DRAWS)]
+        found[f"base, noise {size:g}"] = noise_on_base(size)
     for bits in (4, 3, 2):
         found[f"base, {bits} bits"] = [partial(_rounded_base, bits)]
     for size in (1.0, 3.0):
-        found[f"B, noise {size:g}"] = [partial(_noise_on_B, size, draw) for draw in range(DRAWS)]
+        found[f"B, noise {size:g}"] = noise_on_B(size)
     for bits in (4, 3, 2):
         found[f"A and B, {bits} bits"] = [partial(_rounded_factors, bits)]
     return found

@@ -19,6 +19,7 @@ from recipes.studies.rows import Row, read
 sys.path.append(str(Path(__file__).parents[2] / "docs" / "results"))
 import matrix_b
 import matrix_facts
+import matrix_picture
 import matrix_unlearning
 from matrix_choice import open_runs
 from matrix_facts import PEOPLE, Knowledge, Texts, facts, log_likelihoods, recall, trained
@@ -233,6 +234,11 @@ def test_final_runs_are_on_fresh_seeds_and_the_table_has_all_arms(rows: list[Row
     assert {row["seed"] for row in finals} == set(range(100, 120))
     text = matrix_b.table(rows)
     assert all(f"| {arm} |" in text for arm in (LORA, FMLORA, RANDOM))
+    cells = matrix_picture.cells_of_b(rows)
+    assert [method for _, method in cells] == [FMLORA, RANDOM]
+    for arm, found in zip((FMLORA, RANDOM), cells.values(), strict=True):
+        assert found is not None
+        assert f"| {arm} | {found.mean / 100:+.3f}" in text
     for row in finals:
         row["rise"] = math.nan  # one that has diverged
     assert "| nan ± nan |" in matrix_b.table(finals + [row for row in rows if row["stage"] == "search"])
@@ -240,8 +246,9 @@ def test_final_runs_are_on_fresh_seeds_and_the_table_has_all_arms(rows: list[Row
 
 def test_an_arm_without_enough_utility_takes_what_has_most(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix_b, "LEAST_UTILITY", 0.999)
-    settings = matrix_b.settings_of(study(smooth))
-    assert matrix_b.chosen(settings, FMLORA).run.settings["rate"] == 3e-4
+    rows = study(smooth)
+    assert matrix_b.chosen(matrix_b.settings_of(rows), FMLORA).run.settings["rate"] == 3e-4
+    assert set(matrix_picture.cells_of_b(rows).values()) == {None}
 
 
 def test_the_command_does_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

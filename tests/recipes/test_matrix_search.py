@@ -15,6 +15,7 @@ from recipes.studies.rows import Row, read
 sys.path.append(str(Path(__file__).parents[2] / "docs" / "results"))
 import matrix_a
 import matrix_choice as choice
+import matrix_picture
 import matrix_table
 from matrix_choice import EFMLORA, FINAL_SEEDS, LORA, POINTS, QAT, RANDOM, SEARCH_SEEDS, SPACE, STRENGTHS, Run
 from matrix_disturbances import BASE_NOISE, CLEAN
@@ -164,6 +165,16 @@ def test_final_runs_are_those_of_all_choices(rows: list[Row]) -> None:
             assert own.keys() == set(FINAL_SEEDS)
             assert {CLEAN, disturbance} <= own[100]["test"].keys()
     assert "| base, noise 0.3 | LoRA | 2" not in matrix_table.tables(rows)  # LoRA has no strength
+
+
+def test_the_picture_has_the_tables_differences(rows: list[Row]) -> None:
+    settings, finals = choice.settings_of(rows), matrix_table.finals_of(rows)
+    cells = matrix_picture.cells_of_a(rows)
+    assert cells.keys() == set(product(choice.DISTURBED, STRENGTHS.keys() - {LORA}))
+    own, of_lora = (choice.chosen(settings, arm, BASE_NOISE) for arm in (RANDOM, LORA))
+    assert own is not None
+    assert of_lora is not None
+    assert cells[BASE_NOISE, RANDOM] == matrix_table.difference(finals, own, of_lora, BASE_NOISE)
 
 
 def test_the_interval_covers_the_choice() -> None:

@@ -1,0 +1,89 @@
+"""The picture of protocol_matrix.md's results: each method against the best LoRA, under each disturbance."""
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+import matrix_b
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matrix_choice import DISTURBED, LORA, STRENGTHS, chosen, settings_of  # in this folder
+from matrix_table import difference, finals_of
+from matrix_unlearning import STRENGTHS as STRENGTHS_B
+
+from recipes.studies.rows import Row
+from recipes.studies.statistics import Estimate
+
+BETTER, EVEN, WORSE, NONE = "#b7dfb9", "#eeeeee", "#f3c0b8", "white"
+MEANINGS = {BETTER: "better than LoRA", EVEN: "no sure difference", WORSE: "worse than LoRA", NONE: "no fair setting"}
+RELEARNING = "relearning"
+Cells = Mapping[tuple[str, str], Estimate | None]
+"""By disturbance and method the difference to LoRA; None if no setting of the method was within the bounds."""
+
+
+def cells_of_a(rows: Sequence[Row]) -> Cells:
+    """Return column A's differences of the test loss, in nats."""
+    settings, finals = settings_of(rows), finals_of(rows)
+    found = {}
+    for disturbance, arm in product(DISTURBED, STRENGTHS):
+        if arm != LORA:
+            own, of_lora = (chosen(settings, each, disturbance) for each in (arm, LORA))
+            found[disturbance, arm] = difference(finals, own, of_lora, disturbance) if own and of_lora else None
+    return found
+
+
+def cells_of_b(rows: Sequence[Row]) -> Cells:
+    """Return column B's differences of the recall, in points."""
+    settings, finals = matrix_b.settings_of(rows), finals_of(rows)
+    of_lora = matrix_b.chosen(settings, LORA)
+    found: dict[tuple[str, str], Estimate | None] = {}
+    for arm in STRENGTHS_B:
+        if arm != LORA:
+            own = matrix_b.chosen(settings, arm)
+            is_fair = own.utility(matrix_b.SEARCH_SEEDS) >= matrix_b.LEAST_UTILITY
+            pairs = [matrix_b.recalls(finals, each) for each in (own, of_lora)]
+            points = 100 * np.subtract(*pairs)
+            found[RELEARNING, arm] = matrix_b.estimate(points.tolist()) if is_fair else None
+    return found
+
+
+def draw(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> Figure:
+    """Draw both columns, each as a table whose cells are coloured by their intervals."""
+    figure = Figure(figsize=(8.6, 5.4), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=[len(DISTURBED), 1])
+    _fill(above, cells_of_a(rows_a), ".2f")
+    above.set_title("loss under a disturbance, minus LoRA's (nats)")
+    _fill(below, cells_of_b(rows_b), ".0f")
+    below.set_title("hidden facts recalled after an attack, minus LoRA's (points)")
+    patches = [Patch(facecolor=colour, edgecolor="gray", label=meaning) for colour, meaning in MEANINGS.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+    return figure
+
+
+def _fill(axes: Axes, cells: Cells, form: str) -> None:
+    """Draw a table of differences; lower ones are better."""
+    disturbances = list(dict.fromkeys(disturbance for disturbance, _ in cells))
+    methods = list(dict.fromkeys(method for _, method in cells))
+    for (row, disturbance), (column, method) in product(enumerate(disturbances), enumerate(methods)):
+        found = cells[disturbance, method]
+        axes.fill_between([column - 0.48, column + 0.48], row - 0.46, row + 0.46, color=colour_of(found))
+        axes.text(column, row, _text(found, form), ha="center", va="center", fontsize="small")
+    axes.set_xticks(range(len(methods)), methods)
+    axes.set_yticks(range(len(disturbances)), disturbances)
+    axes.set(xlim=(-0.5, len(methods) - 0.5), ylim=(len(disturbances) - 0.5, -0.5))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def colour_of(found: Estimate | None) -> str:
+    """Return a cell's colour: whether its interval lies below 0, above 0, or around it."""
+    if found is None:
+        return NONE
+    if abs(found.mean) <= found.interval:
+        return EVEN
+    return BETTER if found.mean < 0 else WORSE  # nan, of a run that diverged, is worse
+
+
+def _text(found: Estimate | None, form: str) -> str:
+    return "" if found is None else f"{found.mean:+{form}} ± {found.interval:{form}}"

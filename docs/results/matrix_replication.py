@@ -1,0 +1,251 @@
+"""The replication of column A in protocol_matrix.md: SmolLM2 on CommonsenseQA, in P1's setup.
+
+From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/matrix_replication.py FOLDER``. When all runs
+are done, the rows are in ``FOLDER/results.jsonl`` and the table is in ``FOLDER/table.md``. The same command resumes,
+and several processes may share the runs. It needs the rows of column A, ``matrix_a.jsonl``.
+"""
+
+import gc
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from around import losses  # in this folder
+from calibrated import Calibration
+from matrix_choice import EFMLORA, LORA, RANDOM, SEARCH_SEEDS, chosen, chosen_freely, open_runs, settings_of
+from matrix_disturbances import B_NOISE, BASE_NOISE, CLEAN, Change, layers_of, noise_on_B, noise_on_base
+from p2 import OPTIONS, RECIPE
+from peft import PeftModel
+
+from recipes.data.files import write_whole
+from recipes.studies.process import commit, fit
+from recipes.studies.queue import Queue, file_storage, open_study
+from recipes.studies.rows import Row, read
+from recipes.studies.statistics import estimate, with_error, with_interval
+from recipes.studies.tables import markdown
+
+RESULTS = Path(__file__).parent
+PLAIN = [option for option in OPTIONS if option not in ("--method", "efmlora")]
+RANKS = (8, 32)  # LoRA's two choices in P1; the rate and the dropout were the same
+STRENGTHS = {EFMLORA: [0.05, 0.2, 0.8, 3.2], RANDOM: [0.03, 0.1, 0.3, 1.0]}
+DISTURBANCE = {EFMLORA: B_NOISE, RANDOM: BASE_NOISE}
+"""The disturbance of column A for which each method was chosen."""
+NEAREST = 2  # strengths of a method with final runs
+SEEDS = range(100, 110)
+QUESTIONS = 64
+DRAWS = 4
+SIZES: dict[str, tuple[Callable[[float, int], list[Change]], list[float]]] = {
+    "base": (noise_on_base, [0.1, 0.3, 1.0]),
+    "B": (noise_on_B, [1.0, 3.0]),
+}
+
+
+class Run(NamedTuple):
+    """One training.
+
+    Attributes:
+        arm: LoRA or a key of :data:`STRENGTHS`.
+        rank: alpha is twice the rank.
+        strength: rho or sigma; None for LoRA.
+        seed: for the adapter's start, dropout, the order of the batches, and noise.
+        stage: "search" for the runs that give a strength's cost on clean validation data, or "final".
+    """
+
+    arm: str
+    rank: int
+    strength: float | None
+    seed: int
+    stage: str
+
+    @property
+    def name(self) -> str:
+        """The run's unique name, which is that of its folder."""
+        return f"{self.arm}-{self.rank}-{self.strength}-{self.seed}-{self.stage}"
+
+    def key(self) -> Row:
+        """Return the first entries of the run's row."""
+        return self._asdict()
+
+    def arguments(self) -> list[str]:
+        """Return the arguments of the recipe's ``fit``."""
+        settings = [f"--model.lora.r={self.rank}", f"--model.lora.lora_alpha={2 * self.rank}"]
+        settings += ["--model.learning_rate=3e-3", "--model.lora.lora_dropout=0.1", "--trainer.precision=bf16-mixed"]
+        settings += [f"--seed_everything={self.seed}", f"--data.seed={self.seed}"]
+        methods = {
+            LORA: [],
+            EFMLORA: ["--method=efmlora", f"--rho={self.strength}"],
+            RANDOM: [
+                "--trainer.callbacks+=lightning_flatlora.baselines.RandomPerturbation",
+                f"--trainer.callbacks.sigma={self.strength}",
+                f"--trainer.callbacks.seed={self.seed}",
+            ],
+        }
+        return [*PLAIN, *settings, *methods[self.arm]]
+
+
+# -- the measurement
+
+
+def disturbances() -> dict[str, list[Change]]:
+    """Return the draws of each disturbance; the first one is none."""
+    found: dict[str, list[Change]] = {CLEAN: [lambda name, layer: layer]}
+    for what, (kind, sizes) in SIZES.items():
+        for size in sizes:
+            found[f"{what}, noise {size:g}"] = kind(size, DRAWS)
+    return found
+
+
+class Questions:
+    """The base model, and the questions on which adapters are measured."""
+
+    def __init__(self) -> None:
+        self.calibration = Calibration()
+        self.rows = self.calibration.data.parts["test"].select(range(QUESTIONS))
+
+    def measure(self, adapter: Path) -> dict[str, float]:
+        """Return an adapter's loss under each disturbance, in nats per token of the right answer."""
+        net: Any = PeftModel.from_pretrained(self.calibration.base, str(adapter)).eval()
+        batches = losses(net, self.rows, self.calibration.padding)
+        found = {}
+        for name, draws in disturbances().items():
+            drawn = []
+            for change in draws:
+                with changed(net, change), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                    drawn.append(sum(float(loss()) for loss in batches) / len(batches))
+            found[name] = sum(drawn) / len(drawn)
+        self.calibration.base = net.unload()
+        return found
+
+
+@contextmanager
+def changed(net: Any, change: Change) -> Iterator[None]:
+    """Compute with disturbed layers, each merged with its adapter."""
+    adapted = {}
+    for path, module in net.named_modules():
+        if hasattr(module, "lora_B"):
+            adapted[path.removeprefix("base_model.model.")] = module.base_layer.weight
+    kept = {name: weight.detach().clone() for name, weight in adapted.items()}
+    try:
+        with net.disable_adapter(), torch.no_grad():
+            for name, layer in layers_of(net, kept).items():
+                adapted[name].copy_(change(name, layer).merged())
+            yield
+    finally:
+        with torch.no_grad():
+            for name, weight in adapted.items():
+                weight.copy_(kept[name])
+
+
+@cache
+def questions() -> Questions:
+    """Return the questions, which all runs share."""
+    return Questions()
+
+
+def perform(run: Run, folder: Path) -> Row:
+    """Train; a final run's adapter is measured too."""
+    gc.collect()  # frees the last run's model, which contains cycles
+    fitted = fit(RECIPE, folder / run.name, run.arguments())
+    val_loss = min(validation["val_loss"] for validation in fitted["validations"])
+    row = {"value": val_loss, "val_loss": val_loss, "commit": commit()}
+    if run.stage == "final":
+        # The adapter's folder has the name of the checkpoint next to it.
+        row["test"] = questions().measure(folder / run.name / "fit" / "checkpoints" / Path(fitted["best"]).stem)
+    return row
+
+
+# -- the stages
+
+
+def costs(rows_of_a: Sequence[Row]) -> dict[str, float]:
+    """Return what each method costs in column A, in nats of clean validation loss more than LoRA's choice."""
+    settings = settings_of(rows_of_a)
+    found = {}
+    for method, disturbance in DISTURBANCE.items():
+        clean = []
+        for arm in (method, LORA):
+            choice = chosen(settings, arm, disturbance) or chosen_freely(settings, arm, disturbance)
+            clean.append(choice.mean(CLEAN, SEARCH_SEEDS))
+        found[method] = clean[0] - clean[1]
+    return found
+
+
+def scan(rows: Sequence[Row]) -> list[Run]:
+    """Return the runs that show what each strength costs here."""
+    first = Run(LORA, RANKS[1], None, SEARCH_SEEDS[0], "search")
+    runs = [first]
+    for method, strengths in STRENGTHS.items():
+        runs += [first._replace(arm=method, strength=strength) for strength in strengths]
+    return runs
+
+
+def strengths_of(rows: Sequence[Row], cost: Mapping[str, float]) -> dict[str, list[float]]:
+    """Return of each method the strengths whose costs here are nearest to those in column A, in ascending order."""
+    searched = {(row["arm"], row["strength"]): row["val_loss"] for row in rows if row["stage"] == "search"}
+    of_lora = searched[LORA, None]
+
+    def distance(method: str, strength: float) -> float:
+        return abs(searched[method, strength] - of_lora - cost[method])
+
+    found = {}
+    for method, strengths in STRENGTHS.items():
+        found[method] = sorted(sorted(strengths, key=partial(distance, method))[:NEAREST])
+    return found
+
+
+def arms(rows: Sequence[Row], cost: Mapping[str, float]) -> list[Run]:
+    """Return the final runs on the first seed: LoRA's, then the methods'."""
+    found = [Run(LORA, rank, None, SEEDS[0], "final") for rank in RANKS]
+    for method, strengths in strengths_of(rows, cost).items():
+        found += [found[1]._replace(arm=method, strength=strength) for strength in strengths]
+    return found
+
+
+def final(cost: Mapping[str, float], rows: Sequence[Row]) -> list[Run]:
+    """Return the final runs, seed by seed."""
+    return [run._replace(seed=seed) for seed, run in product(SEEDS, arms(rows, cost))]
+
+
+def table(rows: Sequence[Row], cost: Mapping[str, float]) -> str:
+    """Return the table; every run must be there."""
+    tests = {Run(*(row[name] for name in Run._fields)): row["test"] for row in rows if row["stage"] == "final"}
+
+    def on_test(run: Run, disturbance: str) -> list[float]:
+        return [tests[run._replace(seed=seed)][disturbance] for seed in SEEDS]
+
+    runs = arms(rows, cost)
+    lines = [["disturbance", "arm", "rank", "strength", "test loss", "minus LoRA's, rank 8", "minus LoRA's, rank 32"]]
+    for disturbance, run in product(disturbances(), runs):
+        own = on_test(run, disturbance)
+        cells = [with_error(estimate(own), ".3f")]
+        for rival in runs[: len(RANKS)]:
+            pairs = zip(own, on_test(rival, disturbance), strict=True)
+            difference = estimate([mine - its for mine, its in pairs])
+            cells.append("" if run == rival else with_interval(difference, 3))
+        strength = "" if run.strength is None else f"{run.strength:g}"
+        lines.append([disturbance, run.arm, str(run.rank), strength, *cells])
+    return f"{markdown(lines)}\n"
+
+
+def main(folder: Path) -> None:
+    """Do all runs, and write the rows and the table."""
+    cost = costs(read(RESULTS / "matrix_a.jsonl"))
+    study = open_study(file_storage(folder), "matrix_replication", "min", {"questions": QUESTIONS}, {})
+    queue = Queue(study, lambda key: Run(**key))
+
+    def left() -> list[Run]:
+        return open_runs(queue.rows, lambda run: queue.find(run) is not None, (scan, partial(final, cost)))
+
+    queue.work(left, lambda run, trial: perform(run, folder), lambda run: print(run.name, flush=True))
+    write_whole(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in queue.rows))
+    write_whole(folder / "table.md", table(queue.rows, cost))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
