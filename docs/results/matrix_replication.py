@@ -41,8 +41,8 @@ SEEDS = range(100, 110)
 QUESTIONS = 64
 DRAWS = 4
 SIZES: dict[str, tuple[Callable[[float, int], list[Change]], list[float]]] = {
-    "base": (noise_on_base, [0.1, 0.3, 1.0]),
-    "B": (noise_on_B, [1.0, 3.0]),
+    "base": (noise_on_base, [0.3]),
+    "B": (noise_on_B, [3.0, 10.0]),
 }
 
 
