@@ -4,7 +4,6 @@ From the root of a clone: ``PYTHONPATH=. python docs/results/pictures.py``.
 """
 
 import json
-import statistics
 from typing import Any
 
 from figures import RESULTS, BySeed, Runs, accuracy, difference, over_small_tasks
@@ -16,33 +15,6 @@ from recipes.studies.statistics import Estimate
 
 LORA, EFMLORA, DROPOUT = COLOURS["LoRA"], COLOURS["EFMLoRA"], COLOURS["LoRA, dropout 0.9"]
 REST = "tab:gray"
-
-
-# -- rates.png
-
-
-def rates() -> Figure:
-    """Draw W1's validation loss against the learning rate, from its searches."""
-    searched = Runs("w1", "search").arms
-    tried = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-    arms: dict[str, tuple[str, dict[str, float]]] = {
-        "LoRA": ("lora", {}),
-        "LoRA, dropout 0.9": ("lora", {"dropout": 0.9}),
-        "EFMLoRA": ("efmlora", {"rho": 32.0}),
-    }
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    for title, (arm, config) in arms.items():
-        means = []
-        for rate in tried:
-            rows = searched[arm, frozenset({"learning_rate": rate, **config}.items())]
-            means.append(statistics.mean(row["validation_loss"] for row in rows.values()))
-        axes.plot(tried, means, marker="o", color=COLOURS[title], label=title + ", rho 32" * (title == "EFMLoRA"))
-    axes.set(xlabel="learning rate", ylabel="validation loss (nats)", xscale="log")
-    axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
-    axes.minorticks_off()
-    axes.legend(frameon=False)
-    return figure
 
 
 # -- study.png
@@ -177,7 +149,7 @@ def places(trials: list[Row]) -> tuple[list[float], list[float]]:
 
 def main() -> None:
     """Draw all pictures."""
-    for name, draw in {"rates": rates, "study": study, "cost_large": cost, "frontiers": frontiers}.items():
+    for name, draw in {"study": study, "cost_large": cost, "frontiers": frontiers}.items():
         draw().savefig(RESULTS / f"{name}.png", dpi=130)
 
 
