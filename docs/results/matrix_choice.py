@@ -156,19 +156,25 @@ def bound(settings: Iterable[Setting], seeds: Sequence[int]) -> float:
 
 
 def ranked(settings: Sequence[Setting], arm: str, disturbance: str, is_bounded: bool = True) -> list[Setting]:
-    """Return an arm's settings within the bound, sorted by their disturbed loss on the first seed."""
+    """Return an arm's settings, sorted by their disturbed loss on the first seed.
+
+    With the bound, those within it come first; the others follow by their clean loss.
+    """
     first = SEARCH_SEEDS[:1]
     own = [each for each in settings if each.run.arm == arm and each.has(first)]
-    if is_bounded:
-        highest = bound(settings, first)
-        own = [each for each in own if each.mean(CLEAN, first) <= highest]
-    return sorted(own, key=lambda each: each.mean(disturbance, first))
+    by_loss = sorted(own, key=lambda each: each.mean(disturbance, first))
+    if not is_bounded:
+        return by_loss
+    highest = bound(settings, first)
+    within = [each for each in by_loss if each.mean(CLEAN, first) <= highest]
+    others = [each for each in by_loss if each.mean(CLEAN, first) > highest]
+    return within + sorted(others, key=lambda each: each.mean(CLEAN, first))
 
 
 def chosen(
     settings: Sequence[Setting], arm: str, disturbance: str, seeds: Sequence[int] = SEARCH_SEEDS
 ) -> Setting | None:
-    """Choose, by the mean over seeds, among the eight settings that are best on the first seed.
+    """Choose, by the mean over seeds, among the eight settings that are best on the first seed and within the bound.
 
     Args:
         settings: the settings of all arms.
@@ -202,8 +208,7 @@ def seeds_without_bound(arm: str, disturbance: str) -> tuple[int, ...]:
 
 def further(settings: Sequence[Setting], arm: str, disturbance: str) -> list[Run]:
     """Return the runs one value beyond the grid if an arm's best strength under a disturbance is at the grid's end."""
-    # If the bound excludes all settings, those with the lowest clean loss decide.
-    order = ranked(settings, arm, disturbance) or ranked(settings, arm, CLEAN, is_bounded=False)
+    order = ranked(settings, arm, disturbance)
     tried = [each.run.strength for each in settings if each.run.arm == arm]
     best, at = order[0].run.strength, []
     if best == max(tried):

@@ -6,7 +6,7 @@ The adapter is not changed: a copy of the encoder's layer computes with the dist
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ def noisy(weight: Tensor, size: float, draw: int, name: str) -> Tensor:
     return weight + size * torch.linalg.vector_norm(weight) * direction
 
 
-@cache
+@lru_cache(maxsize=256)  # the final seeds have draws of their own, and come one after another
 def _direction(shape: tuple[int, ...], draw: int, name: str) -> Tensor:
     """Draw a matrix of norm 1, which is the same for all arms and seeds."""
     generator = torch.Generator().manual_seed(derived_seed(draw, zlib.crc32(name.encode())))
@@ -87,31 +87,37 @@ def _rounded_factors(bits: int, name: str, layer: Layer) -> Layer:
     return layer._replace(A=rounded(layer.A, bits), B=rounded(layer.B, bits))
 
 
-def noise_on_base(size: float, draws: int = DRAWS) -> list[Change]:
+def noise_on_base(size: float, draws: Iterable[int]) -> list[Change]:
     """Return draws of noise on each base weight."""
-    return [partial(_noise_on_base, size, draw) for draw in range(draws)]
+    return [partial(_noise_on_base, size, draw) for draw in draws]
 
 
-def noise_on_B(size: float, draws: int = DRAWS) -> list[Change]:
+def noise_on_B(size: float, draws: Iterable[int]) -> list[Change]:
     """Return draws of noise on each B."""
-    return [partial(_noise_on_B, size, draw) for draw in range(draws)]
+    return [partial(_noise_on_B, size, draw) for draw in draws]
 
 
-def _all() -> dict[str, list[Change]]:
+def disturbances(set_of_draws: int = 0) -> dict[str, list[Change]]:
+    """Return the draws of each disturbance, over which the mean is taken; the first one is none.
+
+    Args:
+        set_of_draws: sets with different numbers have no draw in common.
+    """
+    draws = range(set_of_draws * DRAWS, (set_of_draws + 1) * DRAWS)
     found: dict[str, list[Change]] = {CLEAN: [lambda name, layer: layer]}
     for size in (0.3, 1.0):
-        found[f"base, noise {size:g}"] = noise_on_base(size)
+        found[f"base, noise {size:g}"] = noise_on_base(size, draws)
     for bits in (4, 3, 2):
         found[f"base, {bits} bits"] = [partial(_rounded_base, bits)]
     for size in (1.0, 3.0):
-        found[f"B, noise {size:g}"] = noise_on_B(size)
+        found[f"B, noise {size:g}"] = noise_on_B(size, draws)
     for bits in (4, 3, 2):
         found[f"A and B, {bits} bits"] = [partial(_rounded_factors, bits)]
     return found
 
 
-DISTURBANCES: Mapping[str, Sequence[Change]] = _all()
-"""Of each the draws, over which the mean is taken; the first one is none."""
+DISTURBANCES = tuple(disturbances())
+"""Their names."""
 
 
 def layers_of(net: nn.Module, bases: Mapping[str, Tensor]) -> dict[str, Layer]:
@@ -151,7 +157,9 @@ class Evaluation:
         self.bases = {name: weight.clone() for name, weight in linear_weights(self.copy).items()}
 
     @torch.no_grad()
-    def measure(self, net: nn.Module, head: nn.Module, names: Iterable[str]) -> dict[str, dict[str, float]]:
+    def measure(
+        self, net: nn.Module, head: nn.Module, names: Iterable[str], set_of_draws: int = 0
+    ) -> dict[str, dict[str, float]]:
         """Return a classifier's results under each disturbance.
 
         These are ``loss`` in nats, ``calibrated``, the loss at the temperature that is best for it, and ``accuracy``. A
@@ -160,12 +168,13 @@ class Evaluation:
         Args:
             net: the adapted encoder, which is not changed.
             head: computes the logits of the classes.
-            names: keys of :data:`DISTURBANCES`.
+            names: of :data:`DISTURBANCES`.
+            set_of_draws: as in :func:`disturbances`.
         """
-        layers = layers_of(net, self.bases)
+        layers, changes = layers_of(net, self.bases), disturbances(set_of_draws)
         found = {}
         for name in names:
-            drawn = [self._once(layers, head, change) for change in DISTURBANCES[name]]
+            drawn = [self._once(layers, head, change) for change in changes[name]]
             losses = torch.stack([each for each, _ in drawn]).mean(0)
             accuracy = sum(each for _, each in drawn) / len(drawn)
             found[name] = {"loss": float(losses[0]), "calibrated": float(losses.min()), "accuracy": accuracy}

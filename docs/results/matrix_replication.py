@@ -8,7 +8,7 @@ and several processes may share the runs. It needs the rows of column A, ``matri
 import gc
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import product
@@ -29,6 +29,7 @@ from recipes.studies.queue import Queue, file_storage, open_study
 from recipes.studies.rows import Row, read
 from recipes.studies.statistics import estimate, with_error, with_interval
 from recipes.studies.tables import markdown
+from recipes.tune.search import finite_or_worst
 
 RESULTS = Path(__file__).parent
 PLAIN = [option for option in OPTIONS if option not in ("--method", "efmlora")]
@@ -40,7 +41,7 @@ NEAREST = 2  # strengths of a method with final runs
 SEEDS = range(100, 110)
 QUESTIONS = 64
 DRAWS = 4
-SIZES: dict[str, tuple[Callable[[float, int], list[Change]], list[float]]] = {
+SIZES: dict[str, tuple[Callable[[float, Iterable[int]], list[Change]], list[float]]] = {
     "base": (noise_on_base, [0.3]),
     "B": (noise_on_B, [3.0, 10.0]),
 }
@@ -92,12 +93,13 @@ class Run(NamedTuple):
 # -- the measurement
 
 
-def disturbances() -> dict[str, list[Change]]:
-    """Return the draws of each disturbance; the first one is none."""
+def disturbances(seed: int) -> dict[str, list[Change]]:
+    """Return a seed's draws of each disturbance; the first one is none."""
+    draws = range(seed * DRAWS, (seed + 1) * DRAWS)
     found: dict[str, list[Change]] = {CLEAN: [lambda name, layer: layer]}
     for what, (kind, sizes) in SIZES.items():
         for size in sizes:
-            found[f"{what}, noise {size:g}"] = kind(size, DRAWS)
+            found[f"{what}, noise {size:g}"] = kind(size, draws)
     return found
 
 
@@ -108,12 +110,12 @@ class Questions:
         self.calibration = Calibration()
         self.rows = self.calibration.data.parts["test"].select(range(QUESTIONS))
 
-    def measure(self, adapter: Path) -> dict[str, float]:
+    def measure(self, adapter: Path, seed: int) -> dict[str, float]:
         """Return an adapter's loss under each disturbance, in nats per token of the right answer."""
         net: Any = PeftModel.from_pretrained(self.calibration.base, str(adapter)).eval()
         batches = losses(net, self.rows, self.calibration.padding)
         found = {}
-        for name, draws in disturbances().items():
+        for name, draws in disturbances(seed).items():
             drawn = []
             for change in draws:
                 with changed(net, change), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -153,10 +155,11 @@ def perform(run: Run, folder: Path) -> Row:
     gc.collect()  # frees the last run's model, which contains cycles
     fitted = fit(RECIPE, folder / run.name, run.arguments())
     val_loss = min(validation["val_loss"] for validation in fitted["validations"])
-    row = {"value": val_loss, "val_loss": val_loss, "commit": commit()}
+    row = {"value": finite_or_worst(val_loss, "min"), "val_loss": val_loss, "commit": commit()}
     if run.stage == "final":
         # The adapter's folder has the name of the checkpoint next to it.
-        row["test"] = questions().measure(folder / run.name / "fit" / "checkpoints" / Path(fitted["best"]).stem)
+        adapter = folder / run.name / "fit" / "checkpoints" / Path(fitted["best"]).stem
+        row["test"] = questions().measure(adapter, run.seed)
     return row
 
 
@@ -221,7 +224,7 @@ def table(rows: Sequence[Row], cost: Mapping[str, float]) -> str:
 
     runs = arms(rows, cost)
     lines = [["disturbance", "arm", "rank", "strength", "test loss", "minus LoRA's, rank 8", "minus LoRA's, rank 32"]]
-    for disturbance, run in product(disturbances(), runs):
+    for disturbance, run in product(disturbances(SEEDS[0]), runs):
         own = on_test(run, disturbance)
         cells = [with_error(estimate(own), ".3f")]
         for rival in runs[: len(RANKS)]:

@@ -120,7 +120,7 @@ def hypotheses(settings: Sequence[Setting], finals: Finals) -> str:
         unbounded = with_interval(difference(finals, *free, disturbance), 3)
         own, of_lora = (chosen(settings, each, disturbance) for each in (arm, LORA))
         if own is None or of_lora is None:
-            lines.append([disturbance, arm, "none within the bound", "", "", unbounded])
+            lines.append([disturbance, arm, "none within the bound", "1", "", unbounded])
             continue
         found = with_interval(difference(finals, own, of_lora, disturbance), 3)
         p = stats.ttest_rel(on_test(finals, own, disturbance), on_test(finals, of_lora, disturbance)).pvalue

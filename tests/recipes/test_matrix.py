@@ -32,7 +32,9 @@ from matrix_disturbances import (
     DISTURBANCES,
     DRAWS,
     TEMPERATURES,
+    Change,
     Evaluation,
+    disturbances,
     linear_weights,
     noisy,
 )
@@ -174,6 +176,8 @@ def test_losses_are_those_of_dense_disturbances(disturbance: str, task: None) ->
         logits = torch.cat([module.logits(batch) for batch in evaluated.batches]).detach()
         at = [F.cross_entropy(logits / temperature, labels).item() for temperature in TEMPERATURES]
         assert found["calibrated"] == pytest.approx(min(at))
+    if "noise" in disturbance:
+        assert evaluated.measure(module.net, module.head, [disturbance], 1)[disturbance] != found
     # Whatever was measured before, the numbers are equal bit for bit.
     evaluated.measure(module.net, module.head, DISTURBANCES)
     assert evaluated.measure(module.net, module.head, [disturbance])[disturbance] == found
@@ -224,7 +228,7 @@ def test_arms_differ_in_their_perturbation_only(task: None) -> None:
     def measured(arm: str, strength: float | None, **more: Any) -> Row:
         run = Run(arm, {**SETTINGS, "dropout": 0.5, **more}, strength, 0)
         found = matrix_a.perform(run, steps=3)["validation"]
-        assert found.keys() == DISTURBANCES.keys()
+        assert tuple(found) == DISTURBANCES
         return dict(found)
 
     plain = measured(LORA, None)
@@ -239,10 +243,20 @@ def test_arms_differ_in_their_perturbation_only(task: None) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Only 3 optimizer steps")
-def test_a_final_run_is_judged_on_test_and_a_diverged_one_counts_as_a_guess(task: None) -> None:
+def test_a_final_run_has_its_own_draws_on_test_and_counts_as_a_guess_if_it_diverged(
+    task: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+
+    def recorded(set_of_draws: int) -> dict[str, list[Change]]:
+        drawn.append(set_of_draws)
+        return disturbances(set_of_draws)
+
+    monkeypatch.setattr("matrix_disturbances.disturbances", recorded)
     settings = {**SETTINGS, "rate": 1e30, "averaging": "from step 300"}
     row = matrix_a.perform(Run(LORA, settings, None, 100, "final", [CLEAN, B_NOISE]), steps=3)
     assert list(row["test"]) == [CLEAN, B_NOISE]
     assert row["value"] == row["test"][CLEAN]["loss"] == pytest.approx(math.log(2))
     assert "validation" not in row
+    assert drawn == [100]
     assert len(matrix_a.evaluation("test").batches[0]["labels"]) == len(texts.parts(TASK)["test"])

@@ -37,9 +37,9 @@ def test_a_changed_net_computes_with_disturbed_merged_layers_and_is_restored() -
     before = {name: value.clone() for name, value in net.state_dict().items()}
     x = torch.randn(5, 3, dtype=torch.float64)
     clean = net(x)
-    with replication.changed(net, replication.disturbances()[CLEAN][0]):
+    with replication.changed(net, replication.disturbances(100)[CLEAN][0]):
         torch.testing.assert_close(net(x), clean, rtol=1e-12, atol=1e-12)
-    with replication.changed(net, noise_on_B(3.0)[1]):
+    with replication.changed(net, noise_on_B(3.0, range(2))[1]):
         found = net(x)
     with torch.no_grad():
         for name in ("up", "down"):
@@ -55,7 +55,7 @@ def row_of(run: replication.Run) -> Row:
     # A strength costs as many nats as it has units.
     row = {**run.key(), "val_loss": 3 + (run.strength or 0.0)}
     if run.stage == "final":
-        losses = {name: 3 + math.sin(run.seed + len(name)) for name in replication.disturbances()}
+        losses = {name: 3 + math.sin(run.seed + len(name)) for name in replication.disturbances(100)}
         row["test"] = {name: loss - 0.5 * (run.arm == RANDOM) for name, loss in losses.items()}
     return row
 
@@ -72,7 +72,7 @@ def test_the_strengths_nearest_in_cost_get_final_runs_beside_both_ranks_of_lora(
     assert len(finals) == 10 * (2 + 2 + 2)
     assert {(row["arm"], row["rank"]) for row in finals} == {(LORA, 8), (LORA, 32), (EFMLORA, 32), (RANDOM, 32)}
     lines = replication.table(found, COST).splitlines()
-    assert len(lines) == 2 + 6 * len(replication.disturbances())
+    assert len(lines) == 2 + 6 * len(replication.disturbances(100))
     for line in lines[2:]:
         if RANDOM in line:
             assert line.count("-0.500 [-0.500, -0.500]") == 2

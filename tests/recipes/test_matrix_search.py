@@ -109,7 +109,19 @@ def test_no_setting_within_the_bound_is_no_choice() -> None:
     found = study(losses)
     assert choice.chosen(choice.settings_of(found), RANDOM, BASE_NOISE) is None
     shown = matrix_table.tables(found)
-    assert f"| {BASE_NOISE} | RandomPerturbation | none within the bound |" in shown
+    assert f"| {BASE_NOISE} | RandomPerturbation | none within the bound | 1 |" in shown  # p of the hypothesis
+
+
+def test_the_eight_are_filled_up_by_the_clean_loss(rows: list[Row]) -> None:
+    settings = choice.settings_of(rows)
+    lowest = min(each.losses[CLEAN][0] for each in settings if each.run.arm == LORA)
+    few = [each for each in settings if each.run.arm != EFMLORA]
+    of_arm = sorted((each for each in settings if each.run.arm == EFMLORA), key=lambda each: each.losses[CLEAN][0])
+    within = [each for each in of_arm if each.losses[CLEAN][0] <= lowest + 0.1][:3]
+    without = [each for each in of_arm if each.losses[CLEAN][0] > lowest + 0.1]
+    best = choice.ranked([*few, *without, *within], EFMLORA, BASE_NOISE)
+    assert best[:3] == sorted(within, key=lambda each: each.losses[BASE_NOISE][0])
+    assert best[3:] == without
 
 
 def test_the_bound_counts_in_the_mean_too(rows: list[Row]) -> None:
