@@ -45,6 +45,7 @@ from recipes.studies.tables import markdown
 POINTS = 32
 HYPERCUBE = 1  # the first seed that draws 32 different settings
 LEAST_UTILITY = 0.95  # that a choice must have; before unlearning it is 1
+MOST_RISE = 0.3  # of the loss of general texts, in nats per token
 PRIMARY = str(ATTACKS[-1])
 """The number of the attack's steps."""
 
@@ -67,6 +68,11 @@ class Setting(NamedTuple):
     def utility(self, seeds: Sequence[int]) -> float:
         """Return the mean utility over seeds, which may repeat."""
         return sum(self.rows[seed]["utility"] for seed in seeds) / len(seeds)
+
+    def is_useful(self, seeds: Sequence[int]) -> bool:
+        """Say whether the mean utility over seeds, which may repeat, is high enough, and little else is lost."""
+        rise = sum(self.rows[seed]["rise"] for seed in seeds) / len(seeds)
+        return self.utility(seeds) >= LEAST_UTILITY and rise <= MOST_RISE
 
 
 def perform(run: Run, knowledge: Knowledge) -> Row:
@@ -113,23 +119,26 @@ def settings_of(rows: Iterable[Row]) -> list[Setting]:
 
 
 def ranked(settings: Sequence[Setting], arm: str) -> list[Setting]:
-    """Return an arm's settings with enough utility on the first seed, the lowest recall first.
-
-    If no setting has enough utility, this is the one with the most.
-    """
+    """Return an arm's settings: the useful ones on the first seed, by their recall, then the others, by utility."""
     first = SEARCH_SEEDS[:1]
     own = [each for each in settings if each.run.arm == arm]
-    useful = [each for each in own if each.utility(first) >= LEAST_UTILITY]
-    if not useful:
-        return [max(own, key=lambda each: each.utility(first))]
-    return sorted(useful, key=lambda each: each.recalled(first))
+    useful = [each for each in own if each.is_useful(first)]
+    others = [each for each in own if not each.is_useful(first)]
+    others.sort(key=lambda each: each.utility(first), reverse=True)
+    return sorted(useful, key=lambda each: each.recalled(first)) + others
 
 
 def chosen(settings: Sequence[Setting], arm: str, seeds: Sequence[int] = SEARCH_SEEDS) -> Setting:
-    """Choose among the best eight of the first seed by the means over seeds, which may repeat."""
+    """Choose among the best eight of the first seed by the means over seeds, which may repeat.
+
+    Returns:
+        The useful setting with the lowest recall; if none is useful, the one with the highest utility.
+    """
     best = ranked(settings, arm)[:BEST]
-    useful = [each for each in best if each.utility(seeds) >= LEAST_UTILITY]
-    return min(useful or best, key=lambda each: each.recalled(seeds))
+    useful = [each for each in best if each.is_useful(seeds)]
+    if not useful:
+        return max(best, key=lambda each: each.utility(seeds))
+    return min(useful, key=lambda each: each.recalled(seeds))
 
 
 # -- the stages
@@ -214,7 +223,8 @@ def table(rows: Sequence[Row]) -> str:
         if arm == LORA:
             continue
         difference = np.subtract(on_fresh(choice), on_fresh(of_lora))
-        p = stats.ttest_rel(on_fresh(choice), on_fresh(of_lora)).pvalue
+        is_fair = choice.is_useful(SEARCH_SEEDS) and of_lora.is_useful(SEARCH_SEEDS)
+        p = stats.ttest_rel(on_fresh(choice), on_fresh(of_lora)).pvalue if is_fair else 1.0
         pairs = zip(choices(settings, arm), choices(settings, LORA), strict=True)
         low, high = resampled_interval([np.subtract(on_fresh(mine), on_fresh(its)) for mine, its in pairs])
         interval = with_interval(estimate(difference.tolist()), 3)
@@ -229,7 +239,8 @@ def main(folder: Path) -> None:
     """Do all runs, and write the rows and the table."""
     folder.mkdir(parents=True, exist_ok=True)
     knowledge = Knowledge(folder / "taught.safetensors")
-    study = open_study(file_storage(folder), "matrix_b", "min", {"space": SPACE, "points": POINTS}, {})
+    shared = {"space": SPACE, "points": POINTS, "taught": knowledge.digest}
+    study = open_study(file_storage(folder), "matrix_b", "min", shared, {})
     queue = Queue(study, lambda key: Run(**key))
 
     def left() -> list[Run]:

@@ -4,6 +4,7 @@ Only the upper half of SmolLM2 is trained: the lower half reads each text once.
 """
 
 import copy
+import hashlib
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -177,6 +178,10 @@ class Knowledge:
         general: general texts.
         likelihoods: log-likelihoods of all facts, (240,), in nats.
         loss: of the general texts, in nats per token.
+        digest: of the file.
+
+    Raises:
+        ValueError: the file's weights do not recall all facts.
     """
 
     def __init__(self, file: Path) -> None:
@@ -190,6 +195,9 @@ class Knowledge:
             save_file(_taught(self.model, self.texts), unfinished)
             unfinished.replace(file)
         self.model.load_state_dict(load_file(file), strict=False)  # the head is the embedding
+        if recall(self.model, self.texts, range(PEOPLE)) < 1:
+            raise ValueError(f"{file} was not taught these facts: delete it")
+        self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self.likelihoods = self._likelihoods(self.model, self.texts)
         self.loss = self.general_loss(self.model)
 

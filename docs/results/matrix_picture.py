@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matrix_choice import DISTURBED, LORA, STRENGTHS, chosen, settings_of  # in this folder
+from matrix_choice import DISTURBED, LORA, SEARCH_SEEDS, STRENGTHS, chosen, settings_of  # in this folder
 from matrix_table import difference, finals_of
 from matrix_unlearning import STRENGTHS as STRENGTHS_B
 
@@ -41,7 +41,7 @@ def cells_of_b(rows: Sequence[Row]) -> Cells:
     for arm in STRENGTHS_B:
         if arm != LORA:
             own = matrix_b.chosen(settings, arm)
-            is_fair = own.utility(matrix_b.SEARCH_SEEDS) >= matrix_b.LEAST_UTILITY
+            is_fair = own.is_useful(SEARCH_SEEDS) and of_lora.is_useful(SEARCH_SEEDS)
             pairs = [matrix_b.recalls(finals, each) for each in (own, of_lora)]
             points = 100 * np.subtract(*pairs)
             found[RELEARNING, arm] = matrix_b.estimate(points.tolist()) if is_fair else None
@@ -57,7 +57,8 @@ def draw(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> Figure:
     _fill(below, cells_of_b(rows_b), ".0f")
     below.set_title("hidden facts recalled after an attack, minus LoRA's (points)")
     patches = [Patch(facecolor=colour, edgecolor="gray", label=meaning) for colour, meaning in MEANINGS.items()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+    title = "95 % intervals, each for itself"
+    figure.legend(handles=patches, title=title, loc="outside lower center", ncols=len(patches), frameon=False)
     return figure
 
 

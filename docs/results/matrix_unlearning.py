@@ -92,9 +92,9 @@ class Parts(NamedTuple):
 
 
 def parts_of(seed: int) -> Parts:
-    """Divide the facts at random: one town's are forgotten."""
+    """Divide the facts: one town's are forgotten, and each four seeds in a row take all four towns."""
     chosen = random.Random(seed)
-    town = chosen.randrange(len(TOWNS))
+    town = seed % len(TOWNS)
     forgotten = list(range(town, PEOPLE, len(TOWNS)))
     rest = [number for number in range(PEOPLE) if number % len(TOWNS) != town]
     chosen.shuffle(forgotten)
@@ -160,9 +160,10 @@ def attacked(knowledge: Knowledge, net: Any, seed: int) -> dict[str, float]:
     """Train a new adapter on what is shown; return what is recalled after each number of steps."""
     parts, texts = parts_of(seed), knowledge.texts
     found = {"0": recall(net, texts, parts.hidden)}
-    net = with_adapter(net.merge_and_unload(), ATTACK_RANK, seed)
+    own = derived_seed(seed, 1)  # or the attack would start with the A that was used to unlearn
+    net = with_adapter(net.merge_and_unload(), ATTACK_RANK, own)
     optimizer = torch.optim.AdamW(trained(net), lr=ATTACK_RATE, weight_decay=0.0)
-    order = batches(parts.shown, seed)
+    order = batches(parts.shown, own)
     for step in range(1, ATTACKS[-1] + 1):
         (-log_likelihoods(net, texts.batch(next(order))).mean()).backward()
         optimizer.step()

@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,13 +41,17 @@ def tiny() -> Any:
 @pytest.fixture(scope="module")
 def knowledge(tmp_path_factory: pytest.TempPathFactory) -> Knowledge:
     """A tiny model that is taught for a few steps only."""
-    file, recalled = tmp_path_factory.mktemp("knowledge") / "taught.safetensors", iter([0.0, 1.0])
+    file, recalled = tmp_path_factory.mktemp("knowledge") / "taught.safetensors", iter([0.0, 1.0, 1.0, 1.0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matrix_facts, "load_base", lambda *args: tiny())
         patch.setattr(matrix_facts, "KEPT_LAYERS", 1)
         patch.setattr(matrix_facts, "recall", lambda *args: next(recalled))
         found, second = Knowledge(file), Knowledge(file)  # the second one reads the file
+        patch.setattr(matrix_facts, "recall", lambda *args: 0.9)
+        with pytest.raises(ValueError, match="was not taught these facts: delete it"):
+            Knowledge(file)
     assert torch.equal(second.likelihoods, found.likelihoods)
+    assert second.digest == found.digest
     return found
 
 
@@ -72,6 +77,8 @@ def test_each_fact_is_of_another_person_and_each_part_has_its_own() -> None:
     assert sorted([*parts.forgotten, *parts.retained, *parts.kept]) == list(range(PEOPLE))
     assert sorted([*parts.shown, *parts.hidden]) == sorted(parts.forgotten)
     assert parts_of(1) != parts
+    assert parts_of(0).forgotten != parts_of(4).forgotten
+    assert sorted(parts_of(0).forgotten) == sorted(parts_of(4).forgotten) == list(range(0, PEOPLE, 4))
 
 
 def test_likelihoods_equal_the_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +175,25 @@ def test_an_attack_sees_only_what_it_is_shown(knowledge: Knowledge, monkeypatch:
     assert seen == set(parts.shown)
 
 
+def test_an_attack_does_not_start_with_the_unlearners_factor(
+    knowledge: Knowledge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = []
+    new = matrix_unlearning.with_adapter
+
+    def noted(model: Any, rank: int, seed: int) -> Any:
+        net = new(model, rank, seed)
+        starts.append(dict(net.named_parameters()))
+        return net
+
+    monkeypatch.setattr(matrix_unlearning, "with_adapter", noted)
+    attacked(knowledge, unlearned(knowledge, run_of(rank=8, steps=1, rate=0.0)), 0)
+    own, its = starts
+    factors = [name for name in own if "lora_A" in name]
+    assert factors
+    assert not any(torch.equal(own[name], its[name]) for name in factors)
+
+
 # -- the search
 
 Recall = Callable[[Run], float]
@@ -251,11 +277,33 @@ def test_an_arm_without_enough_utility_takes_what_has_most(monkeypatch: pytest.M
     assert set(matrix_picture.cells_of_b(rows).values()) == {None}
 
 
+def test_a_choice_that_loses_its_utility_on_other_seeds_is_the_most_useful(rows: list[Row]) -> None:
+    settings = matrix_b.settings_of(rows)
+    for each in matrix_b.ranked(settings, FMLORA)[:8]:
+        for seed in (1, 2):
+            each.rows[seed] = {**each.rows[seed], "utility": 0.5}
+    last = matrix_b.ranked(settings, FMLORA)[7]
+    last.rows[2]["utility"] = 0.9
+    assert matrix_b.chosen(settings, FMLORA) == last
+    assert not last.is_useful(matrix_b.SEARCH_SEEDS)
+
+
+def test_a_model_that_is_damaged_elsewhere_is_not_useful(rows: list[Row]) -> None:
+    settings = matrix_b.settings_of(rows)
+    first = matrix_b.chosen(settings, RANDOM)
+    first.rows[0] = {**first.rows[0], "rise": 0.8}
+    assert not first.is_useful((0,))
+    assert first not in matrix_b.ranked(settings, RANDOM)[:8]
+    assert matrix_b.chosen(settings, RANDOM, (0,)) != first
+    first.rows[0]["rise"] = math.nan
+    assert not first.is_useful((0,))
+
+
 def test_the_command_does_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four settings of each arm, and two final seeds."""
     monkeypatch.setattr(matrix_b, "POINTS", 4)
     monkeypatch.setattr(matrix_b, "FINAL_SEEDS", range(100, 102))
-    monkeypatch.setattr(matrix_b, "Knowledge", lambda file: None)
+    monkeypatch.setattr(matrix_b, "Knowledge", lambda file: SimpleNamespace(digest="0"))
     monkeypatch.setattr(matrix_b, "perform", lambda run, knowledge: {**row_of(run, smooth), "value": smooth(run)})
     matrix_b.main(tmp_path)
     rows = read(tmp_path / "results.jsonl")
