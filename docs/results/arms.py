@@ -1,11 +1,14 @@
 """The arms next to P1 in protocol_p1_p2.md: other changes to LoRA, searched as P1's sides were.
 
 From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/arms.py ARM FOLDER``, where ARM is one of
-``ARMS``. Its rows are ``FOLDER/results.jsonl`` when all runs are done; ``rho`` in them is the arm's strength. P1's rows
-without a perturbation are put there first, so the search is P1's with another method in place of EFMLoRA. The same
-command resumes after a stop, and several processes may share the runs. The rows of all arms, without P1's and each with
-its arm's name, are ``arms.jsonl``. They come from an earlier search, at the commit given in them, which suggested
-settings in another order; Bi-LoRA's pair climbed by plain ascent there.
+``ARMS``. Its rows are ``FOLDER/results.jsonl`` when all runs are done; ``rho`` in them is the arm's strength, and
+``times`` a factor on it, beyond the grid. P1's rows without a perturbation are put there first, so the search is P1's
+with another method in place of EFMLoRA; so are the arm's own published rows, if there are any. The same command resumes
+after a stop, and several processes may share the runs.
+
+The rows of all arms, without P1's and each with its arm's name, are ``arms.jsonl``. Those of the first search, at the
+commit given in them, had settings in another order; there, Bi-LoRA's pair climbed by plain ascent, so that its rows are
+not used again.
 """
 
 import json
@@ -25,8 +28,9 @@ from torch import Tensor, nn
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.methods.b_perturbation import EFMLoRAStep
 from recipes.studies.queue import Queue
-from recipes.studies.rows import read
-from recipes.tune.search import SIDES, WITHOUT, Options, Run, Search
+from recipes.studies.rows import Row, read
+from recipes.tune.answer import chosen
+from recipes.tune.search import SEARCH_SEEDS, SIDES, WITH, WITHOUT, Options, Run, Search
 from recipes.tune.space import RHO, Config, arguments
 
 SPACE = {
@@ -35,8 +39,12 @@ SPACE = {
     "model.lora.r/model.lora.lora_alpha": ["2/4", "8/16", "32/64"],
 }
 """As in P1's command."""
+OF_FIT = [option for option in OPTIONS if option not in ("--method", "efmlora")]
 TRIALS = 24  # of both sides; the half without a perturbation is P1's
 FRESH = 10  # final seeds, of P1's 20
+TIMES = "times"
+FURTHER, EXTENSIONS = 4, 3  # the factor by which a grid is extended, and how often at most
+AS_PUBLISHED = "bi_lora"  # the arm whose rows in arms.jsonl are of another method
 
 
 class RandomScaling(L.Callback):
@@ -116,10 +124,12 @@ class Arm(NamedTuple):
     Attributes:
         options: options of `fit` for a strength and a seed.
         strengths: the strengths to try.
+        least: a strength that is LoRA, below which there is none.
     """
 
     options: Callable[[str, int], list[str]]
     strengths: Sequence[str]
+    least: float = 0.0
 
 
 def _of_callback(path: str, strength: str, *, seeded: bool = False) -> Callable[[str, int], list[str]]:
@@ -142,6 +152,11 @@ def _of_monteclora(scaler: str, seed: int) -> list[str]:
     return [f"--model.lora.monteclora_config={fields}", "--trainer.callbacks+=arms.VariationalLoss"]
 
 
+def _of_averaging(steps: str, seed: int) -> list[str]:
+    decay = 1 - 1 / float(steps)
+    return ["--trainer.callbacks+=lightning_flatlora.AdapterAveraging", f"--trainer.callbacks.decay={decay:g}"]
+
+
 RADII = ["0.05", "0.2", "0.8", "3.2"]
 ARMS = {
     "lora_sam": Arm(_of_callback("lightning_flatlora.baselines.LoRASAM", "rho"), ["0.0125", "0.05", "0.2", "0.8"]),
@@ -154,30 +169,77 @@ ARMS = {
     "late_fmlora": Arm(_of_fmlora("--trainer.callbacks.start_step=68"), RADII),  # the last tenth of 75 steps
     "half_fmlora": Arm(_of_fmlora("--data.batch_size=8"), RADII),  # LoRA's compute: half of its batch of 16 twice
     "turned": Arm(_of_callback("arms.Turned", "rho"), RADII),
-    "averaging": Arm(_of_callback("lightning_flatlora.AdapterAveraging", "decay"), ["0.5", "0.8", "0.9", "0.95"]),
+    "averaging": Arm(_of_averaging, ["2", "5", "10", "20"], least=1.0),  # steps
 }
 
 
 class ArmSearch(Search):
-    """P1's search with an arm in place of EFMLoRA."""
+    """P1's search with an arm in place of EFMLoRA, whose grid is extended until the best strength lies within."""
 
     arm: Arm
 
     def arguments(self, config: Config, seed: int) -> list[str]:
         """Return the arguments of the recipe's ``fit``."""
-        given = [*self.more, *arguments(config), f"--seed_everything={seed}", f"--data.seed={seed}"]
-        return [*given, *self.arm.options(config[RHO], seed)]
+        settings = {name: value for name, value in config.items() if name != TIMES}
+        given = [*self.more, *arguments(settings), f"--seed_everything={seed}", f"--data.seed={seed}"]
+        strength = config[RHO] if TIMES not in config else f"{strength_of(config):g}"
+        return [*given, *self.arm.options(strength, seed)]
+
+    def _repeats(self) -> list[Run]:
+        """Return P1's repeats and, when these are done, the runs beyond the grid."""
+        runs = super()._repeats()
+        while all(self.queue.find(run) is not None for run in runs):
+            more = self._beyond(runs)
+            if not more:
+                break
+            runs += more
+        return runs
+
+    def _beyond(self, runs: Sequence[Run]) -> list[Run]:
+        """Return the best settings with a strength beyond the grid, if theirs is at its end.
+
+        Args:
+            runs: the runs of the search on all but the first seed, and those beyond the grid so far.
+        """
+        extensions = [run.config for run in runs if TIMES in run.config and run.seed == SEARCH_SEEDS[0]]
+        # Later extensions may be done too; each follows from what was there before it.
+        rows = [row for row in self.queue.rows if TIMES not in row["config"] or row["config"] in extensions]
+        best = chosen(rows, self.mode)[WITH]
+        strength = strength_of(best)
+        tried = [*map(float, self.arm.strengths), *map(strength_of, extensions)]
+        if min(tried) < strength < max(tried) or len(extensions) == EXTENSIONS:
+            return []
+        factor = FURTHER if strength == max(tried) else 1 / FURTHER
+        if factor * strength <= self.arm.least:
+            return []
+        config = {**best, TIMES: f"{factor * strength / float(best[RHO]):g}"}
+        number = TRIALS + len(extensions)
+        return [Run(WITH, config, seed, "search", number) for seed in SEARCH_SEEDS]
 
     def _finals(self) -> list[Run]:
         """Return the final runs without a control, which is `docs/results/p1_control.py`."""
         return [run for run in super()._finals() if run.side in SIDES]
 
 
-def add_runs_of_p1(queue: Queue[Run]) -> None:
-    """Add P1's runs without a perturbation, except those that are already there."""
-    for row in read(Path(__file__).with_name("p1.jsonl")):
+def strength_of(config: Config) -> float:
+    """Return an arm's strength."""
+    return float(config[RHO]) * float(config.get(TIMES, 1))
+
+
+def published(name: str) -> list[Row]:
+    """Return the published rows that an arm's search has: P1's without a perturbation, and its own."""
+    folder = Path(__file__).parent
+    rows = [row for row in read(folder / "p1.jsonl") if row["side"] == WITHOUT]
+    if name != AS_PUBLISHED:
+        rows += [row for row in read(folder / "arms.jsonl") if row["arm"] == name]
+    return rows
+
+
+def add_runs(queue: Queue[Run], rows: Iterable[Row]) -> None:
+    """Add finished runs, except those that are already there."""
+    for row in rows:
         run = run_of(row)
-        if run.side == WITHOUT and queue.find(run) is None:
+        if queue.find(run) is None:
             known = {"name": run.name, "run": run.key(), "row": row}
             queue.study.add_trial(create_trial(value=row["value"], user_attrs=known))
     queue.reload()
@@ -185,14 +247,18 @@ def add_runs_of_p1(queue: Queue[Run]) -> None:
 
 def main(name: str, folder: Path) -> None:
     """Search, then train and test the winner."""
-    arm = ARMS[name]
-    more = [option for option in OPTIONS if option not in ("--method", "efmlora")]
-    queue = queue_of(folder, name, more)
-    add_runs_of_p1(queue)
-    options = Options(RECIPE, TRIALS, fresh=FRESH, test=True)
-    search = ArmSearch(options, more, {**SPACE, RHO: ["0", *arm.strengths]}, queue, folder, "val_loss", "min")
-    search.arm = arm
+    search = search_of(name, queue_of(folder, name, OF_FIT), folder)
+    add_runs(search.queue, published(name))
     work(search, search.open_runs)
+
+
+def search_of(name: str, queue: Queue[Run], folder: Path) -> ArmSearch:
+    """Return the search of an arm."""
+    options = Options(RECIPE, TRIALS, fresh=FRESH, test=True)
+    space = {**SPACE, RHO: ["0", *ARMS[name].strengths]}
+    search = ArmSearch(options, OF_FIT, space, queue, folder, "val_loss", "min")
+    search.arm = ARMS[name]
+    return search
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """The arms beside P1 in docs/results/arms.py."""
 
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import Classifier, fit
 
 from lightning_flatlora import EFMLoRA
+from recipes.studies.rows import Row
+from recipes.tune.search import Run
 
 sys.path.append(str(Path(__file__).parents[2] / "docs" / "results"))
 import arms
@@ -31,3 +35,73 @@ def test_each_arm_has_options_of_its_strength(name: str) -> None:
     arm = arms.ARMS[name]
     given = [tuple(arm.options(strength, 0)) for strength in arm.strengths]
     assert len(set(given)) == len(given) == 4
+
+
+class Done:
+    """Stands in for a queue: the rows of the runs that are done."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+        self.by_name = {arms.run_of(row).name: row for row in rows}
+
+    def find(self, run: Run) -> Row | None:
+        return self.by_name.get(run.name)
+
+    def add(self, run: Run, value: float) -> None:
+        self.by_name[run.name] = row = {**run.key(), "value": value, "mode": "min"}
+        self.rows.append(row)
+
+
+def searched(name: str, folder: Path, best: float) -> tuple[list[Row], list[Run]]:
+    """Do an arm's search where the loss depends on the distance to the best strength; return its rows and new runs."""
+    queue: Any = Done(arms.published(name))
+    search, new = arms.search_of(name, queue, folder), []
+    while runs := search.open_runs():
+        run = runs[-1]
+        new.append(run)
+        queue.add(run, abs(math.log(arms.strength_of(run.config) / best)) + 0.01 * run.seed)
+    return queue.rows, new
+
+
+@pytest.mark.parametrize(
+    ("best", "expected"),
+    [(0.2, set()), (0.01, {0.0125, 0.003125}), (1e-9, {0.0125, 0.003125, 0.00078125}), (10, {12.8, 51.2})],
+)
+def test_the_grid_is_extended_until_the_best_lies_within(best: float, expected: set[float], tmp_path: Path) -> None:
+    rows, _ = searched("turned", tmp_path, best)
+    own = [row for row in rows if row["side"] == "with"]
+    beyond = {arms.strength_of(row["config"]) for row in own} - {0.05, 0.2, 0.8, 3.2}
+    assert beyond == expected
+    for strength in beyond:
+        of_strength = [row["seed"] for row in own if arms.strength_of(row["config"]) == strength]
+        assert set(of_strength) >= {0, 1, 2}
+    finals = [row for row in own if row["stage"] == "final"]
+    assert sorted(row["seed"] for row in finals) == list(range(100, 110))
+    (strength,) = {arms.strength_of(row["config"]) for row in finals}
+    every = {0.05, 0.2, 0.8, 3.2} | expected
+    assert strength == min(every, key=lambda each: abs(math.log(each / best)))
+
+
+def test_an_average_of_one_step_is_lora_and_not_tried(tmp_path: Path) -> None:
+    _, runs = searched("averaging", tmp_path, 1e-9)
+    assert {arms.strength_of(run.config) for run in runs if run.side == "with"} == {2, 5, 10, 20}
+    assert arms.ARMS["averaging"].options("20", 0)[-1] == "--trainer.callbacks.decay=0.95"
+
+
+def test_published_rows_are_not_trained_again(tmp_path: Path) -> None:
+    """LoRA-SAM's best strength, 0.0125, was the smallest one."""
+    queue: Any = Done(arms.published("lora_sam"))
+    search = arms.search_of("lora_sam", queue, tmp_path)
+    runs = search.open_runs()
+    assert [(arms.strength_of(run.config), run.seed) for run in runs] == [(0.003125, seed) for seed in (0, 1, 2)]
+    assert "--trainer.callbacks.rho=0.003125" in search.arguments(runs[0].config, 0)
+    assert not any("times" in each for each in search.arguments(runs[0].config, 0))
+    for run in runs:
+        queue.add(run, 9.0)
+    assert search.open_runs() == []  # its final runs are there too
+
+
+def test_bi_lora_is_searched_from_the_start(tmp_path: Path) -> None:
+    queue: Any = Done(arms.published("bi_lora"))
+    runs = arms.search_of("bi_lora", queue, tmp_path).open_runs()
+    assert [run.trial for run in runs] == [0, 1, 2, 3]
