@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from optuna import Trial
 from optuna.trial import create_trial
 from p1_control import queue_of, work  # in this folder
 from p2 import OPTIONS, RECIPE, run_of
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.methods.b_perturbation import EFMLoRAStep
+from recipes.studies.process import written
 from recipes.studies.queue import Queue
 from recipes.studies.rows import Row, read
 from recipes.tune.answer import chosen
@@ -184,6 +186,12 @@ class ArmSearch(Search):
         given = [*self.more, *arguments(settings), f"--seed_everything={seed}", f"--data.seed={seed}"]
         strength = config[RHO] if TIMES not in config else f"{strength_of(config):g}"
         return [*given, *self.arm.options(strength, seed)]
+
+    def perform(self, run: Run, trial: Trial) -> Row:
+        """Do a run; its row also names the checkpoint that counts, and so its step."""
+        row = super().perform(run, trial)
+        file = self.folder / run.name / "fit.json"  # missing if the run failed
+        return {**row, "checkpoint": Path(written(file)["best"]).stem if file.exists() else None}
 
     def _repeats(self) -> list[Run]:
         """Return P1's repeats and, when these are done, the runs beyond the grid."""

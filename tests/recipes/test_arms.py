@@ -105,3 +105,14 @@ def test_bi_lora_is_searched_from_the_start(tmp_path: Path) -> None:
     queue: Any = Done(arms.published("bi_lora"))
     runs = arms.search_of("bi_lora", queue, tmp_path).open_runs()
     assert [run.trial for run in runs] == [0, 1, 2, 3]
+
+
+def test_a_row_names_the_checkpoint_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = arms.search_of("turned", Done(arms.published("turned")), tmp_path)  # type: ignore[arg-type]
+    run = search.open_runs()[0]
+    monkeypatch.setattr(arms.Search, "perform", lambda self, run, trial: {"value": 2.0})
+    trial: Any = None
+    assert search.perform(run, trial) == {"value": 2.0, "checkpoint": None}
+    (tmp_path / run.name).mkdir(parents=True)
+    (tmp_path / run.name / "fit.json").write_text('{"best": "checkpoints/epoch=1-step=50.ckpt"}')
+    assert search.perform(run, trial)["checkpoint"] == "epoch=1-step=50"
