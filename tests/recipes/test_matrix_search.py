@@ -218,6 +218,11 @@ def test_the_interval_covers_the_choice() -> None:
     assert matrix_table.covering(settings, finals, RANDOM, BASE_NOISE) == (-0.5, 0.5)
 
 
+def test_holms_correction() -> None:
+    assert matrix_table.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert matrix_table.holm([0.9, 0.6]) == [1.0, 1.0]
+
+
 def test_the_same_command_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = choice.searched()[:3]
     done: list[Run] = []
