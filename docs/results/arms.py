@@ -23,7 +23,7 @@ import torch
 from optuna import Trial
 from optuna.trial import create_trial
 from p1_control import queue_of, work  # in this folder
-from p2 import OPTIONS, RECIPE, run_of
+from p2 import PLAIN, RECIPE, run_of
 from torch import Tensor, nn
 
 from lightning_flatlora.callbacks.base import MethodCallback
@@ -41,7 +41,6 @@ SPACE = {
     "model.lora.r/model.lora.lora_alpha": ["2/4", "8/16", "32/64"],
 }
 """As in P1's command."""
-OF_FIT = [option for option in OPTIONS if option not in ("--method", "efmlora")]
 TRIALS = 24  # of both sides; the half without a perturbation is P1's
 FRESH = 10  # final seeds, of P1's 20
 TIMES = "times"
@@ -255,7 +254,7 @@ def add_runs(queue: Queue[Run], rows: Iterable[Row]) -> None:
 
 def main(name: str, folder: Path) -> None:
     """Search, then train and test the winner."""
-    search = search_of(name, queue_of(folder, name, OF_FIT), folder)
+    search = search_of(name, queue_of(folder, name, PLAIN), folder)
     add_runs(search.queue, published(name))
     work(search, search.open_runs)
 
@@ -264,7 +263,7 @@ def search_of(name: str, queue: Queue[Run], folder: Path) -> ArmSearch:
     """Return the search of an arm."""
     options = Options(RECIPE, TRIALS, fresh=FRESH, test=True)
     space = {**SPACE, RHO: ["0", *ARMS[name].strengths]}
-    search = ArmSearch(options, OF_FIT, space, queue, folder, "val_loss", "min")
+    search = ArmSearch(options, PLAIN, space, queue, folder, "val_loss", "min")
     search.arm = ARMS[name]
     return search
 

@@ -18,7 +18,7 @@ from typing import Any
 from scipy import stats
 
 from recipes.studies.rows import Row, read
-from recipes.studies.statistics import Estimate, estimate, with_interval
+from recipes.studies.statistics import Estimate, estimate, holm, with_interval
 
 RESULTS = Path(__file__).parent
 DOCS = RESULTS.parent
@@ -208,8 +208,7 @@ def corrections() -> list[str]:
         difference(w2("efmlora"), w2("lora", dropout=0.9)),
         difference(w3("efmlora"), w3("lora", dropout=0.3)),
     ]
-    of_w2 = p_value(found[1])
-    larger = [each for each in found if p_value(each) >= of_w2]  # Holm's method multiplies by their number
+    _, of_w2, _ = holm([p_value(each) for each in found])
     moved = []
     for name, rate in (("w1", 5e-4), ("w2", 5e-4), ("w3", 5e-4), ("w5", 2.5e-4), ("w6", 1e-3)):
         searched = Runs(name, "search")
@@ -221,7 +220,7 @@ def corrections() -> list[str]:
     return [
         f"with dropout 0.3, is {with_interval(difference(w2('efmlora'), w2('lora', dropout=0.3)))}.",
         f"EFMLoRA {accuracy(w3('efmlora')):.2f}, and the LoRA of the table {accuracy(w3('lora', dropout=0.3)):.1f}.",
-        f"p is {len(larger) * of_w2:.3f} by Holm's method",
+        f"p is {of_w2:.3f} by Holm's method",
         f"moved the validation loss by {math.ceil(1000 * max(moved)) / 1000:.3f} nats at most",
     ]
 
@@ -302,10 +301,9 @@ def needs_an_adapter() -> list[str]:
         "test accuracy, %": means_and_differences(arms, "test_accuracy", (1, 1), pairs, 100),
         "rise of the loss on other texts": means_and_differences(arms, "rise", (2, 2), pairs),
     }
-    # Holm's method leaves the larger one of two unchanged.
     title = f"| On {len(arms['8'])} fresh seeds |"
     table = [f"| {name} | {cells} |" for name, cells in rows.items()]
-    return [title, *table, f"p {max(p_values):.4f} by Holm's method"]
+    return [title, *table, f"p {holm(p_values)[0]:.4f} by Holm's method"]
 
 
 def other_methods() -> list[str]:

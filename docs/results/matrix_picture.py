@@ -13,7 +13,7 @@ from matrix_table import difference, finals_of
 from matrix_unlearning import STRENGTHS as STRENGTHS_B
 
 from recipes.studies.rows import Row
-from recipes.studies.statistics import Estimate
+from recipes.studies.statistics import Estimate, estimate
 
 BETTER, EVEN, WORSE, NONE = "#b7dfb9", "#eeeeee", "#f3c0b8", "white"
 MEANINGS = {BETTER: "better than LoRA", EVEN: "no sure difference", WORSE: "worse than LoRA", NONE: "no fair setting"}
@@ -44,7 +44,7 @@ def cells_of_b(rows: Sequence[Row]) -> Cells:
             is_fair = own.is_useful(SEARCH_SEEDS) and of_lora.is_useful(SEARCH_SEEDS)
             pairs = [matrix_b.recalls(finals, each) for each in (own, of_lora)]
             points = 100 * np.subtract(*pairs)
-            found[RELEARNING, arm] = matrix_b.estimate(points.tolist()) if is_fair else None
+            found[RELEARNING, arm] = estimate(points.tolist()) if is_fair else None
     return found
 
 

@@ -20,7 +20,7 @@ from around import losses  # in this folder
 from calibrated import Calibration
 from matrix_choice import EFMLORA, LORA, RANDOM, SEARCH_SEEDS, chosen, chosen_freely, open_runs, settings_of
 from matrix_disturbances import B_NOISE, BASE_NOISE, CLEAN, Change, layers_of, noise_on_B, noise_on_base
-from p2 import OPTIONS, RECIPE
+from p2 import PLAIN, RECIPE
 from peft import PeftModel
 
 from recipes.data.files import write_whole
@@ -29,10 +29,9 @@ from recipes.studies.queue import Queue, file_storage, open_study
 from recipes.studies.rows import Row, read
 from recipes.studies.statistics import estimate, with_error, with_interval
 from recipes.studies.tables import markdown
-from recipes.tune.search import finite_or_worst
+from recipes.tune.search import finite_or_worst, value_of_kept
 
 RESULTS = Path(__file__).parent
-PLAIN = [option for option in OPTIONS if option not in ("--method", "efmlora")]
 RANKS = (8, 32)  # LoRA's two choices in P1; the rate and the dropout were the same
 STRENGTHS = {EFMLORA: [0.05, 0.2, 0.8, 3.2], RANDOM: [0.03, 0.1, 0.3, 1.0]}
 DISTURBANCE = {EFMLORA: B_NOISE, RANDOM: BASE_NOISE}
@@ -154,8 +153,7 @@ def perform(run: Run, folder: Path) -> Row:
     """Train; a final run's adapter is measured too."""
     gc.collect()  # frees the last run's model, which contains cycles
     fitted = fit(RECIPE, folder / run.name, run.arguments())
-    val_loss = min(validation["val_loss"] for validation in fitted["validations"])
-    row = {"value": finite_or_worst(val_loss, "min"), "val_loss": val_loss, "commit": commit()}
+    row = {"value": finite_or_worst(value_of_kept(fitted, "val_loss"), "min"), "commit": commit()}
     if run.stage == "final":
         # The adapter's folder has the name of the checkpoint next to it.
         adapter = folder / run.name / "fit" / "checkpoints" / Path(fitted["best"]).stem
@@ -190,7 +188,7 @@ def scan(rows: Sequence[Row]) -> list[Run]:
 
 def strengths_of(rows: Sequence[Row], cost: Mapping[str, float]) -> dict[str, list[float]]:
     """Return of each method the strengths whose costs here are nearest to those in column A, in ascending order."""
-    searched = {(row["arm"], row["strength"]): row["val_loss"] for row in rows if row["stage"] == "search"}
+    searched = {(row["arm"], row["strength"]): row["value"] for row in rows if row["stage"] == "search"}
     of_lora = searched[LORA, None]
 
     def distance(method: str, strength: float) -> float:
@@ -217,10 +215,10 @@ def final(cost: Mapping[str, float], rows: Sequence[Row]) -> list[Run]:
 
 def table(rows: Sequence[Row], cost: Mapping[str, float]) -> str:
     """Return the table; every run must be there."""
-    tests = {Run(*(row[name] for name in Run._fields)): row["test"] for row in rows if row["stage"] == "final"}
+    tests = {(row["arm"], row["rank"], row["strength"], row["seed"]): row.get("test") for row in rows}
 
     def on_test(run: Run, disturbance: str) -> list[float]:
-        return [tests[run._replace(seed=seed)][disturbance] for seed in SEEDS]
+        return [tests[run.arm, run.rank, run.strength, seed][disturbance] for seed in SEEDS]
 
     runs = arms(rows, cost)
     lines = [["disturbance", "arm", "rank", "strength", "test loss", "minus LoRA's, rank 8", "minus LoRA's, rank 32"]]

@@ -83,22 +83,6 @@ def resampled_interval(differences: Sequence[Sequence[float]]) -> tuple[float, f
     return float(low), float(high)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for their number by Holm's method, in the same order.
-
-    Example:
-        >>> holm([0.25, 0.125])
-        [0.25, 0.25]
-    """
-    corrected, highest = [0.0] * len(p_values), 0.0
-    ascending = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    for place, index in enumerate(ascending):
-        # The smallest one is multiplied by their number, the next one by one less; and none is below an earlier one.
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
-        corrected[index] = highest
-    return corrected
-
-
 def short(setting: Setting) -> str:
     """Format an arm's strength and its other settings."""
     strength = "" if setting.run.strength is None else f"{setting.run.strength:g}; "

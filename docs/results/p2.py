@@ -29,6 +29,8 @@ OPTIONS = [
     *("--model.exact_match_examples", "0", "--model.attn_implementation", "eager", "--trainer.limit_val_batches", "6"),
 ]
 """What every run of P1 had, beside what its row says."""
+PLAIN = [option for option in OPTIONS if option not in ("--method", "efmlora")]
+"""The same without a method."""
 KINDS = ("privacy", "sentiment")
 TEXTS = 400  # of each kind
 BATCH = 16

@@ -34,6 +34,22 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.mean(values), error, len(values))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number by Holm's method, in the same order.
+
+    Example:
+        >>> holm([0.25, 0.125])
+        [0.25, 0.25]
+    """
+    corrected, highest = [0.0] * len(p_values), 0.0
+    ascending = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    for place, index in enumerate(ascending):
+        # The smallest one is multiplied by their number, the next one by one less; and none is below an earlier one.
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
+        corrected[index] = highest
+    return corrected
+
+
 def with_error(found: Estimate, form: str = ".1f") -> str:
     """Show a mean and its standard error in a cell; without the error if there is one value.
 

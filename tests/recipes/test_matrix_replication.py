@@ -53,7 +53,7 @@ def test_a_changed_net_computes_with_disturbed_merged_layers_and_is_restored() -
 
 def row_of(run: replication.Run) -> Row:
     # A strength costs as many nats as it has units.
-    row = {**run.key(), "val_loss": 3 + (run.strength or 0.0)}
+    row = {**run.key(), "value": 3 + (run.strength or 0.0)}
     if run.stage == "final":
         losses = {name: 3 + math.sin(run.seed + len(name)) for name in replication.disturbances(100)}
         row["test"] = {name: loss - 0.5 * (run.arm == RANDOM) for name, loss in losses.items()}

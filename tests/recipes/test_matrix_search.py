@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from recipes.studies.rows import Row, read
+from recipes.studies.statistics import holm
 
 sys.path.append(str(Path(__file__).parents[2] / "docs" / "results"))
 import matrix_a
@@ -219,8 +220,8 @@ def test_the_interval_covers_the_choice() -> None:
 
 
 def test_holms_correction() -> None:
-    assert matrix_table.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert matrix_table.holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
 
 
 def test_the_same_command_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
