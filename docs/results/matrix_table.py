@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 from matrix_choice import (  # in this folder
@@ -28,6 +29,24 @@ from recipes.studies.statistics import Estimate, estimate, with_error, with_inte
 from recipes.studies.tables import markdown
 
 DRAWS = 10_000
+
+
+class Comparison(NamedTuple):
+    """The result on a hypothesis.
+
+    Attributes:
+        losses: mean test losses of LoRA and of the method, in nats.
+        difference: the method's minus LoRA's, paired by seed.
+        p: of a paired t-test, before any correction.
+        covering: the 95 % interval that covers the search, too.
+    """
+
+    losses: tuple[float, float]
+    difference: Estimate
+    p: float
+    covering: tuple[float, float]
+
+
 Finals = dict[str, dict[int, Row]]
 """Of a setting's name the final rows by seed."""
 
@@ -67,6 +86,20 @@ def covering(settings: Sequence[Setting], finals: Finals, arm: str, disturbance:
             losses.append(on_test(finals, choice, disturbance))  # type: ignore[arg-type]
         differences.append(np.subtract(*losses))
     return resampled_interval(differences)
+
+
+def compared(settings: Sequence[Setting], finals: Finals, arm: str, disturbance: str) -> Comparison | None:
+    """Compare a hypothesis' method with LoRA; None if either has no setting within the bound, so that p is 1."""
+    own, of_lora = (chosen(settings, each, disturbance) for each in (arm, LORA))
+    if own is None or of_lora is None:
+        return None
+    mine, its = (on_test(finals, each, disturbance) for each in (own, of_lora))
+    return Comparison(
+        losses=(estimate(its).mean, estimate(mine).mean),
+        difference=difference(finals, own, of_lora, disturbance),
+        p=float(stats.ttest_rel(mine, its).pvalue),
+        covering=covering(settings, finals, arm, disturbance),
+    )
 
 
 def resampled_interval(differences: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -118,14 +151,13 @@ def hypotheses(settings: Sequence[Setting], finals: Finals) -> str:
     for disturbance, (_, arm) in TESTED.items():
         free = [chosen_freely(settings, each, disturbance) for each in (arm, LORA)]
         unbounded = with_interval(difference(finals, *free, disturbance), 3)
-        own, of_lora = (chosen(settings, each, disturbance) for each in (arm, LORA))
-        if own is None or of_lora is None:
+        found = compared(settings, finals, arm, disturbance)
+        if found is None:
             lines.append([disturbance, arm, "none within the bound", "1", "", unbounded])
             continue
-        found = with_interval(difference(finals, own, of_lora, disturbance), 3)
-        p = stats.ttest_rel(on_test(finals, own, disturbance), on_test(finals, of_lora, disturbance)).pvalue
-        low, high = covering(settings, finals, arm, disturbance)
-        lines.append([disturbance, arm, found, f"{p:.2g}", f"[{low:+.3f}, {high:+.3f}]", unbounded])
+        low, high = found.covering
+        interval = with_interval(found.difference, 3)
+        lines.append([disturbance, arm, interval, f"{found.p:.2g}", f"[{low:+.3f}, {high:+.3f}]", unbounded])
     return markdown(lines)
 
 

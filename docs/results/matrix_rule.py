@@ -1,0 +1,108 @@
+"""The rule that column A of protocol_matrix.md gives to users, and its lines on the pages."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from matrix_choice import (  # in this folder
+    BI_LORA,
+    DISTURBED,
+    EFMLORA,
+    FMLORA,
+    LORA,
+    QAT,
+    RANDOM,
+    SEARCH_SEEDS,
+    TESTED,
+    Setting,
+    chosen,
+    settings_of,
+)
+from matrix_disturbances import CLEAN
+from matrix_table import Finals, compared, difference, finals_of, on_test
+
+from recipes.studies.rows import Row
+from recipes.studies.statistics import Estimate, estimate, holm, with_interval
+
+FREE = (LORA, QAT)
+PERTURBATIONS = (EFMLORA, FMLORA, RANDOM, BI_LORA)
+AVERAGED = {"none": "", "0.99": ", averaged", "from step 300": ", averaged"}
+OTHER_HYPOTHESES = [1.0, 1.0]  # of column B, before it is there: Holm's method then gives the highest p that A can have
+
+
+class Verdict(NamedTuple):
+    """What helps most against a disturbance, by validation, and how much on test.
+
+    Attributes:
+        rival: the best setting that costs nothing.
+        best: the best setting with a perturbation; None if none was within the bound.
+        found: the difference of their test losses, in nats; None if there is no perturbation.
+    """
+
+    rival: Setting
+    best: Setting | None
+    found: Estimate | None
+
+    @property
+    def use(self) -> str:
+        """The arm to use: the perturbation's only if the interval of its difference is below 0."""
+        if self.best and self.found and self.found.mean + self.found.interval < 0:
+            return self.best.run.arm
+        return self.rival.run.arm
+
+
+def verdict(settings: Sequence[Setting], finals: Finals, disturbance: str) -> Verdict:
+    """Choose a free setting and one with a perturbation on validation, and compare them on test."""
+    rival = _lowest(settings, FREE, disturbance)
+    if rival is None:
+        raise ValueError(f"No free setting is within the bound under {disturbance}.")
+    best = _lowest(settings, PERTURBATIONS, disturbance)
+    found = difference(finals, best, rival, disturbance) if best else None
+    return Verdict(rival, best, found)
+
+
+def _lowest(settings: Sequence[Setting], arms: Iterable[str], disturbance: str) -> Setting | None:
+    """Return the arms' choice whose mean validation loss under a disturbance is the lowest, if there is one."""
+    choices = [chosen(settings, arm, disturbance) for arm in arms]
+    within = [each for each in choices if each]
+    return min(within, key=lambda each: each.mean(disturbance, SEARCH_SEEDS), default=None)
+
+
+# -- the pages
+
+
+def rule(rows: Sequence[Row]) -> list[str]:
+    """Return the rows of the rule's table: what happens, what to use, the free rival and the best perturbation."""
+    settings, finals = settings_of(rows), finals_of(rows)
+    lines = []
+    for disturbance in DISTURBED:
+        of = verdict(settings, finals, disturbance)
+        rise = estimate(on_test(finals, of.rival, disturbance)).mean - estimate(on_test(finals, of.rival, CLEAN)).mean
+        cells = [disturbance, of.use, f"{described(of.rival)}: {rise:+.2f}", "none within the bound"]
+        if of.best and of.found:
+            cells[-1] = f"{described(of.best)}: {with_interval(of.found)}"
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def described(setting: Setting) -> str:
+    """Return an arm, its strength, and its settings that are not rates."""
+    run = setting.run
+    strength = "" if run.strength is None else f" {run.strength:g}"
+    of = run.settings
+    return f"{run.arm}{strength}, rank {of['rank']}, dropout {of['dropout']:g}{AVERAGED[of['averaging']]}"
+
+
+def hypotheses(rows: Sequence[Row]) -> list[str]:
+    """Return the rows of A1 and A2: losses, their difference, the interval that covers the search, and Holm's p."""
+    settings, finals = settings_of(rows), finals_of(rows)
+    found = [compared(settings, finals, arm, disturbance) for disturbance, (_, arm) in TESTED.items()]
+    corrected = holm([*(each.p if each else 1.0 for each in found), *OTHER_HYPOTHESES])
+    lines = []
+    for name, (disturbance, (_, arm)), each, p in zip(("A1", "A2"), TESTED.items(), found, corrected, strict=False):
+        cells = ["", "", "none within the bound", ""]
+        if each:
+            low, high = each.covering
+            cells = [f"{loss:.2f}" for loss in each.losses]
+            cells += [with_interval(each.difference), f"[{low:+.2f}, {high:+.2f}]"]
+        lines.append(f"| {name}: {disturbance}, {arm} | {' | '.join(cells)} | {p:.2g} |")
+    return lines
