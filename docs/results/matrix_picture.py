@@ -15,7 +15,7 @@ from matrix_unlearning import STRENGTHS as STRENGTHS_B
 from recipes.studies.rows import Row
 from recipes.studies.statistics import Estimate, estimate
 
-BETTER, EVEN, WORSE, NONE = "#b7dfb9", "#eeeeee", "#f3c0b8", "white"
+BETTER, EVEN, WORSE, NONE = "#a6cee3", "#eeeeee", "#fdbf6f", "white"  # blue and orange, which everybody can tell apart
 MEANINGS = {BETTER: "better than LoRA", EVEN: "no sure difference", WORSE: "worse than LoRA", NONE: "no fair setting"}
 RELEARNING = "relearning"
 Cells = Mapping[tuple[str, str], Estimate | None]
@@ -49,13 +49,17 @@ def cells_of_b(rows: Sequence[Row]) -> Cells:
 
 
 def draw(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> Figure:
-    """Draw both columns, each as a table whose cells are coloured by their intervals."""
-    figure = Figure(figsize=(8.6, 5.4), layout="constrained")
-    above, below = figure.subplots(2, 1, height_ratios=[len(DISTURBED), 1])
-    _fill(above, cells_of_a(rows_a), ".2f")
-    above.set_title("loss under a disturbance, minus LoRA's (nats)")
-    _fill(below, cells_of_b(rows_b), ".0f")
-    below.set_title("hidden facts recalled after an attack, minus LoRA's (points)")
+    """Draw both columns, each as a table whose cells are coloured by their intervals; the second one if it has rows."""
+    panels = [("loss under a disturbance, minus LoRA's (nats)", cells_of_a(rows_a), ".2f")]
+    if rows_b:
+        title = "hidden facts recalled after an attack, minus LoRA's (points)"
+        panels.append((title, cells_of_b(rows_b), ".0f"))
+    heights = [len({disturbance for disturbance, _ in cells}) for _, cells, _ in panels]
+    figure = Figure(figsize=(8.6, 1.2 + 0.36 * sum(heights)), layout="constrained")
+    every = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
+    for axes, (title, cells, form) in zip(every.flat, panels, strict=True):
+        _fill(axes, cells, form)
+        axes.set_title(title)
     patches = [Patch(facecolor=colour, edgecolor="gray", label=meaning) for colour, meaning in MEANINGS.items()]
     title = "95 % intervals, each for itself"
     figure.legend(handles=patches, title=title, loc="outside lower center", ncols=len(patches), frameon=False)

@@ -6,6 +6,7 @@ From the root of a clone: ``PYTHONPATH=. python docs/results/pictures.py``.
 import json
 from typing import Any
 
+import matrix_picture
 from figures import RESULTS, BySeed, Runs, accuracy, difference, over_small_tasks
 from matplotlib.figure import Figure
 
@@ -147,9 +148,18 @@ def places(trials: list[Row]) -> tuple[list[float], list[float]]:
     return [row["val_loss"] for row in trials], [row["rise"] for row in trials]
 
 
+# -- matrix.png
+
+
+def matrix() -> Figure:
+    """Draw what helps against which disturbance; column B if its rows are there."""
+    return matrix_picture.draw(read(RESULTS / "matrix_a.jsonl"), read(RESULTS / "matrix_b.jsonl"))
+
+
 def main() -> None:
     """Draw all pictures."""
-    for name, draw in {"study": study, "cost_large": cost, "frontiers": frontiers}.items():
+    pictures = {"study": study, "cost_large": cost, "frontiers": frontiers, "matrix": matrix}
+    for name, draw in pictures.items():
         draw().savefig(RESULTS / f"{name}.png", dpi=130)
 
 
