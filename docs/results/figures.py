@@ -381,15 +381,21 @@ def around() -> list[str]:
 # -- rows and hours
 
 
+def seconds_of(row: Row) -> float:
+    """Return a run's seconds; of processor time, if the row has them."""
+    seconds = row.get("processor_seconds", row["seconds"])
+    return sum(seconds.values()) if isinstance(seconds, dict) else seconds
+
+
 def cost() -> list[str]:
     """Return the passages on the number of rows and on hours."""
     found = []
-    for files in ("evidence_*", "comparison", "head_rate", "radius_tasks", "p1", "p1_control", "arms"):
+    for files in ("evidence_*", "comparison", "head_rate", "radius_tasks", "p1", "p1_control", "arms", "matrix_a"):
         rows = []
         for file in RESULTS.glob(f"{files}.jsonl"):
             rows += read(file)
         # Rows of runs that were only evaluated have no processor time.
-        hours = sum(row.get("processor_seconds", row["seconds"]) for row in rows) / 3600
+        hours = sum(seconds_of(row) for row in rows) / 3600
         found.append(f"{len(rows):,} rows in `{files}.jsonl` | {hours:.2g} |")
     for what in ("what it forgets (P2) | {} rows in `p2", "{} rows in `calibrated", "{} rows in `around"):
         file = what.rpartition("`")[2]

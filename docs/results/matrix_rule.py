@@ -17,14 +17,28 @@ from matrix_choice import (  # in this folder
     chosen,
     settings_of,
 )
-from matrix_disturbances import CLEAN
+from matrix_disturbances import B_NOISE, BASE_NOISE, CLEAN
+from matrix_rates import LOWER
 from matrix_table import Finals, compared, difference, finals_of, on_test
 
 from recipes.studies.rows import Row
 from recipes.studies.statistics import Estimate, estimate, holm, with_interval
 
-FREE = (LORA, QAT)
-PERTURBATIONS = (EFMLORA, FMLORA, RANDOM, BI_LORA)
+FREE = (LORA, QAT, LOWER[LORA])
+PERTURBATIONS = (EFMLORA, FMLORA, RANDOM, BI_LORA, LOWER[EFMLORA])
+TITLES = {
+    "base, noise 0.3": "noise on the base, a third of its norm",
+    BASE_NOISE: "noise on the base, as large as its norm",
+    "base, 4 bits": "the base rounded to four bits",
+    "base, 3 bits": "the base rounded to three bits",
+    "base, 2 bits": "the base rounded to two bits",
+    "B, noise 1": "noise on B, as large as its norm",
+    B_NOISE: "noise on B, three times its norm",
+    "A and B, 4 bits": "the adapter rounded to four bits",
+    "A and B, 3 bits": "the adapter rounded to three bits",
+    "A and B, 2 bits": "the adapter rounded to two bits",
+}
+"""Each disturbance in words; figures.py tells lines apart by them, since it fills in the numbers."""
 AVERAGED = {"none": "", "0.99": ", averaged", "from step 300": ", averaged"}
 OTHER_HYPOTHESES = [1.0, 1.0]  # of column B, before it is there: Holm's method then gives the highest p that A can have
 
@@ -77,7 +91,7 @@ def rule(rows: Sequence[Row]) -> list[str]:
     for disturbance in DISTURBED:
         of = verdict(settings, finals, disturbance)
         rise = estimate(on_test(finals, of.rival, disturbance)).mean - estimate(on_test(finals, of.rival, CLEAN)).mean
-        cells = [disturbance, of.use, f"{described(of.rival)}: {rise:+.2f}", "none within the bound"]
+        cells = [TITLES[disturbance], of.use, f"{described(of.rival)}: {rise:+.2f}", "none within the bound"]
         if of.best and of.found:
             cells[-1] = f"{described(of.best)}: {with_interval(of.found)}"
         lines.append(f"| {' | '.join(cells)} |")
@@ -85,11 +99,14 @@ def rule(rows: Sequence[Row]) -> list[str]:
 
 
 def described(setting: Setting) -> str:
-    """Return an arm, its strength, and its settings that are not rates."""
-    run = setting.run
-    strength = "" if run.strength is None else f" {run.strength:g}"
-    of = run.settings
-    return f"{run.arm}{strength}, rank {of['rank']}, dropout {of['dropout']:g}{AVERAGED[of['averaging']]}"
+    """Return an arm's method, its strength and its other settings."""
+    arm, of, strength = setting.run.arm, setting.run.settings, setting.run.strength
+    method = {name: each for each, name in LOWER.items()}.get(arm, arm)
+    if strength is not None:
+        method += f" {strength:g}"
+    head = of["rate"] if of["head_rate"] == "same" else of["head_rate"]
+    rates = f"rates {of['rate']:.2g} and {head:.2g}"
+    return f"{method}, {rates}, rank {of['rank']}, dropout {of['dropout']:g}{AVERAGED[of['averaging']]}"
 
 
 def hypotheses(rows: Sequence[Row]) -> list[str]:
@@ -104,5 +121,5 @@ def hypotheses(rows: Sequence[Row]) -> list[str]:
             low, high = each.covering
             cells = [f"{loss:.2f}" for loss in each.losses]
             cells += [with_interval(each.difference), f"[{low:+.2f}, {high:+.2f}]"]
-        lines.append(f"| {name}: {disturbance}, {arm} | {' | '.join(cells)} | {p:.2g} |")
+        lines.append(f"| {name}: {TITLES[disturbance]}, {arm} | {' | '.join(cells)} | {p:.2g} |")
     return lines

@@ -59,16 +59,18 @@ def test_a_perturbation_that_is_not_surely_better_is_not_used(rows: list[Row]) -
 def test_the_lines_have_the_losses(rows: list[Row]) -> None:
     lines = matrix_rule.rule(rows)
     assert len(lines) == len(choice.DISTURBED)
-    (of_base,) = [line for line in lines if f"| {BASE_NOISE} |" in line]
-    shown = re.fullmatch(r"\| base, noise 1 \| (.*) \| (.*): (.*) \| (.*): (.*) \[(.*)\] \|", of_base)
+    (of_base,) = [line for line in lines if matrix_rule.TITLES[BASE_NOISE] in line]
+    shown = re.fullmatch(
+        r"\| noise on the base, as large as its norm \| (.*) \| (.*): (.*) \| (.*): (.*) \[(.*)\] \|", of_base
+    )
     assert shown is not None
     assert shown[1] == RANDOM
-    assert re.fullmatch(r"QAT-LoRA 3, rank \d+, dropout \S+(, averaged)?", shown[2])
+    assert re.fullmatch(r"QAT-LoRA 3, rates \S+ and \S+, rank \d+, dropout \S+(, averaged)?", shown[2])
     assert float(shown[3]) == pytest.approx(1.2, abs=0.06)
-    assert re.match(r"RandomPerturbation 0.3, rank", shown[4])
+    assert re.match(r"RandomPerturbation 0.3, rates", shown[4])
     first, second = matrix_rule.hypotheses(rows)
-    assert first.startswith(f"| A1: base, noise 1, RandomPerturbation | {2:.2f} | ")
-    assert second.startswith("| A2: B, noise 3, EFMLoRA | 2.00 | 2.1")
+    assert first.startswith(f"| A1: noise on the base, as large as its norm, RandomPerturbation | {2:.2f} | ")
+    assert second.startswith("| A2: noise on B, three times its norm, EFMLoRA | 2.00 | 2.1")
 
 
 def test_p_is_the_highest_that_column_b_allows(rows: list[Row]) -> None:
