@@ -40,6 +40,7 @@ TITLES = {
 }
 """Each disturbance in words; figures.py tells lines apart by them, since it fills in the numbers."""
 AVERAGED = {"none": "", "0.99": ", averaged", "from step 300": ", averaged"}
+WORTH = 0.02  # nats that a perturbation has to gain, at least; less is chance of the search
 OTHER_HYPOTHESES = [1.0, 1.0]  # of column B, before it is there: Holm's method then gives the highest p that A can have
 
 
@@ -58,9 +59,11 @@ class Verdict(NamedTuple):
 
     @property
     def use(self) -> str:
-        """The arm to use: the perturbation's only if the interval of its difference is below 0."""
-        if self.best and self.found and self.found.mean + self.found.interval < 0:
-            return self.best.run.arm
+        """The arm to use: the perturbation's only if it gains enough, and the interval of its difference is below 0."""
+        if self.best and self.found:
+            is_sure = self.found.mean + self.found.interval < 0
+            if is_sure and self.found.mean <= -WORTH:
+                return self.best.run.arm
         return self.rival.run.arm
 
 
@@ -110,16 +113,23 @@ def described(setting: Setting) -> str:
 
 
 def hypotheses(rows: Sequence[Row]) -> list[str]:
-    """Return the rows of A1 and A2: losses, their difference, the interval that covers the search, and Holm's p."""
+    """Return the rows of A1 and A2.
+
+    They have both losses, their difference, the interval that covers the search, Holm's p, and the difference to the
+    audit's LoRA.
+    """
     settings, finals = settings_of(rows), finals_of(rows)
     found = [compared(settings, finals, arm, disturbance) for disturbance, (_, arm) in TESTED.items()]
     corrected = holm([*(each.p if each else 1.0 for each in found), *OTHER_HYPOTHESES])
     lines = []
     for name, (disturbance, (_, arm)), each, p in zip(("A1", "A2"), TESTED.items(), found, corrected, strict=False):
-        cells = ["", "", "none within the bound", ""]
+        cells, to_audited = ["", "", "none within the bound", ""], ""
         if each:
             low, high = each.covering
             cells = [f"{loss:.2f}" for loss in each.losses]
             cells += [with_interval(each.difference), f"[{low:+.2f}, {high:+.2f}]"]
-        lines.append(f"| {name}: {TITLES[disturbance]}, {arm} | {' | '.join(cells)} | {p:.2g} |")
+            own, audited = (chosen(settings, one, disturbance) for one in (arm, LOWER[LORA]))
+            if own and audited:
+                to_audited = with_interval(difference(finals, own, audited, disturbance))
+        lines.append(f"| {name}: {TITLES[disturbance]}, {arm} | {' | '.join(cells)} | {p:.2g} | {to_audited} |")
     return lines

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from recipes.studies.rows import Row
+from recipes.studies.statistics import Estimate
 
 sys.path.append(str(Path(__file__).parents[2] / "docs" / "results"))
 import matrix_choice as choice
@@ -56,6 +57,13 @@ def test_a_perturbation_that_is_not_surely_better_is_not_used(rows: list[Row]) -
     assert (found.rival.run.arm, found.best.run.arm, found.use) == (LORA, EFMLORA, LORA)
 
 
+def test_a_perturbation_that_gains_little_is_not_used(rows: list[Row]) -> None:
+    found = matrix_rule.verdict(choice.settings_of(rows), matrix_table.finals_of(rows), BASE_NOISE)
+    assert found._replace(found=Estimate(-0.03, 0.001, 20)).use == RANDOM
+    assert found._replace(found=Estimate(-0.01, 0.001, 20)).use == QAT
+    assert found._replace(found=Estimate(-0.03, 0.02, 20)).use == QAT
+
+
 def test_the_lines_have_the_losses(rows: list[Row]) -> None:
     lines = matrix_rule.rule(rows)
     assert len(lines) == len(choice.DISTURBED)
@@ -76,7 +84,7 @@ def test_the_lines_have_the_losses(rows: list[Row]) -> None:
 def test_p_is_the_highest_that_column_b_allows(rows: list[Row]) -> None:
     found = matrix_table.compared(choice.settings_of(rows), matrix_table.finals_of(rows), EFMLORA, B_NOISE)
     assert found is not None
-    p = float(matrix_rule.hypotheses(rows)[1].split("|")[-2])
+    p = float(matrix_rule.hypotheses(rows)[1].split("|")[-3])
     assert p == pytest.approx(min(1, 3 * found.p), rel=0.1)
 
 
@@ -87,4 +95,4 @@ def test_without_a_fair_setting_nothing_is_compared(rows: list[Row]) -> None:
     assert (found.best, found.found, found.use) == (None, None, LORA)
     assert all(line.endswith("| none within the bound |") for line in matrix_rule.rule(kept))
     assert matrix_table.compared(settings, finals, EFMLORA, B_NOISE) is None
-    assert all(line.endswith("| 1 |") for line in matrix_rule.hypotheses(kept))
+    assert all(line.endswith("| 1 |  |") for line in matrix_rule.hypotheses(kept))
