@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ POINTS = 32
 HYPERCUBE = 1  # the first seed that draws 32 different settings
 LEAST_UTILITY = 0.95  # that a choice must have; before unlearning it is 1
 MOST_RISE = 0.3  # of the loss of general texts, in nats per token
+BEYOND: dict[str, list[Any]] = {"rate": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "steps": [12, 25, 50, 100, 200]}
+"""The values by which a grid can be extended, if an arm's best setting lies at its end, and its own."""
 PRIMARY = str(ATTACKS[-1])
 """The number of the attack's steps."""
 
@@ -149,26 +151,36 @@ def extended(rows: Iterable[Row]) -> list[Run]:
 
     def more(seen: list[Setting]) -> list[Run]:
         runs: list[Run] = []
-        for arm, grid in STRENGTHS.items():
-            runs += further(seen, arm) if grid else []
+        for arm in STRENGTHS:
+            runs += further(seen, arm)
         return runs
 
     return extended_by(more, {each.run.name: each for each in settings_of(rows)}, searched())
 
 
 def further(settings: Sequence[Setting], arm: str) -> list[Run]:
-    """Return the arm's best settings one strength beyond its grid, if the best strength is at the grid's end."""
-    order = ranked(settings, arm)
-    tried = [each.run.strength for each in settings if each.run.arm == arm]
-    strength = order[0].run.strength
-    if min(tried) < strength < max(tried):
-        return []
-    beyond = strength * FURTHER if strength == max(tried) else strength / FURTHER
-    runs: dict[str, Run] = {}
-    for each in order:
-        run = each.run._replace(strength=beyond)
-        runs[run.name] = run  # a setting that occurs twice, with different strengths, counts once
-    return list(runs.values())[:BEST]
+    """Return the arm's best settings one value beyond a grid, for each grid at whose end its best setting lies."""
+    order = [each.run for each in ranked(settings, arm)]
+    best, changed = order[0], list[list[Run]]()
+    if best.strength is not None:
+        strengths = [run.strength for run in order]
+        at_ends = {max(strengths): best.strength * FURTHER, min(strengths): best.strength / FURTHER}
+        if best.strength in at_ends:
+            strength = at_ends[best.strength]
+            changed.append([run._replace(strength=strength) for run in order])
+    for name, values in BEYOND.items():
+        value, tried = best.settings[name], [run.settings[name] for run in order]
+        place = values.index(value)
+        next_ones = values[place + 1 : place + 2] if value == max(tried) else []
+        if value == min(tried):
+            next_ones += values[:place][-1:]
+        for other in next_ones:
+            changed.append([run._replace(settings={**run.settings, name: other}) for run in order])
+    found: list[Run] = []
+    for runs in changed:
+        different = {run.name: run for run in runs}  # some differ in the changed value only
+        found += list(different.values())[:BEST]
+    return found
 
 
 def repeated(rows: Iterable[Row]) -> list[Run]:

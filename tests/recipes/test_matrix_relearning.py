@@ -24,7 +24,7 @@ import matrix_picture
 import matrix_unlearning
 from matrix_choice import open_runs
 from matrix_facts import PEOPLE, Knowledge, Texts, facts, log_likelihoods, recall, trained
-from matrix_unlearning import FMLORA, LORA, RANDOM, Run, attacked, npo, parts_of, unlearned
+from matrix_unlearning import FMLORA, LORA, RANDOM, SPACE, Run, attacked, npo, parts_of, unlearned
 
 SETTINGS = {"rate": 1e-2, "steps": 3, "beta": 0.5, "retain": 3, "rank": 2, "optimizer": "adamw", "averaging": 0.0}
 
@@ -252,7 +252,23 @@ def test_grids_are_extended_until_the_best_lies_within(rows: list[Row]) -> None:
     assert strengths == {0.03, 0.1, 0.3, 1, 4, 16}
     for beyond in (4, 16):
         runs = [row for row in rows if (row["arm"], row["strength"], row["seed"]) == (RANDOM, beyond, 0)]
+        runs = [row for row in runs if row["settings"]["steps"] in SPACE["steps"]]  # those are extended, too
         assert len({json.dumps(row["settings"]) for row in runs}) == len(runs) == 8
+
+
+def test_rates_and_steps_are_extended_for_every_arm() -> None:
+    """The lowest rate and the most steps are best, down to 1e-4 and without an end."""
+
+    def recalled(run: Run) -> float:
+        away = abs(math.log(run.settings["rate"] / 1e-4)) + abs(math.log((run.strength or 0.3) / 0.3))
+        return 0.1 * away - 0.001 * run.settings["steps"]
+
+    found = study(recalled)
+    for arm in matrix_b.STRENGTHS:
+        rows = [row for row in found if row["arm"] == arm and row["seed"] == 0 and row["stage"] == "search"]
+        assert {row["settings"]["rate"] for row in rows} == {3e-5, 1e-4, 3e-4, 1e-3, 3e-3}
+        assert {row["settings"]["steps"] for row in rows} == {25, 50, 100, 200}
+        assert matrix_b.chosen(matrix_b.settings_of(found), arm).run.settings["rate"] == 1e-4
 
 
 def test_final_runs_are_on_fresh_seeds_and_the_table_has_all_arms(rows: list[Row]) -> None:
@@ -271,9 +287,9 @@ def test_final_runs_are_on_fresh_seeds_and_the_table_has_all_arms(rows: list[Row
 
 
 def test_an_arm_without_enough_utility_takes_what_has_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix_b, "LEAST_UTILITY", 0.999)
+    monkeypatch.setattr(matrix_b, "LEAST_UTILITY", 1.1)
     rows = study(smooth)
-    assert matrix_b.chosen(matrix_b.settings_of(rows), FMLORA).run.settings["rate"] == 3e-4
+    assert matrix_b.chosen(matrix_b.settings_of(rows), FMLORA).run.settings["rate"] == 3e-5
     assert set(matrix_picture.cells_of_b(rows).values()) == {None}
 
 
