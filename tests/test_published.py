@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from recipes.tune.search import CONTROL
 
 DOCS = Path(__file__).parents[1] / "docs"
 PUBLISHED = DOCS / "results"
+sys.path.append(str(PUBLISHED))
 
 
 @pytest.fixture(scope="module")

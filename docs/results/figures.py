@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import matrix_rule  # in this folder
 from scipy import stats
 
 from recipes.studies.rows import Row, read
@@ -390,7 +391,8 @@ def seconds_of(row: Row) -> float:
 def cost() -> list[str]:
     """Return the passages on the number of rows and on hours."""
     found = []
-    for files in ("evidence_*", "comparison", "head_rate", "radius_tasks", "p1", "p1_control", "arms", "matrix_a"):
+    names = ["evidence_*", "comparison", "head_rate", "radius_tasks", "p1", "p1_control", "arms"]
+    for files in (*names, "matrix_a", "matrix_rates"):
         rows = []
         for file in RESULTS.glob(f"{files}.jsonl"):
             rows += read(file)
@@ -413,6 +415,9 @@ def passages() -> dict[Path, list[str]]:
     study += several_tasks("W3: six adapters merged (TIES)", "LoRA with both")
     study += several_tasks("W5: six tasks, one after another", "LoRA with [separate rates](#correction)")
     study += [*flatness(), *corrections(), *needs_an_adapter(), *other_methods(), *doubts(), *around()]
+    column_a = read(RESULTS / "matrix_a.jsonl") + read(RESULTS / "matrix_rates.jsonl")
+    study += matrix_rule.hypotheses(column_a)
+    guide += matrix_rule.rule(column_a)
     return {DOCS / "study.md": study, DOCS / "when_to_use.md": guide, RESULTS / "README.md": cost()}
 
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matrix_choice import DISTURBED, LORA, SEARCH_SEEDS, STRENGTHS, chosen, settings_of  # in this folder
+from matrix_rates import LOWER
 from matrix_table import difference, finals_of
 from matrix_unlearning import STRENGTHS as STRENGTHS_B
 
@@ -23,10 +24,11 @@ Cells = Mapping[tuple[str, str], Estimate | None]
 
 
 def cells_of_a(rows: Sequence[Row]) -> Cells:
-    """Return column A's differences of the test loss, in nats."""
+    """Return the differences of the test loss, in nats, of column A's arms and of its audit's, if these have rows."""
     settings, finals = settings_of(rows), finals_of(rows)
+    names = {row["arm"] for row in rows}
     found = {}
-    for disturbance, arm in product(DISTURBED, STRENGTHS):
+    for disturbance, arm in product(DISTURBED, [each for each in (*STRENGTHS, *LOWER.values()) if each in names]):
         if arm != LORA:
             own, of_lora = (chosen(settings, each, disturbance) for each in (arm, LORA))
             found[disturbance, arm] = difference(finals, own, of_lora, disturbance) if own and of_lora else None
@@ -55,7 +57,7 @@ def draw(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> Figure:
         title = "hidden facts recalled after an attack, minus LoRA's (points)"
         panels.append((title, cells_of_b(rows_b), ".0f"))
     heights = [len({disturbance for disturbance, _ in cells}) for _, cells, _ in panels]
-    figure = Figure(figsize=(8.6, 1.2 + 0.36 * sum(heights)), layout="constrained")
+    figure = Figure(figsize=(10.5, 1.2 + 0.36 * sum(heights)), layout="constrained")
     every = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
     for axes, (title, cells, form) in zip(every.flat, panels, strict=True):
         _fill(axes, cells, form)
@@ -74,7 +76,7 @@ def _fill(axes: Axes, cells: Cells, form: str) -> None:
         found = cells[disturbance, method]
         axes.fill_between([column - 0.48, column + 0.48], row - 0.46, row + 0.46, color=colour_of(found))
         axes.text(column, row, _text(found, form), ha="center", va="center", fontsize="small")
-    axes.set_xticks(range(len(methods)), methods)
+    axes.set_xticks(range(len(methods)), [method.replace(", ", ",\n") for method in methods])
     axes.set_yticks(range(len(disturbances)), disturbances)
     axes.set(xlim=(-0.5, len(methods) - 0.5), ylim=(len(disturbances) - 0.5, -0.5))
     axes.tick_params(length=0)

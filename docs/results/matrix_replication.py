@@ -32,7 +32,9 @@ from recipes.studies.tables import markdown
 from recipes.tune.search import finite_or_worst, value_of_kept
 
 RESULTS = Path(__file__).parent
-RANKS = (8, 32)  # LoRA's two choices in P1; the rate and the dropout were the same
+RANK, RATE = 32, "3e-3"
+RIVALS = {"rank 8": (8, RATE), "rank 32": (RANK, RATE), "rate 1e-3": (RANK, "1e-3")}
+"""Ranks and rates of LoRA: its two choices in P1, which had one rate and one dropout, and column A's free rival."""
 STRENGTHS = {EFMLORA: [0.05, 0.2, 0.8, 3.2], RANDOM: [0.03, 0.1, 0.3, 1.0]}
 DISTURBANCE = {EFMLORA: B_NOISE, RANDOM: BASE_NOISE}
 """The disturbance of column A for which each method was chosen."""
@@ -55,6 +57,7 @@ class Run(NamedTuple):
         strength: rho or sigma; None for LoRA.
         seed: for the adapter's start, dropout, the order of the batches, and noise.
         stage: "search" for the runs that give a strength's cost on clean validation data, or "final".
+        rate: as an option of the recipe.
     """
 
     arm: str
@@ -62,11 +65,12 @@ class Run(NamedTuple):
     strength: float | None
     seed: int
     stage: str
+    rate: str = RATE
 
     @property
     def name(self) -> str:
         """The run's unique name, which is that of its folder."""
-        return f"{self.arm}-{self.rank}-{self.strength}-{self.seed}-{self.stage}"
+        return f"{self.arm}-{self.rank}-{self.rate}-{self.strength}-{self.seed}-{self.stage}"
 
     def key(self) -> Row:
         """Return the first entries of the run's row."""
@@ -75,8 +79,8 @@ class Run(NamedTuple):
     def arguments(self) -> list[str]:
         """Return the arguments of the recipe's ``fit``."""
         settings = [f"--model.lora.r={self.rank}", f"--model.lora.lora_alpha={2 * self.rank}"]
-        settings += ["--model.learning_rate=3e-3", "--model.lora.lora_dropout=0.1", "--trainer.precision=bf16-mixed"]
-        settings += [f"--seed_everything={self.seed}", f"--data.seed={self.seed}"]
+        settings += [f"--model.learning_rate={self.rate}", "--model.lora.lora_dropout=0.1"]
+        settings += ["--trainer.precision=bf16-mixed", f"--seed_everything={self.seed}", f"--data.seed={self.seed}"]
         methods = {
             LORA: [],
             EFMLORA: ["--method=efmlora", f"--rho={self.strength}"],
@@ -179,7 +183,7 @@ def costs(rows_of_a: Sequence[Row]) -> dict[str, float]:
 
 def scan(rows: Sequence[Row]) -> list[Run]:
     """Return the runs that show what each strength costs here."""
-    first = Run(LORA, RANKS[1], None, SEARCH_SEEDS[0], "search")
+    first = Run(LORA, RANK, None, SEARCH_SEEDS[0], "search")
     runs = [first]
     for method, strengths in STRENGTHS.items():
         runs += [first._replace(arm=method, strength=strength) for strength in strengths]
@@ -202,9 +206,9 @@ def strengths_of(rows: Sequence[Row], cost: Mapping[str, float]) -> dict[str, li
 
 def arms(rows: Sequence[Row], cost: Mapping[str, float]) -> list[Run]:
     """Return the final runs on the first seed: LoRA's, then the methods'."""
-    found = [Run(LORA, rank, None, SEEDS[0], "final") for rank in RANKS]
+    found = [Run(LORA, rank, None, SEEDS[0], "final", rate) for rank, rate in RIVALS.values()]
     for method, strengths in strengths_of(rows, cost).items():
-        found += [found[1]._replace(arm=method, strength=strength) for strength in strengths]
+        found += [Run(method, RANK, strength, SEEDS[0], "final") for strength in strengths]
     return found
 
 
@@ -215,22 +219,23 @@ def final(cost: Mapping[str, float], rows: Sequence[Row]) -> list[Run]:
 
 def table(rows: Sequence[Row], cost: Mapping[str, float]) -> str:
     """Return the table; every run must be there."""
-    tests = {(row["arm"], row["rank"], row["strength"], row["seed"]): row.get("test") for row in rows}
+    tests = {Run(**{name: row[name] for name in Run._fields}): row.get("test") for row in rows}
 
     def on_test(run: Run, disturbance: str) -> list[float]:
-        return [tests[run.arm, run.rank, run.strength, seed][disturbance] for seed in SEEDS]
+        return [tests[run._replace(seed=seed)][disturbance] for seed in SEEDS]
 
     runs = arms(rows, cost)
-    lines = [["disturbance", "arm", "rank", "strength", "test loss", "minus LoRA's, rank 8", "minus LoRA's, rank 32"]]
+    head = ["disturbance", "arm", "rank", "rate", "strength", "test loss"]
+    lines = [[*head, *(f"minus LoRA's, {rival}" for rival in RIVALS)]]
     for disturbance, run in product(disturbances(SEEDS[0]), runs):
         own = on_test(run, disturbance)
         cells = [with_error(estimate(own), ".3f")]
-        for rival in runs[: len(RANKS)]:
+        for rival in runs[: len(RIVALS)]:
             pairs = zip(own, on_test(rival, disturbance), strict=True)
             difference = estimate([mine - its for mine, its in pairs])
             cells.append("" if run == rival else with_interval(difference, 3))
         strength = "" if run.strength is None else f"{run.strength:g}"
-        lines.append([disturbance, run.arm, str(run.rank), strength, *cells])
+        lines.append([disturbance, run.arm, str(run.rank), run.rate, strength, *cells])
     return f"{markdown(lines)}\n"
 
 

@@ -39,7 +39,8 @@ TITLES = {
     "A and B, 2 bits": "the adapter rounded to two bits",
 }
 """Each disturbance in words; figures.py tells lines apart by them, since it fills in the numbers."""
-AVERAGED = {"none": "", "0.99": ", averaged", "from step 300": ", averaged"}
+SYMBOLS = {RANDOM: "sigma", QAT: "bits"}
+"""Of the strength, if it is not rho."""
 WORTH = 0.02  # nats that a perturbation has to gain, at least; less is chance of the search
 OTHER_HYPOTHESES = [1.0, 1.0]  # of column B, before it is there: Holm's method then gives the highest p that A can have
 
@@ -88,28 +89,26 @@ def _lowest(settings: Sequence[Setting], arms: Iterable[str], disturbance: str) 
 
 
 def rule(rows: Sequence[Row]) -> list[str]:
-    """Return the rows of the rule's table: what happens, what to use, the free rival and the best perturbation."""
+    """Return the rows of the rule's table: what happens, what to use, the free rival and the best perturbation.
+
+    What the free rival loses by a disturbance, and the difference of the perturbation's loss to its, are in nats.
+    """
     settings, finals = settings_of(rows), finals_of(rows)
     lines = []
     for disturbance in DISTURBED:
         of = verdict(settings, finals, disturbance)
-        rise = estimate(on_test(finals, of.rival, disturbance)).mean - estimate(on_test(finals, of.rival, CLEAN)).mean
-        cells = [TITLES[disturbance], of.use, f"{described(of.rival)}: {rise:+.2f}", "none within the bound"]
+        disturbed, clean = (estimate(on_test(finals, of.rival, each)).mean for each in (disturbance, CLEAN))
+        cells = [TITLES[disturbance], of.use, f"{named(of.rival)}: {disturbed - clean:+.2f}", "none within the bound"]
         if of.best and of.found:
-            cells[-1] = f"{described(of.best)}: {with_interval(of.found)}"
+            cells[-1] = f"{named(of.best)}: {with_interval(of.found)}"
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def described(setting: Setting) -> str:
-    """Return an arm's method, its strength and its other settings."""
-    arm, of, strength = setting.run.arm, setting.run.settings, setting.run.strength
-    method = {name: each for each, name in LOWER.items()}.get(arm, arm)
-    if strength is not None:
-        method += f" {strength:g}"
-    head = of["rate"] if of["head_rate"] == "same" else of["head_rate"]
-    rates = f"rates {of['rate']:.2g} and {head:.2g}"
-    return f"{method}, {rates}, rank {of['rank']}, dropout {of['dropout']:g}{AVERAGED[of['averaging']]}"
+def named(setting: Setting) -> str:
+    """Return an arm and its strength."""
+    arm, strength = setting.run.arm, setting.run.strength
+    return arm if strength is None else f"{arm} ({SYMBOLS.get(arm, 'rho')} {strength:g})"
 
 
 def hypotheses(rows: Sequence[Row]) -> list[str]:

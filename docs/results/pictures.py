@@ -153,7 +153,8 @@ def places(trials: list[Row]) -> tuple[list[float], list[float]]:
 
 def matrix() -> Figure:
     """Draw what helps against which disturbance; column B if its rows are there."""
-    return matrix_picture.draw(read(RESULTS / "matrix_a.jsonl"), read(RESULTS / "matrix_b.jsonl"))
+    column_a = read(RESULTS / "matrix_a.jsonl") + read(RESULTS / "matrix_rates.jsonl")
+    return matrix_picture.draw(column_a, read(RESULTS / "matrix_b.jsonl"))
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def row_of(run: replication.Run) -> Row:
     return row
 
 
-def test_the_strengths_nearest_in_cost_get_final_runs_beside_both_ranks_of_lora() -> None:
+def test_the_strengths_nearest_in_cost_get_final_runs_beside_the_rivals() -> None:
     rows: dict[str, Row] = {}
     stages = (replication.scan, lambda rows: replication.final(COST, rows))
     while runs := open_runs(list(rows.values()), lambda run: run.name in rows, stages):
@@ -69,13 +69,15 @@ def test_the_strengths_nearest_in_cost_get_final_runs_beside_both_ranks_of_lora(
     assert replication.strengths_of(found, COST) == {EFMLORA: [0.05, 0.2], RANDOM: [0.1, 0.3]}
     finals = [row for row in found if row["stage"] == "final"]
     assert len(found) - len(finals) == 1 + 4 + 4
-    assert len(finals) == 10 * (2 + 2 + 2)
-    assert {(row["arm"], row["rank"]) for row in finals} == {(LORA, 8), (LORA, 32), (EFMLORA, 32), (RANDOM, 32)}
+    assert len(finals) == 10 * (3 + 2 + 2)
+    of_lora = {(row["rank"], row["rate"]) for row in finals if row["arm"] == LORA}
+    assert of_lora == {(8, "3e-3"), (32, "3e-3"), (32, "1e-3")}
+    assert {(row["rank"], row["rate"]) for row in finals if row["arm"] != LORA} == {(32, "3e-3")}
     lines = replication.table(found, COST).splitlines()
-    assert len(lines) == 2 + 6 * len(replication.disturbances(100))
+    assert len(lines) == 2 + 7 * len(replication.disturbances(100))
     for line in lines[2:]:
         if RANDOM in line:
-            assert line.count("-0.500 [-0.500, -0.500]") == 2
+            assert line.count("-0.500 [-0.500, -0.500]") == 3
 
 
 @pytest.mark.parametrize("method", [EFMLORA, RANDOM])
