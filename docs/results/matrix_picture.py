@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matrix_choice import DISTURBED, LORA, SEARCH_SEEDS, STRENGTHS, chosen, settings_of  # in this folder
 from matrix_rates import LOWER
+from matrix_rule import WORTH
 from matrix_table import difference, finals_of
 from matrix_unlearning import STRENGTHS as STRENGTHS_B
 
@@ -17,7 +18,12 @@ from recipes.studies.rows import Row
 from recipes.studies.statistics import Estimate, estimate
 
 BETTER, EVEN, WORSE, NONE = "#a6cee3", "#eeeeee", "#fdbf6f", "white"  # blue and orange, which everybody can tell apart
-MEANINGS = {BETTER: "better than LoRA", EVEN: "no sure difference", WORSE: "worse than LoRA", NONE: "no fair setting"}
+MEANINGS = {
+    BETTER: "better than LoRA",
+    EVEN: "no sure difference, or a small one",
+    WORSE: "worse than LoRA",
+    NONE: "no fair setting",
+}
 RELEARNING = "relearning"
 Cells = Mapping[tuple[str, str], Estimate | None]
 """By disturbance and method the difference to LoRA; None if no setting of the method was within the bounds."""
@@ -52,15 +58,16 @@ def cells_of_b(rows: Sequence[Row]) -> Cells:
 
 def draw(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> Figure:
     """Draw both columns, each as a table whose cells are coloured by their intervals; the second one if it has rows."""
-    panels = [("loss under a disturbance, minus LoRA's (nats)", cells_of_a(rows_a), ".2f")]
+    title = "loss under a disturbance, minus that of LoRA with rates of 2.5e-4 or more (nats)"
+    panels = [(title, cells_of_a(rows_a), ".2f", WORTH)]
     if rows_b:
         title = "hidden facts recalled after an attack, minus LoRA's (points)"
-        panels.append((title, cells_of_b(rows_b), ".0f"))
-    heights = [len({disturbance for disturbance, _ in cells}) for _, cells, _ in panels]
+        panels.append((title, cells_of_b(rows_b), ".0f", 0.0))
+    heights = [len({disturbance for disturbance, _ in cells}) for _, cells, *_ in panels]
     figure = Figure(figsize=(10.5, 1.2 + 0.36 * sum(heights)), layout="constrained")
     every = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
-    for axes, (title, cells, form) in zip(every.flat, panels, strict=True):
-        _fill(axes, cells, form)
+    for axes, (title, cells, form, least) in zip(every.flat, panels, strict=True):
+        _fill(axes, cells, form, least)
         axes.set_title(title)
     patches = [Patch(facecolor=colour, edgecolor="gray", label=meaning) for colour, meaning in MEANINGS.items()]
     title = "95 % intervals, each for itself"
@@ -68,13 +75,13 @@ def draw(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> Figure:
     return figure
 
 
-def _fill(axes: Axes, cells: Cells, form: str) -> None:
+def _fill(axes: Axes, cells: Cells, form: str, least: float) -> None:
     """Draw a table of differences; lower ones are better."""
     disturbances = list(dict.fromkeys(disturbance for disturbance, _ in cells))
     methods = list(dict.fromkeys(method for _, method in cells))
     for (row, disturbance), (column, method) in product(enumerate(disturbances), enumerate(methods)):
         found = cells[disturbance, method]
-        axes.fill_between([column - 0.48, column + 0.48], row - 0.46, row + 0.46, color=colour_of(found))
+        axes.fill_between([column - 0.48, column + 0.48], row - 0.46, row + 0.46, color=colour_of(found, least))
         axes.text(column, row, _text(found, form), ha="center", va="center", fontsize="small")
     axes.set_xticks(range(len(methods)), [method.replace(", ", ",\n") for method in methods])
     axes.set_yticks(range(len(disturbances)), disturbances)
@@ -83,11 +90,16 @@ def _fill(axes: Axes, cells: Cells, form: str) -> None:
     axes.spines[:].set_visible(False)
 
 
-def colour_of(found: Estimate | None) -> str:
-    """Return a cell's colour: whether its interval lies below 0, above 0, or around it."""
+def colour_of(found: Estimate | None, least: float) -> str:
+    """Return a cell's colour: whether its interval lies below 0, above 0, or around it.
+
+    Args:
+        found: the difference to LoRA.
+        least: a smaller one counts as none.
+    """
     if found is None:
         return NONE
-    if abs(found.mean) <= found.interval:
+    if abs(found.mean) <= found.interval or abs(found.mean) < least:
         return EVEN
     return BETTER if found.mean < 0 else WORSE  # nan, of a run that diverged, is worse
 

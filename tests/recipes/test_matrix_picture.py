@@ -18,13 +18,14 @@ import matrix_picture as picture
         (Estimate(-0.5, 0.1, 20), picture.BETTER),
         (Estimate(0.5, 0.1, 20), picture.WORSE),
         (Estimate(0.2, 0.1, 20), picture.EVEN),
+        (Estimate(-0.05, 0.001, 20), picture.EVEN),
         (Estimate(-0.2, 0.1, 20), picture.EVEN),
         (Estimate(math.nan, math.nan, 20), picture.WORSE),
         (None, picture.NONE),
     ],
 )
 def test_the_interval_decides_the_colour(found: Estimate | None, colour: str) -> None:
-    assert picture.colour_of(found) == colour
+    assert picture.colour_of(found, 0.1) == colour
 
 
 def test_each_cell_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,8 +65,9 @@ def test_a_perturbation_that_gains_little_is_not_used(rows: list[Row]) -> None:
 
 
 def test_the_lines_have_the_losses(rows: list[Row]) -> None:
-    lines = matrix_rule.rule(rows)
-    assert len(lines) == len(choice.DISTURBED)
+    *lines, sentence = matrix_rule.rule(rows)
+    assert len(lines) == len(matrix_rule.TITLES)
+    assert sentence == "Milder disturbances, and rounding the adapter, cost at most 2.00 nats"
     (of_base,) = [line for line in lines if matrix_rule.TITLES[BASE_NOISE] in line]
     shown = re.fullmatch(
         r"\| noise on the base, as large as its norm \| (.*) \| (.*): (.*) \| (.*): (.*) \[(.*)\] \|", of_base
@@ -93,6 +94,6 @@ def test_without_a_fair_setting_nothing_is_compared(rows: list[Row]) -> None:
     settings, finals = choice.settings_of(kept), matrix_table.finals_of(kept)
     found = matrix_rule.verdict(settings, finals, BASE_NOISE)
     assert (found.best, found.found, found.use) == (None, None, LORA)
-    assert all(line.endswith("| none within the bound |") for line in matrix_rule.rule(kept))
+    assert all(line.endswith("| none within the bound |") for line in matrix_rule.rule(kept)[:-1])
     assert matrix_table.compared(settings, finals, EFMLORA, B_NOISE) is None
     assert all(line.endswith("| 1 |  |") for line in matrix_rule.hypotheses(kept))
