@@ -284,13 +284,18 @@ def final(rows: Iterable[Row]) -> list[Run]:
         for arm, seeds in product(arms, resamplings()):
             choices.append((chosen(settings, arm, disturbance, seeds), disturbance))
         choices += [(chosen_freely(settings, arm, disturbance), disturbance) for arm in arms]
-    judged: dict[str, tuple[Run, set[str]]] = {}
+    return judged(choices)
+
+
+def judged(choices: Iterable[tuple[Setting | None, str]]) -> list[Run]:
+    """Return the final runs of choices, seed by seed; each setting under the disturbances for which it was chosen."""
+    found: dict[str, tuple[Run, set[str]]] = {}
     for setting, disturbance in choices:
         if setting:
-            _, under = judged.setdefault(setting.run.name, (setting.run, {CLEAN}))
+            _, under = found.setdefault(setting.run.name, (setting.run, {CLEAN}))
             under.add(disturbance)
     runs = []
-    for seed, (run, under) in product(FINAL_SEEDS, judged.values()):
+    for seed, (run, under) in product(FINAL_SEEDS, found.values()):
         names = [each for each in DISTURBANCES if each in under]
         runs.append(run._replace(seed=seed, stage="final", disturbances=names))
     return runs

@@ -17,20 +17,20 @@ from matrix_choice import (  # in this folder
     BEST,
     DISTURBED,
     EFMLORA,
-    FINAL_SEEDS,
     LORA,
     POINTS,
     SEARCH_SEEDS,
     SPACE,
     Run,
     chosen,
+    judged,
     on_first_seed,
     open_runs,
     points,
     ranked,
     settings_of,
 )
-from matrix_disturbances import CLEAN, DISTURBANCES
+from matrix_disturbances import CLEAN
 from matrix_table import difference, finals_of, on_test, short
 
 from recipes.command_line.progress import quiet
@@ -76,17 +76,9 @@ def repeated(rows: Sequence[Row]) -> list[Run]:
 def final(rows: Sequence[Row]) -> list[Run]:
     """Return the final runs, seed by seed, each under the disturbances for which its setting is chosen."""
     settings = settings_of([*rows_of_a(), *rows])
-    judged: dict[str, tuple[Run, set[str]]] = {}
-    for arm, disturbance in product(STRENGTHS, DISTURBED):
-        setting = chosen(settings, arm, disturbance)
-        if setting:
-            _, under = judged.setdefault(setting.run.name, (setting.run, {CLEAN}))
-            under.add(disturbance)
-    runs = []
-    for seed, (run, under) in product(FINAL_SEEDS, judged.values()):
-        names = [each for each in DISTURBANCES if each in under]
-        runs.append(run._replace(seed=seed, stage="final", disturbances=names))
-    return runs
+    return judged(
+        (chosen(settings, arm, disturbance), disturbance) for arm, disturbance in product(STRENGTHS, DISTURBED)
+    )
 
 
 STAGES = (lambda rows: searched(), repeated, final)
