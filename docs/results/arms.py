@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from optuna import Trial
-from optuna.trial import create_trial
-from p1_control import queue_of, work  # in this folder
-from p2 import PLAIN, RECIPE, run_of
+from p2 import PLAIN, RECIPE  # in this folder
+from shared_runs import add_finished, queue_of, work
 from torch import Tensor, nn
 
 from lightning_flatlora.callbacks.base import MethodCallback
@@ -242,21 +241,12 @@ def published(name: str) -> list[Row]:
     return rows
 
 
-def add_runs(queue: Queue[Run], rows: Iterable[Row]) -> None:
-    """Add finished runs, except those that are already there."""
-    for row in rows:
-        run = run_of(row)
-        if queue.find(run) is None:
-            known = {"name": run.name, "run": run.key(), "row": row}
-            queue.study.add_trial(create_trial(value=row["value"], user_attrs=known))
-    queue.reload()
-
-
 def main(name: str, folder: Path) -> None:
     """Search, then train and test the winner."""
-    search = search_of(name, queue_of(folder, name, PLAIN), folder)
-    add_runs(search.queue, published(name))
-    work(search, search.open_runs)
+    queue = queue_of(folder, name, Run, {"options": PLAIN})
+    add_finished(queue, published(name), Run)
+    search = search_of(name, queue, folder)
+    work(queue, search.open_runs, search.perform, folder)
 
 
 def search_of(name: str, queue: Queue[Run], folder: Path) -> ArmSearch:

@@ -26,21 +26,21 @@ from matrix_choice import (  # in this folder
     QAT,
     RANDOM,
     SEARCH_SEEDS,
+    STAGES,
     STRENGTHS,
     Run,
-    open_runs,
     searched,
 )
 from matrix_disturbances import CLEAN, Evaluation, linear_weights
 from matrix_table import tables
 from peft import LoraConfig, get_peft_model
+from shared_runs import queue_of, work_in_stages
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_flatlora import AdapterAveraging, EFMLoRA, FMLoRA
 from lightning_flatlora.baselines import BiLoRA, RandomPerturbation
 from recipes.command_line.progress import quiet
-from recipes.data.files import write_whole
 from recipes.demo.data import training_batches
 from recipes.demo.encoder import CutEncoder
 from recipes.demo.module import TaskClassifier
@@ -48,7 +48,6 @@ from recipes.demo.training import kept, on_one_thread
 from recipes.offline import texts
 from recipes.report.rounding import rounded
 from recipes.studies.process import commit
-from recipes.studies.queue import Queue, file_storage, open_study
 from recipes.studies.rows import Row
 from recipes.training.module import BARE, RecipeModule
 
@@ -162,13 +161,6 @@ def perform(run: Run, steps: int = STEPS) -> Row:
     }
 
 
-def queue_of(folder: Path) -> Queue[Run]:
-    """Return the queue of runs in a folder."""
-    shared = {"task": TASK, "shots": SHOTS, "steps": STEPS, "batch": BATCH}
-    study = open_study(file_storage(folder), "matrix_a", "min", shared, {})
-    return Queue(study, lambda key: Run(**key))
-
-
 def dry() -> None:
     """Do a tiny run, and print the number of runs and the time that they would take."""
     first = searched()[: len(STRENGTHS)]  # one per arm
@@ -198,14 +190,8 @@ def dry() -> None:
 
 def main(folder: Path) -> None:
     """Do all runs, and write the rows and tables."""
-    queue = queue_of(folder)
-
-    def left() -> list[Run]:
-        return open_runs(queue.rows, lambda run: queue.find(run) is not None)
-
-    queue.work(left, lambda run, trial: perform(run), lambda run: print(run, flush=True))
-    write_whole(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in queue.rows))
-    write_whole(folder / "table.md", tables(queue.rows))
+    shared = {"task": TASK, "shots": SHOTS, "steps": STEPS, "batch": BATCH}
+    work_in_stages(queue_of(folder, "matrix_a", Run, shared), STAGES, perform, folder, tables)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/matrix_b.py FOLDER``. When all runs are done,
 the rows are in ``FOLDER/results.jsonl`` and the table is in ``FOLDER/table.md``. The same command resumes, and several
-processes may share the runs.
+processes may share the runs. On another machine, a second argument is the file with the rows so far.
 """
 
 import gc
-import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,6 @@ from matrix_choice import (  # in this folder
     SEARCH_SEEDS,
     extended_by,
     on_first_seed,
-    open_runs,
     points,
     resamplings,
 )
@@ -32,12 +30,11 @@ from matrix_facts import Knowledge, recall
 from matrix_table import Finals, finals_of, resampled_interval, short
 from matrix_unlearning import ATTACKS, LORA, SPACE, STRENGTHS, Run, attacked, parts_of, unlearned
 from scipy import stats
+from shared_runs import queue_of, work_in_stages
 
 from recipes.command_line.progress import quiet
-from recipes.data.files import write_whole
 from recipes.demo.training import on_one_thread
 from recipes.studies.process import commit
-from recipes.studies.queue import Queue, file_storage, open_study
 from recipes.studies.rows import Row
 from recipes.studies.statistics import estimate, with_error, with_interval
 from recipes.studies.tables import markdown
@@ -83,7 +80,7 @@ def perform(run: Run, knowledge: Knowledge) -> Row:
     Returns:
         A JSON line without the run's key: the recall of the hidden facts after each number of the attack's steps; the
         ``utility``, which is the recall of facts that no loss has seen; the ``rise`` of the loss of general texts, in
-        nats per token; and seconds of processor time.
+        nats per token; seconds of processor time; and the digest of the model that knows the facts.
     """
     gc.collect()  # the last run's models: their parts point at each other
     began = time.process_time()
@@ -97,6 +94,7 @@ def perform(run: Run, knowledge: Knowledge) -> Row:
         "utility": utility,
         "rise": rise,
         "seconds": time.process_time() - began,
+        "taught": knowledge.digest,
         "torch": torch.__version__,
         "commit": commit(),
     }
@@ -247,23 +245,18 @@ def table(rows: Sequence[Row]) -> str:
 # -- all runs
 
 
-def main(folder: Path) -> None:
-    """Do all runs, and write the rows and the table."""
+def main(folder: Path, finished: Path | None = None) -> None:
+    """Do all runs but the finished ones, and write the rows and the table."""
     folder.mkdir(parents=True, exist_ok=True)
     knowledge = Knowledge(folder / "taught.safetensors")
     shared = {"space": SPACE, "points": POINTS, "taught": knowledge.digest}
-    study = open_study(file_storage(folder), "matrix_b", "min", shared, {})
-    queue = Queue(study, lambda key: Run(**key))
-
-    def left() -> list[Run]:
-        return open_runs(queue.rows, lambda run: queue.find(run) is not None, STAGES)
-
-    queue.work(left, lambda run, trial: perform(run, knowledge), lambda run: print(run, flush=True))
-    write_whole(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in queue.rows))
-    write_whole(folder / "table.md", table(queue.rows))
+    queue = queue_of(folder, "matrix_b", Run, shared, finished)
+    if any(row["taught"] != knowledge.digest for row in queue.rows):
+        raise ValueError("Finished runs had another model that knows the facts: this processor computes differently.")
+    work_in_stages(queue, STAGES, partial(perform, knowledge=knowledge), folder, table)
 
 
 if __name__ == "__main__":
     quiet()
     on_one_thread()
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

@@ -302,14 +302,3 @@ def judged(choices: Iterable[tuple[Setting | None, str]]) -> list[Run]:
 
 
 STAGES = (lambda rows: searched(), extended, repeated, final)
-
-
-def open_runs(
-    rows: Sequence[Row], is_done: Callable[[Any], bool], stages: Iterable[Callable[[Sequence[Row]], list[Any]]] = STAGES
-) -> list[Any]:
-    """Return the runs that are left in the first unfinished stage; none at the end."""
-    for stage in stages:
-        missing = [run for run in stage(rows) if not is_done(run)]
-        if missing:
-            return missing
-    return []

@@ -5,7 +5,6 @@ done, the rows are in ``FOLDER/results.jsonl`` and the table is in ``FOLDER/tabl
 several processes may share the runs. It needs the rows of column A, ``matrix_a.jsonl``.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from itertools import product
@@ -25,18 +24,16 @@ from matrix_choice import (  # in this folder
     chosen,
     judged,
     on_first_seed,
-    open_runs,
     points,
     ranked,
     settings_of,
 )
 from matrix_disturbances import CLEAN
 from matrix_table import difference, finals_of, on_test, short
+from shared_runs import queue_of, work_in_stages
 
 from recipes.command_line.progress import quiet
-from recipes.data.files import write_whole
 from recipes.demo.training import on_one_thread
-from recipes.studies.queue import Queue, file_storage, open_study
 from recipes.studies.rows import Row, read
 from recipes.studies.statistics import estimate, with_error, with_interval
 from recipes.studies.tables import markdown
@@ -115,15 +112,8 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(folder: Path) -> None:
     """Do all runs, and write the rows and the table."""
-    study = open_study(file_storage(folder), "matrix_rates", "min", {"rates": RATES, "strengths": STRENGTHS}, {})
-    queue = Queue(study, lambda key: Run(**key))
-
-    def left() -> list[Run]:
-        return open_runs(queue.rows, lambda run: queue.find(run) is not None, STAGES)
-
-    queue.work(left, lambda run, trial: perform(run), lambda run: print(run, flush=True))
-    write_whole(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in queue.rows))
-    write_whole(folder / "table.md", table(queue.rows))
+    queue = queue_of(folder, "matrix_rates", Run, {"rates": RATES, "strengths": STRENGTHS})
+    work_in_stages(queue, STAGES, perform, folder, table)
 
 
 if __name__ == "__main__":

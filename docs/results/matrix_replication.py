@@ -2,11 +2,11 @@
 
 From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/matrix_replication.py FOLDER``. When all runs
 are done, the rows are in ``FOLDER/results.jsonl`` and the table is in ``FOLDER/table.md``. The same command resumes,
-and several processes may share the runs. It needs the rows of column A, ``matrix_a.jsonl``.
+and several processes may share the runs. On another machine, a second argument is the file with the rows so far. It
+needs the rows of column A, ``matrix_a.jsonl``.
 """
 
 import gc
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,14 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from around import losses  # in this folder
 from calibrated import Calibration
-from matrix_choice import EFMLORA, LORA, RANDOM, SEARCH_SEEDS, chosen, chosen_freely, open_runs, settings_of
+from matrix_choice import EFMLORA, LORA, RANDOM, SEARCH_SEEDS, chosen, chosen_freely, settings_of
 from matrix_disturbances import B_NOISE, BASE_NOISE, CLEAN, Change, layers_of, noise_on_B, noise_on_base
 from p2 import PLAIN, RECIPE
 from peft import PeftModel
+from shared_runs import queue_of, work_in_stages
 
-from recipes.data.files import write_whole
 from recipes.studies.process import commit, fit
-from recipes.studies.queue import Queue, file_storage, open_study
 from recipes.studies.rows import Row, read
 from recipes.studies.statistics import estimate, with_error, with_interval
 from recipes.studies.tables import markdown
@@ -239,19 +238,13 @@ def table(rows: Sequence[Row], cost: Mapping[str, float]) -> str:
     return f"{markdown(lines)}\n"
 
 
-def main(folder: Path) -> None:
-    """Do all runs, and write the rows and the table."""
+def main(folder: Path, finished: Path | None = None) -> None:
+    """Do all runs but the finished ones, and write the rows and the table."""
     cost = costs(read(RESULTS / "matrix_a.jsonl"))
-    study = open_study(file_storage(folder), "matrix_replication", "min", {"questions": QUESTIONS}, {})
-    queue = Queue(study, lambda key: Run(**key))
-
-    def left() -> list[Run]:
-        return open_runs(queue.rows, lambda run: queue.find(run) is not None, (scan, partial(final, cost)))
-
-    queue.work(left, lambda run, trial: perform(run, folder), lambda run: print(run.name, flush=True))
-    write_whole(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in queue.rows))
-    write_whole(folder / "table.md", table(queue.rows, cost))
+    queue = queue_of(folder, "matrix_replication", Run, {"questions": QUESTIONS}, finished)
+    stages = (scan, partial(final, cost))
+    work_in_stages(queue, stages, partial(perform, folder=folder), folder, partial(table, cost=cost))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

@@ -5,15 +5,12 @@ From the root of a clone: ``PYTHONPATH=. python docs/results/p1_control.py FOLDE
 the runs.
 """
 
-import json
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from p2 import OPTIONS, RECIPE  # in this folder
+from shared_runs import queue_of, work
 
-from recipes.data.files import write_whole
-from recipes.studies.queue import Queue, file_storage, open_study
 from recipes.tune.search import Options, Run, Search
 from recipes.tune.space import RHO
 
@@ -26,26 +23,13 @@ CONFIG = {
 SEEDS = range(100, 120)
 
 
-def queue_of(folder: Path, name: str, options: Sequence[str]) -> Queue[Run]:
-    """Return the queue of a study's runs in a folder."""
-    study = open_study(file_storage(folder), name, "min", {"options": options}, {})
-    return Queue(study, lambda key: Run(**key))
-
-
-def work(search: Search, open_runs: Callable[[], list[Run]]) -> None:
-    """Do all runs, and write their rows."""
-    search.queue.work(open_runs, search.perform, print)
-    lines = [json.dumps(row) + "\n" for row in search.queue.rows]
-    write_whole(search.folder / "results.jsonl", "".join(lines))
-
-
 def main(folder: Path) -> None:
     """Train and test all seeds."""
-    queue = queue_of(folder, "p1_control", OPTIONS)
+    queue = queue_of(folder, "p1_control", Run, {"options": OPTIONS})
     options = Options(RECIPE, test=True)
     search = Search(options, OPTIONS, {RHO: ["0"]}, queue, folder, "val_loss", "min")
     runs = [Run("without", CONFIG, seed, "final", -1) for seed in SEEDS]
-    work(search, lambda: [run for run in runs if queue.find(run) is None])
+    work(queue, lambda: [run for run in runs if queue.find(run) is None], search.perform, folder)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from recipes.tune.search import Run
 
 sys.path.append(str(Path(__file__).parents[2] / "docs" / "results"))
 import arms
+from p2 import run_of
 
 
 def test_turned_perturbations_point_down(tmp_path: Path) -> None:
@@ -42,7 +43,7 @@ class Done:
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
-        self.by_name = {arms.run_of(row).name: row for row in rows}
+        self.by_name = {run_of(row).name: row for row in rows}
 
     def find(self, run: Run) -> Row | None:
         return self.by_name.get(run.name)

@@ -22,9 +22,9 @@ import matrix_b
 import matrix_facts
 import matrix_picture
 import matrix_unlearning
-from matrix_choice import open_runs
 from matrix_facts import PEOPLE, Knowledge, Texts, facts, log_likelihoods, recall, trained
 from matrix_unlearning import FMLORA, LORA, RANDOM, SPACE, Run, attacked, npo, parts_of, unlearned
+from shared_runs import open_runs
 
 SETTINGS = {"rate": 1e-2, "steps": 3, "beta": 0.5, "retain": 3, "rank": 2, "optimizer": "adamw", "averaging": 0.0}
 
@@ -320,8 +320,28 @@ def test_the_command_does_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(matrix_b, "POINTS", 4)
     monkeypatch.setattr(matrix_b, "FINAL_SEEDS", range(100, 102))
     monkeypatch.setattr(matrix_b, "Knowledge", lambda file: SimpleNamespace(digest="0"))
-    monkeypatch.setattr(matrix_b, "perform", lambda run, knowledge: {**row_of(run, smooth), "value": smooth(run)})
+    done: list[Run] = []
+
+    def perform(run: Run, knowledge: Knowledge) -> Row:
+        done.append(run)
+        return {**row_of(run, smooth), "value": smooth(run), "taught": knowledge.digest}
+
+    monkeypatch.setattr(matrix_b, "perform", perform)
     matrix_b.main(tmp_path)
-    rows = read(tmp_path / "results.jsonl")
+    file = tmp_path / "results.jsonl"
+    rows = read(file)
     assert {row["stage"] for row in rows} == {"search", "final"}
     assert (tmp_path / "table.md").read_text() == matrix_b.table(rows)
+
+    # Another machine does what is left, and has the same model.
+    every, so_far = list(done), tmp_path / "so_far.jsonl"
+    done.clear()
+    so_far.write_text("".join(f"{line}\n" for line in file.read_text().splitlines()[:-3]))
+    matrix_b.main(tmp_path / "other", so_far)
+    assert [run.name for run in done] == [run.name for run in every[-3:]]
+    assert read(tmp_path / "other" / "results.jsonl") == rows
+    monkeypatch.setattr(matrix_b, "Knowledge", lambda file: SimpleNamespace(digest="1"))
+    with pytest.raises(ValueError, match="Finished runs had another model"):
+        matrix_b.main(tmp_path / "different", so_far)
+    with pytest.raises(ValueError, match=r"none\.jsonl has no rows of finished runs"):
+        matrix_b.main(tmp_path / "none", tmp_path / "none.jsonl")

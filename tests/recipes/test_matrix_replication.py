@@ -13,8 +13,9 @@ from recipes.studies.rows import Row
 
 sys.path.append(str(Path(__file__).parents[2] / "docs" / "results"))
 import matrix_replication as replication
-from matrix_choice import EFMLORA, LORA, RANDOM, Run, open_runs
+from matrix_choice import EFMLORA, LORA, RANDOM, Run
 from matrix_disturbances import B_NOISE, BASE_NOISE, CLEAN, noise_on_B, noisy
+from shared_runs import open_runs
 
 COST = {EFMLORA: 0.05, RANDOM: 0.3}
 

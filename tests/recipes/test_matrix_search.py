@@ -20,6 +20,7 @@ import matrix_picture
 import matrix_table
 from matrix_choice import EFMLORA, FINAL_SEEDS, LORA, POINTS, QAT, RANDOM, SEARCH_SEEDS, SPACE, STRENGTHS, Run
 from matrix_disturbances import BASE_NOISE, CLEAN
+from shared_runs import open_runs
 
 
 def test_all_arms_have_the_same_settings_spread_over_all_values() -> None:
@@ -56,7 +57,7 @@ def row_of(run: Run, losses: Losses) -> Row:
 def study(losses: Losses) -> list[Row]:
     """Do the open runs, starting with the last one, until none is left."""
     rows: dict[str, Row] = {}
-    while runs := choice.open_runs(list(rows.values()), lambda run: run.name in rows):
+    while runs := open_runs(list(rows.values()), lambda run: run.name in rows, choice.STAGES):
         assert runs[-1].name not in rows
         rows[runs[-1].name] = row_of(runs[-1], losses)
         for run in runs[:-1:2]:  # only every second of the other runs
@@ -234,15 +235,16 @@ def test_the_same_command_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         done.append(run)
         return {"value": 2.0, "validation": {CLEAN: {"loss": 2.0, "accuracy": 0.5}}}
 
-    def left(rows: list[Row], is_done: Callable[[Run], bool]) -> list[Run]:
+    def stage(rows: list[Row]) -> list[Run]:
         assert len(rows) == len(done)
-        return [run for run in runs if not is_done(run)]
+        return runs
 
-    monkeypatch.setattr(matrix_a, "open_runs", left)
+    monkeypatch.setattr(matrix_a, "STAGES", (stage,))
     monkeypatch.setattr(matrix_a, "perform", perform)
     monkeypatch.setattr(matrix_a, "tables", lambda rows: f"{len(rows)} rows")
     with pytest.raises(KeyboardInterrupt):
         matrix_a.main(tmp_path)
+    assert len(read(tmp_path / "results.jsonl")) == 2
     monkeypatch.setattr(matrix_a, "perform", lambda run: done.append(run) or {"value": 2.0, "validation": {}})
     matrix_a.main(tmp_path)
     assert [run.name for run in done] == [run.name for run in runs]
