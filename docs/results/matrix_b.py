@@ -195,15 +195,26 @@ def choices(settings: Sequence[Setting], arm: str) -> list[Setting]:
 
 
 def final(rows: Iterable[Row]) -> list[Run]:
-    """Return the final runs, seed by seed, of all choices that a resampling of the search seeds makes."""
-    settings, judged = settings_of(rows), {}
+    """Return the final runs of the arms' choices, seed by seed."""
+    settings = settings_of(rows)
+    return judged([chosen(settings, arm) for arm in STRENGTHS])
+
+
+def resampled(rows: Iterable[Row]) -> list[Run]:
+    """Return the final runs of all choices that a resampling of the search seeds makes, seed by seed."""
+    settings, every = settings_of(rows), list[Setting]()
     for arm in STRENGTHS:
-        for setting in [chosen(settings, arm), *choices(settings, arm)]:
-            judged[setting.run.name] = setting.run
-    return [run._replace(seed=seed, stage="final") for seed, run in product(FINAL_SEEDS, judged.values())]
+        every += choices(settings, arm)
+    return judged(every)
 
 
-STAGES = (lambda rows: searched(), extended, repeated, final)
+def judged(settings: Iterable[Setting]) -> list[Run]:
+    """Return the final runs of settings, seed by seed."""
+    runs = {setting.run.name: setting.run for setting in settings}
+    return [run._replace(seed=seed, stage="final") for seed, run in product(FINAL_SEEDS, runs.values())]
+
+
+STAGES = (lambda rows: searched(), extended, repeated, final, resampled)
 
 
 # -- the table
