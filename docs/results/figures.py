@@ -403,11 +403,11 @@ def passages() -> dict[Path, list[str]]:
     study += [small_tasks(), many_classes(), wrong_labels(), finished_adapters(), more_data()]
     study += several_tasks("W3: six adapters merged (TIES)", "LoRA with both")
     study += several_tasks("W5: six tasks, one after another", "LoRA with [separate rates](#correction)")
-    study += [*flatness(), *corrections(), *needs_an_adapter(), *other_methods(), *doubts(), *around()]
+    study += [*flatness(), *corrections(), *needs_an_adapter(), *other_methods(), *doubts()]
     column_a = read(RESULTS / "matrix_a.jsonl") + read(RESULTS / "matrix_rates.jsonl")
     study += [*matrix_rule.hypotheses(column_a), *matrix_rule.without_bound(column_a)]
     guide += matrix_rule.rule(column_a)
-    return {DOCS / "study.md": study, DOCS / "when_to_use.md": guide, RESULTS / "README.md": cost()}
+    return {DOCS / "study.md": study, DOCS / "when_to_use.md": guide, RESULTS / "README.md": [*cost(), *around()]}
 
 
 NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e-\d+)?")
