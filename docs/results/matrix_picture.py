@@ -34,8 +34,8 @@ def cells_of_a(rows: Sequence[Row]) -> Cells:
     settings, finals = settings_of(rows), finals_of(rows)
     names = {row["arm"] for row in rows}
     found = {}
-    for disturbance, arm in product(DISTURBED, [each for each in (*STRENGTHS, *LOWER.values()) if each in names]):
-        if arm != LORA:
+    for disturbance, arm in product(DISTURBED, (*STRENGTHS, *LOWER.values())):
+        if arm in names and arm != LORA:
             own, of_lora = (chosen(settings, each, disturbance) for each in (arm, LORA))
             found[disturbance, arm] = difference(finals, own, of_lora, disturbance) if own and of_lora else None
     return found

@@ -22,7 +22,7 @@ from matrix_choice import EFMLORA, LORA, RANDOM, SEARCH_SEEDS, chosen, chosen_fr
 from matrix_disturbances import B_NOISE, BASE_NOISE, CLEAN, Change, layers_of, noise_on_B, noise_on_base
 from p2 import PLAIN, RECIPE
 from peft import PeftModel
-from shared_runs import queue_of, work_in_stages
+from shared_runs import queue_of, run_of, work_in_stages
 
 from recipes.studies.process import commit, fit
 from recipes.studies.rows import Row, read
@@ -218,7 +218,7 @@ def final(cost: Mapping[str, float], rows: Sequence[Row]) -> list[Run]:
 
 def table(rows: Sequence[Row], cost: Mapping[str, float]) -> str:
     """Return the table; every run must be there."""
-    tests = {Run(**{name: row[name] for name in Run._fields}): row.get("test") for row in rows}
+    tests = {run_of(row, Run): row.get("test") for row in rows}
 
     def on_test(run: Run, disturbance: str) -> list[float]:
         return [tests[run._replace(seed=seed)][disturbance] for seed in SEEDS]

@@ -36,10 +36,15 @@ def queue_of(folder: Path, name: str, kind: type[Any], shared: Row, finished: Pa
     return queue
 
 
+def run_of(row: Row, kind: type[Any]) -> Any:
+    """Return the run of a row, as a named tuple."""
+    return kind(**{name: row[name] for name in kind._fields})
+
+
 def add_finished(queue: Queue[Any], rows: Iterable[Row], kind: type[Any]) -> None:
     """Add rows of finished runs to a queue, except those of runs that it has."""
     for row in rows:
-        run = kind(**{name: row[name] for name in kind._fields})
+        run = run_of(row, kind)
         if queue.find(run) is None:
             known = {"name": run.name, "run": run.key(), "row": row}
             queue.study.add_trial(create_trial(value=row["value"], user_attrs=known))
