@@ -27,8 +27,8 @@ from matrix_choice import (  # in this folder
     resamplings,
 )
 from matrix_facts import Knowledge, recall
-from matrix_table import Finals, finals_of, resampled_interval, short
-from matrix_unlearning import ATTACKS, LORA, SPACE, STRENGTHS, Run, attacked, parts_of, unlearned
+from matrix_table import Comparison, Finals, between, finals_of, resampled_interval, short
+from matrix_unlearning import ATTACKS, FMLORA, LORA, RANDOM, SPACE, STRENGTHS, Run, attacked, parts_of, unlearned
 from scipy import stats
 from shared_runs import queue_of, work_in_stages
 
@@ -47,6 +47,8 @@ BEYOND: dict[str, list[Any]] = {"rate": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "s
 """The values by which a grid can be extended, if an arm's best setting lies at its end, and its own."""
 PRIMARY = str(ATTACKS[-1])
 """The number of the attack's steps."""
+TESTED = {"B1": FMLORA, "B2": RANDOM}
+"""The hypotheses and their methods."""
 
 
 class Setting(NamedTuple):
@@ -225,6 +227,30 @@ def recalls(finals: Finals, setting: Setting, steps: str = PRIMARY) -> list[floa
     return [finals[setting.run.name][seed]["recall"][steps] for seed in FINAL_SEEDS]
 
 
+def compared(settings: Sequence[Setting], finals: Finals, arm: str) -> Comparison | None:
+    """Compare an arm's recall of the hidden facts with LoRA's; None if either has no useful setting, so that p is 1."""
+    own, of_lora = (chosen(settings, each) for each in (arm, LORA))
+    if not (own.is_useful(SEARCH_SEEDS) and of_lora.is_useful(SEARCH_SEEDS)):
+        return None
+    mine, its = (recalls(finals, each) for each in (own, of_lora))
+    return Comparison(
+        means=(estimate(its).mean, estimate(mine).mean),
+        difference=estimate(np.subtract(mine, its).tolist()),
+        p=float(stats.ttest_rel(mine, its).pvalue),
+        covering=covering(settings, finals, arm),
+    )
+
+
+def covering(settings: Sequence[Setting], finals: Finals, arm: str) -> tuple[float, float] | None:
+    """Return the 95 % interval of the difference to LoRA's recall that covers the search; None if runs are missing."""
+    differences = []
+    for mine, its in zip(choices(settings, arm), choices(settings, LORA), strict=True):
+        if any(finals[each.run.name].keys() != set(FINAL_SEEDS) for each in (mine, its)):
+            return None
+        differences.append(np.subtract(recalls(finals, mine), recalls(finals, its)))
+    return resampled_interval(differences)
+
+
 def table(rows: Sequence[Row]) -> str:
     """Return the table of all arms, and what is compared; every run must be there."""
     settings, finals = settings_of(rows), finals_of(rows)
@@ -232,8 +258,7 @@ def table(rows: Sequence[Row]) -> str:
     head = ["arm", "strength; rate, steps, beta, retain, rank, optimizer, averaging"]
     attacked_for = [str(steps) for steps in (0, *ATTACKS)]
     lines = [[*head, *(f"recall after {each}" for each in attacked_for), "utility", "rise of general texts"]]
-    compared = [["arm", "minus LoRA's", "p", "search resampled"]]
-    of_lora = chosen(settings, LORA)
+    differences = [["arm", "minus LoRA's", "p", "search resampled"]]
     for arm in STRENGTHS:
         choice = chosen(settings, arm)
         own = finals[choice.run.name]
@@ -241,16 +266,12 @@ def table(rows: Sequence[Row]) -> str:
         for measure in ("utility", "rise"):
             cells.append(with_error(estimate([own[seed][measure] for seed in FINAL_SEEDS]), ".3f"))
         lines.append([arm, short(choice), *cells])
-        if arm == LORA:
-            continue
-        difference = np.subtract(on_fresh(choice), on_fresh(of_lora))
-        is_fair = choice.is_useful(SEARCH_SEEDS) and of_lora.is_useful(SEARCH_SEEDS)
-        p = stats.ttest_rel(on_fresh(choice), on_fresh(of_lora)).pvalue if is_fair else 1.0
-        pairs = zip(choices(settings, arm), choices(settings, LORA), strict=True)
-        low, high = resampled_interval([np.subtract(on_fresh(mine), on_fresh(its)) for mine, its in pairs])
-        interval = with_interval(estimate(difference.tolist()), 3)
-        compared.append([arm, interval, f"{p:.2g}", f"[{low:+.3f}, {high:+.3f}]"])
-    return f"{markdown(lines)}\n\n{markdown(compared)}\n"
+    for arm in TESTED.values():
+        found, cells = compared(settings, finals, arm), ["no useful setting", "1", ""]
+        if found:
+            cells = [with_interval(found.difference, 3), f"{found.p:.2g}", between(found.covering, 3)]
+        differences.append([arm, *cells])
+    return f"{markdown(lines)}\n\n{markdown(differences)}\n"
 
 
 # -- all runs

@@ -4,18 +4,16 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 
 import matrix_b
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matrix_choice import DISTURBED, LORA, SEARCH_SEEDS, STRENGTHS, chosen, settings_of  # in this folder
+from matrix_choice import DISTURBED, LORA, STRENGTHS, chosen, settings_of  # in this folder
 from matrix_rates import LOWER
-from matrix_rule import WORTH
+from matrix_rule import WORTH, WORTH_B
 from matrix_table import difference, finals_of
-from matrix_unlearning import STRENGTHS as STRENGTHS_B
 
 from recipes.studies.rows import Row
-from recipes.studies.statistics import Estimate, estimate
+from recipes.studies.statistics import Estimate
 
 BETTER, EVEN, WORSE, NONE = "#a6cee3", "#eeeeee", "#fdbf6f", "white"  # blue and orange, which everybody can tell apart
 MEANINGS = {
@@ -42,32 +40,27 @@ def cells_of_a(rows: Sequence[Row]) -> Cells:
 
 
 def cells_of_b(rows: Sequence[Row]) -> Cells:
-    """Return column B's differences of the recall, in points."""
+    """Return column B's differences of the recall."""
     settings, finals = matrix_b.settings_of(rows), finals_of(rows)
-    of_lora = matrix_b.chosen(settings, LORA)
     found: dict[tuple[str, str], Estimate | None] = {}
-    for arm in STRENGTHS_B:
-        if arm != LORA:
-            own = matrix_b.chosen(settings, arm)
-            is_fair = own.is_useful(SEARCH_SEEDS) and of_lora.is_useful(SEARCH_SEEDS)
-            pairs = [matrix_b.recalls(finals, each) for each in (own, of_lora)]
-            points = 100 * np.subtract(*pairs)
-            found[RELEARNING, arm] = estimate(points.tolist()) if is_fair else None
+    for arm in matrix_b.TESTED.values():
+        of = matrix_b.compared(settings, finals, arm)
+        found[RELEARNING, arm] = of.difference if of else None
     return found
 
 
 def draw(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> Figure:
     """Draw both columns, each as a table whose cells are coloured by their intervals; the second one if it has rows."""
     title = "loss under a disturbance, minus that of LoRA with rates of 2.5e-4 or more (nats)"
-    panels = [(title, cells_of_a(rows_a), ".2f", WORTH)]
+    panels = [(title, cells_of_a(rows_a), WORTH)]
     if rows_b:
-        title = "hidden facts recalled after an attack, minus LoRA's (points)"
-        panels.append((title, cells_of_b(rows_b), ".0f", 0.0))
-    heights = [len({disturbance for disturbance, _ in cells}) for _, cells, *_ in panels]
+        title = "share of the hidden facts that are recalled after an attack, minus LoRA's"
+        panels.append((title, cells_of_b(rows_b), WORTH_B))
+    heights = [len({disturbance for disturbance, _ in cells}) for _, cells, _ in panels]
     figure = Figure(figsize=(10.5, 1.2 + 0.36 * sum(heights)), layout="constrained")
     every = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
-    for axes, (title, cells, form, least) in zip(every.flat, panels, strict=True):
-        _fill(axes, cells, form, least)
+    for axes, (title, cells, least) in zip(every.flat, panels, strict=True):
+        _fill(axes, cells, least)
         axes.set_title(title)
     patches = [Patch(facecolor=colour, edgecolor="gray", label=meaning) for colour, meaning in MEANINGS.items()]
     title = "95 % intervals, each for itself"
@@ -75,14 +68,14 @@ def draw(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> Figure:
     return figure
 
 
-def _fill(axes: Axes, cells: Cells, form: str, least: float) -> None:
+def _fill(axes: Axes, cells: Cells, least: float) -> None:
     """Draw a table of differences; lower ones are better."""
     disturbances = list(dict.fromkeys(disturbance for disturbance, _ in cells))
     methods = list(dict.fromkeys(method for _, method in cells))
     for (row, disturbance), (column, method) in product(enumerate(disturbances), enumerate(methods)):
         found = cells[disturbance, method]
         axes.fill_between([column - 0.48, column + 0.48], row - 0.46, row + 0.46, color=colour_of(found, least))
-        axes.text(column, row, _text(found, form), ha="center", va="center", fontsize="small")
+        axes.text(column, row, _text(found), ha="center", va="center", fontsize="small")
     axes.set_xticks(range(len(methods)), [method.replace(", ", ",\n") for method in methods])
     axes.set_yticks(range(len(disturbances)), disturbances)
     axes.set(xlim=(-0.5, len(methods) - 0.5), ylim=(len(disturbances) - 0.5, -0.5))
@@ -104,5 +97,5 @@ def colour_of(found: Estimate | None, least: float) -> str:
     return BETTER if found.mean < 0 else WORSE  # nan, of a run that diverged, is worse
 
 
-def _text(found: Estimate | None, form: str) -> str:
-    return "" if found is None else f"{found.mean:+{form}} ± {found.interval:{form}}"
+def _text(found: Estimate | None) -> str:
+    return "" if found is None else f"{found.mean:+.2f} ± {found.interval:.2f}"

@@ -1,8 +1,9 @@
-"""The rule that column A of protocol_matrix.md gives to users, and its lines on the pages."""
+"""The rule that protocol_matrix.md's results give to users, and their lines on the pages."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import matrix_b
 from matrix_choice import (  # in this folder
     BI_LORA,
     DISTURBED,
@@ -20,7 +21,8 @@ from matrix_choice import (  # in this folder
 )
 from matrix_disturbances import B_NOISE, BASE_NOISE, CLEAN
 from matrix_rates import LOWER
-from matrix_table import Finals, compared, difference, finals_of, on_test
+from matrix_table import Comparison, Finals, between, compared, difference, finals_of, on_test
+from matrix_unlearning import SHOWN
 
 from recipes.studies.rows import Row
 from recipes.studies.statistics import Estimate, estimate, holm, with_interval
@@ -39,8 +41,9 @@ MILD = [disturbance for disturbance in DISTURBED if disturbance not in TITLES]
 """Those of a sentence."""
 SYMBOLS = {RANDOM: "sigma", QAT: "bits"}
 """Of the strength, if it is not rho."""
+RELEARNING = "relearning of unlearned facts"
 WORTH = 0.02  # nats that a perturbation has to gain, at least; less is chance of the search
-OTHER_HYPOTHESES = [1.0, 1.0]  # of column B, before it is there: Holm's method then gives the highest p that A can have
+WORTH_B = 1 / SHOWN  # the recall of one fact, of as many hidden ones as shown ones
 
 
 class Verdict(NamedTuple):
@@ -59,11 +62,14 @@ class Verdict(NamedTuple):
     @property
     def use(self) -> str:
         """The arm to use: the perturbation's only if it gains enough, and the interval of its difference is below 0."""
-        if self.best and self.found:
-            is_sure = self.found.mean + self.found.interval < 0
-            if is_sure and self.found.mean <= -WORTH:
-                return self.best.run.arm
+        if self.best and self.found and is_worth(self.found, WORTH):
+            return self.best.run.arm
         return self.rival.run.arm
+
+
+def is_worth(found: Estimate, least: float) -> bool:
+    """Say whether a difference is a gain of at least so much, and its interval lies below 0."""
+    return found.mean + found.interval < 0 and found.mean <= -least
 
 
 def verdict(settings: Sequence[Setting], finals: Finals, disturbance: str) -> Verdict:
@@ -115,27 +121,52 @@ def named(setting: Setting) -> str:
     return arm if strength is None else f"{arm} ({SYMBOLS.get(arm, 'rho')} {strength:g})"
 
 
-def hypotheses(rows: Sequence[Row]) -> list[str]:
-    """Return the rows of A1 and A2.
+def rule_of_b(rows: Sequence[Row]) -> str:
+    """Return the rule's line on relearning, with shares of the hidden facts that are recalled in place of losses."""
+    settings, finals = matrix_b.settings_of(rows), finals_of(rows)
+    rival = matrix_b.chosen(settings, LORA)
+    if not rival.is_useful(SEARCH_SEEDS):
+        raise ValueError("No free setting keeps enough utility.")
+    recalled = estimate(matrix_b.recalls(finals, rival)).mean
+    choices = [matrix_b.chosen(settings, arm) for arm in matrix_b.TESTED.values()]
+    useful = [each for each in choices if each.is_useful(SEARCH_SEEDS)]
+    use, cell = LORA, "none with enough utility"
+    if useful:
+        best = min(useful, key=lambda each: each.recalled(SEARCH_SEEDS))
+        found = matrix_b.compared(settings, finals, best.run.arm)
+        assert found is not None  # both are useful
+        if is_worth(found.difference, WORTH_B):
+            use = best.run.arm
+        cell = f"{named(best)}: {with_interval(found.difference)}"
+    return f"| {RELEARNING} | {use} | {LORA}: {recalled:.2f} recalled | {cell} |"
 
-    They have both losses, their difference, the interval that covers the search, Holm's p, and the difference to the
-    audit's LoRA.
+
+def hypotheses(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> list[str]:
+    """Return the rows of the hypotheses; those of column B if it has rows.
+
+    They have both means, their difference, the interval that covers the search, Holm's p, and in column A the
+    difference to the audit's LoRA. Before column B is there its hypotheses have p = 1, and the others thus the highest
+    that they can get.
     """
-    settings, finals = settings_of(rows), finals_of(rows)
-    found = [compared(settings, finals, arm, disturbance) for disturbance, (_, arm) in TESTED.items()]
-    corrected = holm([*(each.p if each else 1.0 for each in found), *OTHER_HYPOTHESES])
+    settings, finals = settings_of(rows_a), finals_of(rows_a)
+    found: list[tuple[str, Comparison | None, str]] = []
+    for name, (disturbance, (_, arm)) in zip(("A1", "A2"), TESTED.items(), strict=True):
+        own, audited = (chosen(settings, one, disturbance) for one in (arm, LOWER[LORA]))
+        to_audited = with_interval(difference(finals, own, audited, disturbance)) if own and audited else ""
+        title = f"{name}: {TITLES[disturbance]}, {arm}"
+        found.append((title, compared(settings, finals, arm, disturbance), to_audited))
+    for name, arm in matrix_b.TESTED.items():
+        each = matrix_b.compared(matrix_b.settings_of(rows_b), finals_of(rows_b), arm) if rows_b else None
+        found.append((f"{name}: {RELEARNING}, {arm}", each, ""))
+    corrected = holm([each.p if each else 1.0 for _, each, _ in found])
     lines = []
-    for name, (disturbance, (_, arm)), each, p in zip(("A1", "A2"), TESTED.items(), found, corrected, strict=False):
-        cells, to_audited = ["", "", "none within the bound", ""], ""
+    for (title, each, to_audited), p in zip(found, corrected, strict=True):
+        cells = ["", "", "none within the bound", ""]
         if each:
-            low, high = each.covering
-            cells = [f"{loss:.2f}" for loss in each.losses]
-            cells += [with_interval(each.difference), f"[{low:+.2f}, {high:+.2f}]"]
-            own, audited = (chosen(settings, one, disturbance) for one in (arm, LOWER[LORA]))
-            if own and audited:
-                to_audited = with_interval(difference(finals, own, audited, disturbance))
-        lines.append(f"| {name}: {TITLES[disturbance]}, {arm} | {' | '.join(cells)} | {p:.2g} | {to_audited} |")
-    return lines
+            cells = [f"{mean:.2f}" for mean in each.means]
+            cells += [with_interval(each.difference), between(each.covering, 2)]
+        lines.append(f"| {title} | {' | '.join(cells)} | {p:.2g} | {to_audited} |")
+    return lines if rows_b else lines[: len(TESTED)]
 
 
 def without_bound(rows: Sequence[Row]) -> list[str]:

@@ -35,16 +35,16 @@ class Comparison(NamedTuple):
     """The result on a hypothesis.
 
     Attributes:
-        losses: mean test losses of LoRA and of the method, in nats.
+        means: of LoRA and of the method; in column A of the test losses, in nats.
         difference: the method's minus LoRA's, paired by seed.
         p: of a paired t-test, before any correction.
-        covering: the 95 % interval that covers the search, too.
+        covering: the 95 % interval that covers the search, too; None if its runs are missing.
     """
 
-    losses: tuple[float, float]
+    means: tuple[float, float]
     difference: Estimate
     p: float
-    covering: tuple[float, float]
+    covering: tuple[float, float] | None
 
 
 Finals = dict[str, dict[int, Row]]
@@ -95,7 +95,7 @@ def compared(settings: Sequence[Setting], finals: Finals, arm: str, disturbance:
         return None
     mine, its = (on_test(finals, each, disturbance) for each in (own, of_lora))
     return Comparison(
-        losses=(estimate(its).mean, estimate(mine).mean),
+        means=(estimate(its).mean, estimate(mine).mean),
         difference=difference(finals, own, of_lora, disturbance),
         p=float(stats.ttest_rel(mine, its).pvalue),
         covering=covering(settings, finals, arm, disturbance),
@@ -114,6 +114,11 @@ def resampled_interval(differences: Sequence[Sequence[float]]) -> tuple[float, f
     seeds = generator.integers(values.shape[1], size=(DRAWS, values.shape[1]))
     low, high = np.quantile(values[which[:, None], seeds].mean(1), [0.025, 0.975])
     return float(low), float(high)
+
+
+def between(interval: tuple[float, float] | None, digits: int) -> str:
+    """Format an interval in a cell, which is empty if there is none."""
+    return f"[{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]" if interval else ""
 
 
 def short(setting: Setting) -> str:
@@ -155,9 +160,8 @@ def hypotheses(settings: Sequence[Setting], finals: Finals) -> str:
         if found is None:
             lines.append([disturbance, arm, "none within the bound", "1", "", unbounded])
             continue
-        low, high = found.covering
         interval = with_interval(found.difference, 3)
-        lines.append([disturbance, arm, interval, f"{found.p:.2g}", f"[{low:+.3f}, {high:+.3f}]", unbounded])
+        lines.append([disturbance, arm, interval, f"{found.p:.2g}", between(found.covering, 3), unbounded])
     return markdown(lines)
 
 

@@ -36,5 +36,5 @@ def test_each_cell_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [text.get_text() for text in alone.texts] == ["-0.50 ± 0.21", ""]
     above, below = picture.draw([], [{"stage": "final"}]).axes
     assert [text.get_text() for text in above.texts] == ["-0.50 ± 0.21", ""]
-    assert [text.get_text() for text in below.texts] == ["+3 ± 4"]
+    assert [text.get_text() for text in below.texts] == ["+3.00 ± 4.19"]
     assert [label.get_text() for label in above.get_xticklabels()] == ["EFMLoRA", "FMLoRA"]

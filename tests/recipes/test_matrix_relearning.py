@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,13 +17,17 @@ from torch import nn
 
 from recipes.language.model import PACKAGED, load_tokenizer
 from recipes.studies.rows import Row, read
+from recipes.studies.statistics import holm
 
 sys.path.append(str(Path(__file__).parents[2] / "docs" / "results"))
 import matrix_b
 import matrix_facts
 import matrix_picture
+import matrix_rule
 import matrix_unlearning
 from matrix_facts import PEOPLE, Knowledge, Texts, facts, log_likelihoods, recall, trained
+from matrix_rule import RELEARNING
+from matrix_table import finals_of
 from matrix_unlearning import FMLORA, LORA, RANDOM, SPACE, Run, attacked, npo, parts_of, unlearned
 from shared_runs import open_runs
 
@@ -280,10 +285,40 @@ def test_final_runs_are_on_fresh_seeds_and_the_table_has_all_arms(rows: list[Row
     assert [method for _, method in cells] == [FMLORA, RANDOM]
     for arm, found in zip((FMLORA, RANDOM), cells.values(), strict=True):
         assert found is not None
-        assert f"| {arm} | {found.mean / 100:+.3f}" in text
+        assert f"| {arm} | {found.mean:+.3f}" in text
     for row in finals:
         row["rise"] = math.nan  # one that has diverged
     assert "| nan ± nan |" in matrix_b.table(finals + [row for row in rows if row["stage"] == "search"])
+
+
+def test_the_pages_have_the_recalls_and_holms_p_of_all_four(rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("chosen", "compared"):
+        monkeypatch.setattr(matrix_rule, name, lambda *args: None)  # column A has no rows
+    first, second, *of_b = matrix_rule.hypotheses([], rows)
+    assert first.startswith("| A1: noise on the base, as large as its norm, RandomPerturbation |")
+    assert second.endswith("|  | none within the bound |  | 1 |  |")
+    settings, finals = matrix_b.settings_of(rows), finals_of(rows)
+    found = {arm: matrix_b.compared(settings, finals, arm) for arm in (FMLORA, RANDOM)}
+    p_values = [each.p for each in found.values() if each]
+    for line, (arm, each), p in zip(of_b, found.items(), holm([1.0, 1.0, *p_values])[2:], strict=True):
+        assert each is not None
+        assert each.covering is not None
+        low, high = each.covering
+        assert (
+            f"{RELEARNING}, {arm} | {each.means[0]:.2f} | {each.means[1]:.2f} | {each.difference.mean:+.2f} [" in line
+        )
+        assert line.endswith(f"] | [{low:+.2f}, {high:+.2f}] | {p:.2g} |  |")
+    unfinished = [row for row in rows if row["stage"] == "search"]
+    unfinished += [{**run.key(), **row_of(run, smooth)} for run in matrix_b.final(rows)]
+    assert "]  |  |" not in matrix_rule.hypotheses([], rows)[2]
+    assert "] |  |" in matrix_rule.hypotheses([], unfinished)[2]  # intervals that cover the search have no runs
+
+
+def test_the_rule_takes_the_useful_arm_with_the_lowest_recall(rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
+    line = matrix_rule.rule_of_b(rows)
+    assert re.match(rf"\| {RELEARNING} \| RandomPerturbation \| LoRA: 0\.50 recalled \| \S* \(sigma 4\): -0\.10", line)
+    monkeypatch.setattr(matrix_rule, "WORTH_B", 0.2)
+    assert f"| {RELEARNING} | LoRA |" in matrix_rule.rule_of_b(rows)
 
 
 def test_an_arm_without_enough_utility_takes_what_has_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +326,14 @@ def test_an_arm_without_enough_utility_takes_what_has_most(monkeypatch: pytest.M
     rows = study(smooth)
     assert matrix_b.chosen(matrix_b.settings_of(rows), FMLORA).run.settings["rate"] == 3e-5
     assert set(matrix_picture.cells_of_b(rows).values()) == {None}
+    with pytest.raises(ValueError, match="enough utility"):
+        matrix_rule.rule_of_b(rows)
+
+
+def test_without_a_useful_perturbation_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix_b.Setting, "is_useful", lambda self, seeds: self.run.arm == LORA)
+    line = matrix_rule.rule_of_b(study(smooth))
+    assert re.match(rf"\| {RELEARNING} \| LoRA \| LoRA: -0\.40 recalled \| none with enough utility \|", line)
 
 
 def test_a_choice_that_loses_its_utility_on_other_seeds_is_the_most_useful(rows: list[Row]) -> None:

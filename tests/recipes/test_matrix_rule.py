@@ -77,7 +77,7 @@ def test_the_lines_have_the_losses(rows: list[Row]) -> None:
     assert shown[2] == "QAT-LoRA (bits 3)"
     assert float(shown[3]) == pytest.approx(1.2, abs=0.06)
     assert shown[4] == "RandomPerturbation (sigma 0.3)"
-    first, second = matrix_rule.hypotheses(rows)
+    first, second = matrix_rule.hypotheses(rows, [])
     assert first.startswith(f"| A1: noise on the base, as large as its norm, RandomPerturbation | {2:.2f} | ")
     assert second.startswith("| A2: noise on B, three times its norm, EFMLoRA | 2.00 | 2.1")
 
@@ -85,7 +85,7 @@ def test_the_lines_have_the_losses(rows: list[Row]) -> None:
 def test_p_is_the_highest_that_column_b_allows(rows: list[Row]) -> None:
     found = matrix_table.compared(choice.settings_of(rows), matrix_table.finals_of(rows), EFMLORA, B_NOISE)
     assert found is not None
-    p = float(matrix_rule.hypotheses(rows)[1].split("|")[-3])
+    p = float(matrix_rule.hypotheses(rows, [])[1].split("|")[-3])
     assert p == pytest.approx(min(1, 3 * found.p), rel=0.1)
 
 
@@ -96,4 +96,4 @@ def test_without_a_fair_setting_nothing_is_compared(rows: list[Row]) -> None:
     assert (found.best, found.found, found.use) == (None, None, LORA)
     assert all(line.endswith("| none within the bound |") for line in matrix_rule.rule(kept)[:-1])
     assert matrix_table.compared(settings, finals, EFMLORA, B_NOISE) is None
-    assert all(line.endswith("| 1 |  |") for line in matrix_rule.hypotheses(kept))
+    assert all(line.endswith("| 1 |  |") for line in matrix_rule.hypotheses(kept, []))
