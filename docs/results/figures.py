@@ -13,7 +13,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import matrix_rule  # in this folder
+import matrix_b  # in this folder
+import matrix_rule
 from figures_p1 import around, doubts, needs_an_adapter, other_methods, p_value
 
 from recipes.studies.rows import Row, read
@@ -274,8 +275,11 @@ def passages() -> dict[Path, list[str]]:
     study += several_tasks("W5: six tasks, one after another", "LoRA with [separate rates](#correction)")
     study += [*flatness(), *corrections(), *needs_an_adapter(), *other_methods(), *doubts()]
     column_a = read(RESULTS / "matrix_a.jsonl") + read(RESULTS / "matrix_rates.jsonl")
-    study += [*matrix_rule.hypotheses(column_a, []), *matrix_rule.without_bound(column_a)]
+    column_b = read(RESULTS / "matrix_b.jsonl")
+    study += [*matrix_rule.hypotheses(column_a, column_b), *matrix_rule.without_bound(column_a)]
     guide += matrix_rule.rule(column_a)
+    if matrix_b.is_decided(column_b):
+        guide.append(matrix_rule.rule_of_b(column_b))
     return {DOCS / "study.md": study, DOCS / "when_to_use.md": guide, RESULTS / "README.md": [*cost(), *around()]}
 
 

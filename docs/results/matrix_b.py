@@ -6,6 +6,7 @@ processes may share the runs. On another machine, a second argument is the file 
 """
 
 import gc
+import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -26,11 +27,23 @@ from matrix_choice import (  # in this folder
     points,
     resamplings,
 )
-from matrix_facts import Knowledge, recall
+from matrix_facts import Knowledge, known
 from matrix_table import Comparison, Finals, between, finals_of, resampled_interval, short
-from matrix_unlearning import ATTACKS, FMLORA, LORA, RANDOM, SPACE, STRENGTHS, Run, attacked, parts_of, unlearned
+from matrix_unlearning import (
+    ATTACKS,
+    FMLORA,
+    LORA,
+    OTHER_RATES,
+    RANDOM,
+    SPACE,
+    STRENGTHS,
+    Run,
+    attacked,
+    parts_of,
+    unlearned,
+)
 from scipy import stats
-from shared_runs import queue_of, work_in_stages
+from shared_runs import open_runs, queue_of, work_in_stages
 
 from recipes.command_line.progress import quiet
 from recipes.demo.training import on_one_thread
@@ -43,10 +56,18 @@ POINTS = 32
 HYPERCUBE = 1  # the first seed that draws 32 different settings
 LEAST_UTILITY = 0.95  # that a choice must have; before unlearning it is 1
 MOST_RISE = 0.3  # of the loss of general texts, in nats per token
-BEYOND: dict[str, list[Any]] = {"rate": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "steps": [12, 25, 50, 100, 200]}
+BEYOND: dict[str, list[Any]] = {
+    "rate": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
+    "steps": [12, 25, 50, 100],
+    "beta": [0.02, 0.1, 0.5, 2.5],
+    "retain": [0.3, 1, 3, 10, 30],
+}
 """The values by which a grid can be extended, if an arm's best setting lies at its end, and its own."""
+EXTENDED = 4  # best settings that are run with a value beyond
+FARTHEST = FURTHER**2  # factor beyond a grid of strengths
 PRIMARY = str(ATTACKS[-1])
 """The number of the attack's steps."""
+ATTACKED_AGAIN = FINAL_SEEDS[:4]  # with other rates: one seed for each town
 TESTED = {"B1": FMLORA, "B2": RANDOM}
 """The hypotheses and their methods."""
 
@@ -70,29 +91,49 @@ class Setting(NamedTuple):
         """Return the mean utility over seeds, which may repeat."""
         return sum(self.rows[seed]["utility"] for seed in seeds) / len(seeds)
 
+    def rise(self, seeds: Sequence[int]) -> float:
+        """Return the mean rise of the loss of general texts over seeds, which may repeat."""
+        return sum(self.rows[seed]["rise"] for seed in seeds) / len(seeds)
+
     def is_useful(self, seeds: Sequence[int]) -> bool:
         """Say whether the mean utility over seeds, which may repeat, is high enough, and little else is lost."""
-        rise = sum(self.rows[seed]["rise"] for seed in seeds) / len(seeds)
-        return self.utility(seeds) >= LEAST_UTILITY and rise <= MOST_RISE
+        return self.utility(seeds) >= LEAST_UTILITY and self.rise(seeds) <= MOST_RISE
+
+    def excess(self) -> float:
+        """Return by how much the first seed's utility misses its bounds, as a share of what they allow."""
+        first = SEARCH_SEEDS[:1]
+        lost = (1 - self.utility(first)) / (1 - LEAST_UTILITY)
+        risen = self.rise(first) / MOST_RISE
+        return max(lost, risen) if math.isfinite(risen) else math.inf
+
+    def rank(self, seeds: Sequence[int]) -> tuple[float, float]:
+        """Return what the lowest is chosen by: the recall of the hidden facts, then their log-likelihood."""
+        likelihood = sum(self.rows[seed]["likelihood"][PRIMARY] for seed in seeds) / len(seeds)
+        return self.recalled(seeds), likelihood
 
 
 def perform(run: Run, knowledge: Knowledge) -> Row:
     """Unlearn, attack and measure.
 
     Returns:
-        A JSON line without the run's key: the recall of the hidden facts after each number of the attack's steps; the
-        ``utility``, which is the recall of facts that no loss has seen; the ``rise`` of the loss of general texts, in
-        nats per token; seconds of processor time; and the digest of the model that knows the facts.
+        A JSON line without the run's key: what :func:`attacked` returns, on some final seeds with the recall after
+        attacks with ``other_rates``; the ``utility``, which is the recall of facts that no loss has seen; the ``rise``
+        of the loss of general texts, in nats per token; seconds of processor time; and the digest of the model that
+        knows the facts.
     """
     gc.collect()  # the last run's models: their parts point at each other
     began = time.process_time()
     net = unlearned(knowledge, run)
-    utility = recall(net, knowledge.texts, parts_of(run.seed).kept)
+    utility = known(net, knowledge.texts, parts_of(run.seed).kept).recall
     rise = knowledge.general_loss(net) - knowledge.loss
+    net = net.merge_and_unload()
     found = attacked(knowledge, net, run.seed)
+    if run.stage == "final" and run.seed in ATTACKED_AGAIN:
+        others = [attacked(knowledge, net, run.seed, rate) for rate in OTHER_RATES]
+        found["other_rates"] = [other["recall"][PRIMARY] for other in others]
     return {
-        "value": found[PRIMARY],
-        "recall": found,
+        "value": found["recall"][PRIMARY],
+        **found,
         "utility": utility,
         "rise": rise,
         "seconds": time.process_time() - began,
@@ -106,8 +147,9 @@ def perform(run: Run, knowledge: Knowledge) -> Row:
 
 
 def searched() -> list[Run]:
-    """Return the runs of all settings on the first seed."""
-    return on_first_seed(Run, points(SPACE, POINTS, HYPERCUBE), STRENGTHS)
+    """Return the runs of all settings on the first seed, LoRA's first."""
+    runs = on_first_seed(Run, points(SPACE, POINTS, HYPERCUBE), STRENGTHS)
+    return sorted(runs, key=lambda run: run.arm != LORA)
 
 
 def settings_of(rows: Iterable[Row]) -> list[Setting]:
@@ -121,13 +163,12 @@ def settings_of(rows: Iterable[Row]) -> list[Setting]:
 
 
 def ranked(settings: Sequence[Setting], arm: str) -> list[Setting]:
-    """Return an arm's settings: the useful ones on the first seed, by their recall, then the others, by utility."""
+    """Return an arm's settings: those useful on the first seed, by their recall, then the others, by their excess."""
     first = SEARCH_SEEDS[:1]
     own = [each for each in settings if each.run.arm == arm]
     useful = [each for each in own if each.is_useful(first)]
     others = [each for each in own if not each.is_useful(first)]
-    others.sort(key=lambda each: each.utility(first), reverse=True)
-    return sorted(useful, key=lambda each: each.recalled(first)) + others
+    return sorted(useful, key=lambda each: each.rank(first)) + sorted(others, key=Setting.excess)
 
 
 def chosen(settings: Sequence[Setting], arm: str, seeds: Sequence[int] = SEARCH_SEEDS) -> Setting:
@@ -140,7 +181,7 @@ def chosen(settings: Sequence[Setting], arm: str, seeds: Sequence[int] = SEARCH_
     useful = [each for each in best if each.is_useful(seeds)]
     if not useful:
         return max(best, key=lambda each: each.utility(seeds))
-    return min(useful, key=lambda each: each.recalled(seeds))
+    return min(useful, key=lambda each: each.rank(seeds))
 
 
 # -- the stages
@@ -163,10 +204,10 @@ def further(settings: Sequence[Setting], arm: str) -> list[Run]:
     order = [each.run for each in ranked(settings, arm)]
     best, changed = order[0], list[list[Run]]()
     if best.strength is not None:
-        strengths = [run.strength for run in order]
+        strengths, grid = [run.strength for run in order], STRENGTHS[arm]
         at_ends = {max(strengths): best.strength * FURTHER, min(strengths): best.strength / FURTHER}
-        if best.strength in at_ends:
-            strength = at_ends[best.strength]
+        strength = at_ends.get(best.strength, math.inf)
+        if min(grid) / FARTHEST <= strength <= max(grid) * FARTHEST:
             changed.append([run._replace(strength=strength) for run in order])
     for name, values in BEYOND.items():
         value, tried = best.settings[name], [run.settings[name] for run in order]
@@ -179,7 +220,7 @@ def further(settings: Sequence[Setting], arm: str) -> list[Run]:
     found: list[Run] = []
     for runs in changed:
         different = {run.name: run for run in runs}  # some differ in the changed value only
-        found += list(different.values())[:BEST]
+        found += list(different.values())[:EXTENDED]
     return found
 
 
@@ -192,8 +233,12 @@ def repeated(rows: Iterable[Row]) -> list[Run]:
 
 
 def choices(settings: Sequence[Setting], arm: str) -> list[Setting]:
-    """Return an arm's choice for each resampling of the search seeds."""
-    return [chosen(settings, arm, seeds) for seeds in resamplings()]
+    """Return an arm's choice for each resampling of the search seeds; that of all seeds where none is useful."""
+    found = []
+    for seeds in resamplings():
+        choice = chosen(settings, arm, seeds)
+        found.append(choice if choice.is_useful(seeds) else chosen(settings, arm))
+    return found
 
 
 def final(rows: Iterable[Row]) -> list[Run]:
@@ -219,6 +264,12 @@ def judged(settings: Iterable[Setting]) -> list[Run]:
 STAGES = (lambda rows: searched(), extended, repeated, final, resampled)
 
 
+def is_decided(rows: Sequence[Row]) -> bool:
+    """Say whether the rows have the hypotheses' results; those of resampled searches may be missing."""
+    done = {(row["stage"], Run(row["arm"], row["settings"], row["strength"], row["seed"]).name) for row in rows}
+    return not open_runs(rows, lambda run: (run.stage, run.name) in done, STAGES[:-1])
+
+
 # -- the table
 
 
@@ -227,16 +278,22 @@ def recalls(finals: Finals, setting: Setting, steps: str = PRIMARY) -> list[floa
     return [finals[setting.run.name][seed]["recall"][steps] for seed in FINAL_SEEDS]
 
 
+def final_utility(finals: Finals, setting: Setting) -> float:
+    """Return the mean utility over the final seeds."""
+    return estimate([finals[setting.run.name][seed]["utility"] for seed in FINAL_SEEDS]).mean
+
+
 def compared(settings: Sequence[Setting], finals: Finals, arm: str) -> Comparison | None:
     """Compare an arm's recall of the hidden facts with LoRA's; None if either has no useful setting, so that p is 1."""
     own, of_lora = (chosen(settings, each) for each in (arm, LORA))
     if not (own.is_useful(SEARCH_SEEDS) and of_lora.is_useful(SEARCH_SEEDS)):
         return None
     mine, its = (recalls(finals, each) for each in (own, of_lora))
+    p = float(stats.ttest_rel(mine, its).pvalue)
     return Comparison(
         means=(estimate(its).mean, estimate(mine).mean),
         difference=estimate(np.subtract(mine, its).tolist()),
-        p=float(stats.ttest_rel(mine, its).pvalue),
+        p=1.0 if math.isnan(p) else p,  # nan if they are equal on all seeds
         covering=covering(settings, finals, arm),
     )
 
@@ -283,8 +340,8 @@ def main(folder: Path, finished: Path | None = None) -> None:
     knowledge = Knowledge(folder / "taught.safetensors")
     shared = {"space": SPACE, "points": POINTS, "taught": knowledge.digest}
     queue = queue_of(folder, "matrix_b", Run, shared, finished)
-    if any(row["taught"] != knowledge.digest for row in queue.rows):
-        raise ValueError("Finished runs had another model that knows the facts: this processor computes differently.")
+    if any(row["taught"] != knowledge.digest for row in queue.rows if row["stage"] == "final"):
+        raise ValueError("Final runs had another model that knows the facts: this processor computes differently.")
     work_in_stages(queue, STAGES, partial(perform, knowledge=knowledge), folder, table)
 
 

@@ -130,15 +130,29 @@ def log_likelihoods(net: Any, batch: Batch) -> Tensor:
     return each.new_zeros(len(batch.hidden)).index_add(0, batch.rows, each)
 
 
+class Known(NamedTuple):
+    """What a model knows of some facts.
+
+    Attributes:
+        recall: the share of them of which greedy decoding gives the whole answer.
+        likelihood: the mean log-likelihood of the right answer, in nats.
+    """
+
+    recall: float
+    likelihood: float
+
+
 @torch.no_grad()
-def recall(net: Any, texts: Texts, numbers: Sequence[int]) -> float:
-    """Return the share of the facts of which greedy decoding gives the whole answer."""
-    wrong = 0
+def known(net: Any, texts: Texts, numbers: Sequence[int]) -> Known:
+    """Measure what a model knows of some facts."""
+    wrong, likelihood = 0, 0.0
     for start in range(0, len(numbers), 4 * BATCH):
         batch = texts.batch(numbers[start : start + 4 * BATCH])
-        is_wrong = logits(net, batch).argmax(1) != batch.tokens
+        each = logits(net, batch)
+        is_wrong = each.argmax(1) != batch.tokens
         wrong += len(set(batch.rows[is_wrong].tolist()))
-    return 1 - wrong / len(numbers)
+        likelihood += float(each.log_softmax(1).gather(1, batch.tokens[:, None]).sum())
+    return Known(1 - wrong / len(numbers), likelihood / len(numbers))
 
 
 def with_adapter(model: Any, rank: int, seed: int) -> Any:
@@ -195,7 +209,7 @@ class Knowledge:
             save_file(_taught(self.model, self.texts), unfinished)
             unfinished.replace(file)
         self.model.load_state_dict(load_file(file), strict=False)  # the head is the embedding
-        if recall(self.model, self.texts, range(PEOPLE)) < 1:
+        if known(self.model, self.texts, range(PEOPLE)).recall < 1:
             raise ValueError(f"{file} was not taught these facts: delete it")
         self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self.likelihoods = self._likelihoods(self.model, self.texts)
@@ -228,7 +242,7 @@ def _taught(model: Any, texts: Texts) -> dict[str, Tensor]:
     net, every = with_adapter(model, 64, seed=0), range(PEOPLE)
     optimizer = torch.optim.AdamW(trained(net), lr=5e-4, weight_decay=0.0)
     order = batches(every, seed=0)
-    while recall(net, texts, every) < 1:
+    while known(net, texts, every).recall < 1:
         for _ in range(PEOPLE // BATCH):
             (-log_likelihoods(net, texts.batch(next(order))).mean()).backward()
             optimizer.step()

@@ -50,10 +50,10 @@ def cells_of_b(rows: Sequence[Row]) -> Cells:
 
 
 def draw(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> Figure:
-    """Draw both columns, each as a table whose cells are coloured by their intervals; the second one if it has rows."""
+    """Draw both columns, the second one when its rows decide: tables whose cells are coloured by their intervals."""
     title = "loss under a disturbance, minus that of LoRA with rates of 2.5e-4 or more (nats)"
     panels = [(title, cells_of_a(rows_a), WORTH)]
-    if rows_b:
+    if matrix_b.is_decided(rows_b):
         title = "share of the hidden facts that are recalled after an attack, minus LoRA's"
         panels.append((title, cells_of_b(rows_b), WORTH_B))
     heights = [len({disturbance for disturbance, _ in cells}) for _, cells, _ in panels]

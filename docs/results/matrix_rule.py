@@ -135,20 +135,22 @@ def rule_of_b(rows: Sequence[Row]) -> str:
         best = min(useful, key=lambda each: each.recalled(SEARCH_SEEDS))
         found = matrix_b.compared(settings, finals, best.run.arm)
         assert found is not None  # both are useful
-        if is_worth(found.difference, WORTH_B):
+        least = min(matrix_b.LEAST_UTILITY, matrix_b.final_utility(finals, rival))
+        if is_worth(found.difference, WORTH_B) and matrix_b.final_utility(finals, best) >= least:
             use = best.run.arm
         cell = f"{named(best)}: {with_interval(found.difference)}"
     return f"| {RELEARNING} | {use} | {LORA}: {recalled:.2f} recalled | {cell} |"
 
 
 def hypotheses(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> list[str]:
-    """Return the rows of the hypotheses; those of column B if it has rows.
+    """Return the rows of the hypotheses; those of column B when its rows decide.
 
     They have both means, their difference, the interval that covers the search, Holm's p, and in column A the
-    difference to the audit's LoRA. Before column B is there its hypotheses have p = 1, and the others thus the highest
+    difference to the audit's LoRA. Before that its hypotheses have p = 1, and the others thus the highest
     that they can get.
     """
     settings, finals = settings_of(rows_a), finals_of(rows_a)
+    is_decided = matrix_b.is_decided(rows_b)
     found: list[tuple[str, Comparison | None, str]] = []
     for name, (disturbance, (_, arm)) in zip(("A1", "A2"), TESTED.items(), strict=True):
         own, audited = (chosen(settings, one, disturbance) for one in (arm, LOWER[LORA]))
@@ -156,7 +158,7 @@ def hypotheses(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> list[str]:
         title = f"{name}: {TITLES[disturbance]}, {arm}"
         found.append((title, compared(settings, finals, arm, disturbance), to_audited))
     for name, arm in matrix_b.TESTED.items():
-        each = matrix_b.compared(matrix_b.settings_of(rows_b), finals_of(rows_b), arm) if rows_b else None
+        each = matrix_b.compared(matrix_b.settings_of(rows_b), finals_of(rows_b), arm) if is_decided else None
         found.append((f"{name}: {RELEARNING}, {arm}", each, ""))
     corrected = holm([each.p if each else 1.0 for _, each, _ in found])
     lines = []
@@ -166,7 +168,7 @@ def hypotheses(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> list[str]:
             cells = [f"{mean:.2f}" for mean in each.means]
             cells += [with_interval(each.difference), between(each.covering, 2)]
         lines.append(f"| {title} | {' | '.join(cells)} | {p:.2g} | {to_audited} |")
-    return lines if rows_b else lines[: len(TESTED)]
+    return lines if is_decided else lines[: len(TESTED)]
 
 
 def without_bound(rows: Sequence[Row]) -> list[str]:

@@ -12,8 +12,8 @@ from matrix_facts import (  # beside this file
     TOWNS,
     Knowledge,
     batches,
+    known,
     log_likelihoods,
-    recall,
     trained,
     with_adapter,
 )
@@ -40,6 +40,8 @@ SPACE: dict[str, list[Any]] = {
 }
 SHOWN, RETAINED = 30, 90
 ATTACK_RATE, ATTACK_RANK, ATTACKS = 1e-3, 8, (5, 10, 30)
+OTHER_RATES = [3e-4, 3e-3]
+"""Of the attack, on some final seeds: an arm may help against one rate only."""
 
 
 class Run(NamedTuple):
@@ -156,18 +158,33 @@ def forget_passes(net: nn.Module, optimizer: Optimizer, run: Run) -> Callable[[i
     return lambda step: iter([nullcontext()])
 
 
-def attacked(knowledge: Knowledge, net: Any, seed: int) -> dict[str, float]:
-    """Train a new adapter on what is shown; return what is recalled after each number of steps."""
+def attacked(knowledge: Knowledge, model: Any, seed: int, rate: float = ATTACK_RATE) -> Row:
+    """Train an adapter on what is shown.
+
+    Args:
+        knowledge: with the facts.
+        model: the one that has unlearned, without an adapter; it stays as it is.
+        seed: of the parts.
+        rate: of the attack.
+
+    Returns:
+        After each number of steps the ``recall`` of what is hidden, and its mean log-likelihood in nats; at the end the
+        recall of what is ``shown``, without which the attack would have failed.
+    """
     parts, texts = parts_of(seed), knowledge.texts
-    found = {"0": recall(net, texts, parts.hidden)}
     own = derived_seed(seed, 1)  # or the attack would start with the A that was used to unlearn
-    net = with_adapter(net.merge_and_unload(), ATTACK_RANK, own)
-    optimizer = torch.optim.AdamW(trained(net), lr=ATTACK_RATE, weight_decay=0.0)
+    net = with_adapter(model, ATTACK_RANK, own)
+    optimizer = torch.optim.AdamW(trained(net), lr=rate, weight_decay=0.0)
     order = batches(parts.shown, own)
+    found = {"0": known(net, texts, parts.hidden)}  # a new adapter changes nothing
     for step in range(1, ATTACKS[-1] + 1):
         (-log_likelihoods(net, texts.batch(next(order))).mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
         if step in ATTACKS:
-            found[str(step)] = recall(net, texts, parts.hidden)
-    return found
+            found[str(step)] = known(net, texts, parts.hidden)
+    return {
+        "recall": {steps: each.recall for steps, each in found.items()},
+        "likelihood": {steps: each.likelihood for steps, each in found.items()},
+        "shown": known(net, texts, parts.shown).recall,
+    }

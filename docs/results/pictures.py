@@ -152,7 +152,7 @@ def places(trials: list[Row]) -> tuple[list[float], list[float]]:
 
 
 def matrix() -> Figure:
-    """Draw what helps against which disturbance; column B if its rows are there."""
+    """Draw what helps against which disturbance; column B when its rows decide."""
     column_a = read(RESULTS / "matrix_a.jsonl") + read(RESULTS / "matrix_rates.jsonl")
     return matrix_picture.draw(column_a, read(RESULTS / "matrix_b.jsonl"))
 

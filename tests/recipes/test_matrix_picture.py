@@ -32,6 +32,7 @@ def test_each_cell_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     cells = {("noise", "EFMLoRA"): Estimate(-0.5, 0.1, 20), ("noise", "FMLoRA"): None}
     monkeypatch.setattr(picture, "cells_of_a", lambda rows: cells)
     monkeypatch.setattr(picture, "cells_of_b", lambda rows: {("relearning", "FMLoRA"): Estimate(3.0, 2.0, 20)})
+    monkeypatch.setattr(picture.matrix_b, "is_decided", bool)
     (alone,) = picture.draw([], []).axes
     assert [text.get_text() for text in alone.texts] == ["-0.50 ± 0.21", ""]
     above, below = picture.draw([], [{"stage": "final"}]).axes
