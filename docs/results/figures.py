@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matrix_b  # in this folder
+import matrix_replication
 import matrix_rule
 from figures_p1 import around, doubts, needs_an_adapter, other_methods, p_value
 
@@ -236,6 +237,14 @@ def separate_rates() -> tuple[list[str], list[str]]:
     ]
     guide = [f"{accuracy(small):.1f} %; EFMLoRA with these {accuracy(efmlora):.1f} % ({len(small)} seeds)"]
     return study, guide
+
+
+# -- the replication of column A
+
+
+def replication(rows_of_a: list[Row]) -> str:
+    """Return the whole table, since its rows differ in numbers only."""
+    return matrix_replication.table(read(RESULTS / "matrix_replication.jsonl"), matrix_replication.costs(rows_of_a))
 
 
 # -- rows and hours
