@@ -242,9 +242,10 @@ def separate_rates() -> tuple[list[str], list[str]]:
 # -- the replication of column A
 
 
-def replication(rows_of_a: list[Row]) -> str:
+def replication() -> str:
     """Return the whole table, since its rows differ in numbers only."""
-    return matrix_replication.table(read(RESULTS / "matrix_replication.jsonl"), matrix_replication.costs(rows_of_a))
+    cost = matrix_replication.costs(read(RESULTS / "matrix_a.jsonl"))
+    return matrix_replication.table(read(RESULTS / "matrix_replication.jsonl"), cost)
 
 
 # -- rows and hours
