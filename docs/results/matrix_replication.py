@@ -32,13 +32,17 @@ from recipes.tune.search import finite_or_worst, value_of_kept
 
 RESULTS = Path(__file__).parent
 RANK, RATE = 32, "3e-3"
+Rivals = Mapping[str, tuple[int, str]]
 RIVALS = {"rank 8": (8, RATE), "rank 32": (RANK, RATE), "rate 1e-3": (RANK, "1e-3")}
 """Ranks and rates of LoRA: its two choices in P1, which had one rate and one dropout, and column A's free rival."""
+AUDITED = {"rate 1e-2": (RANK, "1e-2"), "rank 128": (128, RATE)}
+"""Those of the audit, beyond the best of the rivals."""
 STRENGTHS = {EFMLORA: [0.05, 0.2, 0.8, 3.2], RANDOM: [0.03, 0.1, 0.3, 1.0]}
 DISTURBANCE = {EFMLORA: B_NOISE, RANDOM: BASE_NOISE}
 """The disturbance of column A for which each method was chosen."""
 NEAREST = 2  # strengths of a method with final runs
 SEEDS = range(100, 110)
+AUDIT_SEEDS = SEEDS[:5]
 QUESTIONS = 64
 DRAWS = 4
 SIZES: dict[str, tuple[Callable[[float, Iterable[int]], list[Change]], list[float]]] = {
@@ -205,7 +209,7 @@ def strengths_of(rows: Sequence[Row], cost: Mapping[str, float]) -> dict[str, li
 
 def arms(rows: Sequence[Row], cost: Mapping[str, float]) -> list[Run]:
     """Return the final runs on the first seed: LoRA's, then the methods'."""
-    found = [Run(LORA, rank, None, SEEDS[0], "final", rate) for rank, rate in RIVALS.values()]
+    found = of_lora(RIVALS)
     for method, strengths in strengths_of(rows, cost).items():
         found += [Run(method, RANK, strength, SEEDS[0], "final") for strength in strengths]
     return found
@@ -216,20 +220,44 @@ def final(cost: Mapping[str, float], rows: Sequence[Row]) -> list[Run]:
     return [run._replace(seed=seed) for seed, run in product(SEEDS, arms(rows, cost))]
 
 
+def audited(rows: Sequence[Row]) -> list[Run]:
+    """Return the final runs of the audit, seed by seed."""
+    return [run._replace(seed=seed) for seed, run in product(AUDIT_SEEDS, of_lora(AUDITED))]
+
+
+def of_lora(rivals: Rivals) -> list[Run]:
+    """Return LoRA's final runs on the first seed."""
+    return [Run(LORA, rank, None, SEEDS[0], "final", rate) for rank, rate in rivals.values()]
+
+
 def table(rows: Sequence[Row], cost: Mapping[str, float]) -> str:
-    """Return the table; every run must be there."""
+    """Return the table of the replication; every run must be there."""
+    return _table(rows, arms(rows, cost), RIVALS, SEEDS)
+
+
+def audit_table(rows: Sequence[Row], cost: Mapping[str, float]) -> str:
+    """Return the table of the audit; every run must be there."""
+    return _table(rows, [*of_lora(AUDITED), *arms(rows, cost)], AUDITED, AUDIT_SEEDS)
+
+
+def tables(rows: Sequence[Row], cost: Mapping[str, float]) -> str:
+    """Return both tables; every run must be there."""
+    return f"{table(rows, cost)}\n{audit_table(rows, cost)}"
+
+
+def _table(rows: Iterable[Row], runs: Iterable[Run], rivals: Rivals, seeds: Sequence[int]) -> str:
+    """Return the losses of runs on some seeds, and their differences to LoRA's rivals."""
     tests = {run_of(row, Run): row.get("test") for row in rows}
 
     def on_test(run: Run, disturbance: str) -> list[float]:
-        return [tests[run._replace(seed=seed)][disturbance] for seed in SEEDS]
+        return [tests[run._replace(seed=seed)][disturbance] for seed in seeds]
 
-    runs = arms(rows, cost)
     head = ["disturbance", "arm", "rank", "rate", "strength", "test loss"]
-    lines = [[*head, *(f"minus LoRA's, {rival}" for rival in RIVALS)]]
+    lines = [[*head, *(f"minus LoRA's, {rival}" for rival in rivals)]]
     for disturbance, run in product(disturbances(SEEDS[0]), runs):
         own = on_test(run, disturbance)
         cells = [with_error(estimate(own), ".3f")]
-        for rival in runs[: len(RIVALS)]:
+        for rival in of_lora(rivals):
             pairs = zip(own, on_test(rival, disturbance), strict=True)
             difference = estimate([mine - its for mine, its in pairs])
             cells.append("" if run == rival else with_interval(difference, 3))
@@ -242,8 +270,8 @@ def main(folder: Path, finished: Path | None = None) -> None:
     """Do all runs but the finished ones, and write the rows and the table."""
     cost = costs(read(RESULTS / "matrix_a.jsonl"))
     queue = queue_of(folder, "matrix_replication", Run, {"questions": QUESTIONS}, finished)
-    stages = (scan, partial(final, cost))
-    work_in_stages(queue, stages, partial(perform, folder=folder), folder, partial(table, cost=cost))
+    stages = (scan, partial(final, cost), audited)
+    work_in_stages(queue, stages, partial(perform, folder=folder), folder, partial(tables, cost=cost))
 
 
 if __name__ == "__main__":

@@ -79,6 +79,13 @@ def test_the_strengths_nearest_in_cost_get_final_runs_beside_the_rivals() -> Non
     for line in lines[2:]:
         if RANDOM in line:
             assert line.count("-0.500 [-0.500, -0.500]") == 3
+    found += [row_of(run) for run in replication.audited(found)]
+    assert len(found) == len(rows) + 5 * 2
+    both = replication.tables(found, COST).splitlines()
+    assert both[: len(lines)] == lines
+    audit = both[len(lines) + 3 :]
+    assert len(audit) == 9 * len(replication.disturbances(100))
+    assert all(line.count("-0.500 [-0.500, -0.500]") == 2 for line in audit if RANDOM in line)
 
 
 @pytest.mark.parametrize("method", [EFMLORA, RANDOM])
