@@ -248,6 +248,32 @@ def replication() -> str:
     return matrix_replication.table(read(RESULTS / "matrix_replication.jsonl"), cost)
 
 
+def replicated() -> list[str]:
+    """Return the study's passages on the replication."""
+    tests: dict[tuple[str, int, str, float | None], dict[int, dict[str, float]]] = defaultdict(dict)
+    for row in read(RESULTS / "matrix_replication.jsonl"):
+        if row["stage"] == "final":
+            tests[row["arm"], row["rank"], row["rate"], row["strength"]][row["seed"]] = row["test"]
+    lora, slow = tests["LoRA", 32, "3e-3", None], tests["LoRA", 32, "1e-3", None]
+    random, efmlora = tests["RandomPerturbation", 32, "3e-3", 0.1], tests["EFMLoRA", 32, "3e-3", 0.05]
+
+    def mean(arm: Mapping[int, Mapping[str, float]], disturbance: str) -> str:
+        return f"{statistics.mean(each[disturbance] for each in arm.values()):.2f}"
+
+    def against_lora(arm: Mapping[int, Mapping[str, float]], disturbance: str) -> str:
+        return with_interval(estimate([arm[seed][disturbance] - lora[seed][disturbance] for seed in lora]))
+
+    base, small, large = "base, noise 0.3", "B, noise 3", "B, noise 10"
+    losses = f"{mean(random, base)} nats per token and LoRA with rank 32 {mean(lora, base)}"
+    gain, cost = against_lora(random, base), against_lora(random, "clean")
+    under_both = f"{against_lora(efmlora, small)} and {against_lora(efmlora, large)}"
+    rates = f"LoRA with the rate 1e-3 has {mean(slow, large)} nats under the larger noise, not {mean(lora, large)}."
+    return [
+        f"RandomPerturbation (sigma 0.1) has {losses}, a difference of {gain}, for {cost} without noise",
+        f"EFMLoRA (rho 0.05) differs from LoRA by {under_both}, and {rates}",
+    ]
+
+
 # -- rows and hours
 
 
@@ -268,7 +294,8 @@ def cost() -> list[str]:
         # Rows of runs that were only evaluated have no processor time.
         hours = sum(seconds_of(row) for row in rows) / 3600
         found.append(f"{len(rows):,} rows in `{files}.jsonl` | {hours:.2g} |")
-    for what in ("what it forgets (P2) | {} rows in `p2", "{} rows in `calibrated", "{} rows in `around"):
+    others = ["what it forgets (P2) | {} rows in `p2", "{} rows in `calibrated", "{} rows in `around"]
+    for what in (*others, "{} rows in `matrix_replication"):
         file = what.rpartition("`")[2]
         found.append(f"{what.format(len(read(RESULTS / f'{file}.jsonl')))}.jsonl` |")
     return found
@@ -286,11 +313,12 @@ def passages() -> dict[Path, list[str]]:
     study += [*flatness(), *corrections(), *needs_an_adapter(), *other_methods(), *doubts()]
     column_a = read(RESULTS / "matrix_a.jsonl") + read(RESULTS / "matrix_rates.jsonl")
     column_b = read(RESULTS / "matrix_b.jsonl")
-    study += [*matrix_rule.hypotheses(column_a, column_b), *matrix_rule.without_bound(column_a)]
+    study += [*matrix_rule.hypotheses(column_a, column_b), *matrix_rule.without_bound(column_a), *replicated()]
     guide += matrix_rule.rule(column_a)
     if matrix_b.is_decided(column_b):
         guide.append(matrix_rule.rule_of_b(column_b))
-    return {DOCS / "study.md": study, DOCS / "when_to_use.md": guide, RESULTS / "README.md": [*cost(), *around()]}
+    rows = [*cost(), *around(), replication()]
+    return {DOCS / "study.md": study, DOCS / "when_to_use.md": guide, RESULTS / "README.md": rows}
 
 
 NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e-\d+)?")
