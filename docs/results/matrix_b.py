@@ -106,7 +106,7 @@ class Setting(NamedTuple):
         risen = self.rise(first) / MOST_RISE
         return max(lost, risen) if math.isfinite(risen) else math.inf
 
-    def rank(self, seeds: Sequence[int]) -> tuple[float, float]:
+    def sort_key(self, seeds: Sequence[int]) -> tuple[float, float]:
         """Return what the lowest is chosen by: the recall of the hidden facts, then their log-likelihood."""
         likelihood = sum(self.rows[seed]["likelihood"][PRIMARY] for seed in seeds) / len(seeds)
         return self.recalled(seeds), likelihood
@@ -168,7 +168,7 @@ def ranked(settings: Sequence[Setting], arm: str) -> list[Setting]:
     own = [each for each in settings if each.run.arm == arm]
     useful = [each for each in own if each.is_useful(first)]
     others = [each for each in own if not each.is_useful(first)]
-    return sorted(useful, key=lambda each: each.rank(first)) + sorted(others, key=Setting.excess)
+    return sorted(useful, key=lambda each: each.sort_key(first)) + sorted(others, key=Setting.excess)
 
 
 def chosen(settings: Sequence[Setting], arm: str, seeds: Sequence[int] = SEARCH_SEEDS) -> Setting:
@@ -181,7 +181,7 @@ def chosen(settings: Sequence[Setting], arm: str, seeds: Sequence[int] = SEARCH_
     useful = [each for each in best if each.is_useful(seeds)]
     if not useful:
         return max(best, key=lambda each: each.utility(seeds))
-    return min(useful, key=lambda each: each.rank(seeds))
+    return min(useful, key=lambda each: each.sort_key(seeds))
 
 
 # -- the stages
@@ -341,7 +341,10 @@ def main(folder: Path, finished: Path | None = None) -> None:
     shared = {"space": SPACE, "points": POINTS, "taught": knowledge.digest}
     queue = queue_of(folder, "matrix_b", Run, shared, finished)
     if any(row["taught"] != knowledge.digest for row in queue.rows if row["stage"] == "final"):
-        raise ValueError("Final runs had another model that knows the facts: this processor computes differently.")
+        raise ValueError(
+            "Final runs had another model that knows the facts: this processor computes differently. "
+            "Go on in a new folder, with the rows of the search only."
+        )
     work_in_stages(queue, STAGES, partial(perform, knowledge=knowledge), folder, table)
 
 

@@ -124,9 +124,14 @@ def logits(net: Any, batch: Batch) -> Tensor:
     return found
 
 
+def token_likelihoods(found: Tensor, batch: Batch) -> Tensor:
+    """Return the log-likelihood of each answer token, (k,), in nats, from its logits, (k, vocabulary)."""
+    return found.log_softmax(1).gather(1, batch.tokens[:, None])[:, 0]
+
+
 def log_likelihoods(net: Any, batch: Batch) -> Tensor:
     """Return the log-likelihood of each text's answer, (n,), in nats."""
-    each = logits(net, batch).log_softmax(1).gather(1, batch.tokens[:, None])[:, 0]
+    each = token_likelihoods(logits(net, batch), batch)
     return each.new_zeros(len(batch.hidden)).index_add(0, batch.rows, each)
 
 
@@ -148,10 +153,10 @@ def known(net: Any, texts: Texts, numbers: Sequence[int]) -> Known:
     wrong, likelihood = 0, 0.0
     for start in range(0, len(numbers), 4 * BATCH):
         batch = texts.batch(numbers[start : start + 4 * BATCH])
-        each = logits(net, batch)
-        is_wrong = each.argmax(1) != batch.tokens
+        found = logits(net, batch)
+        is_wrong = found.argmax(1) != batch.tokens
         wrong += len(set(batch.rows[is_wrong].tolist()))
-        likelihood += float(each.log_softmax(1).gather(1, batch.tokens[:, None]).sum())
+        likelihood += float(token_likelihoods(found, batch).sum())
     return Known(1 - wrong / len(numbers), likelihood / len(numbers))
 
 

@@ -56,7 +56,9 @@ def draw(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> Figure:
     if matrix_b.is_decided(rows_b):
         title = "share of the hidden facts that are recalled after an attack, minus LoRA's"
         panels.append((title, cells_of_b(rows_b), WORTH_B))
-    heights = [len({disturbance for disturbance, _ in cells}) for _, cells, _ in panels]
+    heights = []
+    for _, cells, _ in panels:
+        heights.append(len({disturbance for disturbance, _ in cells}))
     figure = Figure(figsize=(10.5, 1.2 + 0.36 * sum(heights)), layout="constrained")
     every = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
     for axes, (title, cells, least) in zip(every.flat, panels, strict=True):
