@@ -242,10 +242,11 @@ def separate_rates() -> tuple[list[str], list[str]]:
 # -- the replication of column A
 
 
-def replication() -> str:
-    """Return the whole table, since its rows differ in numbers only."""
+def replication() -> list[str]:
+    """Return both whole tables, since their rows differ in numbers only."""
     cost = matrix_replication.costs(read(RESULTS / "matrix_a.jsonl"))
-    return matrix_replication.table(read(RESULTS / "matrix_replication.jsonl"), cost)
+    rows = read(RESULTS / "matrix_replication.jsonl")
+    return [matrix_replication.table(rows, cost), matrix_replication.audit_table(rows, cost)]
 
 
 def replicated() -> list[str]:
@@ -256,20 +257,23 @@ def replicated() -> list[str]:
             tests[row["arm"], row["rank"], row["rate"], row["strength"]][row["seed"]] = row["test"]
     lora, slow = tests["LoRA", 32, "3e-3", None], tests["LoRA", 32, "1e-3", None]
     random, efmlora = tests["RandomPerturbation", 32, "3e-3", 0.1], tests["EFMLoRA", 32, "3e-3", 0.05]
+    audited = tests["LoRA", 128, "3e-3", None]
 
     def mean(arm: Mapping[int, Mapping[str, float]], disturbance: str) -> str:
         return f"{statistics.mean(each[disturbance] for each in arm.values()):.2f}"
 
-    def against_lora(arm: Mapping[int, Mapping[str, float]], disturbance: str) -> str:
-        return with_interval(estimate([arm[seed][disturbance] - lora[seed][disturbance] for seed in lora]))
+    def against(other: Mapping[int, Any], arm: Mapping[int, Any], disturbance: str) -> str:
+        return with_interval(estimate([arm[seed][disturbance] - other[seed][disturbance] for seed in other]))
 
     base, small, large = "base, noise 0.3", "B, noise 3", "B, noise 10"
     losses = f"{mean(random, base)} nats per token and LoRA with rank 32 {mean(lora, base)}"
-    gain, cost = against_lora(random, base), against_lora(random, "clean")
-    under_both = f"{against_lora(efmlora, small)} and {against_lora(efmlora, large)}"
+    gain, cost = against(lora, random, base), against(lora, random, "clean")
+    under_both = f"{against(lora, efmlora, small)} and {against(lora, efmlora, large)}"
+    to_audited = f"{against(audited, random, base)} under noise and {against(audited, random, 'clean')} without"
     rates = f"LoRA with the rate 1e-3 has {mean(slow, large)} nats under the larger noise, not {mean(lora, large)}."
     return [
         f"RandomPerturbation (sigma 0.1) has {losses}, a difference of {gain}, for {cost} without noise",
+        f"LoRA with rank 128 is {to_audited}",
         f"EFMLoRA (rho 0.05) differs from LoRA by {under_both}, and {rates}",
     ]
 
@@ -317,7 +321,7 @@ def passages() -> dict[Path, list[str]]:
     guide += matrix_rule.rule(column_a)
     if matrix_b.is_decided(column_b):
         guide.append(matrix_rule.rule_of_b(column_b))
-    rows = [*cost(), *around(), replication()]
+    rows = [*cost(), *around(), *replication()]
     return {DOCS / "study.md": study, DOCS / "when_to_use.md": guide, RESULTS / "README.md": rows}
 
 
