@@ -314,14 +314,14 @@ def passages() -> dict[Path, list[str]]:
     study += [small_tasks(), many_classes(), wrong_labels(), finished_adapters(), more_data()]
     study += several_tasks("W3: six adapters merged (TIES)", "LoRA with both")
     study += several_tasks("W5: six tasks, one after another", "LoRA with [separate rates](#correction)")
-    study += [*flatness(), *corrections(), *needs_an_adapter(), *other_methods(), *doubts()]
+    study += [*flatness(), *corrections(), *needs_an_adapter(), *doubts()]
     column_a = read(RESULTS / "matrix_a.jsonl") + read(RESULTS / "matrix_rates.jsonl")
     column_b = read(RESULTS / "matrix_b.jsonl")
     study += [*matrix_rule.hypotheses(column_a, column_b), *matrix_rule.without_bound(column_a), *replicated()]
     guide += matrix_rule.rule(column_a)
     if matrix_b.is_decided(column_b):
         guide.append(matrix_rule.rule_of_b(column_b))
-    rows = [*cost(), *around(), *replication()]
+    rows = [*cost(), *other_methods(), *around(), *replication()]
     return {DOCS / "study.md": study, DOCS / "when_to_use.md": guide, RESULTS / "README.md": rows}
 
 
