@@ -251,7 +251,7 @@ def replication() -> list[str]:
 
 def replicated() -> list[str]:
     """Return the study's passages on the replication."""
-    tests: dict[tuple[str, int, str, float | None], dict[int, dict[str, float]]] = defaultdict(dict)
+    tests: dict[tuple[str, int, str, float | None], dict[int, Row]] = defaultdict(dict)
     for row in read(RESULTS / "matrix_replication.jsonl"):
         if row["stage"] == "final":
             tests[row["arm"], row["rank"], row["rate"], row["strength"]][row["seed"]] = row["test"]
@@ -259,10 +259,10 @@ def replicated() -> list[str]:
     random, efmlora = tests["RandomPerturbation", 32, "3e-3", 0.1], tests["EFMLoRA", 32, "3e-3", 0.05]
     audited = tests["LoRA", 128, "3e-3", None]
 
-    def mean(arm: Mapping[int, Mapping[str, float]], disturbance: str) -> str:
+    def mean(arm: BySeed, disturbance: str) -> str:
         return f"{statistics.mean(each[disturbance] for each in arm.values()):.2f}"
 
-    def against(other: Mapping[int, Any], arm: Mapping[int, Any], disturbance: str) -> str:
+    def against(other: BySeed, arm: BySeed, disturbance: str) -> str:
         return with_interval(estimate([arm[seed][disturbance] - other[seed][disturbance] for seed in other]))
 
     base, small, large = "base, noise 0.3", "B, noise 3", "B, noise 10"

@@ -75,27 +75,28 @@ def needs_an_adapter() -> list[str]:
 def other_methods() -> list[str]:
     """Return the rows on the other methods in P1's task."""
     losses: dict[str, dict[int, float]] = defaultdict(dict)
-    configs: dict[str, dict[str, str]] = {}
+    finals: dict[str, Row] = {}
     for file in ("p1", "p1_control", "arms"):
         for row in read(RESULTS / f"{file}.jsonl"):
             if row["stage"] == "final":
                 name = row.get("arm") or arm_of(row)
                 losses[name][row["seed"]] = row["tested"]["test_loss"]
-                configs[name] = row["config"]
+                finals[name] = row
     names = {"bi_lora": "Bi-LoRA", "lora_sam": "LoRA-SAM", "scaling": "random scaling", "monteclora": "MonteCLoRA"}
     names |= {"fmlora": "FMLoRA"}
     (seeds,) = {len(losses[name]) for name in names}
     rows = [f"| On {seeds} of P1's seeds |"]
     for name, title in names.items():
-        config, of_arm = configs[name], losses[name]
-        rank = config["model.lora.r/model.lora.lora_alpha"].partition("/")[0]
-        cells = [title, config["model.learning_rate"], rank, config["model.lora.lora_dropout"]]
+        config, of_arm = finals[name]["config"], losses[name]
+        cells = [title, config["model.learning_rate"], rank_of(finals[name]), config["model.lora.lora_dropout"]]
         cells += [f"{strength_of(config):g}", f"{statistics.mean(of_arm.values()):.3f}"]
+        differences = []
         for other in ("efmlora", "32"):
-            found = estimate([losses[other][seed] - value for seed, value in of_arm.items()])
-            if found.mean - found.interval > 0 and other == "32":
-                raise ValueError(f"The study says that no method is surely better than LoRA; {title} is.")
-            cells.append(with_interval(found, 3))
+            differences.append(estimate([losses[other][seed] - value for seed, value in of_arm.items()]))
+        to_lora = differences[-1]
+        if to_lora.mean - to_lora.interval > 0:
+            raise ValueError(f"The study says that no method is surely better than LoRA; {title} is.")
+        cells += [with_interval(each, 3) for each in differences]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
