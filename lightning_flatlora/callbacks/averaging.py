@@ -94,6 +94,8 @@ class AdapterAveraging(Callback):
                     self._averages.setdefault(place, weight).lerp_(weight, share)
         self._hold_averages(pl_module, True)
 
+    on_train_epoch_end = on_train_batch_end  # for an epoch that an on_train_batch_start ended by returning -1
+
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.state.fn == "fit":

@@ -236,6 +236,23 @@ def test_a_used_object_takes_nothing_into_a_run_that_had_no_averages(tmp_path: P
     assert same(weights(resumed["used"]), weights(resumed["new"]))
 
 
+def test_an_epoch_that_is_ended_early_ends_with_the_averages(tmp_path: Path) -> None:
+    """Its last batch starts, and returns -1 before it ends: what is saved and left is the average all the same."""
+    plain, cut = Classifier(), Classifier()
+    for module in (plain, cut):
+        module.on_train_batch_start = lambda batch, batch_idx: -1 if batch_idx == 4 else None
+    fit(tmp_path, plain, [], max_epochs=2)
+    averaging, save = AdapterAveraging(None), saver(tmp_path, every_n_train_steps=None, save_on_train_epoch_end=True)
+    fit(tmp_path, cut, [averaging, save], max_epochs=2)
+    held = averaging.state_dict()
+    assert held["count"] == 8
+    assert same(list(held["weights"].values()), [p for p in plain.parameters() if p.requires_grad])
+    assert same(list(held["averages"].values()), [p for p in cut.parameters() if p.requires_grad])
+    assert not same(weights(cut), weights(plain))
+    for key, value in state(tmp_path / "step=8.ckpt").items():
+        assert same(value, cut.state_dict()[key])
+
+
 @pytest.mark.parametrize("hook", ["validation_step", "training_step", "on_train_epoch_end"])
 def test_after_an_error_the_module_has_the_training_weights(tmp_path: Path, hook: str) -> None:
     plain, broken = Classifier(), Classifier()
