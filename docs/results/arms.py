@@ -1,14 +1,13 @@
 """The arms next to P1 in protocol_p1_p2.md: other changes to LoRA, searched as P1's sides were.
 
 From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/arms.py ARM FOLDER``, where ARM is one of
-``ARMS``. Its rows are ``FOLDER/results.jsonl`` when all runs are done; ``rho`` in them is the arm's strength, and
+``ARMS``. Its rows are ``FOLDER/ARM/results.jsonl`` when all runs are done; ``rho`` in them is the arm's strength, and
 ``times`` a factor on it, beyond the grid. P1's rows without a perturbation are put there first, so the search is P1's
 with another method in place of EFMLoRA; so are the arm's own published rows, if there are any. The same command resumes
-after a stop, and several processes may share the runs.
+after a stop. The search goes trial by trial, as P1's did, so let two processes do two arms.
 
-The rows of all arms, without P1's and each with its arm's name, are ``arms.jsonl``. Those of the first search, at the
-commit given in them, had settings in another order; there, Bi-LoRA's pair climbed by plain ascent, so that its rows are
-not used again.
+The rows of all arms, without P1's and each with its arm's name, are ``arms.jsonl``. In those of the first search, at
+the commit given in them, Bi-LoRA's pair climbed by plain ascent, so that its rows are not used again.
 """
 
 import json
@@ -21,6 +20,10 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from optuna import Trial
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import TPESampler
+from optuna.study import create_study
+from optuna.trial import create_trial
 from p2 import PLAIN, RECIPE  # in this folder
 from shared_runs import add_finished, queue_of, work
 from torch import Tensor, nn
@@ -31,8 +34,8 @@ from recipes.studies.process import written
 from recipes.studies.queue import Queue
 from recipes.studies.rows import Row, read
 from recipes.tune.answer import chosen
-from recipes.tune.search import SEARCH_SEEDS, SIDES, WITH, WITHOUT, Options, Run, Search
-from recipes.tune.space import RHO, Config, arguments
+from recipes.tune.search import SEARCH_SEEDS, SIDES, WITH, WITHOUT, Options, Run, Search, judged
+from recipes.tune.space import RHO, Config, Space, arguments
 
 SPACE = {
     "model.learning_rate": ["1e-4", "3e-4", "1e-3", "3e-3"],
@@ -167,7 +170,8 @@ ARMS = {
     "monteclora": Arm(_of_monteclora, ["1e-4", "3e-4", "1e-3", "3e-3"]),
     "fmlora": Arm(_of_fmlora(), RADII),
     "late_fmlora": Arm(_of_fmlora("--trainer.callbacks.start_step=68"), RADII),  # the last tenth of 75 steps
-    "half_fmlora": Arm(_of_fmlora("--data.batch_size=8"), RADII),  # LoRA's compute: half of its batch of 16 twice
+    # LoRA's compute: half of its batch of 16 twice. Validation has as many examples as P1's.
+    "half_fmlora": Arm(_of_fmlora("--data.batch_size=8", "--trainer.limit_val_batches=12"), RADII),
     "turned": Arm(_of_callback("arms.Turned", "rho"), RADII),
     "averaging": Arm(_of_averaging, ["2", "5", "10", "20"], least=1.0),  # steps
 }
@@ -177,6 +181,15 @@ class ArmSearch(Search):
     """P1's search with an arm in place of EFMLoRA, whose grid is extended until the best strength lies within."""
 
     arm: Arm
+
+    def _open_trials(self, side: str) -> list[Run]:
+        """Return the side's next trial, which all before it decide, as in P1."""
+        tried = self.tried(side)
+        if len(tried) >= self.trials_of(side):  # more if the grid was extended
+            return []
+        judgements = [(row["config"], judged(row)) for row in tried.values()]
+        config = suggestion(self.space_of(side), judgements)
+        return [Run(side, config, SEARCH_SEEDS[0], "search", len(tried))]
 
     def arguments(self, config: Config, seed: int) -> list[str]:
         """Return the arguments of the recipe's ``fit``."""
@@ -227,6 +240,26 @@ class ArmSearch(Search):
         return [run for run in super()._finals() if run.side in SIDES]
 
 
+def suggestion(space: Space, tried: Sequence[tuple[Config, float]]) -> Config:
+    """Return a configuration that has not been tried, as `recipes.tune` did at P1's commit, 4947a85.
+
+    Args:
+        space: the values of each setting.
+        tried: the configurations before it, in the order of their trials, and their results; less is better.
+    """
+    distributions: dict[str, BaseDistribution] = {name: CategoricalDistribution(space[name]) for name in space}
+    known = [config for config, _ in tried]
+    seed = 100 * len(tried)
+    while True:
+        study = create_study(sampler=TPESampler(seed=seed, n_startup_trials=4, multivariate=True))
+        for config, value in tried:
+            study.add_trial(create_trial(params=config, distributions=distributions, value=value))
+        found: Config = study.ask(distributions).params
+        if found not in known:
+            return found
+        seed += 1
+
+
 def strength_of(config: Config) -> float:
     """Return an arm's strength."""
     return float(config[RHO]) * float(config.get(TIMES, 1))
@@ -243,10 +276,12 @@ def published(name: str) -> list[Row]:
 
 def main(name: str, folder: Path) -> None:
     """Search, then train and test the winner."""
-    queue = queue_of(folder, name, Run, {"options": PLAIN})
+    own = folder / name  # the arms' runs have equal names
+    own.mkdir(parents=True, exist_ok=True)
+    queue = queue_of(own, name, Run, {"options": PLAIN})
     add_finished(queue, published(name), Run)
-    search = search_of(name, queue, folder)
-    work(queue, search.open_runs, search.perform, folder)
+    search = search_of(name, queue, own)
+    work(queue, search.open_runs, search.perform, own)
 
 
 def search_of(name: str, queue: Queue[Run], folder: Path) -> ArmSearch:

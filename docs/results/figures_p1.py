@@ -7,11 +7,13 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from arms import strength_of  # in this folder
+from arms import FRESH, strength_of  # in this folder
 from scipy import stats
 
 from recipes.studies.rows import Row, read
 from recipes.studies.statistics import Estimate, estimate, holm, with_interval
+from recipes.tune.answer import chosen
+from recipes.tune.search import WITH, WITHOUT
 
 RESULTS = Path(__file__).parent
 
@@ -75,20 +77,27 @@ def needs_an_adapter() -> list[str]:
 def other_methods() -> list[str]:
     """Return the rows on the other methods in P1's task."""
     losses: dict[str, dict[int, float]] = defaultdict(dict)
-    finals: dict[str, Row] = {}
-    for file in ("p1", "p1_control", "arms"):
-        for row in read(RESULTS / f"{file}.jsonl"):
-            if row["stage"] == "final":
-                name = row.get("arm") or arm_of(row)
-                losses[name][row["seed"]] = row["tested"]["test_loss"]
-                finals[name] = row
+    searches: dict[str, list[Row]] = defaultdict(list)
+    without: list[Row] = []
+    for row in read(RESULTS / "p1.jsonl") + read(RESULTS / "p1_control.jsonl"):
+        if row["stage"] == "final":
+            losses[arm_of(row)][row["seed"]] = row["tested"]["test_loss"]
+        elif row["side"] == WITHOUT:
+            without.append(row)
+    for row in read(RESULTS / "arms.jsonl"):
+        searches[row["arm"]].append(row)
     names = {"bi_lora": "Bi-LoRA", "lora_sam": "LoRA-SAM", "scaling": "random scaling", "monteclora": "MonteCLoRA"}
     names |= {"fmlora": "FMLoRA"}
-    (seeds,) = {len(losses[name]) for name in names}
-    rows = [f"| On {seeds} of P1's seeds |"]
+    if names.keys() != searches.keys():
+        raise ValueError(f"arms.jsonl has {', '.join(searches)}, and the page has {', '.join(names)}.")
+    rows = [f"| On {FRESH} of P1's seeds |"]
     for name, title in names.items():
-        config, of_arm = finals[name]["config"], losses[name]
-        cells = [title, config["model.learning_rate"], rank_of(finals[name]), config["model.lora.lora_dropout"]]
+        config = chosen([*without, *searches[name]], "min")[WITH]
+        finals = [row for row in searches[name] if row["stage"] == "final" and row["config"] == config]
+        of_arm = {row["seed"]: float(row["tested"]["test_loss"]) for row in finals}
+        if len(of_arm) != FRESH:
+            raise ValueError(f"{title}'s choice has {len(of_arm)} final runs.")
+        cells = [title, config["model.learning_rate"], rank_of(finals[0]), config["model.lora.lora_dropout"]]
         cells += [f"{strength_of(config):g}", f"{statistics.mean(of_arm.values()):.3f}"]
         differences = []
         for other in ("efmlora", "32"):

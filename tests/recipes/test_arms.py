@@ -10,8 +10,9 @@ import torch
 from helpers import Classifier, fit
 
 from lightning_flatlora import EFMLoRA
-from recipes.studies.rows import Row
+from recipes.studies.rows import Row, read
 from recipes.tune.search import Run
+from recipes.tune.space import Config
 
 sys.path.append(str(Path(__file__).parents[2] / "docs" / "results"))
 import arms
@@ -102,10 +103,29 @@ def test_published_rows_are_not_trained_again(tmp_path: Path) -> None:
     assert search.open_runs() == []  # its final runs are there too
 
 
-def test_bi_lora_is_searched_from_the_start(tmp_path: Path) -> None:
-    queue: Any = Done(arms.published("bi_lora"))
-    runs = arms.search_of("bi_lora", queue, tmp_path).open_runs()
-    assert [run.trial for run in runs] == [0, 1, 2, 3]
+@pytest.mark.parametrize("name", ["bi_lora", "turned"])
+def test_a_new_arm_is_searched_from_the_start_trial_by_trial(name: str, tmp_path: Path) -> None:
+    queue: Any = Done(arms.published(name))
+    runs = arms.search_of(name, queue, tmp_path).open_runs()
+    assert [(run.side, run.trial) for run in runs] == [("with", 0)]
+
+
+def test_trials_are_suggested_as_in_p1() -> None:
+    """All that are published, from those before them."""
+    published = Path(arms.__file__).parent
+    tried: dict[str, list[Row]] = {}
+    for row in read(published / "p1.jsonl") + read(published / "arms.jsonl"):
+        if row["stage"] == "search" and row["seed"] == 0 and row["trial"] < arms.TRIALS // 2:
+            tried.setdefault(row.get("arm", row["side"]), []).append(row)
+    assert len(tried) >= 7
+    for rows in tried.values():
+        rows.sort(key=lambda row: int(row["trial"]))
+        assert [row["trial"] for row in rows] == list(range(12))
+        strengths = sorted({row["config"]["rho"] for row in rows}, key=float)
+        judgements: list[tuple[Config, float]] = []
+        for row in rows:
+            assert arms.suggestion({**arms.SPACE, "rho": strengths}, judgements) == row["config"]
+            judgements.append((row["config"], row["value"]))
 
 
 def test_a_row_names_the_checkpoint_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
