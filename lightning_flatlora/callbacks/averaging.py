@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
@@ -20,11 +20,11 @@ class AdapterAveraging(Callback):
 
     During a batch the module holds the training weights; from its end, after the optimizer's step, until the next batch
     starts it holds the averages. So validation, checkpoints, AdapterCheckpoint's folder and the module after ``fit``
-    have the averages. A checkpoint also holds the training weights, so a run resumes exactly. After an error the module
-    has the training weights.
+    have the averages. A checkpoint also holds the training weights, so a run resumes exactly.
 
-    Averages are in float32 or float64, since 16 bits would round small changes away. Buffers, such as BatchNorm's
-    statistics, are not averaged. Changes of trained weights between two batches are lost.
+    Whoever writes a trained weight between two batches, not through ``.data``, sets its average, and training goes on
+    from there. Averages are in float32 or float64, since 16 bits would round small changes away. Buffers, such as
+    BatchNorm's statistics, are not averaged.
 
     Args:
         decay: share of the old average in the new one, >= 0 and < 1: 0.99 averages about the last ``1 / (1 - 0.99) =
@@ -33,7 +33,7 @@ class AdapterAveraging(Callback):
 
     Raises:
         MisconfigurationException: values out of range (here); nothing is trained, or the strategy is not one device,
-            DDP or FSDP2 (when training starts).
+            DDP or FSDP2 (when training starts); the optimizers' parameters change their places (in a step).
 
     Example:
         >>> import lightning as L
@@ -60,22 +60,24 @@ class AdapterAveraging(Callback):
         self._averages: dict[int, Tensor] = state_dict.get("averages", {})
         # The training weights while the module holds the averages; otherwise empty.
         self._aside: dict[int, Tensor] = state_dict.get("weights", {})
+        # The versions are those of the parameters when the averages were put into them.
+        self._parameters, self._versions = list[nn.Parameter](), dict[int, int]()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse weights that can't be averaged, and move a loaded state to its parameters' devices."""
-        self._parameters = parameters_of(*trainer.optimizers)
+        parameters = parameters_of(*trainer.optimizers)
         problems = wrapping_problems(trainer.strategy.model or pl_module, [])
-        if not any(parameter.requires_grad for parameter in self._parameters):
+        if not any(parameter.requires_grad for parameter in parameters):
             problems.append("the optimizer has no parameter that requires a gradient: add an adapter, or unfreeze one")
         refuse(self, problems)
         # A state from a later step is of another run, or of a checkpoint that was only evaluated.
-        if self._step > trainer.global_step:
+        if self._step > trainer.global_step or self._are_others(parameters):
             self.load_state_dict({})
+        self._parameters = parameters
         for values in (self._averages, self._aside):
             for place, value in values.items():
-                parameter = self._parameters[place]
-                values[place] = Sharding().part(value.to(parameter.device), parameter)
+                values[place] = Sharding().part(value.to(parameters[place].device), parameters[place])
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -85,7 +87,10 @@ class AdapterAveraging(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Average the weights if the batch ended in an optimizer step, and put the averages into the module."""
         if trainer.global_step > max(self._step, self.start_step):
-            self._step, self._parameters = trainer.global_step, parameters_of(*trainer.optimizers)
+            parameters = parameters_of(*trainer.optimizers)
+            if self._are_others(parameters):
+                refuse(self, ["the optimizers' parameters have other places now: add new ones after all others"])
+            self._step, self._parameters = trainer.global_step, parameters
             self._count += 1
             share = 1 / self._count if self.decay is None else 1 - self.decay
             for place, parameter in enumerate(self._parameters):
@@ -96,10 +101,8 @@ class AdapterAveraging(Callback):
 
     on_train_epoch_end = on_train_batch_end  # for an epoch that an on_train_batch_start ended by returning -1
 
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if trainer.state.fn == "fit":
-            self._hold_averages(pl_module, False)
+    def _are_others(self, parameters: list[nn.Parameter]) -> bool:
+        return list(map(id, parameters))[: len(self._parameters)] != list(map(id, self._parameters))
 
     def _hold_averages(self, pl_module: LightningModule, averages: bool) -> None:
         """Let the module hold the averages, or else the training weights, unless it already does."""
@@ -109,7 +112,15 @@ class AdapterAveraging(Callback):
         self._aside = {place: self._parameters[place].detach().clone() for place in values} if averages else {}
         reshard(pl_module)  # otherwise the next pass would compute with the gathered old weights
         for place, value in values.items():
-            self._parameters[place].data.copy_(value)
+            parameter = self._parameters[place]
+            if not averages and parameter._version != self._versions.get(place, parameter._version):
+                # Compared, since DDP writes all parameters anew when a fit starts.
+                written, average = parameter.detach(), self._averages[place]
+                is_kept = written == average.to(written.dtype)
+                average.copy_(torch.where(is_kept, average, written))
+                value = torch.where(is_kept, value, written)
+            parameter.data.copy_(value)
+        self._versions = {place: self._parameters[place]._version for place in self._aside}
 
     @override
     def state_dict(self) -> dict[str, Any]:

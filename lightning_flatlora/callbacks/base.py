@@ -161,14 +161,12 @@ class MethodCallback(Callback, Generic[S]):
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """List why the method can't work with the trainer and its other callbacks; subclasses add their reasons."""
         method = self.methods[0]
-        takes_two_passes = isinstance(method, TwoPassStep)
-        sync_ascent = not isinstance(method, TwoPassStep) or method.sync_ascent
-        problems = strategies.strategy_problems(trainer, sync_ascent, method.works_sharded)
+        problems = strategies.strategy_problems(trainer, getattr(method, "sync_ascent", True), method.works_sharded)
         others = [each for each in callbacks_of(trainer) if isinstance(each, MethodCallback) and each is not self]
         rivals = [type(each).__name__ for each in others if not (self.works_beside(each) or each.works_beside(self))]
         if rivals:
             problems.append(f"it perturbs the same weights as {', '.join(rivals)}: keep one")
-        if takes_two_passes and not takes_passes_itself(pl_module):
+        if isinstance(method, TwoPassStep) and not takes_passes_itself(pl_module):
             problems += two_pass_problems(pl_module)
         return problems + optimizer_problems(trainer.optimizers)
 
@@ -248,16 +246,12 @@ class MethodCallback(Callback, Generic[S]):
         return self.passes is not None and self.passes.trainer is not trainer and trainer.state.fn != "fit"
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no trace on the model and the trainer when an error or Ctrl-C ends a run."""
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Leave no trace on the model and the trainer when a run ends, also by an error or Ctrl-C."""
         if not self._visits(trainer):
             self.uninstall()
 
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no trace on the model and the trainer when a run ends."""
-        if not self._visits(trainer):
-            self.uninstall()
+    on_exception = teardown
 
     # -- the state
 

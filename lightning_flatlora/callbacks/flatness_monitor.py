@@ -181,8 +181,8 @@ class FlatnessMonitor(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every_n_steps is None:
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
-            self._measure(trainer, pl_module, trainer.current_epoch + 1, step)
+            steps = trainer.fit_loop.epoch_loop._batches_that_stepped
+            self._measure(trainer, pl_module, trainer.current_epoch + 1, steps - 1)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -197,13 +197,11 @@ class FlatnessMonitor(Callback):
         )
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # Lightning does not call teardown after an error, and the probe batches would keep the module alive.
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         self._held = None
 
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._held = None
+    # Lightning does not call teardown after an error, and the probe batches would keep the module alive.
+    on_exception = teardown
 
     def _count(self, trainer: Trainer) -> int:
         """Return the steps or epochs trained so far, in the unit of the measurements."""

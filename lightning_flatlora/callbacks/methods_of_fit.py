@@ -103,15 +103,14 @@ class MethodsOfFit(Generic[S]):
 
     def assignment_problems(self) -> list[str]:
         """List why the pairs can't be trained as the optimizers hold them."""
-        assignment = self.assignment
         problems = []
-        if assignment.orphans and not self.may_come:
+        if self.assignment.orphans and not self.may_come:
             problems.append(
-                f"trainable LoRA factors, such as {assignment.orphans[0].name}, are in no optimizer: add them to one, "
-                "or freeze them; a BaseFinetuning callback may add them later in the fit"
+                f"trainable LoRA factors, such as {self.assignment.orphans[0].name}, are in no optimizer: add them to "
+                "one, or freeze them; a BaseFinetuning callback may add them later in the fit"
             )
-        holders = [pairs for pairs in assignment.pairs if pairs]
-        if assignment.spread or (len(holders) > 1 and not self.methods[0].takes_several_optimizers):
+        holders = [pairs for pairs in self.assignment.pairs if pairs]
+        if self.assignment.spread or (len(holders) > 1 and not self.methods[0].takes_several_optimizers):
             problems.append(
                 "the pairs, or the factors of one, are spread over optimizers: one optimizer must hold A and B of all "
                 "of them, or use EFMLoRA, which follows several if each holds A and B of its pairs"

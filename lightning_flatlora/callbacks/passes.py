@@ -170,10 +170,9 @@ class OnePass(Passes):
             self._switch()
 
     def _switch(self) -> None:
-        is_on = self._is_inside and self.is_active
         for method in self.methods:
             # Asked each time, since in manual optimization the first perturbation arises within a training_step.
-            if is_on and method.perturbs:
+            if self._is_inside and self.is_active and method.perturbs:
                 method.on()
             else:
                 method.off()

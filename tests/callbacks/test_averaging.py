@@ -1,5 +1,6 @@
 """AdapterAveraging: the averages equal hand-computed ones, are saved and validated, and resume bit for bit."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -253,19 +254,95 @@ def test_an_epoch_that_is_ended_early_ends_with_the_averages(tmp_path: Path) -> 
         assert same(value, cut.state_dict()[key])
 
 
-@pytest.mark.parametrize("hook", ["validation_step", "training_step", "on_train_epoch_end"])
-def test_after_an_error_the_module_has_the_training_weights(tmp_path: Path, hook: str) -> None:
-    plain, broken = Classifier(), Classifier()
-    fit(tmp_path, plain, [], max_epochs=1)
+class Writes(L.Callback):
+    """Reset B and restore an earlier state, as ReLoRA and a return to the best weights do, between two batches."""
 
-    def fail(*args: Any) -> None:
-        if broken.trainer.global_step == 6:
-            raise RuntimeError("broken")
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            self.earlier = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        if trainer.current_epoch == 2:
+            for name, parameter in pl_module.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.zeros_(parameter)
 
-    setattr(broken, hook, fail) if hook != "training_step" else broken.inside.append(fail)
-    with pytest.raises(RuntimeError, match="broken"):
-        fit(tmp_path, broken, [AdapterAveraging(0.8)], val=make_loader(1), max_epochs=2)
-    assert same(weights(broken), weights(plain))
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 3:
+            pl_module.load_state_dict(self.earlier)
+
+
+def test_training_goes_on_from_what_is_written_between_batches(tmp_path: Path) -> None:
+    """An average with decay 0 is the last step's weights, so that all must be as without it."""
+    plain, averaged, other = Classifier(), Classifier(), Classifier()
+    fit(tmp_path, plain, [Writes()], val=make_loader(1), max_epochs=5)
+    fit(tmp_path, averaged, [Writes(), AdapterAveraging(0.0)], val=make_loader(1), max_epochs=5)
+    fit(tmp_path, other, [AdapterAveraging(0.0)], val=make_loader(1), max_epochs=5)
+    assert same(weights(averaged), weights(plain))
+    assert not same(weights(averaged), weights(other))
+
+
+def test_what_is_written_is_the_average_too(tmp_path: Path) -> None:
+    """And weights that nobody writes keep their averages and go on as they were."""
+    averaging, module, seen = AdapterAveraging(0.9), Classifier(), dict[str, Any]()
+
+    def write(trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            seen["before"] = copy.deepcopy(averaging.state_dict())
+            (name, written), *_ = ((n, p) for n, p in pl_module.named_parameters() if "lora_B" in n)
+            seen["place"] = [n for n, p in pl_module.named_parameters() if p.requires_grad].index(name)
+            torch.nn.init.ones_(written)
+
+    def look(trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.current_epoch == 1 and args[-1] == 0:
+            seen["after"] = copy.deepcopy(averaging.state_dict()["averages"])
+            seen["weights"] = [p.detach().clone() for p in pl_module.parameters() if p.requires_grad]
+
+    callbacks = [averaging, calling(on_train_epoch_start=write, on_train_batch_start=look)]
+    fit(tmp_path, module, callbacks, max_epochs=2)
+    for place, before in seen["before"]["averages"].items():
+        training = seen["before"]["weights"][place]
+        assert not same(before, training)
+        is_written = place == seen["place"]
+        assert same(seen["after"][place], torch.ones_like(before) if is_written else before)
+        assert same(seen["weights"][place], torch.ones_like(before) if is_written else training)
+
+
+def test_a_trainers_second_module_starts_from_its_own_weights(tmp_path: Path) -> None:
+    averaging, first, alone, second = AdapterAveraging(None), Classifier(), Classifier(), Classifier()
+    trainer = fit(tmp_path, first, [averaging], max_epochs=1)
+    for name, parameter in second.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    alone.load_state_dict(second.state_dict())
+    fit(tmp_path, alone, [AdapterAveraging(None)], max_epochs=1)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(second, make_loader(), make_loader(1))
+    assert same(weights(second), weights(alone))
+
+
+def test_weights_loaded_between_two_fits_are_taken(tmp_path: Path) -> None:
+    plain, averaged = Classifier(), Classifier()
+    for module, callbacks in ((plain, []), (averaged, [AdapterAveraging(0.0)])):
+        start = {name: value.clone() for name, value in module.state_dict().items()}
+        trainer = fit(tmp_path, module, callbacks, max_epochs=1)
+        module.load_state_dict(start)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(module, make_loader(), make_loader(1))
+    assert same(weights(averaged), weights(plain))
+
+
+def test_parameters_that_change_their_places_are_refused(tmp_path: Path) -> None:
+    """At the end is fine, as BackboneFinetuning adds them; between others, the averages would be of others."""
+
+    def add(trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            groups = trainer.optimizers[0].param_groups
+            groups.insert(place, {**groups[0], "params": [torch.nn.Parameter(torch.zeros(2))]})
+
+    place = 1
+    fit(tmp_path, Classifier(), [AdapterAveraging(0.9), calling(on_train_epoch_start=add)], max_epochs=2)
+    place = 0
+    with pytest.raises(MisconfigurationException, match="other places now"):
+        fit(tmp_path, Classifier(), [AdapterAveraging(0.9), calling(on_train_epoch_start=add)], max_epochs=2)
 
 
 @pytest.mark.parametrize(

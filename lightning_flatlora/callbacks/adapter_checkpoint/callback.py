@@ -107,8 +107,9 @@ class SavesAdapters(_Base):
             unsafe = get_unsafe_globals_in_checkpoint(file)
         if unsafe:
             rank_zero_warn(
-                f"AdapterCheckpoint: PyTorch loads {', '.join(sorted(unsafe)[:3])} only from a file that you trust. "
-                "Leave them out by self.save_hyperparameters(ignore=[...]), or give weights_only=False with ckpt_path"
+                f"AdapterCheckpoint: PyTorch loads {', '.join(sorted(unsafe)[:3])} only from a file that you trust, "
+                "and a model among the hyper-parameters brings its frozen base into every file. Leave them out by "
+                "self.save_hyperparameters(ignore=[...]), or give weights_only=False with ckpt_path"
             )
 
     @override

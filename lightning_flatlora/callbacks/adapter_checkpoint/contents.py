@@ -233,8 +233,7 @@ def differing(expected: Mapping[str, Identity], found: Mapping[str, Identity]) -
 
     A parameter of another dtype may differ by its rounding. What can't be read on one side is not compared.
     """
-    names = dict.fromkeys([*expected, *found])
-    return [name for name in names if not _same(expected.get(name, {}), found.get(name, {}))]
+    return [name for name in {**expected, **found} if not _same(expected.get(name, {}), found.get(name, {}))]
 
 
 def _same(old: Identity, new: Identity) -> bool:

@@ -127,8 +127,7 @@ def _plain(value: Any) -> Any:
 
 def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     # Copies, since safetensors refuses tensors that share memory.
-    copies = {name: value.clone().contiguous() for name, value in tensors.items()}
-    save_file(copies, file, metadata={"format": "pt"})
+    save_file({name: each.clone().contiguous() for name, each in tensors.items()}, file, metadata={"format": "pt"})
 
 
 # -- the place on the disk
