@@ -145,6 +145,14 @@ def test_fmloras_first_pass_alone_is_refused() -> None:
     assert flat.step == 2
 
 
+def test_a_batch_that_failed_before_its_first_pass_does_not_count() -> None:
+    flat, net, optimizer = started("FMLoRA")
+    next(flat.training_passes())  # and then, for example, the batch can't be moved to the device
+    backward(net)
+    with pytest.raises(RuntimeError, match="about to step without FMLoRA's passes"):
+        optimizer.step()
+
+
 def test_a_first_pass_without_any_gradient_is_told() -> None:
     flat, net, _ = started("FMLoRA")
 

@@ -127,28 +127,28 @@ class FMLoRA(LoopMethod):
         each of them, with the same batch. Put DDP's ``no_sync`` and Fabric's ``no_backward_sync`` inside.
         """
         self._check_open()
+        last: AbstractContextManager[None] = nullcontext()
+        if self.method.takes_ascent:
+            yield self._ascent()
+            if self._replay.at_perturbed_weights is None:
+                raise RuntimeError(
+                    "the first pass has not run: write `for each_pass in flat.training_passes():` and `with each_pass:`"
+                )
+            last = self._replay.running()
         self._passes_begun += 1
-        if not self.method.takes_ascent:
-            yield nullcontext()
-            return
-        yield self._ascent()
-        if self._replay.at_perturbed_weights is None:
-            raise RuntimeError(
-                "the first pass has not run: write `for each_pass in flat.training_passes():` and `with each_pass:`"
-            )
-        yield self._replay.running()
+        yield last
 
     @override
     def _use_gradients(self) -> None:
-        if not self._passes_begun:
-            raise RuntimeError(
-                "the optimizer was about to step without FMLoRA's passes: run forward and backward inside each of "
-                "flat.training_passes(). To continue without the method, call flat.close()"
-            )
         if self._replay.at_perturbed_weights is not None:
             raise RuntimeError(
                 "the optimizer was about to step after the first of two passes, which leaves no gradient for the step: "
                 "run both, by `for each_pass in flat.training_passes():` and `with each_pass:`"
+            )
+        if not self._passes_begun:
+            raise RuntimeError(
+                "the optimizer was about to step without FMLoRA's passes: run forward and backward inside each of "
+                "flat.training_passes(). To continue without the method, call flat.close()"
             )
         super()._use_gradients()
         self._passes_begun = 0

@@ -154,7 +154,7 @@ class LoopMethod:
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken so far, without those that a ``GradScaler`` skips."""
+        """Optimizer steps so far. Those that a ``GradScaler`` skips count only if the optimizer is fused."""
         self._warn_of_late_start()
         return self.method.step
 

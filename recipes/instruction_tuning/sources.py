@@ -49,6 +49,7 @@ def load_chats(
     table = read_table(name, split, NAMES, config_name, revision)
     source = f"dataset={name!r}"
     if columns:
+        say_what_is_left_out(source, table.column_names, columns)
         table = renamed(table, columns).select_columns(list(columns.values()))
     convert = converter(table.column_names, source)
     say_what_is_left_out(source, table.column_names, read_columns(table.column_names))

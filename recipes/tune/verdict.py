@@ -29,7 +29,7 @@ from recipes.tune.answer import answer, draw
 from recipes.tune.search import Run, finite_or_worst
 from recipes.tune.space import RHO
 
-_LESS_IS_BETTER = ("loss", "error", "perplexity", "nll")
+_MODES = {"loss": "min", "acc": "max"}
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Options:
     Attributes:
         source: the sweep.
         metric: column to judge by; for an Optuna study of another program it is called value.
-        mode: min or max of the metric; by default a study's direction, and for a table min for a loss, an error or a
-            perplexity, otherwise max.
+        mode: min or max of the metric; by default a study's direction, and for a table min for a loss and max for an
+            accuracy.
         rho: column of the radius; by default the one whose name ends in rho.
         seed: column of the seed; by default the one whose name ends in seed or seed_everything.
         settings: columns of the other settings; by default those that Optuna or Hydra has set, and in a table those
@@ -69,8 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "://" in options.source:
         sweep, mode = _of_optuna(options.source, options)
     else:
-        is_loss = any(name in options.metric.lower() for name in _LESS_IS_BETTER)
-        mode = options.mode or ("min" if is_loss else "max")
+        mode = options.mode or _mode_of(options.metric)
         sweep = _of_files(options, mode)
     rows = _rows(sweep, options, mode)
     print(answer(rows, mode).text(options.metric))
@@ -79,6 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draw(drawn, next(iter(rows[0]["config"])), options.metric, mode).savefig(options.picture, dpi=130)
     print(f"The trials are drawn in {options.picture}")
     return 0
+
+
+def _mode_of(metric: str) -> str:
+    """Return the mode that a metric's name tells."""
+    for name, mode in _MODES.items():
+        if name in metric.lower():
+            return mode
+    raise MisconfigurationException(f"say whether less or more of {metric} is better, by --mode min or --mode max")
 
 
 def _of_files(options: Options, mode: str) -> DataFrame:

@@ -107,7 +107,8 @@ def test_a_search_is_run_once_resumed_and_answered(
     # The verdict on the table and the study is the search's own.
     text = (folder / "table.txt").read_text()
     for source in (folder / "results.csv", f"sqlite:///{folder / 'study.db'}"):
-        verdict.main([str(source), "--metric", "val_score", "--picture", str(tmp_path / "verdict.png")])
+        judged = ["--metric", "val_score", "--mode", "max"]
+        verdict.main([str(source), *judged, "--picture", str(tmp_path / "verdict.png")])
         assert capsys.readouterr().out.startswith(text)
     # Nothing is run again, more seeds can be added, and runs with other options can't be mixed in.
     assert main([*options, "--test"]) == 0

@@ -128,6 +128,7 @@ def test_a_study_of_another_program_is_judged(tmp_path: Path, capsys: pytest.Cap
         ({"callbacks.efmlora.rho": 0.5}, ["--settings", "Name"], "there are no runs without the perturbation"),
         ({"callbacks.efmlora.rho": "cosine"}, [], "the column callbacks.efmlora.rho must hold numbers"),
         ({}, ["--setting", "lr"], "there is no option --setting"),
+        ({}, ["--metric", "val_rmse"], "say whether less or more of val_rmse is better, by --mode min or --mode max"),
     ],
 )
 def test_what_can_not_be_judged_is_said(
