@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import matrix_b  # in this folder
+import matrix_rates
 import matrix_replication
 import matrix_rule
+import matrix_table
 from figures_p1 import around, doubts, needs_an_adapter, other_methods, p_value
 
 from recipes.studies.rows import Row, read
@@ -232,7 +234,7 @@ def separate_rates() -> tuple[list[str], list[str]]:
         f"(head 2e-3, adapter 1e-4) {accuracy(plain):.2f}",
         f"one rate has {accuracy(one_rate):.2f}, which is {with_interval(difference(one_rate, small))} against",
         f"the probe {accuracy(probe):.2f}.",
-        f"with the rho of {rho:g} that validation chose, it has {accuracy(efmlora):.2f}, a difference of "
+        f"with the rho of {rho:g}, the smallest tried, it has {accuracy(efmlora):.2f}, a difference of "
         f"{with_interval(difference(efmlora, small))}.",
     ]
     guide = [f"{accuracy(small):.1f} %; EFMLoRA with these {accuracy(efmlora):.1f} % ({len(small)} seeds)"]
@@ -268,16 +270,18 @@ def replicated() -> list[str]:
     losses = f"{mean(random, base)} nats per token and LoRA with rank 32 {mean(lora, base)}"
     gain, cost = against(lora, random, base), against(lora, random, "clean")
     to_audited = f"{against(audited, random, base)} under noise and {against(audited, random, 'clean')} without"
+    efmlora = tests["EFMLoRA", 32, "3e-3", 0.8]
     return [
         f"RandomPerturbation (sigma 0.1) has {losses}, a difference of {gain}, for {cost} without noise",
         f"LoRA with rank 128 is {to_audited}",
+        f"EFMLoRA (rho 0.8) differs from rank 128 by {against(audited, efmlora, base)} under noise",
     ]
 
 
 # -- column B
 
 
-def relearned() -> tuple[str, str]:
+def relearned() -> tuple[list[str], str]:
     """Return the passages on column B: the study's, and that on its secondary attacks."""
     rows = read(RESULTS / "matrix_b.jsonl")
     settings, finals = matrix_b.settings_of(rows), matrix_b.finals_of(rows)
@@ -295,8 +299,13 @@ def relearned() -> tuple[str, str]:
     for place in range(len(matrix_b.OTHER_RATES)):
         pairs = zip(by_seed[matrix_b.FMLORA], by_seed[matrix_b.LORA], strict=True)
         at_other_rates.append(with_interval(estimate([mine[place] - its[place] for mine, its in pairs])))
+    likelihoods = [matrix_b.likelihoods(finals, matrix_b.chosen(settings, arm)) for arm in by_seed]
+    of_fmlora = estimate([mine - its for its, mine in zip(*likelihoods, strict=True)])
     return (
-        f"LoRA recalls {lora} of them ({lora_before} before the attack), FMLoRA {after} ({before})",
+        [
+            f"LoRA recalls {lora} of them ({lora_before} before the attack), FMLoRA {after} ({before})",
+            f"their log-likelihood, {with_interval(of_fmlora)}, p {p_value(of_fmlora):.2f} uncorrected",
+        ],
         f"an attack with the rates 3e-4 and 3e-3, FMLoRA's difference is {' and '.join(at_other_rates)}",
     )
 
@@ -344,8 +353,10 @@ def passages() -> dict[Path, list[str]]:
     guide += matrix_rule.rule(column_a)
     guide.append(matrix_rule.rule_of_b(column_b))
     of_study, at_other_rates = relearned()
-    study.append(of_study)
-    rows = [*cost(), *other_methods(), *around(), *replication(), matrix_b.table(column_b), at_other_rates]
+    study += of_study
+    rows = [*cost(), *other_methods(), *around(), matrix_table.tables(read(RESULTS / "matrix_a.jsonl"))]
+    rows.append(matrix_rates.table(read(RESULTS / "matrix_rates.jsonl")))
+    rows += [*replication(), matrix_b.table(column_b), at_other_rates]
     return {DOCS / "study.md": study, DOCS / "when_to_use.md": guide, RESULTS / "README.md": rows}
 
 

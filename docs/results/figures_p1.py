@@ -100,9 +100,9 @@ def other_methods() -> list[str]:
         cells = [title, config["model.learning_rate"], rank_of(finals[0]), config["model.lora.lora_dropout"]]
         cells += [f"{strength_of(config):g}", f"{statistics.mean(of_arm.values()):.3f}"]
         differences = []
-        for other in ("efmlora", "32"):
+        for other in ("efmlora", "8", "32"):
             differences.append(estimate([losses[other][seed] - value for seed, value in of_arm.items()]))
-        to_lora = differences[-1]
+        to_lora = differences[-1]  # of rank 32
         if to_lora.mean - to_lora.interval > 0:
             raise ValueError(f"The study says that no method is surely better than LoRA; {title} is.")
         cells += [with_interval(each, 3) for each in differences]

@@ -278,6 +278,11 @@ def recalls(finals: Finals, setting: Setting, steps: str = PRIMARY) -> list[floa
     return [finals[setting.run.name][seed]["recall"][steps] for seed in FINAL_SEEDS]
 
 
+def likelihoods(finals: Finals, setting: Setting) -> list[float]:
+    """Return the mean log-likelihood of the hidden facts after the whole attack, in nats, by final seed."""
+    return [finals[setting.run.name][seed]["likelihood"][PRIMARY] for seed in FINAL_SEEDS]
+
+
 def final_utility(finals: Finals, setting: Setting) -> float:
     """Return the mean utility over the final seeds."""
     return estimate([finals[setting.run.name][seed]["utility"] for seed in FINAL_SEEDS]).mean
@@ -314,19 +319,25 @@ def table(rows: Sequence[Row]) -> str:
     on_fresh = partial(recalls, finals)
     head = ["arm", "strength; rate, steps, beta, retain, rank, optimizer, averaging"]
     attacked_for = [str(steps) for steps in (0, *ATTACKS)]
-    lines = [[*head, *(f"recall after {each}" for each in attacked_for), "utility", "rise of general texts"]]
-    differences = [["arm", "minus LoRA's", "p", "search resampled"]]
+    measures = {"shown": "shown facts after 30", "utility": "utility", "rise": "rise of general texts"}
+    lines = [[*head, *(f"recall after {each}" for each in attacked_for), "likelihood after 30", *measures.values()]]
+    differences = [["arm", "minus LoRA's", "p", "search resampled", "log-likelihood minus LoRA's", "p"]]
+    of_lora = likelihoods(finals, chosen(settings, LORA))
     for arm in STRENGTHS:
         choice = chosen(settings, arm)
         own = finals[choice.run.name]
         cells = [with_error(estimate(on_fresh(choice, each)), ".3f") for each in attacked_for]
-        for measure in ("utility", "rise"):
+        cells.append(with_error(estimate(likelihoods(finals, choice)), ".2f"))
+        for measure in measures:
             cells.append(with_error(estimate([own[seed][measure] for seed in FINAL_SEEDS]), ".3f"))
         lines.append([arm, short(choice), *cells])
     for arm in TESTED.values():
         found, cells = compared(settings, finals, arm), ["no useful setting", "1", ""]
         if found:
             cells = [with_interval(found.difference, 3), f"{found.p:.2g}", between(found.covering, 3)]
+        own_likelihoods = likelihoods(finals, chosen(settings, arm))
+        cells.append(with_interval(estimate(np.subtract(own_likelihoods, of_lora).tolist()), 2))
+        cells.append(f"{stats.ttest_rel(own_likelihoods, of_lora).pvalue:.2g}")
         differences.append([arm, *cells])
     return f"{markdown(lines)}\n\n{markdown(differences)}\n"
 

@@ -17,8 +17,8 @@ from matrix_choice import EFMLORA, FINAL_SEEDS, FMLORA, LORA, QAT, RANDOM, Run
 from matrix_disturbances import B_NOISE, BASE_NOISE, CLEAN
 
 # The mean losses under noise, on validation and on test; the other arms have 3.
-ON_BASE = {LORA: (2.0, 2.0), QAT: (1.9, 2.2), RANDOM: (1.5, 1.6), EFMLORA: (1.6, 1.0)}
-ON_B = {LORA: (2.0, 2.0), EFMLORA: (1.8, 2.1)}
+ON_BASE = {LORA: (2.0, 2.0), QAT: (1.9, 1.8), RANDOM: (1.5, 1.6), EFMLORA: (1.6, 1.0)}
+ON_B = {LORA: (2.0, 2.0), QAT: (1.9, 2.0), EFMLORA: (1.8, 2.1)}
 
 
 def losses(run: Run, disturbance: str) -> float:
@@ -42,18 +42,19 @@ def row_of(run: Run, part: str) -> Row:
 
 
 def test_validation_chooses_both_sides(rows: list[Row]) -> None:
-    """On test LoRA is the better free one, and EFMLoRA the better perturbation."""
+    """On test EFMLoRA is the better perturbation."""
     found = matrix_rule.verdict(choice.settings_of(rows), matrix_table.finals_of(rows), BASE_NOISE)
     assert found.best is not None
     assert found.found is not None
     assert (found.rival.run.arm, found.best.run.arm, found.use) == (QAT, RANDOM, RANDOM)
-    by_seed = [0.01 * (seed % 3 - 1) * (len(RANDOM) - len(QAT)) - 0.6 for seed in FINAL_SEEDS]
+    by_seed = [0.01 * (seed % 3 - 1) * (len(RANDOM) - len(QAT)) - 0.2 for seed in FINAL_SEEDS]
     assert found.found.mean == pytest.approx(sum(by_seed) / len(by_seed))
 
 
 def test_a_perturbation_that_is_not_surely_better_is_not_used(rows: list[Row]) -> None:
     found = matrix_rule.verdict(choice.settings_of(rows), matrix_table.finals_of(rows), B_NOISE)
     assert found.best is not None
+    # QAT-LoRA, which validation prefers, isn't surely better than LoRA on test either.
     assert (found.rival.run.arm, found.best.run.arm, found.use) == (LORA, EFMLORA, LORA)
 
 
@@ -75,7 +76,7 @@ def test_the_lines_have_the_losses(rows: list[Row]) -> None:
     assert shown is not None
     assert shown[1] == RANDOM
     assert shown[2] == "QAT-LoRA (bits 3)"
-    assert float(shown[3]) == pytest.approx(1.2, abs=0.06)
+    assert float(shown[3]) == pytest.approx(0.8, abs=0.06)
     assert shown[4] == "RandomPerturbation (sigma 0.3)"
     first, second = matrix_rule.hypotheses(rows, [])
     assert first.startswith(f"| A1: noise on the base, as large as its norm, RandomPerturbation | {2:.2f} | ")
