@@ -6,8 +6,9 @@ From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/arms.p
 with another method in place of EFMLoRA; so are the arm's own published rows, if there are any. The same command resumes
 after a stop. The search goes trial by trial, as P1's did, so let two processes do two arms.
 
-The rows of all arms, without P1's and each with its arm's name, are ``arms.jsonl``. In those of the first search, at
-the commit given in them, Bi-LoRA's pair climbed by plain ascent, so that its rows are not used again.
+The rows of all finished arms, without P1's and each with its arm's name, are ``arms.jsonl``; those so far of the
+others are ``arms_unfinished.jsonl``. In those of the first search, at the commit given in them, Bi-LoRA's pair climbed
+by plain ascent, so that its rows are not used again.
 """
 
 import json
@@ -269,9 +270,10 @@ def published(name: str) -> list[Row]:
     """Return the published rows that an arm's search has: P1's without a perturbation, and its own."""
     folder = Path(__file__).parent
     rows = [row for row in read(folder / "p1.jsonl") if row["side"] == WITHOUT]
+    of_arms = read(folder / "arms_unfinished.jsonl")
     if name != AS_PUBLISHED:
-        rows += [row for row in read(folder / "arms.jsonl") if row["arm"] == name]
-    return rows
+        of_arms += read(folder / "arms.jsonl")
+    return rows + [row for row in of_arms if row["arm"] == name]
 
 
 def main(name: str, folder: Path) -> None:

@@ -91,23 +91,29 @@ def test_an_average_of_one_step_is_lora_and_not_tried(tmp_path: Path) -> None:
 
 
 def test_published_rows_are_not_trained_again(tmp_path: Path) -> None:
-    """LoRA-SAM's best strength, 0.0125, was the smallest one."""
-    queue: Any = Done(arms.published("lora_sam"))
-    search = arms.search_of("lora_sam", queue, tmp_path)
+    """MonteCLoRA's best strength, 0.003, was the largest one; random scaling's extension is published too."""
+    assert arms.search_of("scaling", Done(arms.published("scaling")), tmp_path).open_runs() == []  # type: ignore[arg-type]
+    queue: Any = Done(arms.published("monteclora"))
+    search = arms.search_of("monteclora", queue, tmp_path)
     runs = search.open_runs()
-    assert [(arms.strength_of(run.config), run.seed) for run in runs] == [(0.003125, seed) for seed in (0, 1, 2)]
-    assert "--trainer.callbacks.rho=0.003125" in search.arguments(runs[0].config, 0)
+    assert [(arms.strength_of(run.config), run.seed) for run in runs] == [(0.012, seed) for seed in (0, 1, 2)]
+    assert '"sample_scaler": 0.012' in " ".join(search.arguments(runs[0].config, 0))
     assert not any("times" in each for each in search.arguments(runs[0].config, 0))
     for run in runs:
         queue.add(run, 9.0)
     assert search.open_runs() == []  # its final runs are there too
 
 
-@pytest.mark.parametrize("name", ["bi_lora", "turned"])
+@pytest.mark.parametrize("name", ["averaging", "turned"])
 def test_a_new_arm_is_searched_from_the_start_trial_by_trial(name: str, tmp_path: Path) -> None:
     queue: Any = Done(arms.published(name))
     runs = arms.search_of(name, queue, tmp_path).open_runs()
     assert [(run.side, run.trial) for run in runs] == [("with", 0)]
+
+
+def test_the_former_bi_lora_is_not_used_again() -> None:
+    strengths = {row["config"]["rho"] for row in arms.published("bi_lora")}
+    assert strengths <= {"0", *arms.ARMS["bi_lora"].strengths}
 
 
 def test_trials_are_suggested_as_in_p1() -> None:
