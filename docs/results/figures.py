@@ -258,7 +258,7 @@ def replicated() -> list[str]:
         if row["stage"] == "final":
             tests[row["arm"], row["rank"], row["rate"], row["strength"]][row["seed"]] = row["test"]
     lora, random = tests["LoRA", 32, "3e-3", None], tests["RandomPerturbation", 32, "3e-3", 0.1]
-    audited = tests["LoRA", 128, "3e-3", None]
+    audited, efmlora = tests["LoRA", 128, "3e-3", None], tests["EFMLoRA", 32, "3e-3", 0.8]
 
     def mean(arm: BySeed, disturbance: str) -> str:
         return f"{statistics.mean(each[disturbance] for each in arm.values()):.2f}"
@@ -270,7 +270,6 @@ def replicated() -> list[str]:
     losses = f"{mean(random, base)} nats per token and LoRA with rank 32 {mean(lora, base)}"
     gain, cost = against(lora, random, base), against(lora, random, "clean")
     to_audited = f"{against(audited, random, base)} under noise and {against(audited, random, 'clean')} without"
-    efmlora = tests["EFMLoRA", 32, "3e-3", 0.8]
     return [
         f"RandomPerturbation (sigma 0.1) has {losses}, a difference of {gain}, for {cost} without noise",
         f"LoRA with rank 128 is {to_audited}",
@@ -287,11 +286,13 @@ def relearned() -> tuple[list[str], str]:
     settings, finals = matrix_b.settings_of(rows), matrix_b.finals_of(rows)
     recalled: dict[str, list[str]] = {}
     by_seed: dict[str, list[list[float]]] = {}
+    likelihoods: dict[str, list[float]] = {}
     for arm in (matrix_b.LORA, matrix_b.FMLORA):
         choice = matrix_b.chosen(settings, arm)
         for steps in ("0", matrix_b.PRIMARY):
             mean = statistics.mean(matrix_b.recalls(finals, choice, steps))
             recalled.setdefault(arm, []).append(f"{mean:.2f}")
+        likelihoods[arm] = matrix_b.likelihoods(finals, choice)
         of_arm = finals[choice.run.name]
         by_seed[arm] = [of_arm[seed]["other_rates"] for seed in matrix_b.ATTACKED_AGAIN]
     (lora_before, lora), (before, after) = recalled[matrix_b.LORA], recalled[matrix_b.FMLORA]
@@ -299,12 +300,12 @@ def relearned() -> tuple[list[str], str]:
     for place in range(len(matrix_b.OTHER_RATES)):
         pairs = zip(by_seed[matrix_b.FMLORA], by_seed[matrix_b.LORA], strict=True)
         at_other_rates.append(with_interval(estimate([mine[place] - its[place] for mine, its in pairs])))
-    likelihoods = [matrix_b.likelihoods(finals, matrix_b.chosen(settings, arm)) for arm in by_seed]
-    of_fmlora = estimate([mine - its for its, mine in zip(*likelihoods, strict=True)])
+    pairs_of_likelihoods = zip(likelihoods[matrix_b.FMLORA], likelihoods[matrix_b.LORA], strict=True)
+    of_fmlora = estimate([mine - its for mine, its in pairs_of_likelihoods])
     return (
         [
             f"LoRA recalls {lora} of them ({lora_before} before the attack), FMLoRA {after} ({before})",
-            f"their log-likelihood, {with_interval(of_fmlora)}, p {p_value(of_fmlora):.2f} uncorrected",
+            f"their log-likelihood differs by {with_interval(of_fmlora)}, p {p_value(of_fmlora):.2f} uncorrected",
         ],
         f"an attack with the rates 3e-4 and 3e-3, FMLoRA's difference is {' and '.join(at_other_rates)}",
     )
@@ -352,6 +353,7 @@ def passages() -> dict[Path, list[str]]:
     study += [*matrix_rule.hypotheses(column_a, column_b), *matrix_rule.without_bound(column_a), *replicated()]
     guide += matrix_rule.rule(column_a)
     guide.append(matrix_rule.rule_of_b(column_b))
+    guide.append(f"(`LoRASAM`: {accuracy(Runs('w2')('lora_sam')):.1f} %)")
     of_study, at_other_rates = relearned()
     study += of_study
     rows = [*cost(), *other_methods(), *around(), matrix_table.tables(read(RESULTS / "matrix_a.jsonl"))]

@@ -40,7 +40,7 @@ class Options:
         source: the sweep.
         metric: column to judge by; for an Optuna study of another program it is called value.
         mode: min or max of the metric; by default a study's direction, and for a table min for a loss and max for an
-            accuracy.
+            accuracy. For other metrics of a table it must be given.
         rho: column of the radius; by default the one whose name ends in rho.
         seed: column of the seed; by default the one whose name ends in seed or seed_everything.
         settings: columns of the other settings; by default those that Optuna or Hydra has set, and in a table those
