@@ -122,10 +122,12 @@ def config_of(adapter: Path) -> PeftConfig:
     """Return the configuration of an adapter, which names its base.
 
     Raises:
-        MisconfigurationException: adapters of its kind are not supported.
-        ValueError: the folder holds no adapter.
+        MisconfigurationException: the folder holds no adapter, or adapters of its kind are not supported.
     """
-    config = PeftConfig.from_pretrained(str(adapter))
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except ValueError as error:
+        raise MisconfigurationException(f"{adapter} is not an adapter's folder: {error}") from error
     # peft 0.18 imports the module that a megatron_config names; replicated layers share the weights to merge into.
     if getattr(config, "megatron_config", None) or getattr(config, "layer_replication", None):
         raise MisconfigurationException(f"{adapter}: adapters for Megatron or with layer_replication are not supported")
@@ -138,8 +140,8 @@ def with_adapter(base: nn.Module, adapter: Path) -> PeftModel:
     Raises:
         MisconfigurationException: the adapter belongs to another model.
     """
-    saved = load_peft_weights(str(adapter), device="cpu")
     try:
+        saved = load_peft_weights(str(adapter), device="cpu")
         model = PeftModel.from_pretrained(base, str(adapter))
     except (ValueError, RuntimeError) as error:
         raise MisconfigurationException(str(error)) from error

@@ -9,6 +9,7 @@ import torch
 import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+from transformers.models.auto import modeling_auto
 
 from lightning_flatlora import find_pairs
 from lightning_flatlora.full_weight import WeightNoise
@@ -20,6 +21,10 @@ from recipes.report.rounding import check_roundable
 _MODELS = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+}
+_CLASSES = {
+    "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
 _ONE_CLASS = (None, "single_label_classification")
 _PREFIX = "base_model.model."
@@ -98,14 +103,27 @@ def base_and_task(folder: AdapterFolder, options: Options) -> tuple[str, str]:
     if not path.is_file():
         raise MisconfigurationException(f"--adapter {folder.path} is not an adapter's folder: it has no {path.name}")
     config = json.loads(path.read_text(encoding="utf-8"))
-    kind, task = config.get("peft_type"), config.get("task_type")
+    kind, task = config.get("peft_type"), _task(config)
     base = options.base or config.get("base_model_name_or_path")
     if kind != "LORA" or task not in _MODELS or not base:
         raise MisconfigurationException(
             f"--adapter {folder.path} can't be measured: its {path.name} must say peft_type LORA, task_type "
-            f"{' or '.join(_MODELS)}, and the base model unless --base does; got {kind}, {task} and {base}"
+            f"{' or '.join(_MODELS)} or a model's class for one of these, and the base model unless --base does; "
+            f"got {kind}, {task} and {base}"
         )
     return str(base), str(task)
+
+
+def _task(config: dict[str, Any]) -> str | None:
+    """Return an adapter's task; without one, that of its base's class, which peft then writes instead."""
+    stated: str | None = config.get("task_type")
+    if stated:
+        return stated
+    name = (config.get("auto_mapping") or {}).get("base_model_class")
+    for task, classes in _CLASSES.items():
+        if name in classes.values():
+            return task
+    return None
 
 
 def _tokenizer(folder: AdapterFolder, base: str) -> Any:

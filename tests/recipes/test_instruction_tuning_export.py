@@ -114,7 +114,7 @@ def test_a_vision_language_model_is_merged_too(tiny_vlm: str, tmp_path: Path) ->
 
 
 def test_bad_folders_are_named(adapter: Path, tiny: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
+    with pytest.raises(MisconfigurationException, match=r"is not an adapter's folder: Can't find 'adapter_config"):
         exporting.export(Path(tiny), tmp_path / "plain")
     with pytest.raises(MisconfigurationException, match="is not an empty folder"):
         exporting.export(adapter, adapter)

@@ -64,11 +64,21 @@ def test_the_number_of_classes_is_the_heads(base: Path, tmp_path: Path, data: Pa
         assert loaded(adapter, data).model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 20)
 
 
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_without_a_task_the_class_of_the_base_says_it(task: str, base: Path, tmp_path: Path, data: Path) -> None:
+    """As in adapters of trl's trainers, unless their LoraConfig is given a task."""
+    more: dict[str, Any] = {"modules_to_save": ["score"]} if task == "SEQ_CLS" else {}
+    adapter = save_adapter(tmp_path / "adapter", base, task=task, task_type=None, **more)
+    assert loaded(adapter, data).task == task
+    with pytest.raises(MisconfigurationException, match="got LORA, None and "):
+        loaded(changed(adapter, tmp_path / "other", auto_mapping={"base_model_class": "Mine"}), data)
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
         ({"task_type": "SEQ_CLS"}, "neither base nor adapter holds score.weight, which SEQ_CLS needs"),
-        ({"task_type": None}, "must say peft_type LORA, task_type CAUSAL_LM or SEQ_CLS, .* got LORA, None and "),
+        ({"task_type": None}, "must say peft_type LORA, task_type CAUSAL_LM or SEQ_CLS .* got LORA, None and "),
     ],
 )
 def test_tasks_that_can_not_be_measured(
