@@ -203,10 +203,15 @@ def renamed(table: Any, names: Mapping[str, str]) -> Any:
         names: the table's own names of columns, each with the recipe's.
 
     Raises:
-        ValueError: a column is missing, or two columns get the same name.
+        MisconfigurationException: a column is missing, or two columns get the same name.
     """
     replaced = [name for name in names.values() if name in table.column_names and name not in names]
-    return table.remove_columns(replaced).rename_columns(dict(names))
+    try:
+        return table.remove_columns(replaced).rename_columns(dict(names))
+    except ValueError as error:
+        raise MisconfigurationException(
+            f"columns={dict(names)} does not fit the table, whose columns are {table.column_names}: {error}"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:

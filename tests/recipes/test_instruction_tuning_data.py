@@ -153,8 +153,9 @@ def test_other_names_of_columns_are_given(jsonl: Any) -> None:
     path = jsonl([{"problem": "Why?", "solution": "So.", "answer": 4}])
     (row,) = sources.load_chats(path, "train", columns={"problem": "question", "solution": "answer"})
     assert [m["content"] for m in row["messages"]] == ["Why?", "So."]
-    with pytest.raises(ValueError, match=r"'puzzle'.* not in the dataset. Current columns .*'problem', 'solution'"):
-        sources.load_chats(path, "train", columns={"puzzle": "question"})
+    for wrong in ({"puzzle": "question"}, {"problem": "question", "solution": "question"}):
+        with pytest.raises(MisconfigurationException, match=r"the table, whose columns are \['problem', 'solution'"):
+            sources.load_chats(path, "train", columns=wrong)
     with pytest.raises(MisconfigurationException, match=r"has the columns \['reply'\]"):
         sources.load_chats(path, "train", columns={"solution": "reply"})
 
