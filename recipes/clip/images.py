@@ -23,6 +23,17 @@ from recipes.training.ranks import rank
 
 _LONGEST = 200  # characters of a broken file's name, which may be a whole image as text by mistake
 _ENDINGS = {".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".heic", ".heif"}
+PART_OF_FOLDER = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+"""The part that the images in a folder of this name belong to."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from recipes.clip.images import Embedded, readable
 from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.batches import PictureBatches, PictureBatchSampler
 from recipes.clip_contrastive.sources import Picture
-from recipes.data.parts import Division, indices_in, refuse_bad_settings, warn_of_training_data
+from recipes.data.parts import Division, indices_in, is_file, refuse_bad_settings, warn_of_training_data
 from recipes.data.reading import given_dataset, is_packaged
 from recipes.data.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 
@@ -31,10 +31,10 @@ class ContrastiveData(ResumableData):
             "packaged:emoji" (more in the docs).
         config_name: configuration of a Hub data set; None if it has only one.
         revision: revision of a Hub data set.
-        split: training split of a Hub data set, or of a folder with several.
+        split: training split of a Hub data set, or of a folder of tables with several.
         validation_dataset: validation data, of the same kinds; None takes ``validation_split``.
         test_dataset: test data; None takes ``test_split``.
-        validation_split: a split of ``dataset``; None takes ``validation_share``.
+        validation_split: a split of ``dataset``, or a file; None takes ``validation_share``.
         test_split: likewise; None takes ``test_share``.
         validation_share: share of the images; None takes the data set's own validation split, or 0.05 if it has none.
         test_share: share of the images; None takes the data set's own test split, or nothing if it has none.
@@ -80,12 +80,14 @@ class ContrastiveData(ResumableData):
         own_splits = {"validation": self.validation_split, "test": self.test_split}
         own_datasets = {"validation": self.validation_dataset, "test": self.test_dataset}
         shares = {"validation": self.validation_share, "test": self.test_share}
+        problems = []
+        for part, own in own_splits.items():
+            if own is not None and own_datasets[part] is not None:
+                problems.append(f"{part}_dataset and {part}_split both choose the {part} data: give only one of them")
+            elif own is not None and is_file(own):
+                own_datasets[part], own_splits[part] = own, None
         self.division = Division(self.dataset, self.split, own_splits, shares, own_datasets, packaged=sources.PACKAGED)
         self.shares = self.division.shares
-        problems = []
-        for part, own in own_datasets.items():
-            if own is not None and own_splits[part] is not None:
-                problems.append(f"{part}_dataset and {part}_split both choose the {part} data: give only one of them")
         least = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0}
         refuse_bad_settings(self, least, self.shares, problems)
         self.parts: dict[str, list[Picture]] = {}

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.clip.images import Embedded, ImageFile, image_files
+from recipes.clip.images import PART_OF_FOLDER, Embedded, ImageFile, image_files
 from recipes.data.files import read_lines
 from recipes.data.left_out import few, warn_of_left_out
 from recipes.data.reading import (
@@ -69,7 +69,7 @@ def load_pictures(
         dataset: a folder of images with a .txt file of the same name next to each, one caption a line; webdataset
             shards, such as ``shards/*.tar``; one of :data:`PACKAGED`; or what `datasets` reads: a table, a folder, also
             with ImageFolder's metadata.jsonl, or a Hub name.
-        split: split of a folder or a Hub data set.
+        split: split of a Hub data set, or of a folder that `datasets` reads.
         image_column: column of images, or of paths, absolute or relative to the table's folder; None takes the first of
             :data:`IMAGE_COLUMNS` that exists, or else the first column of images.
         caption_column: column of texts or lists of texts; None takes the first of :data:`CAPTION_COLUMNS` that exists.
@@ -83,7 +83,7 @@ def load_pictures(
     if is_packaged(dataset):
         return _packaged(dataset)
     if has_texts(dataset):
-        return _of_folder(Path(dataset).expanduser())
+        return _of_folder(Path(dataset).expanduser(), split)
     if dataset.lower().endswith(".tar"):
         with read_errors(dataset, "train", PACKAGED):
             shards = sorted(glob.glob(str(Path(dataset).expanduser())))
@@ -139,7 +139,14 @@ def _bytes(images: Any, number: int, column: str) -> bytes:
     return bytes(images[number][column]["bytes"])
 
 
-def _of_folder(folder: Path) -> list[Picture]:
+def _of_folder(folder: Path, split: str) -> list[Picture]:
+    parts = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name.lower() in PART_OF_FOLDER)
+    if parts or split != "train":
+        inside = f", but has the folders {', '.join(parts)}" if parts else ""
+        raise MisconfigurationException(
+            f"{folder} is a folder of images with texts, which has no split {split!r}{inside}: give one folder as "
+            "dataset and others as validation_dataset and test_dataset"
+        )
     rows: list[Row] = []
     for image in image_files(folder):
         text = image.with_suffix(".txt")

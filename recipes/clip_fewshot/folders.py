@@ -4,21 +4,11 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.clip.images import image_files, is_hidden
+from recipes.clip.images import PART_OF_FOLDER, image_files, is_hidden
 
 Example = tuple[Path, int]
 Parts = dict[str, list[Example]]
 PARTS = ("train", "validation", "test")
-_PART_OF = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
 
 
 def read(folder: Path) -> tuple[list[str], Parts]:
@@ -33,7 +23,7 @@ def read(folder: Path) -> tuple[list[str], Parts]:
         MisconfigurationException: a part is missing, or there are other folders next to the parts.
     """
     inside = _folders_in(folder)
-    parts = {_PART_OF.get(path.name.lower(), path.name): path for path in inside}
+    parts = {PART_OF_FOLDER.get(path.name.lower(), path.name): path for path in inside}
     if not parts.keys() & set(PARTS):
         parts = {"train": folder}
     else:

@@ -189,6 +189,30 @@ def test_faults_of_a_folder_are_named(pictures: str, tmp_path: Path) -> None:
         sources.load_pictures(str(folder))
 
 
+def test_a_file_given_as_a_split_is_that_parts_data(clip: Any, pictures: str, write_table: Callable[..., str]) -> None:
+    rows = table_rows(pictures, described(pictures))
+    table, held_out = write_table(rows[6:]), write_table(rows[:6], "held_out.csv")
+    found = []
+    for options in ({"test_split": held_out}, {"test_dataset": held_out}):
+        data = prepared(clip, "test", table, **options)
+        found.append([picture.file for picture in data.parts["test"]])
+    assert found[0] == found[1]
+    assert len(found[0]) < 7
+    with pytest.raises(MisconfigurationException, match="nowhere.csv': there is no such file"):
+        prepared(clip, "fit", table, validation_split="nowhere.csv")
+
+
+def test_parts_in_folders_with_texts_are_named_one_by_one(clip: Any, pictures: str, tmp_path: Path) -> None:
+    for part in ("train", "Test"):
+        shutil.copytree(pictures, tmp_path / "all" / part)
+    with pytest.raises(MisconfigurationException, match="no split 'train', but has the folders Test, train: give one"):
+        prepared(clip, "fit", str(tmp_path / "all"))
+    with pytest.raises(MisconfigurationException, match="which has no split 'test': give one folder as dataset"):
+        prepared(clip, "test", pictures, test_split="test")
+    data = prepared(clip, "test", str(tmp_path / "all" / "train"), test_dataset=str(tmp_path / "all" / "Test"))
+    assert {Path(str(picture.file)).parent.name for picture in data.parts["test"]} == {"Test"}
+
+
 def test_an_image_that_is_written_in_two_ways_is_one_picture(pictures: str, tmp_path: Path) -> None:
     (tmp_path / "a.png").symlink_to(Path(pictures) / "red-circle.png")
     absolute = tmp_path / "some" / ".." / "a.png"
