@@ -7,8 +7,7 @@ with another method in place of EFMLoRA; so are the arm's own published rows, if
 after a stop. The search goes trial by trial, as P1's did, so let two processes do two arms.
 
 The rows of all finished arms, without P1's and each with its arm's name, are ``arms.jsonl``; those so far of the
-others are ``arms_unfinished.jsonl``. In those of the first search, at the commit given in them, Bi-LoRA's pair climbed
-by plain ascent, so that its rows are not used again.
+others are ``arms_unfinished.jsonl``.
 """
 
 import json
@@ -48,7 +47,6 @@ TRIALS = 24  # of both sides; the half without a perturbation is P1's
 FRESH = 10  # final seeds, of P1's 20
 TIMES = "times"
 FURTHER, EXTENSIONS = 4, 3  # the factor by which a grid is extended, and how often at most
-AS_PUBLISHED = "bi_lora"  # the arm whose rows in arms.jsonl are of another method
 
 
 class RandomScaling(L.Callback):
@@ -270,9 +268,7 @@ def published(name: str) -> list[Row]:
     """Return the published rows that an arm's search has: P1's without a perturbation, and its own."""
     folder = Path(__file__).parent
     rows = [row for row in read(folder / "p1.jsonl") if row["side"] == WITHOUT]
-    of_arms = read(folder / "arms_unfinished.jsonl")
-    if name != AS_PUBLISHED:
-        of_arms += read(folder / "arms.jsonl")
+    of_arms = read(folder / "arms.jsonl") + read(folder / "arms_unfinished.jsonl")
     return rows + [row for row in of_arms if row["arm"] == name]
 
 

@@ -88,12 +88,13 @@ def load_questions(
 
 
 def image_folder_of(name: str, split: str, image_folder: str | None) -> Path:
-    """Return where relative image paths start: in the given folder, or in that of the file that is read.
+    """Return where relative image paths start: in the given folder, or in that of the data.
 
     A file that is given as a split has no name to put into a folder of splits.
     """
     if image_folder is None or ("{split}" in image_folder and is_file(split)):
-        return Path(name).expanduser().parent
+        path = Path(name).expanduser()
+        return path if path.is_dir() else path.parent
     return Path(image_folder.replace("{split}", split)).expanduser()
 
 
@@ -162,8 +163,9 @@ class _Converter:
         if not question or (self.answered and not answers):
             raise UnusableRowError(f"has no question or no answer (its question: {question!r})")
         if self.answered and choices:
-            right = row.get("answer")
-            answers = [_letter_of(answers[0] if right is None else right, choices)]
+            right = row.get("answers") if row.get("answer") is None else row["answer"]
+            first = right[0] if isinstance(right, list) else right
+            answers = [_letter_of(answers[0] if isinstance(first, dict) else first, choices)]
         question = self.prompt(question, choices, _written(row.get("hint"), "hint"))
         return {"history": [], "question": question, "answers": answers, "choices": choices}
 
@@ -184,7 +186,9 @@ def _written(value: Any, name: str) -> str:
 
 def _answers(row: Row) -> list[str]:
     """Return the answers of a row: texts, or texts in the form of the VQA challenges."""
-    given = row.get("answers") or row.get("answer")
+    given = row.get("answers")
+    if given is None or given in ("", []):  # 0 is an answer
+        given = row.get("answer")
     texts = []
     for answer in given if isinstance(given, list) else [given]:
         text = answer.get("answer", answer) if isinstance(answer, dict) else answer

@@ -118,11 +118,6 @@ def test_a_new_arm_is_searched_from_the_start_trial_by_trial(tmp_path: Path) -> 
     assert [(run.side, run.trial) for run in runs] == [("with", 0)]
 
 
-def test_the_former_bi_lora_is_not_used_again() -> None:
-    strengths = {row["config"]["rho"] for row in arms.published("bi_lora")}
-    assert strengths <= {"0", *arms.ARMS["bi_lora"].strengths}
-
-
 def test_trials_are_suggested_as_in_p1() -> None:
     """All that are published, from those before them."""
     published = Path(arms.__file__).parent

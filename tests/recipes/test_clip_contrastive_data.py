@@ -198,7 +198,7 @@ def test_a_file_given_as_a_split_is_that_parts_data(clip: Any, pictures: str, wr
         found.append([picture.file for picture in data.parts["test"]])
     assert found[0] == found[1]
     assert len(found[0]) < 7
-    with pytest.raises(MisconfigurationException, match="nowhere.csv': there is no such file"):
+    with pytest.raises(MisconfigurationException, match=r"nowhere\.csv': there is no such file"):
         prepared(clip, "fit", table, validation_split="nowhere.csv")
 
 

@@ -1,5 +1,6 @@
 """Tokens, labels, images and data sets of visual question answering."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from recipes.vqa.data import VQAData
 from recipes.vqa.model import DEFAULT_LORA, load_processor
 from recipes.vqa.module import VQA
 from recipes.vqa.prompts import Prompt
-from recipes.vqa.sources import _Converter
+from recipes.vqa.sources import _Converter, load_questions
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
@@ -168,6 +169,25 @@ def test_choices_in_the_forms_that_data_sets_have(choices: Any, answer: Any, exp
         return
     with pytest.raises(MisconfigurationException, match=f"row 0.*{expected}"):
         converter(row, 0)
+
+
+@pytest.mark.parametrize("answers", [0, [0], [{"answer": "red"}]])
+def test_answers_may_be_numbers_too(answers: Any, tmp_path: Path) -> None:
+    row = {"image": {"bytes": None, "path": "a.png"}, "question": "Which?", "answers": answers}
+    converter = _Converter("made-up", tmp_path, ["image", "question", "answers"], None, Prompt())
+    expected = "0" if answers in (0, [0]) else "red"
+    assert converter(row, 0)["answers"] == [expected]
+    converter = _Converter("made-up", tmp_path, ["image", "question", "choices", "answers"], None, Prompt())
+    assert converter({**row, "choices": ["red", "green"]}, 0)["answers"] == ["A"]
+
+
+def test_images_of_a_folder_of_tables_are_in_it(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("questions")  # datasets would take files below a "test_..." for the test's
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    row = {"image": "a.png", "question": "Which?", "answer": "red"}
+    (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
+    (question,) = load_questions(str(folder), "train")
+    assert question["image"]["path"] == str(folder / "a.png")
 
 
 def test_questions_about_an_image_stay_together(tiny_vlm: str, drawn: str) -> None:
