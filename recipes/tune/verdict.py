@@ -3,14 +3,15 @@
 SOURCE is a table (.csv, .json, .jsonl or .parquet), as Weights & Biases exports it, the URL of an Optuna storage, or a
 folder of Hydra's multirun with Lightning's CSV logs. A run with rho 0, or without rho, counts as LoRA. On each side the
 settings with the best mean win; their runs are compared by seed. Example: python -m recipes.tune.verdict
-runs/tune/classification/results.csv --metric val_score
+runs/tune/classification/results.csv --metric val_score --mode max
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import optuna
 import pandas
@@ -30,6 +31,7 @@ from recipes.tune.search import Run, finite_or_worst
 from recipes.tune.space import RHO
 
 _MODES = {"loss": "min", "acc": "max"}
+_PERHAPS = "if they diverged, leaving them out favors their side"
 
 
 @dataclass
@@ -95,7 +97,10 @@ def _of_files(options: Options, mode: str) -> DataFrame:
     if path.is_dir():
         return _of_hydra(path, options, mode)
     readers = {
-        ".csv": lambda path: pandas.read_csv(path, dtype=str),  # so that 1e-2 keeps its spelling
+        # As text, so that 1e-2 keeps its spelling, and NaN is not taken for a missing number.
+        ".csv": lambda path: pandas.read_csv(
+            path, dtype=str, keep_default_na=False, na_values=["", "null", "None", "NA"]
+        ),
         ".json": pandas.read_json,
         ".jsonl": lambda path: pandas.read_json(path, lines=True),
         ".parquet": pandas.read_parquet,
@@ -105,7 +110,10 @@ def _of_files(options: Options, mode: str) -> DataFrame:
         raise MisconfigurationException(f"{source} must be a file ({known}), a folder, or the URL of a storage")
     if not path.exists():
         raise MisconfigurationException(f"there is no {source}")
-    found: DataFrame = readers[path.suffix](path)
+    try:
+        found: DataFrame = readers[path.suffix](path)
+    except (ValueError, OSError) as error:
+        raise MisconfigurationException(f"{source} can't be read: {error}") from error
     return found
 
 
@@ -123,6 +131,9 @@ def _of_optuna(url: str, options: Options) -> tuple[DataFrame, str]:
         raise MisconfigurationException(f"the study {name!r} has no finished trial yet")
     if "run" in trials[0].user_attrs:  # of recipes.tune
         return table_of(Queue(study, lambda key: Run(**key)).rows), mode
+    failed = len(study.get_trials(states=(TrialState.FAIL,)))
+    if failed:
+        print(f"{failed} trials failed and are left out: {_PERHAPS}")
     options.settings = options.settings or list(trials[0].params)
     return DataFrame([{**trial.params, **trial.user_attrs, "value": trial.value} for trial in trials]), mode
 
@@ -131,11 +142,13 @@ def _of_hydra(folder: Path, options: Options, mode: str) -> DataFrame:
     """Return each run's overrides and the best value in its CSV logs."""
     runs, metric = [], options.metric
     for path in sorted(folder.rglob(".hydra/overrides.yaml")):
-        overrides = dict(each.lstrip("+~").split("=", 1) for each in yaml.safe_load(path.read_text()))
+        given = [each for each in yaml.safe_load(path.read_text()) if "=" in each]  # not ~callbacks.efmlora
+        overrides: dict[str, Any] = dict(each.lstrip("+~").split("=", 1) for each in given)
         for log in path.parent.parent.rglob("metrics.csv"):
             logged = pandas.read_csv(log)
             if metric in logged:
-                overrides[metric] = logged[metric].min() if mode == "min" else logged[metric].max()
+                best = logged[metric].min() if mode == "min" else logged[metric].max()
+                overrides[metric] = finite_or_worst(float(best), mode)  # no number if it was never one
         runs.append(overrides)
     if not runs:
         raise MisconfigurationException(f"{folder} has no Hydra run, that is, no folder with .hydra/overrides.yaml")
@@ -167,12 +180,14 @@ def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
     unknown = [name for name in settings if name not in sweep]
     if unknown:
         raise MisconfigurationException(f"--settings: there is no column {', '.join(unknown)}: {_columns(sweep)}")
+    is_nan = sweep[options.metric].map(_is_nan)
     for name in (rho, seed, options.metric):
         try:
-            sweep[name] = pandas.to_numeric(sweep[name])
+            sweep[name] = pandas.to_numeric(sweep[name].mask(sweep[name].map(_is_nan)))
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"the column {name} must hold numbers: {error}") from error
-    sweep = _finished(sweep, options.metric)
+    sweep.loc[is_nan, options.metric] = finite_or_worst(math.nan, mode)
+    sweep = _finished(sweep, options.metric, seed)
     rows: list[Row] = []
     for line in sweep.to_dict("records"):
         config = {name: "null" if pandas.isna(line[name]) else str(line[name]) for name in settings}
@@ -193,11 +208,19 @@ def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
     return rows
 
 
-def _finished(sweep: DataFrame, metric: str) -> DataFrame:
-    """Leave out runs without the metric, and those that did not finish by Weights & Biases' column State."""
-    found = sweep[sweep[metric].notna()]
-    if len(found) < len(sweep):
-        print(f"{len(sweep) - len(found)} runs have no {metric} and are left out")
+def _is_nan(value: Any) -> bool:
+    """Return whether a metric is NaN in words, as a diverged run's is in a table of text."""
+    return isinstance(value, str) and value.strip().lower() == "nan"
+
+
+def _finished(sweep: DataFrame, *needed: str) -> DataFrame:
+    """Leave out runs without metric or seed, and those that did not finish by Weights & Biases' column State."""
+    found = sweep
+    for name in needed:
+        complete = found[found[name].notna()]
+        if len(complete) < len(found):
+            print(f"{len(found) - len(complete)} runs have no {name} and are left out: {_PERHAPS}")
+        found = complete
     states = found.get("State", Series("finished", found.index))
     others = states[states != "finished"]
     if not others.empty:

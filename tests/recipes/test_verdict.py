@@ -73,6 +73,25 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "There is no control: run LoRA with lr=0.01, rho=0 and the same seeds" in out
 
 
+def test_a_run_that_diverged_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a table NaN is no missing number; where a library hides the difference, a line says so."""
+    runs = [*sweep(rates=(1e-2,)), {**sweep(rates=(1e-2,))[0], "seed": None}]
+    is_last = [run["callbacks.efmlora.rho"] == 0.5 and run["seed"] == 2 for run in runs]
+    lines = [{**run, "val_loss": "NaN"} if last else run for run, last in zip(runs, is_last, strict=True)]
+    pandas.DataFrame(lines).to_csv(tmp_path / "sweep.csv", index=False)
+    out = said(tmp_path / "sweep.csv", folder=tmp_path, capsys=capsys)
+    assert "Don't: it diverged in 1 of its 3 final runs" in out
+    assert "1 runs have no seed and are left out: if they diverged, leaving them out favors their side" in out
+    for number, (run, last) in enumerate(zip(runs[:6], is_last, strict=False)):
+        folder = tmp_path / "multirun" / str(number)
+        (folder / ".hydra").mkdir(parents=True)
+        rho = f"rho={run['callbacks.efmlora.rho']}" if run["callbacks.efmlora.rho"] else "~callbacks.efmlora"
+        (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump([rho, f"seed={run['seed']}"]))
+        logged = pandas.DataFrame({"step": [1, 2], "val_loss": [None, "nan" if last else run["val_loss"]]})
+        logged.to_csv(folder / "metrics.csv", index=False)
+    assert "Don't: it diverged in 1 of its 3 final" in said(tmp_path / "multirun", folder=tmp_path, capsys=capsys)
+
+
 def test_hydras_folders_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, run in enumerate(sweep()):
         folder = tmp_path / "multirun" / str(number)
@@ -108,6 +127,9 @@ def test_a_study_of_another_program_is_judged(tmp_path: Path, capsys: pytest.Cap
     options = ["--metric", "value", "--picture", str(tmp_path / "verdict.png")]
     assert main([url, *options]) == 0
     assert "Use it, with rho=0.5" in capsys.readouterr().out
+    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL))
+    assert main([url, *options]) == 0
+    assert "1 trials failed and are left out: if they diverged" in capsys.readouterr().out
     optuna.create_study(storage=url, study_name="other")
     with pytest.raises(MisconfigurationException, match=r"must be one of \['mine', 'other'\], .* got None"):
         main([url, *options])
@@ -144,10 +166,15 @@ def test_what_can_not_be_judged_is_said(
     [
         ("nothing.csv", "there is no nothing.csv"),
         ("sweep.txt", "sweep.txt must be a file"),
+        ("empty.csv", "empty.csv can't be read: No columns to parse from file"),
         ("sqlite:////no/such/place.db", "the study's storage can't be opened"),
         ("nothing://user:secret@host/database", r"storage can't be opened: [^\n]*$"),
     ],
 )
-def test_a_source_that_can_not_be_read_is_said(source: str, message: str) -> None:
+def test_a_source_that_can_not_be_read_is_said(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.csv").touch()
     with pytest.raises(MisconfigurationException, match=message):
         main([source, "--metric", "val_loss"])
