@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,14 @@ def option(arguments: Sequence[str], name: str) -> str | None:
     parser.add_argument(name, dest="value")
     value: str | None = parser.parse_known_args(arguments)[0].value
     return value
+
+
+def config_digests(arguments: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of each file that is given by ``--config``, by its path: equal ones hold equal settings."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", "-c", action="append", default=[])
+    files = parser.parse_known_args(arguments)[0].config
+    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if Path(file).is_file()}
 
 
 @dataclasses.dataclass

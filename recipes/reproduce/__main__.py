@@ -12,7 +12,7 @@ from pathlib import Path
 
 from optuna import Study
 
-from recipes.command_line.arguments import option
+from recipes.command_line.arguments import config_digests, option
 from recipes.command_line.mistakes import without_traceback
 from recipes.command_line.options import known_names, parse_known_options
 from recipes.command_line.precision import fast_precision
@@ -103,8 +103,9 @@ def _study(options: Options, folder: Path, more: list[str]) -> Study:
     if not any((folder / task).exists() for task in TABLES[options.table].tasks):
         set_aside(folder / "table.md")  # somebody else's
     decided = {"precision": fast_precision(option(more, "--trainer.accelerator") or "auto")}
-    study = open_study(options.storage or file_storage(folder), name, "max", {"options": more}, decided)
-    begin_runs(folder, {"options": more, "precision": study.user_attrs["precision"]})
+    settings = {"options": more, "configs": config_digests(more)}
+    study = open_study(options.storage or file_storage(folder), name, "max", settings, decided)
+    begin_runs(folder, {**settings, "precision": study.user_attrs["precision"]})
     return study
 
 

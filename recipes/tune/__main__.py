@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.command_line.arguments import names_method, option
+from recipes.command_line.arguments import config_digests, names_method, option
 from recipes.command_line.configs import listed
 from recipes.command_line.mistakes import without_traceback
 from recipes.command_line.options import parse_known_options
@@ -99,13 +99,13 @@ def _search(options: Options, more: list[str]) -> Search:
     folder = options.folder or Path("runs/tune") / options.recipe
     # More trials or seeds may be added later; any other change would make the rows incomparable.
     judged = {"metric": metric, "mode": mode, "test": options.test}
-    settings = {"command": options.recipe, "options": more, **judged, **space}
+    given = {"command": options.recipe, "options": more, "configs": config_digests(more)}
+    settings = {**given, **judged, **space}
     begin_folder(folder, "search", ["results.csv", "table.txt", "trials.png", "best.yaml"])
     decided = {"precision": fast_precision(option(more, "--trainer.accelerator") or "auto")}
     storage = options.storage or file_storage(folder)
     study = open_study(storage, options.study or options.recipe, mode, settings, decided)
-    shared = {"command": options.recipe, "options": more, "precision": study.user_attrs["precision"]}
-    begin_runs(folder, shared)
+    begin_runs(folder, {**given, "precision": study.user_attrs["precision"]})
     # For the recipes' own processes, unless the options or a configuration choose one.
     os.environ[SETTING] = study.user_attrs["precision"]
     for name, values in space.items():

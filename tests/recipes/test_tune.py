@@ -27,7 +27,7 @@ from recipes.studies.process import FailedError, StoppedError
 from recipes.studies.queue import Queue
 from recipes.studies.rows import Row
 from recipes.tune import verdict
-from recipes.tune.__main__ import _space, main
+from recipes.tune.__main__ import _search, _space, main
 from recipes.tune.answer import CONTROL, SIDES, WITH, WITHOUT, Answer, answer, chosen, draw
 from recipes.tune.search import ROUND, Options, Run, Search
 from recipes.tune.space import Space, arguments
@@ -254,6 +254,17 @@ def test_settings_that_are_given_are_not_searched(capsys: pytest.CaptureFixture[
     for given in (["--model.lora.lora_alpha", "8"], ["--model.init_args.lora.r=8"], ["--model.lora={r: 8}"]):
         assert "model.lora.r/model.lora.lora_alpha" not in _space(options, given)
     assert "--model.lora.lora_alpha is given, so model.lora.r/model.lora.lora_alpha is" in capsys.readouterr().out
+
+
+def test_a_changed_configuration_is_another_search(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("trainer: {max_epochs: 1}")
+    options = Options("classification", metric="val_loss", mode="min", folder=tmp_path / "search")
+    for _ in range(2):
+        _search(options, ["--method=efmlora", f"--config={config}"])
+    config.write_text("trainer: {max_epochs: 30}")
+    with pytest.raises(MisconfigurationException, match=r"begun with other options: configs was .*mine\.yaml"):
+        _search(options, ["--method=efmlora", f"--config={config}"])
 
 
 def answer_of(without: Sequence[float], perturbed: Sequence[float], less_is_better: bool = True) -> Answer:
