@@ -95,8 +95,9 @@ def test_an_average_of_one_step_is_lora_and_not_tried(tmp_path: Path) -> None:
     assert arms.ARMS["averaging"].options("20", 0)[-1] == "--trainer.callbacks.decay=0.95"
 
 
-def test_published_rows_are_not_trained_again(tmp_path: Path) -> None:
-    assert arms.search_of("scaling", Done(arms.published("scaling")), tmp_path).open_runs() == []  # type: ignore[arg-type]
+@pytest.mark.parametrize("name", ["bi_lora", "fmlora", "lora_sam", "monteclora", "scaling"])
+def test_a_finished_arm_is_not_trained_again(name: str, tmp_path: Path) -> None:
+    assert arms.search_of(name, Done(arms.published(name)), tmp_path).open_runs() == []  # type: ignore[arg-type]
 
 
 def test_a_search_that_ended_at_its_largest_strength_goes_on_from_its_rows(tmp_path: Path) -> None:
