@@ -35,11 +35,15 @@ def option(arguments: Sequence[str], name: str) -> str | None:
 
 
 def config_digests(arguments: Sequence[str]) -> dict[str, str]:
-    """Return the SHA-256 of each file that is given by ``--config``, by its path: equal ones hold equal settings."""
+    """Return the SHA-256 of each file that is given by ``--config``: equal ones hold equal settings."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append", default=[])
     files = parser.parse_known_args(arguments)[0].config
-    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if Path(file).is_file()}
+    digests = {}
+    for file in files:
+        if Path(file).is_file():
+            digests[f"content of {file}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return digests
 
 
 @dataclasses.dataclass

@@ -103,7 +103,7 @@ def _study(options: Options, folder: Path, more: list[str]) -> Study:
     if not any((folder / task).exists() for task in TABLES[options.table].tasks):
         set_aside(folder / "table.md")  # somebody else's
     decided = {"precision": fast_precision(option(more, "--trainer.accelerator") or "auto")}
-    settings = {"options": more, "configs": config_digests(more)}
+    settings = {"options": more, **config_digests(more)}
     study = open_study(options.storage or file_storage(folder), name, "max", settings, decided)
     begin_runs(folder, {**settings, "precision": study.user_attrs["precision"]})
     return study

@@ -99,7 +99,7 @@ def _search(options: Options, more: list[str]) -> Search:
     folder = options.folder or Path("runs/tune") / options.recipe
     # More trials or seeds may be added later; any other change would make the rows incomparable.
     judged = {"metric": metric, "mode": mode, "test": options.test}
-    given = {"command": options.recipe, "options": more, "configs": config_digests(more)}
+    given = {"command": options.recipe, "options": more, **config_digests(more)}
     settings = {**given, **judged, **space}
     begin_folder(folder, "search", ["results.csv", "table.txt", "trials.png", "best.yaml"])
     decided = {"precision": fast_precision(option(more, "--trainer.accelerator") or "auto")}

@@ -263,7 +263,7 @@ def test_a_changed_configuration_is_another_search(tmp_path: Path) -> None:
     for _ in range(2):
         _search(options, ["--method=efmlora", f"--config={config}"])
     config.write_text("trainer: {max_epochs: 30}")
-    with pytest.raises(MisconfigurationException, match=r"begun with other options: configs was .*mine\.yaml"):
+    with pytest.raises(MisconfigurationException, match=r"begun with other options: content of .*mine\.yaml was"):
         _search(options, ["--method=efmlora", f"--config={config}"])
 
 
