@@ -35,7 +35,7 @@ def option(arguments: Sequence[str], name: str) -> str | None:
 
 
 def config_digests(arguments: Sequence[str]) -> dict[str, str]:
-    """Return the SHA-256 of each file that is given by ``--config``: equal ones hold equal settings."""
+    """Return the SHA-256 of each file that is given by ``--config``, as "content of" its path."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append", default=[])
     files = parser.parse_known_args(arguments)[0].config

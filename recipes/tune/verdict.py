@@ -6,7 +6,6 @@ settings with the best mean win; their runs are compared by seed. Example: pytho
 runs/tune/classification/results.csv --metric val_score --mode max
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,10 +96,7 @@ def _of_files(options: Options, mode: str) -> DataFrame:
     if path.is_dir():
         return _of_hydra(path, options, mode)
     readers = {
-        # As text, so that 1e-2 keeps its spelling, and NaN is not taken for a missing number.
-        ".csv": lambda path: pandas.read_csv(
-            path, dtype=str, keep_default_na=False, na_values=["", "null", "None", "NA"]
-        ),
+        ".csv": lambda path: _of_csv(path, options.metric),
         ".json": pandas.read_json,
         ".jsonl": lambda path: pandas.read_json(path, lines=True),
         ".parquet": pandas.read_parquet,
@@ -114,6 +110,16 @@ def _of_files(options: Options, mode: str) -> DataFrame:
         found: DataFrame = readers[path.suffix](path)
     except (ValueError, OSError) as error:
         raise MisconfigurationException(f"{source} can't be read: {error}") from error
+    return found
+
+
+def _of_csv(path: Path, metric: str) -> DataFrame:
+    """Read a table as text, so that 1e-2 keeps its spelling, with inf for a metric that is NaN."""
+    found = pandas.read_csv(path, dtype=str)
+    if metric in found:
+        # A run that diverged has the word NaN, which pandas takes for a missing number.
+        written = pandas.read_csv(path, dtype=str, usecols=[metric], keep_default_na=False)[metric]
+        found.loc[written.str.strip().str.lower() == "nan", metric] = "inf"
     return found
 
 
@@ -180,13 +186,11 @@ def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
     unknown = [name for name in settings if name not in sweep]
     if unknown:
         raise MisconfigurationException(f"--settings: there is no column {', '.join(unknown)}: {_columns(sweep)}")
-    is_nan = sweep[options.metric].map(_is_nan)
     for name in (rho, seed, options.metric):
         try:
-            sweep[name] = pandas.to_numeric(sweep[name].mask(sweep[name].map(_is_nan)))
+            sweep[name] = pandas.to_numeric(sweep[name])
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"the column {name} must hold numbers: {error}") from error
-    sweep.loc[is_nan, options.metric] = finite_or_worst(math.nan, mode)
     sweep = _finished(sweep, options.metric, seed)
     rows: list[Row] = []
     for line in sweep.to_dict("records"):
@@ -206,11 +210,6 @@ def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
             f"--settings what else was set. They differ in {', '.join(differing) or 'nothing'}; {_columns(sweep)}"
         )
     return rows
-
-
-def _is_nan(value: Any) -> bool:
-    """Return whether a metric is NaN in words, as a diverged run's is in a table of text."""
-    return isinstance(value, str) and value.strip().lower() == "nan"
 
 
 def _finished(sweep: DataFrame, *needed: str) -> DataFrame:

@@ -164,7 +164,7 @@ class _Converter:
             raise UnusableRowError(f"has no question or no answer (its question: {question!r})")
         if self.answered and choices:
             right = row.get("answers") if row.get("answer") is None else row["answer"]
-            first = right[0] if isinstance(right, list) else right
+            first = right[0] if isinstance(right, list) and right else right
             answers = [_letter_of(answers[0] if isinstance(first, dict) else first, choices)]
         question = self.prompt(question, choices, _written(row.get("hint"), "hint"))
         return {"history": [], "question": question, "answers": answers, "choices": choices}
