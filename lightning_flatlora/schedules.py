@@ -190,7 +190,9 @@ class LearningRateRho(_FromOneRadius):
 
     The initial value is the group's ``initial_lr``, which every PyTorch scheduler sets (so warm-up starts small), or
     the first learning rate above 0 if there is no scheduler. OneCycleLR sets ``initial_lr`` to the low rate at its
-    start, so ``rho`` applies there and is multiplied by ``div_factor`` at the top: divide rho by that factor.
+    start, so ``rho`` applies there and is multiplied by ``div_factor`` at the top: divide rho by that factor. A
+    LearningRateFinder changes neither ``initial_lr`` nor a scheduler's base rates: with a scheduler, configure the rate
+    that it finds in a new run.
 
     Example:
         >>> LearningRateRho(2.0)(step=7, learning_rate=0.25)

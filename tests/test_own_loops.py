@@ -70,6 +70,30 @@ def test_only_the_forward_of_a_layer_or_a_pass_reads_perturbed_weights(name: str
     assert inside == [False, False]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_pass_without_the_adapter_leaves_a_frozen_a_frozen(name: str) -> None:
+    """LoRA-FA with a reference pass, after which peft lets A require a gradient that no optimizer clears."""
+    ends = []
+    for refers in (False, True):
+        net = net_of()
+        for key, parameter in net.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "lora_A" not in key)
+        optimizer = optimizer_of(net)
+        flat = method_of(name, net, optimizer, 0.3)
+
+        def refer(index: int, net: Any = net, flat: Any = flat, refers: bool = refers) -> None:
+            if refers:
+                with net.disable_adapter(), torch.no_grad():
+                    net(batches()[0][0])
+                if index == 5:
+                    flat.look_again()
+
+        run(flat, net, optimizer, batches(), after_step=refer)
+        assert net.base_model.model[0].lora_A["default"].weight.requires_grad == refers
+        ends.append([weights(net), flat.perturbation.state_dict()["E"]])
+    assert same(*ends)
+
+
 # -- steps of other kinds
 
 

@@ -38,7 +38,8 @@ class BiLoRA(MethodCallback["BiLoRAStep"]):
     docs/baselines.md lists the choices that this package makes. The first step is plain LoRA's. The auxiliary pairs
     belong to this callback, which saves them with its state, not to a module, optimizer or state dict. They act in the
     forward and the backward pass (so the logged loss includes them), but not in validation nor, under automatic
-    optimization, in hooks. Only Linear layers get a pair; other layers are named once.
+    optimization, in hooks. Only Linear layers get a pair; other layers are named once. In manual optimization they
+    climb the sum of all losses since the last step, even if you clear the other gradients between two losses.
 
     Args:
         rho: radius of the ball around the full weights, in the weights' units, >= 0; or a schedule over optimizer
@@ -161,8 +162,10 @@ class BiLoRAStep(FullWeightStep):
             ascent: Any = self._ascents[term.names[0]]
             # Next to a pair that is in no optimizer, nothing climbs.
             ascent.param_groups[0].update(settings.get(id(term.pairs[0].B), {"lr": 0.0}))
-            # As a loss scaler does: the kernel then changes nothing.
+            # As a loss scaler does: the kernel then changes nothing. It also divides by the scale.
             ascent.found_inf = 1.0 - happens.to(term.weight.device, torch.float32)
+            if self.loss_scaler is not None:
+                ascent.grad_scale = self.loss_scaler.scale(torch.ones((), device=term.weight.device))
             ascent.step()
         # If the step is skipped, values are not even rounded.
         shrinkage = torch.where(happens, (self.current_rho / self.norm()).clamp_max(1).sqrt(), 1.0)

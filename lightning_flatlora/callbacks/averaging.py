@@ -81,6 +81,8 @@ class AdapterAveraging(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if not self._parameters:  # a tuner has restored a state in the middle of the fit
+            self.on_train_start(trainer, pl_module)
         self._hold_averages(pl_module, False)
 
     @override

@@ -152,7 +152,8 @@ class MethodCallback(Callback, Generic[S]):
         pairs = list(chain.from_iterable(method.pairs for method in self.methods))
         say_start(self.method, pairs, self.per_optimizer.search)
         for method in self.methods:
-            method.is_skipped_on_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None
+            method.loss_scaler = getattr(trainer.precision_plugin, "scaler", None)
+            method.is_skipped_on_overflow = method.loss_scaler is not None
             method.install()
         kind = TwoPasses if isinstance(self.method, TwoPassStep) else OnePass
         self.passes = kind(self, trainer)

@@ -1,6 +1,7 @@
 """Which optimizer trains which pair."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch.optim import Optimizer
@@ -13,8 +14,8 @@ class PairAssignment(NamedTuple):
     """Which optimizer trains which pair.
 
     Attributes:
-        pairs: for each optimizer, the pairs whose factors it holds, untrained ones last.
-        orphans: pairs with a trained B, not spread, of which a trained factor is in no optimizer.
+        pairs: for each optimizer, the pairs whose B it holds, untrained ones last.
+        orphans: pairs with a trained B that is in no optimizer.
         spread: pairs whose factors are in several optimizers.
     """
 
@@ -31,15 +32,14 @@ def assign_pairs(search: PairSearch, optimizers: Sequence[Optimizer]) -> PairAss
         # E involves a division by the scaling.
         if pair.scaling == 0:
             continue
-        holders = []
-        for factor in [pair.A, pair.B] if pair.learns_A else [pair.B]:
-            holders.append({index for index, identities in enumerate(held) if id(factor) in identities})
-        indices = set().union(*holders)
+        of_A = {index for index, identities in enumerate(held) if id(pair.A) in identities}
+        of_B = {index for index, identities in enumerate(held) if id(pair.B) in identities}
         # One optimizer must step A and B together, or E would mix two moments.
-        if len(indices) > 1:
+        if len(of_B | of_A if pair.learns_A else of_B) > 1:
             assignment.spread.append(pair)
-        elif all(holders):
-            assignment.pairs[indices.pop()].append(pair)
+        elif of_B:
+            # With LoRA-FA, peft lets A require a gradient again, such as after a pass without the adapter.
+            assignment.pairs[of_B.pop()].append(replace(pair, A_is_fixed=not of_A))
         elif pair.B.requires_grad:
             assignment.orphans.append(pair)
     return assignment

@@ -179,7 +179,7 @@ class EFMLoRAStep(BPerturbationStep, OnePassStep):
         """Move Ê once, by the mean E of the window's micro-batches, unless the step will be skipped."""
         if self._sum is None:
             return
-        finite = self.perturbation.all_finite(also_finite) & self._sum.finite
+        finite = self.sharding.all_finite(also_finite, self.pairs[0].B.device) & self._sum.finite
         stacks = list(torch._foreach_div(self._sum.stacks, self._ascents))
         self.perturbation.average(self._sum._replace(stacks=stacks, finite=finite), self.beta)
         self.forget_gradients()

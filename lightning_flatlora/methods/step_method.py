@@ -42,6 +42,7 @@ class StepMethod:
         horizon: optimizer steps of the whole run, infinite if unknown.
         sharding: how the ranks share the pairs' factors.
         is_skipped_on_overflow: whether a loss scaler skips a step with a gradient that is not finite.
+        loss_scaler: the Trainer's, if there is one; a loop's is unknown.
         perturbation: that of the pairs' B; None for a method without one.
 
     The arguments are those of the callbacks, such as :class:`lightning_flatlora.FMLoRA`; the size is called rho here,
@@ -99,6 +100,7 @@ class StepMethod:
         self.step = 0
         self.horizon = math.inf
         self.is_skipped_on_overflow = False
+        self.loss_scaler: Any = None
         self.initial_lr: float | None = None
         self.sharding = Sharding()
         # None as soon as a pair has had a gradient.

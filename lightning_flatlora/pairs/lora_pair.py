@@ -47,6 +47,7 @@ class LoRAPair:
             peft keeps A as (experts * r, m), expert after expert, and B as (n, r * experts), whose column
             ``k * experts + e`` is column k of expert e.
         is_transposed: whether the parameters are stored as A^T (m, r) and B^T (r, n).
+        A_is_fixed: whether no optimizer holds A, which then counts as frozen, even if it requires a gradient.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -70,11 +71,12 @@ class LoRAPair:
     base_rows: range | None = None
     experts: int = 1
     is_transposed: bool = False
+    A_is_fixed: bool = False
 
     @property
     def learns_A(self) -> bool:
-        """False for LoRA-FA, whose frozen A has no gradient."""
-        return self.A.requires_grad
+        """False for LoRA-FA, whose A is frozen."""
+        return self.A.requires_grad and not self.A_is_fixed
 
     @property
     def key(self) -> Hashable:

@@ -243,10 +243,6 @@ class Perturbation:
         """Whether any pair has a gradient, known to the host."""
         return any(self._sharding.have_gradients([pair.B for pair in self.pairs]))
 
-    def all_finite(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Say whether every gradient is finite on every rank, as a boolean on the device, shape ()."""
-        return self._sharding.all_finite(parameters, self.pairs[0].B.device)
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, as full CPU tensors, keyed by the clean name of each B."""
         states = self._waiting | {pair.name: state for pair, state in self._states()}

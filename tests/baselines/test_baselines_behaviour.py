@@ -77,6 +77,26 @@ def test_a_step_that_the_loss_scaler_skips_changes_nothing(tmp_path: Path, name:
     assert all(value.isfinite().all() for value in steps[5].values())
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_auxiliary_pairs_climb_by_unscaled_gradients(tmp_path: Path, fused: bool) -> None:
+    """With an eps of which a scaled gradient would take no notice. A fused optimizer unscales in its own step."""
+
+    class WithAdam(Classifier):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=0.1, eps=0.1, fused=fused)
+
+    ends = []
+    for scale in (1.0, 2.0**12):
+        module, callback = WithAdam(), BiLoRA(0.5)
+        scaler = GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+        # In bfloat16, in which a power of two changes no digit.
+        plugin = MixedPrecision("bf16-mixed", "cpu", scaler=None)
+        plugin.scaler = scaler
+        fit(tmp_path, module, [callback], plugins=plugin, max_epochs=1)
+        ends.append([weights(module), callback.state_dict()])
+    assert same(*ends)
+
+
 class StepsTwice(ByHand):
     """Two optimizer steps in one training_step."""
 

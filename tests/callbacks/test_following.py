@@ -161,6 +161,29 @@ def test_an_adapter_that_no_optimizer_holds_is_said(tmp_path):
         fit(tmp_path, Classifier(net=two_adapters()), [EFMLoRA(0.5), change])
 
 
+@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, BiLoRA])
+def test_a_pass_without_the_adapter_leaves_a_frozen_a_frozen(tmp_path, callback):
+    """LoRA-FA with a reference pass, after which peft lets A require a gradient that no optimizer clears."""
+
+    class Referring(Classifier):
+        refers = True
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            if self.refers:
+                with self.net.disable_adapter(), torch.no_grad():
+                    self.net(torch.ones(1, 6))
+
+    ends = []
+    for refers in (False, True):
+        module, ours = Referring(), callback(0.5)
+        module.refers = refers
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+        fit(tmp_path, module, [ours], max_epochs=3)
+        ends.append([weights(module), ours.state_dict()])
+    assert same(*ends)
+
+
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_run_that_unfreezes_is_resumed(tmp_path, epoch):
     """From before and after: the average waits in the file, and then in the callback, until its pairs are trained."""

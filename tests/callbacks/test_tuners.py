@@ -6,18 +6,25 @@ from typing import Any
 import pytest
 from helpers import (
     FRONT_ENDS,
+    Classifier,
     assert_no_trace,
     assert_same_run,
     build,
     calling,
+    fit,
     is_perturbed,
     make_dataset,
+    same,
     since_lightning,
     trainer_of,
+    weights,
 )
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
+
+from lightning_flatlora import AdapterAveraging, EFMLoRA, FMLoRA
+from lightning_flatlora.baselines import BiLoRA
 
 
 class OwnLoader:
@@ -101,3 +108,25 @@ def test_finders_as_callback(tmp_path, front_end, make):
     found = {} if is_rate else {"batch_size": finder.optimal_batch_size}
     assert not is_rate or len(finder.optimal_lr.results["lr"]) == 5
     assert_same_run(trainer, plain_fit(tmp_path, front_end, **found))
+
+
+class InLaterEpochs(LearningRateFinder):
+    """As in Lightning's documentation on fine-tuning."""
+
+    def on_fit_start(self, *args: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch > 0:
+            self.lr_find(trainer, pl_module)
+
+
+@since_lightning("2.5.4", "a run after the finder is another one, without us too (Lightning#21068)")
+@pytest.mark.parametrize("kind", [AdapterAveraging, EFMLoRA, FMLoRA, BiLoRA])
+def test_a_rate_finder_in_later_epochs(tmp_path, kind):
+    ends = []
+    for finders in ([], [InLaterEpochs(num_training_steps=3, update_attr=False)]):
+        module, callback = Classifier(), kind(0.5)
+        fit(tmp_path, module, [callback, *finders], max_epochs=3)
+        ends.append([weights(module), callback.state_dict()])
+    assert same(*ends)
