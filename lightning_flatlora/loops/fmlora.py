@@ -90,7 +90,8 @@ class FMLoRA(LoopMethod):
 
     The optimizer gets the gradient of the second pass. Both passes draw the same dropout masks, and buffers,
     torchmetrics and one level of the model's own numbers, lists, dicts and sets count each batch once; anything deeper
-    changes twice. Steps that don't perturb have one pass.
+    changes twice. If a model spans several accelerators (``device_map``), only the first pair's draws the same masks.
+    Steps that don't perturb have one pass.
 
     Arguments and errors are those of :class:`EFMLoRA`, without ``beta``, but with ``sync_ascent`` as in
     :class:`lightning_flatlora.FMLoRA`.
