@@ -43,7 +43,8 @@ class TextData(PartedData):
         template: prompt for a model that predicts label words, see :class:`recipes.classification.prompts.Prompt`; None
             gives the model only the texts, for a head.
         text_tokens: with a template, tokens kept of each text; None keeps all that ``max_length`` allows.
-        shots: train on this many texts per class and, without a ``validation_split``, validate on as many others.
+        shots: train on this many texts per class and, without a ``validation_split``, validate on as many others,
+            whatever ``validation_share`` is.
         shots_seed: seed for drawing these texts.
         test_rows: test on at most this many texts, the same ones in all runs.
         max_length: tokens kept of a text.

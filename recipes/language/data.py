@@ -47,10 +47,12 @@ def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[s
         option: the data module's option that names the file.
 
     Raises:
-        MisconfigurationException: no file is given, there is no such file, or it is empty.
+        MisconfigurationException: no file is given, there is no such file, or it is empty or a table.
     """
     if path is None:
         raise MisconfigurationException(f"predict needs --data.{option} FILE, a text file with one {kind} per line")
+    if Path(path).suffix.lower() in (".json", ".jsonl", ".csv", ".parquet"):
+        raise MisconfigurationException(f"--data.{option} {path} is a table: give a text file with one {kind} per line")
     if not Path(path).expanduser().is_file():
         raise MisconfigurationException(f"--data.{option} {path}: there is no such file")
     prompts = [line.strip() for line in read_lines(path) if line.strip()]

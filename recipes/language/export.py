@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
@@ -122,7 +123,7 @@ def config_of(adapter: Path) -> PeftConfig:
     """Return the configuration of an adapter, which names its base.
 
     Raises:
-        MisconfigurationException: the folder holds no adapter, or adapters of its kind are not supported.
+        MisconfigurationException: the folder holds no adapter, or not all of it, or its kind is not supported.
     """
     try:
         config = PeftConfig.from_pretrained(str(adapter))
@@ -131,6 +132,10 @@ def config_of(adapter: Path) -> PeftConfig:
     # peft 0.18 imports the module that a megatron_config names; replicated layers share the weights to merge into.
     if getattr(config, "megatron_config", None) or getattr(config, "layer_replication", None):
         raise MisconfigurationException(f"{adapter}: adapters for Megatron or with layer_replication are not supported")
+    weights = (adapter / SAFETENSORS_WEIGHTS_NAME, adapter / WEIGHTS_NAME)
+    # Otherwise peft would look for them on the Hub, in a repository of the folder's name.
+    if not any(file.is_file() for file in weights):
+        raise MisconfigurationException(f"{adapter} holds no weights of an adapter: copy {weights[0].name} there")
     return config
 
 

@@ -62,3 +62,10 @@ def test_a_folder_that_is_not_there_is_no_name_on_the_hub(name: str) -> None:
 def test_a_missing_file_of_prompts_is_named() -> None:
     with pytest.raises(MisconfigurationException, match=r"--data\.prompts nope\.txt: there is no such file"):
         read_prompts("nope.txt", "prompt")
+
+
+def test_a_table_is_not_read_as_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "asked.jsonl"
+    path.write_text('{"prompt": "Why?"}\n')
+    with pytest.raises(MisconfigurationException, match=r"asked\.jsonl is a table: give a text file with one meaning"):
+        read_prompts(str(path), "meaning")

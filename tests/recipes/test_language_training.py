@@ -127,6 +127,9 @@ def test_a_run_starts_from_another_ones_adapter(tiny: str, sums: str, tmp_path: 
     torch.testing.assert_close(trained(second), trained(first), rtol=0, atol=0)
     with pytest.raises(MisconfigurationException, match=r"is not an adapter's folder: Can't find 'adapter_config"):
         fitted(tiny, sums, tmp_path / "third", start_from=str(tmp_path))
+    (tmp_path / "first" / "last" / "adapter_model.safetensors").unlink()
+    with pytest.raises(MisconfigurationException, match=r"last holds no weights of an adapter: copy adapter_model"):
+        fitted(tiny, sums, tmp_path / "third", start_from=str(tmp_path / "first" / "last"))
 
 
 def test_a_model_that_sees_its_targets_is_refused() -> None:
