@@ -44,7 +44,7 @@ class UnfusedAdam(torch.optim.Adam):
         super().__init__(parameters, maximize=maximize)
 
     def step(self) -> None:  # type: ignore[override]
-        self.found_inf = None
+        self.found_inf = self.grad_scale = None
         super().step()
 
 
@@ -188,7 +188,7 @@ def fit_on_meta(tmp_path: Path, name: str, **settings: Any) -> tuple[Any, list[s
 
     def start(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         copies.is_on = batch_idx > 0  # pairs are searched for in the first batch
-        driver_of(trainer).method.is_skipped_on_overflow = True
+        driver_of(trainer).method.loss_scaler = torch.amp.GradScaler(enabled=False)
 
     watch = calling(on_train_batch_start=start, on_train_batch_end=lambda *args: setattr(copies, "is_on", False))
     on_meta: dict[str, Any] = {"strategy": OnMeta(META), "accelerator": AnyDevice(), "max_epochs": 1}

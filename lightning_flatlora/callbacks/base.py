@@ -153,7 +153,6 @@ class MethodCallback(Callback, Generic[S]):
         say_start(self.method, pairs, self.per_optimizer.search)
         for method in self.methods:
             method.loss_scaler = getattr(trainer.precision_plugin, "scaler", None)
-            method.is_skipped_on_overflow = method.loss_scaler is not None
             method.install()
         kind = TwoPasses if isinstance(self.method, TwoPassStep) else OnePass
         self.passes = kind(self, trainer)

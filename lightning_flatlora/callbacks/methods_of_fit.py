@@ -96,7 +96,7 @@ class MethodsOfFit(Generic[S]):
         self.search = search_pairs(module, adapter_name, finder, must_be_active=not self.may_come)
         if must_be_there and not self.search.pairs and not (self.may_come and self.search.resting):
             raise NoPairsError(nothing_found(module, adapter_name, finder, self.search))
-        self.assignment = assign_pairs(self.search, trainer.optimizers)
+        self.assignment = assign_pairs(self.search, trainer.optimizers, [method.pairs for method in self.methods])
         for method, pairs in zip(self.methods, self.assignment.pairs, strict=False):
             method.take_pairs(pairs, module, trainer.strategy.model or module)
         self.first = next((method for method in self.methods if method.pairs), self.methods[0])

@@ -126,10 +126,10 @@ class Requeue(Callback):
             # Lightning resumes a validation that ended within a batch, but skips the batches that were done.
             loop.batch_progress.increment_started()
             loop.batch_progress.current.reset()
-        elif loop.done:
-            return  # the loop around this one ends the run, or the fit is over
-        elif loop is trainer.fit_loop and trainer.max_steps != -1:
-            return  # with max_steps Lightning would resume in the finished epoch, so wait for the next step
+        elif loop.done or (loop is trainer.fit_loop and trainer.max_steps != -1):
+            # The loop around this one ends the run, or the fit is over; and with max_steps Lightning would resume in
+            # the finished epoch, so wait for the next step.
+            return
         for saver in _savers(trainer):
             saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
             rank_zero_info(f"Requeue: saved step {trainer.global_step} to {saver.last_model_path}")

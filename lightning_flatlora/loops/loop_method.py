@@ -72,7 +72,7 @@ class LoopMethod:
         # from the start, and counts steps in it.
         self._lacks_state = any(bool(state.get("step", 1) != 0) for state in inner.state.values())
         method.horizon = math.inf if total_steps is None else total_steps
-        method.is_skipped_on_overflow = True  # a loop does not say whether a scaler skips steps
+        method.loss_scaler = torch.amp.GradScaler(enabled=False)  # a loop does not say whether it has one
         self.look_again()
         checks.say_start(method, method.pairs, self.search, self._orphans)
         self._close_others()
@@ -115,7 +115,7 @@ class LoopMethod:
         # During a pass the layers show perturbed tensors in place of their parameters.
         with clean(readers_of(method.pairs)):
             search = find_pairs(module, method.adapter_name, finder=method.finder)
-        assignment = assign_pairs(search, [self._optimizer])
+        assignment = assign_pairs(search, [self._optimizer], [method.pairs])
         problems = merge_problems(module)
         if not assignment.pairs[0]:
             name = search.pairs[0].name

@@ -67,12 +67,6 @@ class BPerturbationStep(StepMethod):
 class FMLoRAStep(BPerturbationStep, TwoPassStep):
     """Two passes per step: E from the gradient of the first, at the clean B, and the step's gradient at B + E."""
 
-    # Only from the pairs' flags, since it is asked in each step.
-    @property
-    @override
-    def takes_ascent(self) -> bool:
-        return self.perturbation.learns and self.refreshes and self.current_rho > 0
-
     @override
     def perturb(self) -> AbstractContextManager[None]:
         self.perturbation.assign(self.perturbation.ascend(self.current_rho, at_perturbed=False))
@@ -120,7 +114,7 @@ class EFMLoRAStep(BPerturbationStep, OnePassStep):
             return False
         # A frozen B is always read clean; it may be frozen for only a part of a step, as by toggle_optimizer. The views
         # that FSDP1's layers read don't know whether it is frozen.
-        return self.perturbation.learns or not self.sharding.only_views
+        return any(pair.B.requires_grad for pair in self.pairs) or not self.sharding.only_views
 
     @override
     def on(self) -> None:

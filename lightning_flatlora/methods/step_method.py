@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from typing_extensions import override
 
 from lightning_flatlora.methods import checks
@@ -41,8 +42,8 @@ class StepMethod:
         step: optimizer steps taken so far, from 0.
         horizon: optimizer steps of the whole run, infinite if unknown.
         sharding: how the ranks share the pairs' factors.
-        is_skipped_on_overflow: whether a loss scaler skips a step with a gradient that is not finite.
-        loss_scaler: the Trainer's, if there is one; a loop's is unknown.
+        loss_scaler: skips a step with a gradient that is not finite; None if there is none. A loop's is unknown, and a
+            disabled one stands for it.
         perturbation: that of the pairs' B; None for a method without one.
 
     The arguments are those of the callbacks, such as :class:`lightning_flatlora.FMLoRA`; the size is called rho here,
@@ -99,8 +100,7 @@ class StepMethod:
         self.share_left_out = 0.0
         self.step = 0
         self.horizon = math.inf
-        self.is_skipped_on_overflow = False
-        self.loss_scaler: Any = None
+        self.loss_scaler: GradScaler | None = None
         self.initial_lr: float | None = None
         self.sharding = Sharding()
         # None as soon as a pair has had a gradient.
@@ -207,7 +207,7 @@ class StepMethod:
         """Use the gradients of the coming optimizer step, and count it."""
         self._look_for_gradients()
         if self.pairs:
-            self.use_gradients(parameters_of(self.optimizer) if self.is_skipped_on_overflow else [])
+            self.use_gradients(parameters_of(self.optimizer) if self.loss_scaler is not None else [])
         self.step += 1
 
     def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
@@ -307,7 +307,8 @@ class TwoPassStep(StepMethod):
     @property
     def takes_ascent(self) -> bool:
         """Whether the coming step takes two passes; with a rho of 0 it is a plain step."""
-        return bool(self.ascent_parameters) and self.refreshes and self.current_rho > 0
+        # Only from flags, since it is asked in each step.
+        return any(each.requires_grad for each in self.rate_parameters) and self.refreshes and self.current_rho > 0
 
     @property
     @abstractmethod

@@ -47,7 +47,9 @@ class LoRAPair:
             peft keeps A as (experts * r, m), expert after expert, and B as (n, r * experts), whose column
             ``k * experts + e`` is column k of expert e.
         is_transposed: whether the parameters are stored as A^T (m, r) and B^T (r, n).
-        A_is_fixed: whether no optimizer holds A, which then counts as frozen, even if it requires a gradient.
+        A_is_fixed: whether A was frozen and in no optimizer when the pair was found, as in LoRA-FA. It counts as frozen
+            even if it requires a gradient later: peft sees to that whenever it enables adapters, as after a reference
+            pass.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -181,7 +183,7 @@ def all_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
 
 
 def trained_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
-    """Return the parameters of the pairs' factors with ``requires_grad``, each once, A before B.
+    """Return the parameters of the pairs' trained factors, each once, A before B.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -190,7 +192,8 @@ def trained_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
         >>> [tuple(factor.shape) for factor in trained_factors(find_pairs(net).pairs)]
         [(2, 4), (3, 2)]
     """
-    return [factor for factor in all_factors(pairs) if factor.requires_grad]
+    factors = chain.from_iterable((pair.A, pair.B) if pair.learns_A else (pair.B,) for pair in pairs)
+    return [factor for factor in dict.fromkeys(factors) if factor.requires_grad]
 
 
 def readers_of(pairs: Iterable[LoRAPair]) -> list[AnyRef]:

@@ -42,6 +42,7 @@ class PairStack:
 
     Attributes:
         pairs: the pairs, L of them.
+        learned_A: every A; none if they are fixed, since nobody then clears a gradient that they may get.
         E: their perturbations, stored like B, shape (L, n, r * experts) or transposed (L, r, n), float32 or wider.
         has_average: whether the moving average of each product has begun, booleans, shape (L, experts).
 
@@ -59,6 +60,7 @@ class PairStack:
         self.sharding = sharding
         # Listed once: a loop over pairs takes as long as the products of small factors.
         self._A, self._A_rows = [pair.A for pair in pairs], [pair.A_rows for pair in pairs]
+        self.learned_A = [] if first.A_is_fixed else self._A
         self._B, self._B_rows = [pair.B for pair in pairs], [pair.B_rows for pair in pairs]
         self.experts, self.is_transposed = first.experts, first.is_transposed
         scaling = torch.tensor([pair.scaling for pair in pairs], dtype=dtype, device=device)
@@ -88,7 +90,7 @@ class PairStack:
     def ascent(self, at_perturbed: bool) -> Ascent:
         """Compute the ascent of the stack's products, L * experts of them, from the gradients that the pairs hold."""
         A, grad_B = self._stacked(of_B=False), self._stacked(of_B=True, gradients=True)
-        if not self._reads_grad_A:
+        if not self.reads_grad_A:
             return functional.ascent_projected(A, grad_B, self.scaling)
         B = self._stacked(of_B=True, at_perturbed=at_perturbed)
         # The gradient of an A with a frozen B has no weight in ascent_average, since it agrees with no gradient of B.
@@ -96,13 +98,13 @@ class PairStack:
         return functional.ascent_average(A, B, grad_A, grad_B, self.scaling)
 
     @property
-    def _reads_grad_A(self) -> bool:
-        """Whether the ascent reads the gradients of A: not by choice, nor if no A is trained, as in LoRA-FA.
+    def reads_grad_A(self) -> bool:
+        """Whether the ascent reads the gradients of A: not by choice, nor if none is trained, as in LoRA-FA.
 
         An A that is frozen now may still have its gradient, if its turn within a step is over.
         """
-        may_read = self._estimator == "average" and not self.pairs[0].A_is_fixed
-        return may_read and (any(A.requires_grad for A in self._A) or any(self.sharding.have_gradients(self._A)))
+        learns = any(A.requires_grad for A in self.learned_A) or any(self.sharding.have_gradients(self.learned_A))
+        return learns and self._estimator == "average"
 
     def _stacked(self, of_B: bool, *, gradients: bool = False, at_perturbed: bool = False) -> Tensor:
         """Stack A or B of every product, or their gradients, (L * experts, rows, columns); one may be a view."""
@@ -177,7 +179,7 @@ class FreshPerturbation(NamedTuple):
 
     Attributes:
         stacks: one tensor for each stack of pairs, of its E's shape; zeros where ``finite`` is false.
-        finite: whether every gradient that the ascent read was finite, a boolean on the device, shape ().
+        finite: whether every gradient was finite, a boolean on the device, shape ().
         is_zero: rho was the number 0, so E is known to be zero without asking the device.
         with_gradient: for each stack, which of its products, (L * experts,), had a gradient that is not zero.
     """
@@ -198,13 +200,17 @@ def fresh_perturbation(
     ascents = [stack.ascent(at_perturbed) for stack in stacks]
     norms = [ascent.squared_norm for ascent in ascents]
     with_gradient = [norm > 0 for norm in norms]
+    # Every entry of a gradient enters a norm, so the norms show whether the pairs' gradients are finite, except for the
+    # gradients of A that a projected estimate does not read.
+    unread = list(others)
+    for stack in stacks:
+        unread += [] if stack.reads_grad_A else stack.learned_A
     # Not float32 for all, in which the squares of large float64 gradients would be infinite.
     dtype = reduce(torch.promote_types, [norm.dtype for norm in norms])
     # The stacks may be on several devices.
     device = stacks[0].E.device
     total = torch.stack([norm.sum().to(device, dtype) for norm in norms]).sum()
-    # Every entry of a gradient that is read enters a norm, so the norms show whether these are finite.
-    finite = stacks[0].sharding.all_finite(others, device) & torch.isfinite(total)
+    finite = stacks[0].sharding.all_finite(unread, device) & torch.isfinite(total)
     if norm_scope == "global":
         norms = [total.to(norm.device, norm.dtype).expand_as(norm) for norm in norms]
     fresh = []

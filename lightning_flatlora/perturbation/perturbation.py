@@ -234,11 +234,6 @@ class Perturbation:
         self.may_be_nonzero |= not fresh.is_zero
 
     @property
-    def learns(self) -> bool:
-        """Whether any pair's B is trained now."""
-        return any(pair.B.requires_grad for pair in self.pairs)
-
-    @property
     def has_gradient(self) -> bool:
         """Whether any pair has a gradient, known to the host."""
         return any(self._sharding.have_gradients([pair.B for pair in self.pairs]))

@@ -161,7 +161,7 @@ def test_an_adapter_that_no_optimizer_holds_is_said(tmp_path):
         fit(tmp_path, Classifier(net=two_adapters()), [EFMLoRA(0.5), change])
 
 
-@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, BiLoRA])
+@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, LoRASAM, BiLoRA])
 def test_a_pass_without_the_adapter_leaves_a_frozen_a_frozen(tmp_path, callback):
     """LoRA-FA with a reference pass, after which peft lets A require a gradient that no optimizer clears."""
 

@@ -187,6 +187,10 @@ CASES: dict[str, Case] = {
         ("in no optimizer", "net.base_model.model.0.lora_B.default.weight"),
         own=trains(lambda name, parameter: parameter.requires_grad and "0.lora_B" not in name),
     ),
+    "A in no optimizer": Case(
+        ("in no optimizer", "net.base_model.model.0.lora_B.default.weight"),
+        own=trains(lambda name, parameter: parameter.requires_grad and "0.lora_A" not in name),
+    ),
     "two optimizers where one is needed": Case(("must return one optimizer, got 2",), ("module",), TwoOptimizers),
     "nothing in the optimizer": Case(
         ("holds no trainable parameter",), ("SAM",), trains(lambda name, parameter: not parameter.requires_grad)
