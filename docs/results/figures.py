@@ -18,7 +18,7 @@ import matrix_rates
 import matrix_replication
 import matrix_rule
 import matrix_table
-from figures_p1 import around, doubts, needs_an_adapter, other_methods, p_value
+from figures_p1 import around, doubts, higher_rate, needs_an_adapter, other_methods, p_value
 
 from recipes.studies.rows import Row, read
 from recipes.studies.statistics import Estimate, estimate, holm, with_interval
@@ -323,7 +323,7 @@ def seconds_of(row: Row) -> float:
 def cost() -> list[str]:
     """Return the passages on the number of rows and on hours."""
     found = []
-    names = ["evidence_*", "comparison", "head_rate", "radius_tasks", "p1", "p1_control", "arms"]
+    names = ["evidence_*", "comparison", "head_rate", "radius_tasks", "p1", "p1_control", "p1_rate", "arms"]
     for files in (*names, "matrix_a", "matrix_rates", "matrix_b"):
         rows = []
         for file in RESULTS.glob(f"{files}.jsonl"):
@@ -356,7 +356,8 @@ def passages() -> dict[Path, list[str]]:
     guide.append(f"(`LoRASAM`: {accuracy(Runs('w2')('lora_sam')):.1f} %)")
     of_study, at_other_rates = relearned()
     study += of_study
-    rows = [*cost(), *other_methods(), *around(), matrix_table.tables(read(RESULTS / "matrix_a.jsonl"))]
+    rows = [*cost(), *other_methods(), higher_rate(), *around()]
+    rows.append(matrix_table.tables(read(RESULTS / "matrix_a.jsonl")))
     rows.append(matrix_rates.table(read(RESULTS / "matrix_rates.jsonl")))
     rows += [*replication(), matrix_b.table(column_b), at_other_rates]
     return {DOCS / "study.md": study, DOCS / "when_to_use.md": guide, RESULTS / "README.md": rows}
