@@ -16,6 +16,7 @@ from recipes.tune.space import Config
 
 sys.path.append(str(Path(__file__).parents[2] / "docs" / "results"))
 import arms
+import p1_rate
 from p2 import run_of
 
 
@@ -146,3 +147,10 @@ def test_a_row_names_the_checkpoint_that_counts(tmp_path: Path, monkeypatch: pyt
     (tmp_path / run.name).mkdir(parents=True)
     (tmp_path / run.name / "fit.json").write_text('{"best": "checkpoints/epoch=1-step=50.ckpt"}')
     assert search.perform(run, trial)["checkpoint"] == "epoch=1-step=50"
+
+
+def test_a_rate_beyond_the_grid_gets_final_runs_only_if_it_is_better() -> None:
+    rows = read(Path(p1_rate.__file__).parent / "p1_rate.jsonl")
+    assert p1_rate.final(rows) == []
+    better = [{**row, "value": 2.7} for row in rows]  # with 3e-3, the mean is 2.7022
+    assert [run.seed for run in p1_rate.final(better)] == list(range(100, 110))
