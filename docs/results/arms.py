@@ -6,8 +6,7 @@ From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/arms.p
 with another method in place of EFMLoRA; so are the arm's own published rows, if there are any. The same command resumes
 after a stop. The search goes trial by trial, as P1's did, so let two processes do two arms.
 
-The rows of all finished arms, without P1's and each with its arm's name, are ``arms.jsonl``; those so far of the
-others are ``arms_unfinished.jsonl``.
+The rows of all arms, without P1's and each with its arm's name, are ``arms.jsonl``.
 """
 
 import json
@@ -268,8 +267,7 @@ def published(name: str) -> list[Row]:
     """Return the published rows that an arm's search has: P1's without a perturbation, and its own."""
     folder = Path(__file__).parent
     rows = [row for row in read(folder / "p1.jsonl") if row["side"] == WITHOUT]
-    of_arms = read(folder / "arms.jsonl") + read(folder / "arms_unfinished.jsonl")
-    return rows + [row for row in of_arms if row["arm"] == name]
+    return rows + [row for row in read(folder / "arms.jsonl") if row["arm"] == name]
 
 
 def main(name: str, folder: Path) -> None:

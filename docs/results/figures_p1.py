@@ -89,7 +89,7 @@ def other_methods() -> list[str]:
     for row in read(RESULTS / "arms.jsonl"):
         searches[row["arm"]].append(row)
     names = {"bi_lora": "Bi-LoRA", "lora_sam": "LoRA-SAM", "scaling": "random scaling", "monteclora": "MonteCLoRA"}
-    names |= {"fmlora": "FMLoRA", "half_fmlora": "half FMLoRA"}
+    names |= {"fmlora": "FMLoRA", "half_fmlora": "half FMLoRA", "late_fmlora": "late FMLoRA"}
     names |= {"turned": "EFMLoRA, sign turned", "averaging": "averaging"}
     if names.keys() != searches.keys():
         raise ValueError(f"arms.jsonl has {', '.join(searches)}, and the page has {', '.join(names)}.")

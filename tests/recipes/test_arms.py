@@ -96,7 +96,7 @@ def test_an_average_of_one_step_is_lora_and_not_tried(tmp_path: Path) -> None:
     assert arms.ARMS["averaging"].options("20", 0)[-1] == "--trainer.callbacks.decay=0.95"
 
 
-@pytest.mark.parametrize("name", sorted(arms.ARMS.keys() - {"late_fmlora"}))
+@pytest.mark.parametrize("name", sorted(arms.ARMS))
 def test_a_finished_arm_is_not_trained_again(name: str, tmp_path: Path) -> None:
     assert arms.search_of(name, Done(arms.published(name)), tmp_path).open_runs() == []  # type: ignore[arg-type]
 
