@@ -4,15 +4,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
+from lightning_flatlora.callbacks.both_lightnings import callbacks_of
 from lightning_flatlora.methods.checks import integer_problems, refuse
 from lightning_flatlora.methods.optimizers import parameters_of
 from lightning_flatlora.schedules import is_size
 from lightning_flatlora.sharding import Sharding, reshard
-from lightning_flatlora.wrappers import wrapping_problems
+from lightning_flatlora.wrappers import clean_name, wrapping_problems
 
 
 class AdapterAveraging(Callback):
@@ -21,6 +23,8 @@ class AdapterAveraging(Callback):
     During a batch the module holds the training weights; from its end, after the optimizer's step, until the next batch
     starts it holds the averages. So validation, checkpoints, AdapterCheckpoint's folder and the module after ``fit``
     have the averages. A checkpoint also holds the training weights, so a run resumes exactly.
+
+    It is called before all other callbacks, so that they see the averages when a batch ends.
 
     Whoever writes a trained weight between two batches, not through ``.data``, sets its average, and training goes on
     from there. Averages are in float32 or float64, since 16 bits would round small changes away. Buffers, such as
@@ -32,8 +36,9 @@ class AdapterAveraging(Callback):
         start_step: optimizer steps to leave out, during which the module keeps the training weights.
 
     Raises:
-        MisconfigurationException: values out of range (here); nothing is trained, or the strategy is not one device,
-            DDP or FSDP2 (when training starts); the optimizers' parameters change their places (in a step).
+        MisconfigurationException: values out of range (here); nothing is trained, the strategy is not one device, DDP
+            or FSDP2, another callback averages weights, or a checkpoint's averages are of other weights (when training
+            starts); an optimizer trains a parameter that the module does not have (in a step).
 
     Example:
         >>> import lightning as L
@@ -49,6 +54,12 @@ class AdapterAveraging(Callback):
         self.load_state_dict({})
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # First of all callbacks, so that whatever another one saves at the end of a batch has the batch's average.
+        callbacks = callbacks_of(trainer)
+        callbacks.insert(0, callbacks.pop(callbacks.index(self)))
+
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.load_state_dict({})  # the checkpoint may be of a run without averages
 
@@ -56,28 +67,44 @@ class AdapterAveraging(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a checkpoint's state, which stays whole and on the CPU until training starts."""
         self._step, self._count = state_dict.get("step", 0), state_dict.get("count", 0)
-        # By a parameter's place among those of the optimizers, as in their own states.
-        self._averages: dict[int, Tensor] = state_dict.get("averages", {})
+        # By the parameters' names, since a resumed run may list them in another order.
+        self._averages: dict[str, Tensor] = state_dict.get("averages", {})
         # The training weights while the module holds the averages; otherwise empty.
-        self._aside: dict[int, Tensor] = state_dict.get("weights", {})
+        self._aside: dict[str, Tensor] = state_dict.get("weights", {})
         # The versions are those of the parameters when the averages were put into them.
-        self._parameters, self._versions = list[nn.Parameter](), dict[int, int]()
+        self._versions: dict[str, int] = {}
+        self._take_names({})
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse weights that can't be averaged, and move a loaded state to its parameters' devices."""
-        parameters = parameters_of(*trainer.optimizers)
         problems = wrapping_problems(trainer.strategy.model or pl_module, [])
-        if not any(parameter.requires_grad for parameter in parameters):
+        for each in callbacks_of(trainer):
+            # By name, since the older releases of Lightning lack the second one.
+            kinds = {kind.__name__ for kind in type(each).__mro__}
+            if kinds & {"StochasticWeightAveraging", "WeightAveraging"}:
+                problems.append(f"{type(each).__name__} averages the same weights: keep one")
+        if not any(parameter.requires_grad for parameter in parameters_of(*trainer.optimizers)):
             problems.append("the optimizer has no parameter that requires a gradient: add an adapter, or unfreeze one")
-        refuse(self, problems)
+        named = _named_parameters(pl_module)
+        is_other = self._parameters and any(named.get(name) is not self._parameters[name] for name in self._averages)
         # A state from a later step is of another run, or of a checkpoint that was only evaluated.
-        if self._step > trainer.global_step or self._are_others(parameters):
+        if self._step > trainer.global_step or is_other:
             self.load_state_dict({})
-        self._parameters = parameters
+        for name, average in self._averages.items():
+            here, there = tuple(named[name].shape) if name in named else "absent", tuple(average.shape)
+            if here != there:
+                problems.append(f"the checkpoint has an average of {name} of shape {there}, here it is {here}")
+        refuse(self, problems)
+        if self._count and self._step < trainer.global_step:
+            rank_zero_warn(
+                f"AdapterAveraging: the averages are of step {self._step}, but the run continues from step "
+                f"{trainer.global_step}, so they lack steps: save when a batch ends, not within it"
+            )
+        self._take_names(named)
         for values in (self._averages, self._aside):
-            for place, value in values.items():
-                values[place] = Sharding().part(value.to(parameters[place].device), parameters[place])
+            for name, value in values.items():
+                values[name] = Sharding().part(value.to(named[name].device), named[name])
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -89,43 +116,59 @@ class AdapterAveraging(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Average the weights if the batch ended in an optimizer step, and put the averages into the module."""
         if trainer.global_step > max(self._step, self.start_step):
-            parameters = parameters_of(*trainer.optimizers)
-            if self._are_others(parameters):
-                refuse(self, ["the optimizers' parameters have other places now: add new ones after all others"])
-            self._step, self._parameters = trainer.global_step, parameters
+            trained = [parameter for parameter in parameters_of(*trainer.optimizers) if parameter.requires_grad]
+            names = self._names_of(trained, pl_module)
+            self._step = trainer.global_step
             self._count += 1
             share = 1 / self._count if self.decay is None else 1 - self.decay
-            for place, parameter in enumerate(self._parameters):
-                if parameter.requires_grad:
-                    weight = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
-                    self._averages.setdefault(place, weight).lerp_(weight, share)
+            for name in names:
+                parameter = self._parameters[name]
+                weight = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+                self._averages.setdefault(name, weight).lerp_(weight, share)
         self._hold_averages(pl_module, True)
 
     on_train_epoch_end = on_train_batch_end  # for an epoch that an on_train_batch_start ended by returning -1
 
-    def _are_others(self, parameters: list[nn.Parameter]) -> bool:
-        return list(map(id, parameters))[: len(self._parameters)] != list(map(id, self._parameters))
+    def _names_of(self, parameters: list[nn.Parameter], pl_module: LightningModule) -> list[str]:
+        """Return the names of trained parameters; the average of one that was replaced starts again."""
+        if any(parameter not in self._names for parameter in parameters):
+            former = self._parameters
+            self._take_names(_named_parameters(pl_module))
+            self._averages = {n: each for n, each in self._averages.items() if self._parameters.get(n) is former[n]}
+        lacking = [tuple(parameter.shape) for parameter in parameters if parameter not in self._names]
+        if lacking:
+            problem = f"an optimizer trains a parameter of shape {lacking[0]} that is not the module's"
+            refuse(self, [f"{problem}, so no checkpoint would hold it: make it an attribute of the module"])
+        return [self._names[parameter] for parameter in parameters]
+
+    def _take_names(self, named: dict[str, nn.Parameter]) -> None:
+        self._parameters, self._names = named, {parameter: name for name, parameter in named.items()}
 
     def _hold_averages(self, pl_module: LightningModule, averages: bool) -> None:
         """Let the module hold the averages, or else the training weights, unless it already does."""
         if averages == bool(self._aside):
             return
         values = self._averages if averages else self._aside
-        self._aside = {place: self._parameters[place].detach().clone() for place in values} if averages else {}
+        self._aside = {name: self._parameters[name].detach().clone() for name in values} if averages else {}
         reshard(pl_module)  # otherwise the next pass would compute with the gathered old weights
-        for place, value in values.items():
-            parameter = self._parameters[place]
-            if not averages and parameter._version != self._versions.get(place, parameter._version):
+        for name, value in values.items():
+            parameter = self._parameters[name]
+            if not averages and parameter._version != self._versions.get(name, parameter._version):
                 # Compared, since DDP writes all parameters anew when a fit starts.
-                written, average = parameter.detach(), self._averages[place]
+                written, average = parameter.detach(), self._averages[name]
                 is_kept = written == average.to(written.dtype)
                 average.copy_(torch.where(is_kept, average, written))
                 value = torch.where(is_kept, value, written)
             parameter.data.copy_(value)
-        self._versions = {place: self._parameters[place]._version for place in self._aside}
+        self._versions = {name: self._parameters[name]._version for name in self._aside}
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return averages and training weights, whole and on the CPU; under FSDP2 every rank must call this."""
         state = {"step": self._step, "count": self._count, "averages": self._averages, "weights": self._aside}
         return tree_map_only(Tensor, lambda value: Sharding().gather(value, value).cpu(), state)  # type: ignore[no-any-return]
+
+
+def _named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    reshard(module)  # after a validation its parameters are not those that the optimizers hold
+    return {clean_name(name): parameter for name, parameter in module.named_parameters()}
