@@ -6,6 +6,7 @@ its fixtures of wider scope. Starting Python with all libraries takes about ten 
 """
 
 import gc
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((i for i, part in enumerate(SLOW) if part in item.nodeid.partition("::")[0]), len(SLOW))
 
     items.sort(key=rank)
+
+
+def pytest_configure() -> None:
+    """Take Ctrl-C, which shells make their background jobs ignore, since tests send it to themselves."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

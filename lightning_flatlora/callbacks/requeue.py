@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -29,7 +30,9 @@ class Requeue(Callback):
     A signal is held back until the end of the optimizer step, which is the same step on all ranks. Then
     AdapterCheckpoint (or a ModelCheckpoint, which includes the base) writes ``last.ckpt``, a SLURM job is requeued, and
     the process exits with status 128 + signal. A validation is cut short after one of its batches; the resumed run
-    repeats it from the start. A second signal after more than five seconds ends the process at once, unsaved.
+    repeats it from the start. A second signal after more than five seconds ends the process at once, unsaved. A handler
+    that the program had set before the fit is called when the fit has ended. In a thread other than the main one
+    nothing is held back, with a warning.
 
     Start the job by ``trainer.fit(..., ckpt_path="last")``, which starts a new run if nothing is saved yet, and give
     AdapterCheckpoint a fixed ``dirpath``. See docs/many_devices.md.
@@ -64,9 +67,12 @@ class Requeue(Callback):
             refuse(self, ["a run comes back from last.ckpt: add AdapterCheckpoint(dirpath, save_last=True)"])
         self._patches.close()
         self._held.clear()
+        self._is_ending = False
         self._step = -1  # before the last batch
         # These replace the handlers that Lightning sets for a fit; it restores the former ones afterwards.
         self._after(trainer._signal_connector, "register_signal_handlers", self._hold, trainer)
+        # However the fit ends, Lightning calls this after it has restored them; no hook of a callback comes that late.
+        self._after(trainer._signal_connector, "teardown", self._deliver)
         # After everything that a loop does for a batch or an epoch: hooks, validation, schedulers.
         for loop in (trainer.fit_loop.epoch_loop, trainer.fit_loop):
             self._after(loop, "on_advance_end", self._end_if_asked, trainer, loop)
@@ -82,6 +88,11 @@ class Requeue(Callback):
         self._patches.enter_context(put_on(owner, {name: longer}))
 
     def _hold(self, trainer: Trainer) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            rank_zero_warn(
+                "Requeue: only the main thread gets signals, so a fit in another thread can't hold them back"
+            )
+            return
         of_slurm = getattr(trainer._accelerator_connector.cluster_environment, "requeue_signal", None)
         numbers: set[Any] = {*self.signals, of_slurm} - {None}
         for number in numbers:
@@ -92,6 +103,7 @@ class Requeue(Callback):
     def _note(self, number: int, frame: Any) -> None:
         now = time.monotonic()
         if now - self._held.setdefault(number, now) > _PATIENCE:
+            self._is_ending = True
             raise SystemExit(128 + number)
         # Not print: if the signal arrived during a print, another one raises an error.
         with suppress(OSError):
@@ -136,15 +148,17 @@ class Requeue(Callback):
         comes_back = reduce(bool(self._held.keys() - _ENDS), all=False)
         if comes_back and trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:
             _requeue()
+        self._is_ending = True
         raise SystemExit(128 + max(self._held, default=signal.SIGTERM))
 
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def _deliver(self) -> None:
+        """Give held signals to the handlers from before the fit: the program may go on, or have its own plans."""
         self._patches.close()
-        # Signals that came after the last step are delivered, since the code after the fit may take long.
-        for number in _ENDS & self._held.keys():
+        for number in list(self._held):
             del self._held[number]
-            signal.raise_signal(number)
+            is_users = signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
+            if is_users or (number in _ENDS and not self._is_ending):
+                signal.raise_signal(number)
 
 
 def _savers(trainer: Trainer) -> list[Any]:
