@@ -6,9 +6,11 @@ state dicts are untouched, so the stored weights are always clean. (Overriding `
 reads ``lora_B.weight`` itself, as in attention that merges and in DoRA convolutions.)
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,10 +30,14 @@ class Switch:
 
     Attributes:
         is_on: whether the owner's readers add its perturbation.
+        only_with_grad: whether they do so only while autograd records, as in a training pass. What runs under
+            ``no_grad``, such as a teacher's targets or generation, then reads clean values.
+        times_moved: how often the perturbation has changed.
     """
 
-    def __init__(self, is_on: bool = False) -> None:
-        self.is_on = is_on
+    def __init__(self, is_on: bool = False, only_with_grad: bool = False) -> None:
+        self.is_on, self.only_with_grad = is_on, only_with_grad
+        self.times_moved = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,37 @@ Parts = dict[range | None, Tensor]
 """E, by the rows of the parameter to which it is added."""
 
 
+_CLEAN: tuple["Switch", Parts] = Switch(), {}
+
+_WAS_CLEAN = (
+    "a backward pass computes a layer again, at perturbed weights, that the forward pass had read clean, under "
+    "no_grad: if that is on purpose, as in GradCache and the Cached... losses of sentence-transformers, run forward "
+    "and backward of the step in a loop inside `for each_pass in flat.training_passes(also_no_grad=True):` and "
+    "`with each_pass:`"
+)
+
+
+def autograd_records() -> bool:
+    """Say whether the gradient passes through what runs now: not under ``no_grad``, except in an autograd function.
+
+    In the ``forward`` of a :class:`torch.autograd.Function`, such as a reentrant activation checkpoint's, gradients are
+    switched off, too, but its ``backward`` computes them. No flag of PyTorch's tells the two apart.
+    """
+    # Compiled code can't look at the frames, and contains no reentrant checkpoint as such.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount > 0 and code.co_varnames[0] != "self":
+            context: Any = frame.f_locals.get(code.co_varnames[0])
+            # Only a function that was called while autograd recorded has a way back.
+            if isinstance(context, torch.autograd.function.FunctionCtx) and context.next_functions:  # type: ignore[attr-defined]
+                return True
+        frame = frame.f_back
+    return False
+
+
 class _Reading:
     """The perturbations that one attribute of a module adds to the parameter.
 
@@ -81,13 +118,37 @@ class _Reading:
     def __init__(self, only_views: bool) -> None:
         self.only_views = only_views
         self.sources: list[tuple[Switch, Parts]] = []
+        # The owner whose perturbation the last forward pass has read, and how often that had moved.
+        self._last_read: tuple[Switch, int] | None = None
+
+    def _source(self) -> tuple[Switch, Parts]:
+        for source in reversed(self.sources):
+            if source[0].is_on:
+                return source
+        return _CLEAN
 
     def parts(self) -> Parts:
         """Return the currently added parts; none for the clean value."""
-        for switch, parts in reversed(self.sources):
-            if switch.is_on:
-                return parts
-        return {}
+        return self._source()[1]
+
+    def stays_clean(self) -> bool:
+        """Say whether the parts are only for passes that autograd records, of which this is none.
+
+        Raises:
+            RuntimeError: this is a backward pass, but the layer's forward pass has read the clean value.
+        """
+        switch, _ = self._source()
+        if not switch.only_with_grad:
+            return False
+        if not autograd_records():
+            return True
+        # Compiled code can't ask whether a backward is running.
+        if not torch.compiler.is_compiling():
+            now = switch, switch.times_moved
+            if self._last_read != now and torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(_WAS_CLEAN)
+            self._last_read = now
+        return False
 
     def take(self, switch: Switch) -> Parts:
         """Remove an owner's parts, and return them."""
@@ -140,6 +201,8 @@ def _property_of(attribute: str) -> property:
         if not value.requires_grad and not reading.only_views:
             # Frozen, maybe for only one pass, as by toggle_optimizer, or a teacher's values that functional_call has
             # put here. Only trained values are perturbed.
+            return value
+        if reading.stays_clean():
             return value
         perturbed: Tensor = reading.added_to(value, parts)
         # For hooks that read this tensor's gradient or change it in place; the sum itself keeps no gradient.
@@ -220,9 +283,17 @@ def shown(reader: AnyRef) -> Tensor | None:
 
 
 @contextmanager
-def perturbed(perturbations: Mapping[AnyRef, Tensor], only_views: bool = False) -> Iterator[None]:
-    """Let each reader add its E inside; afterwards, even after an error, restore the former state."""
-    switch = Switch(is_on=True)
+def perturbed(
+    perturbations: Mapping[AnyRef, Tensor], only_views: bool = False, only_with_grad: bool = False
+) -> Iterator[None]:
+    """Let each reader add its E inside; afterwards, even after an error, restore the former state.
+
+    Args:
+        perturbations: E of each reader.
+        only_views: see :func:`perturb`.
+        only_with_grad: see :class:`Switch`.
+    """
+    switch = Switch(is_on=True, only_with_grad=only_with_grad)
     try:
         for reader, perturbation in perturbations.items():
             perturb(reader, perturbation, switch, only_views)

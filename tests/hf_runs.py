@@ -80,10 +80,15 @@ class TwoPasses(Trainer):  # type: ignore[misc]
     flat: FMLoRA
 
     def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
-        losses = []
-        for each_pass in self.flat.training_passes():
-            with each_pass:
-                losses.append(super().training_step(model, dict(inputs), *args))
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        self._prepare_inputs, losses = dict, []
+        try:
+            for each_pass in self.flat.training_passes():
+                with each_pass:
+                    losses.append(super().training_step(model, inputs, *args))
+        finally:
+            del self._prepare_inputs
         return losses[0]
 
 

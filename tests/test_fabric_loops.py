@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from float64_runs import BETA, loss, optimizer_of
 from helpers import assert_no_trace, same, weights
-from hf_runs import RHO, SIZE, Samples, trained_by, trainer_of
+from hf_runs import RHO, SIZE, Samples, TwoPasses, trained_by, trainer_of
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from loop_runs import METHODS, batches, method_of, net_of, run, schedule, trained_plainly
 from peft import LoraConfig
@@ -277,8 +277,10 @@ def llama() -> Any:
 
 
 def arguments(folder: Path, kind: type[Any] = TrainingArguments, **settings: Any) -> Any:
-    quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no", "save_steps": 4}
-    return kind(str(folder), max_steps=STEPS, learning_rate=0.01, bf16=False, **{**quiet, **settings})
+    quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
+    return kind(
+        str(folder), learning_rate=0.01, bf16=False, **{**quiet, "max_steps": STEPS, "save_steps": 4, **settings}
+    )
 
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])
@@ -309,3 +311,70 @@ def test_trls_trainers(tmp_path: Path, kind: str) -> None:
     assert same(ends[0], ends[1])
     assert not same(ends[0], ends[2])
     assert same(ends[2], ends[3])
+
+
+class Spied:
+    """What a trl trainer's step reads: the rollouts of each pass, and whether B is perturbed without gradients."""
+
+    def __init__(self, trainer: Any, flat: Any) -> None:
+        self.losses: list[Any] = []
+        self.without_gradients: list[bool] = []
+        own = trainer.compute_loss
+
+        def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            read = {key: inputs[key].sum().item() for key in sorted(inputs) if "ids" in key}
+            self.losses.append((getattr(trainer, "_step", None), read))
+            return own(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = compute_loss
+        for layer in flat.method.pairs[0].layers:
+            part = layer.lora_B["default"]
+            part.register_forward_hook(lambda module, *_: self.note(module))
+
+    def note(self, module: Any) -> None:
+        if not torch.is_grad_enabled():
+            self.without_gradients.append(not same(module.weight, module._parameters["weight"]))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO", "KTO"])
+@pytest.mark.filterwarnings("ignore")  # trl's own warnings
+def test_trls_trainers_that_read_without_gradients(tmp_path: Path, kind: str, name: str) -> None:
+    """Both passes of FMLoRA see the rollouts of one pass of LoRA, which the clean weights have drawn."""
+    trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
+    prompts = [f"w{i} w{i + 1}" for i in range(16)]
+    rows = [{"prompt": each} for each in prompts]
+    settings: dict[str, Any] = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "beta": 0.1}
+    of_trainer: dict[str, Any] = {}
+    if kind == "KTO":
+        rows = [{"prompt": each, "completion": " w5 w6", "label": i % 2 == 0} for i, each in enumerate(prompts)]
+    else:
+        settings |= {"num_generations": 2, "max_completion_length": 4}
+        of_trainer["reward_funcs"] = lambda completions, **_: [float(len(set(each))) for each in completions]
+    base = getattr(trl, f"{kind}Trainer")
+    spied = {}
+    for rho in (0.0, 30.0):
+        trainer_class = type(f"Flat{kind}", (base, TwoPasses), {}) if name == "FMLoRA" else base
+        trainer = trainer_class(
+            llama(),
+            args=arguments(tmp_path, getattr(trl, f"{kind}Config"), **settings, max_steps=2),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=PreTrainedTokenizerFast(
+                tokenizer_object=tokenizer_of_words(), eos_token="</s>", pad_token="<pad>", padding_side="left"
+            ),
+            peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+            **of_trainer,
+        )
+        trainer.flat = getattr(loops, name)(trainer.model, trainer.create_optimizer(), rho)
+        spied[rho] = Spied(trainer, trainer.flat)
+        torch.manual_seed(0)
+        trainer.train()
+        assert trainer.flat.step == 2
+    passes = 2 if name == "FMLoRA" else 1
+    assert len(spied[0.0].losses) == 4
+    # The first optimizer step, whose weights are equal: each micro-batch in each of its passes.
+    for index, expected in enumerate(spied[0.0].losses[:2]):
+        assert spied[30.0].losses[passes * index : passes * (index + 1)] == [expected] * passes
+    assert len(spied[30.0].losses) == 4 * passes
+    assert spied[30.0].without_gradients
+    assert not any(spied[30.0].without_gradients)

@@ -172,4 +172,4 @@ class LoRASAMStep(TwoPassStep):
                 for reader in readers if factor in E else ():
                     # A pair may cover only some rows of the parameter.
                     moves[reader] = rows_of(E[factor].view(self.sharding.shape(factor)), as_ref(reader).rows)
-        return perturbed(moves, self.sharding.only_views)
+        return perturbed(moves, self.sharding.only_views, only_with_grad=True)

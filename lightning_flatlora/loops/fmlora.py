@@ -68,19 +68,22 @@ class EFMLoRA(LoopMethod):
         super()._use_gradients()
         self._gates.note(has_opened=False)
 
-    def training_passes(self) -> Iterator[AbstractContextManager[None]]:
+    def training_passes(self, also_no_grad: bool = False) -> Iterator[AbstractContextManager[None]]:
         """Yield the one pass of a step, so that one loop works for both methods.
 
-        Inside it, layers read B + Ê even in eval mode, under ``no_grad``, or if they are not called, as by fused
-        kernels.
+        Inside it, layers read B + Ê even in eval mode, or if they are not called, as by fused kernels.
+
+        Args:
+            also_no_grad: let them do so also under ``no_grad``, for a loss whose gradient depends on what runs there,
+                such as GradCache.
         """
         self._check_open()
-        yield self._pass() if self.method.perturbs else nullcontext()
+        yield self._pass(also_no_grad) if self.method.perturbs else nullcontext()
 
     @contextmanager
-    def _pass(self) -> Iterator[None]:
+    def _pass(self, also_no_grad: bool) -> Iterator[None]:
         self._gates.note(has_opened=True)
-        with self.perturbation.applied():
+        with self.perturbation.applied(only_with_grad=not also_no_grad):
             yield
         self._gates.note(has_opened=True)  # set again in case look_again() was called inside
 
@@ -121,13 +124,18 @@ class FMLoRA(LoopMethod):
         super().look_again()
         self._replay = Replay(unwrapped(self._model), [self._optimizer], is_sharded(self._model))
 
-    def training_passes(self) -> Iterator[AbstractContextManager[None]]:
+    def training_passes(self, also_no_grad: bool = False) -> Iterator[AbstractContextManager[None]]:
         """Yield the passes over one batch, or over one micro-batch of an accumulation window.
 
         They are the ascent and the descent, or one pass if the step does not perturb. Run forward and backward inside
-        each of them, with the same batch. Put DDP's ``no_sync`` and Fabric's ``no_backward_sync`` inside.
+        each of them, with the same batch. Put DDP's ``no_sync`` and Fabric's ``no_backward_sync`` inside, and sampling,
+        such as a policy's completions, before them.
+
+        Args:
+            also_no_grad: as for :class:`EFMLoRA`.
         """
         self._check_open()
+        self.method.also_no_grad = also_no_grad
         last: AbstractContextManager[None] = nullcontext()
         if self.method.takes_ascent:
             yield self._ascent()

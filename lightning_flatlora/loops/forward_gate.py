@@ -10,14 +10,13 @@ from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_flatlora.class_overlay import Overlay, set_class
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.perturbed_read import GATES_CLOSED, as_ref
+from lightning_flatlora.perturbed_read import GATES_CLOSED, as_ref, autograd_records
 
 GATES = "_flatlora_gates"
 """The attribute of a layer that holds its gates."""
@@ -39,22 +38,11 @@ class ForwardGate:
         self.has_opened = False
 
     def opens_for(self, layer: nn.Module) -> bool:
-        """Say whether the forward that begins is one of training, with a perturbation to read; if so, note it.
-
-        Raises:
-            RuntimeError: a reentrant checkpoint has already computed this forward, with the clean weights.
-        """
-        if GATES_CLOSED.is_on or not layer.training or not torch.is_grad_enabled():
+        """Say whether the forward that begins is one of training, with a perturbation to read; if so, note it."""
+        if GATES_CLOSED.is_on or not layer.training:
             return False
-        if not self.perturbation.may_be_nonzero or self.perturbation.is_on:
+        if not self.perturbation.may_be_nonzero or self.perturbation.is_on or not autograd_records():
             return False
-        # Compiled code can't ask whether a backward is running.
-        if not torch.compiler.is_compiling() and not self.has_opened and torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                "EFMLoRA: a reentrant activation checkpoint has read the clean weights in its forward pass: set "
-                "use_reentrant=False (in transformers by gradient_checkpointing_kwargs), or run forward and backward "
-                "inside `for each_pass in flat.training_passes():` and `with each_pass:`"
-            )
         self.has_opened = True
         return True
 

@@ -65,12 +65,18 @@ class BPerturbationStep(StepMethod):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class FMLoRAStep(BPerturbationStep, TwoPassStep):
-    """Two passes per step: E from the gradient of the first, at the clean B, and the step's gradient at B + E."""
+    """Two passes per step: E from the gradient of the first, at the clean B, and the step's gradient at B + E.
+
+    Attributes:
+        also_no_grad: whether what runs under ``no_grad`` in the second pass reads B + E, too.
+    """
+
+    also_no_grad: bool = field(default=False, init=False)
 
     @override
     def perturb(self) -> AbstractContextManager[None]:
         self.perturbation.assign(self.perturbation.ascend(self.current_rho, at_perturbed=False))
-        return self.perturbation.applied()
+        return self.perturbation.applied(only_with_grad=not self.also_no_grad)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -167,7 +173,7 @@ class EFMLoRAStep(BPerturbationStep, OnePassStep):
             stacks = list(torch._foreach_add(self._sum.stacks, fresh.stacks))
             with_gradient = list(map(torch.logical_or, self._sum.with_gradient, fresh.with_gradient))
             self._sum = FreshPerturbation(stacks, self._sum.finite & fresh.finite, fresh.is_zero, with_gradient)
-        return self.perturbation.applied(fresh.stacks)
+        return self.perturbation.applied(fresh.stacks, only_with_grad=True)
 
     def _average_ascents(self, also_finite: Iterable[nn.Parameter]) -> None:
         """Move Ê once, by the mean E of the window's micro-batches, unless the step will be skipped."""

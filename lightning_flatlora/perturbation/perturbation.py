@@ -141,10 +141,11 @@ class Perturbation:
         self._show(None)
 
     def on(self) -> None:
-        """Let the layers read B + E, with the kept E and its later updates."""
+        """Let the layers read B + E, with the kept E and its later updates, wherever autograd records."""
         if not self.is_installed:  # E would be silently ignored
             raise RuntimeError("the layers can't read B + E: call install() first")
         self._is_on = self._switch.is_on = True
+        self._switch.only_with_grad = True
 
     def off(self) -> None:
         """Let the layers read the clean B, except inside :meth:`applied`."""
@@ -156,23 +157,27 @@ class Perturbation:
         return self._switch.is_on
 
     @contextmanager
-    def applied(self, perturbations: list[Tensor] | None = None) -> Iterator[None]:
+    def applied(self, perturbations: list[Tensor] | None = None, *, only_with_grad: bool = False) -> Iterator[None]:
         """Let the layers read B + E inside; afterwards, even after an error, restore the former state.
 
         Args:
             perturbations: E to read, the ``stacks`` of a :class:`FreshPerturbation`; None reads the kept one.
+            only_with_grad: whether what runs under ``no_grad`` reads the clean B, as in a training pass.
         """
-        before, was_applied = self._shown, self._is_applied
+        before, was_applied, was_only_with_grad = self._shown, self._is_applied, self._switch.only_with_grad
         inside = self._slices(perturbations or [stack.E for stack in self._stacks])
         try:
             self._show(inside)
             self._is_applied = self._switch.is_on = True
+            self._switch.only_with_grad = only_with_grad
+            self._switch.times_moved += only_with_grad  # E may be another one, and one only for this pass
             yield
         finally:
             # Unless uninstall() was called inside.
             if self._shown is inside:
                 self._show(before)
             self._is_applied, self._switch.is_on = was_applied, was_applied or self._is_on
+            self._switch.only_with_grad = was_only_with_grad
 
     def _slices(self, perturbations: list[Tensor]) -> list[tuple[AnyRef, Tensor]]:
         """Yield every reader with its slice of stacked perturbations."""
@@ -232,6 +237,7 @@ class Perturbation:
         for stack, fresh_E, with_gradient in zip(self._stacks, fresh.stacks, fresh.with_gradient, strict=True):
             stack.average(fresh_E, with_gradient, fresh.finite, beta)
         self.may_be_nonzero |= not fresh.is_zero
+        self._switch.times_moved += 1
 
     @property
     def has_gradient(self) -> bool:
