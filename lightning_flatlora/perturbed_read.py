@@ -32,12 +32,10 @@ class Switch:
         is_on: whether the owner's readers add its perturbation.
         only_with_grad: whether they do so only while autograd records, as in a training pass. What runs under
             ``no_grad``, such as a teacher's targets or generation, then reads clean values.
-        times_moved: how often the perturbation has changed.
     """
 
     def __init__(self, is_on: bool = False, only_with_grad: bool = False) -> None:
         self.is_on, self.only_with_grad = is_on, only_with_grad
-        self.times_moved = 0
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,10 @@ Parts = dict[range | None, Tensor]
 _CLEAN: tuple["Switch", Parts] = Switch(), {}
 
 _WAS_CLEAN = (
-    "a backward pass computes a layer again, at perturbed weights, that the forward pass had read clean, under "
-    "no_grad: if that is on purpose, as in GradCache and the Cached... losses of sentence-transformers, run forward "
-    "and backward of the step in a loop inside `for each_pass in flat.training_passes(also_no_grad=True):` and "
-    "`with each_pass:`"
+    "a backward pass computes a layer again, at perturbed weights, that the forward pass had read clean. If it was in "
+    "eval mode, call model.train() before the forward pass. If it ran under no_grad on purpose, as in GradCache and "
+    "the Cached... losses of sentence-transformers, run forward and backward of the step in a loop inside `for "
+    "each_pass in flat.training_passes(also_no_grad=True):` and `with each_pass:`"
 )
 
 
@@ -107,29 +105,32 @@ def autograd_records() -> bool:
     return False
 
 
+def in_backward() -> bool:
+    """Say whether a backward pass is running, which compiled code can't ask."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class _Reading:
     """The perturbations that one attribute of a module adds to the parameter.
 
     Attributes:
         only_views: see :func:`perturb`.
         sources: the E of each owner; the last one that is switched on is read.
+        was_perturbed, was_clean: whether a pass that autograd records has read the perturbed value, and the clean one,
+            since :func:`note_reads`.
     """
 
     def __init__(self, only_views: bool) -> None:
         self.only_views = only_views
         self.sources: list[tuple[Switch, Parts]] = []
-        # The owner whose perturbation the last forward pass has read, and how often that had moved.
-        self._last_read: tuple[Switch, int] | None = None
+        self.was_perturbed = self.was_clean = False
 
-    def _source(self) -> tuple[Switch, Parts]:
+    def source(self) -> tuple[Switch, Parts]:
+        """Return the owner whose parts are currently added, and these; none for the clean value."""
         for source in reversed(self.sources):
             if source[0].is_on:
                 return source
         return _CLEAN
-
-    def parts(self) -> Parts:
-        """Return the currently added parts; none for the clean value."""
-        return self._source()[1]
 
     def stays_clean(self) -> bool:
         """Say whether the parts are only for passes that autograd records, of which this is none.
@@ -137,17 +138,13 @@ class _Reading:
         Raises:
             RuntimeError: this is a backward pass, but the layer's forward pass has read the clean value.
         """
-        switch, _ = self._source()
-        if not switch.only_with_grad:
-            return False
-        if not autograd_records():
-            return True
-        # Compiled code can't ask whether a backward is running.
-        if not torch.compiler.is_compiling():
-            now = switch, switch.times_moved
-            if self._last_read != now and torch._C._current_graph_task_id() != -1:
+        switch, _ = self.source()
+        if switch.only_with_grad:
+            if not autograd_records():
+                return True
+            if not self.was_perturbed and in_backward():
                 raise RuntimeError(_WAS_CLEAN)
-            self._last_read = now
+            self.was_perturbed = True
         return False
 
     def take(self, switch: Switch) -> Parts:
@@ -190,9 +187,14 @@ def _property_of(attribute: str) -> property:
             if attribute not in self._parameters:
                 raise AttributeError(attribute)
             value = self._parameters[attribute]
-        reading = self.__dict__[READINGS][attribute]
-        parts = reading.parts()
-        if value is None or not parts:
+        # Gone if another library has put its class on top of this one, which therefore stays.
+        reading = self.__dict__.get(READINGS, {}).get(attribute)
+        if value is None or reading is None:
+            return value
+        _, parts = reading.source()
+        if not parts:
+            if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+                reading.was_clean = True
             return value
         is_parameter = isinstance(value, nn.Parameter)
         if isinstance(value, DTensor) or (reading.only_views and is_parameter):
@@ -261,7 +263,7 @@ def perturb(reader: AnyRef, perturbation: Tensor, switch: Switch, only_views: bo
 
 def release(reader: AnyRef, switch: Switch) -> None:
     """Let a reader stop adding an owner's E; without any owner the module gets its own class back."""
-    reading = _reading_of(reader)
+    reading = reading_of(reader)
     if reading is not None:
         reading.take(switch)
         if not reading.sources:
@@ -270,7 +272,8 @@ def release(reader: AnyRef, switch: Switch) -> None:
             set_class(reader.module)
 
 
-def _reading_of(reader: AnyRef) -> _Reading | None:
+def reading_of(reader: AnyRef) -> _Reading | None:
+    """Return what a reader adds to its parameter, and how it was read; None if nobody perturbs it."""
     reader = as_ref(reader)
     readings: dict[str, _Reading] = reader.module.__dict__.get(READINGS, {})
     return readings.get(reader.name)
@@ -278,8 +281,16 @@ def _reading_of(reader: AnyRef) -> _Reading | None:
 
 def shown(reader: AnyRef) -> Tensor | None:
     """Return the E that a reader currently adds to its parameter; None for the clean value."""
-    reading = _reading_of(reader)
-    return None if reading is None else reading.parts().get(as_ref(reader).rows)
+    reading = reading_of(reader)
+    return None if reading is None else reading.source()[1].get(as_ref(reader).rows)
+
+
+def note_reads(readers: Iterable[AnyRef], was_perturbed: bool) -> None:
+    """Take readers to have been read perturbed by the last pass, or not at all."""
+    for reader in readers:
+        reading = reading_of(reader)
+        if reading is not None:
+            reading.was_perturbed, reading.was_clean = was_perturbed, False
 
 
 @contextmanager
@@ -308,7 +319,7 @@ def clean(readers: Iterable[AnyRef]) -> Iterator[None]:
     """Let readers read clean parameters inside; afterwards, even after an error, restore the former state."""
     switches: set[Switch] = set()
     for reader in readers:
-        reading = _reading_of(reader)
+        reading = reading_of(reader)
         if reading is not None:
             switches.update(switch for switch, _ in reading.sources if switch.is_on)
     for switch in switches:

@@ -15,6 +15,12 @@ _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPER_NAMES = re.compile(rf"(^|\.)({'|'.join(_WRAPPED)})(?=\.)")
 
 
+OPACUS = (
+    "Opacus clips each example's gradient and adds its noise inside the optimizer's step, but the perturbation would "
+    "come from the gradients before that, which the privacy budget does not cover: train plain LoRA under Opacus"
+)
+
+
 def clean_name(name: str) -> str:
     """Return a parameter's name without the parts that FSDP, torch.compile and activation checkpointing insert.
 
@@ -68,6 +74,9 @@ def wrapping_problems(model: nn.Module, unsynchronized: Sequence[str], *, takes_
     unsupported = []
     if any(is_of("deepspeed", module) for module in modules):
         unsupported.append("DeepSpeed")
+    # Its releases 5.4 to 5.16 give each rank plain parts of the weights, of which a norm would be a part's.
+    if any(hasattr(module, "_tp_info") or getattr(module, "_hf_tp_plan", None) for module in modules):
+        unsupported.append("transformers' tensor parallelism")
     if megatron_runs or any(is_of("megatron", module) for module in modules):
         unsupported.append("Megatron")
     if not takes_fsdp1 and FullyShardedDataParallel.fsdp_modules(model):

@@ -1,6 +1,5 @@
 """How a loop's layers are read: by calling them, by a fused kernel, by a compiled layer, and in a measurement."""
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from float64_runs import BETA, optimizer_of
 from helpers import assert_no_trace, same, weights
 from hostile_modules import CHECKPOINTS, Checkpointed, Experts, under_peft
-from loop_runs import METHODS, batches, run, squares, started
+from loop_runs import batches, run, squares, started
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -219,83 +218,6 @@ def test_a_gradient_may_be_used_twice() -> None:
     optimizer.zero_grad()
     run(flat, net, optimizer, batches()[3:4])
     assert flat.step == 5
-
-
-# -- checkpoints whose forward pass records no graph
-
-
-@pytest.mark.parametrize("how", ["reentrant", "another library's"])
-def test_a_reentrant_checkpoint_reads_as_the_layers_in_it(how: str) -> None:
-    """Its forward pass runs without gradients, and yet belongs to the training pass."""
-    flat, net, optimizer = started("EFMLoRA")
-    run(flat, net, optimizer, batches()[:2])
-    x, y = batches()[2]
-    expected = torch.autograd.grad(nn.functional.cross_entropy(net(x), y), trained_factors(flat.method.pairs))
-    optimizer.zero_grad()
-    nn.functional.cross_entropy(Checkpointed(net, CHECKPOINTS[how])(x), y).backward()
-    assert same([p.grad for p in trained_factors(flat.method.pairs)], list(expected))
-
-
-class Cached(nn.Module):
-    """Embeds without gradients, takes the loss's gradient to the embeddings, and embeds again in the backward pass.
-
-    As GradCache and the cached losses of sentence-transformers do, to hold one part's graph at a time.
-    """
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        with torch.no_grad():
-            embedded = self.net(x).requires_grad_()
-        with torch.enable_grad():
-            value = nn.functional.cross_entropy(embedded, y)
-            (gradient,) = torch.autograd.grad(value, embedded)
-        value = value.detach().requires_grad_()
-        value.register_hook(lambda factor: self.embed_again(x, gradient * factor))
-        return value
-
-    def embed_again(self, x: Tensor, gradient: Tensor) -> None:
-        with torch.enable_grad():
-            self.net(x).backward(gradient)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_loss_that_caches_gradients_is_refused_outside_of_its_passes(name: str) -> None:
-    """It would mix the clean weights of its first embeddings with the perturbed ones of its second."""
-    flat, net, optimizer = started(name)
-    run(flat, net, optimizer, batches()[:2])
-    x, y = batches()[2]
-
-    def gradients(loss: Any, **arguments: Any) -> list[Any]:
-        optimizer.zero_grad()
-        for each_pass in flat.training_passes(**arguments):
-            with each_pass:
-                loss(x, y).backward()
-        return [p.grad for p in trained_factors(flat.method.pairs)]
-
-    expected = gradients(lambda x, y: nn.functional.cross_entropy(net(x), y))
-    with pytest.raises(RuntimeError, match=r"had read clean, under no_grad: .* GradCache .*also_no_grad=True"):
-        gradients(Cached(net))
-    torch.testing.assert_close(gradients(Cached(net), also_no_grad=True), expected)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_what_runs_without_gradients_in_a_pass_reads_the_clean_weights(name: str) -> None:
-    """A teacher's targets, or a policy's own earlier probabilities."""
-    flat, net, optimizer = started(name)
-    run(flat, net, optimizer, batches()[:2])
-    clean, (x, y) = copy.deepcopy(net), batches()[2]
-    read = []
-    for each_pass in flat.training_passes():
-        with each_pass:
-            with torch.no_grad():
-                assert same(net(x), clean(x))
-            output = net(x)
-            read.append(output.detach())
-            nn.functional.cross_entropy(output, y).backward()
-    assert not same(read[-1], clean(x))
 
 
 # -- measurements while the object is open

@@ -10,6 +10,7 @@ from lightning_flatlora.loops.loop_method import LoopMethod
 from lightning_flatlora.methods.b_perturbation import EFMLoRAStep, FMLoRAStep
 from lightning_flatlora.methods.optimizers import has_gradient
 from lightning_flatlora.methods.replay import Replay
+from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.sharding import is_sharded
 from lightning_flatlora.wrappers import unwrapped, without_sync
 
@@ -53,20 +54,10 @@ class EFMLoRA(LoopMethod):
     kind = EFMLoRAStep
     method: EFMLoRAStep
 
+    @property
     @override
-    def _use_gradients(self) -> None:
-        # Without an Ê, training and eval mode read the same.
-        missed = self._gates.missed(self._received.identities) if self.method.perturbs else []
-        if missed:
-            raise RuntimeError(
-                f"EFMLoRA: the gradients of {len(missed)} LoRA factors, such as {missed[0].name}, were taken without "
-                "Ê. If their layers are in eval mode, call model.train() before each step, and set only other layers, "
-                "such as dropout, to eval mode. If the layers were not called (fused kernels, layer.forward(x), a "
-                "torch.compile(layer) from before EFMLoRA was made, a penalty), call them, or run forward and backward "
-                "inside `for each_pass in flat.training_passes():` and `with each_pass:`"
-            )
-        super()._use_gradients()
-        self._gates.note(has_opened=False)
+    def _perturbs(self) -> bool:
+        return self.method.perturbs  # without an Ê, training and eval mode read the same
 
     def training_passes(self, also_no_grad: bool = False) -> Iterator[AbstractContextManager[None]]:
         """Yield the one pass of a step, so that one loop works for both methods.
@@ -82,10 +73,10 @@ class EFMLoRA(LoopMethod):
 
     @contextmanager
     def _pass(self, also_no_grad: bool) -> Iterator[None]:
-        self._gates.note(has_opened=True)
+        self.perturbation.note_reads(was_perturbed=False)
         with self.perturbation.applied(only_with_grad=not also_no_grad):
             yield
-        self._gates.note(has_opened=True)  # set again in case look_again() was called inside
+        self.perturbation.note_reads(was_perturbed=True)  # in whichever way
 
 
 class FMLoRA(LoopMethod):
@@ -118,6 +109,17 @@ class FMLoRA(LoopMethod):
     kind = FMLoRAStep
     method: FMLoRAStep
     _passes_begun = 0
+
+    @property
+    @override
+    def _perturbs(self) -> bool:
+        return self.method.takes_ascent
+
+    @override
+    def _missed(self) -> list[LoRAPair]:
+        missed = super()._missed()
+        # A loss outside of the passes, such as unlearning's second one, may use experts that the passes don't.
+        return missed if len(missed) == len(self._received.identities) else []
 
     @override
     def look_again(self) -> None:

@@ -20,11 +20,11 @@ from lightning_flatlora.methods.b_perturbation import BPerturbationStep
 from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.methods.step_method import TwoPassStep
 from lightning_flatlora.pairs import find_pairs
-from lightning_flatlora.pairs.lora_pair import readers_of
+from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of
 from lightning_flatlora.pairs.peft_pairs import merge_problems
 from lightning_flatlora.patching import put_on_instance
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.perturbed_read import clean
+from lightning_flatlora.perturbed_read import clean, reading_of
 from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.sharding import is_sharded, reshard
 from lightning_flatlora.wrappers import unwrapped
@@ -198,8 +198,38 @@ class LoopMethod:
     def _use_gradients(self) -> None:
         self._warn_of_late_start()
         self._check_parameters()
+        missed = self._missed() if self._perturbs else []
+        if missed:
+            raise RuntimeError(
+                f"{self.method.title}: the gradients of {len(missed)} LoRA factors, such as {missed[0].name}, were "
+                "taken without Ê. If their layers are in eval mode, call model.train() before each step, and set only "
+                "other layers, such as dropout, to eval mode. If parts of the layers were replaced (float8, "
+                "quantization-aware training), call look_again(). If the layers were not called (fused kernels, "
+                "layer.forward(x), a torch.compile(layer) from before this object was made, a penalty), call them, or "
+                "run forward and backward inside `for each_pass in flat.training_passes():` and `with each_pass:`"
+            )
         self.method.before_step()
         self._received.forget()
+
+    @property
+    def _perturbs(self) -> bool:
+        """Whether the coming step's gradients must be those of perturbed weights."""
+        raise NotImplementedError
+
+    def _missed(self) -> list[LoRAPair]:
+        """List the pairs whose B has got a gradient although no layer has read it perturbed."""
+        missed = []
+        for pair in self.method.pairs:
+            readings = list(filter(None, map(reading_of, pair.readers)))
+            if any(reading.was_perturbed for reading in readings):
+                continue
+            # What torch.autograd.grad returns calls no hook; a gradient of zeros is an idle expert's. Under FSDP2,
+            # where only backward() works, each rank would have to ask the others.
+            gradient = pair.B.grad if any(reading.was_clean for reading in readings) else None
+            is_given = gradient is not None and not isinstance(gradient, DTensor) and bool(gradient.norm())
+            if is_given or id(pair.B) in self._received.identities:
+                missed.append(pair)
+        return missed
 
     def _check_parameters(self) -> None:
         """Refuse a model whose parameters were replaced, as by ``fully_shard``: Ê belongs to the former ones."""
@@ -207,8 +237,10 @@ class LoopMethod:
         if any(pair.current_B is not pair.B and not isinstance(pair.B, DTensor) for pair in self.method.pairs):
             raise RuntimeError(
                 f"the model's parameters were replaced after {self.method.title} was made: make it after the model is "
-                "sharded, or call look_again()"
+                "sharded, parametrized or pruned, or call look_again()"
             )
+        if any("grad_sample" in vars(pair.B) for pair in self.method.pairs):
+            raise RuntimeError(f"{self.method.title}: {wrappers.OPACUS}")
 
     # -- the state
 
@@ -258,6 +290,8 @@ class LoopMethod:
 def _loop_problems(model: object, optimizer: Any, method: Any, total_steps: object) -> list[str]:
     """List why the method can't work in a loop, as far as it is known before the search for pairs."""
     problems = [] if total_steps is None else checks.integer_problems("total_steps", total_steps, 1)
+    if wrappers.is_of("opacus", optimizer) and isinstance(model, nn.Module):
+        return [*problems, wrappers.OPACUS]
     if not isinstance(model, nn.Module) or optimizers.stepped(optimizer) is None:
         given = f"{type(model).__name__} and {type(optimizer).__name__}"
         return [*problems, f"the first two arguments must be a model and its torch.optim.Optimizer, got {given}"]

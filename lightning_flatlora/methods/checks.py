@@ -47,11 +47,7 @@ def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         problems.append(f"LBFGS {SEVERAL_GRADIENTS}")
     if any(wrappers.is_of("opacus", optimizer) for optimizer in optimizers):
-        problems.append(
-            "Opacus clips each example's gradient and adds its noise inside the optimizer's step, but the perturbation "
-            "would come from the gradients before that, which the privacy budget does not cover: train plain LoRA "
-            "under Opacus"
-        )
+        problems.append(wrappers.OPACUS)
     # With several optimizers, the one that maximizes may train something else.
     groups = getattr(optimizers[0], "param_groups", []) if len(optimizers) == 1 else []
     if any(group.get("maximize") for group in groups):

@@ -170,7 +170,6 @@ class Perturbation:
             self._show(inside)
             self._is_applied = self._switch.is_on = True
             self._switch.only_with_grad = only_with_grad
-            self._switch.times_moved += only_with_grad  # E may be another one, and one only for this pass
             yield
         finally:
             # Unless uninstall() was called inside.
@@ -197,6 +196,10 @@ class Perturbation:
         if slices is None:
             for reader in readers_of(self.pairs):
                 perturbed_read.release(reader, self._switch)
+
+    def note_reads(self, was_perturbed: bool) -> None:
+        """Take all layers to have been read perturbed by the last pass, or not at all, as when a step begins."""
+        perturbed_read.note_reads((reader for reader, _ in self._shown or ()), was_perturbed)
 
     def ascend(
         self, rho: float | Tensor, *, at_perturbed: bool, also_finite: Iterable[nn.Parameter] = ()
@@ -237,7 +240,6 @@ class Perturbation:
         for stack, fresh_E, with_gradient in zip(self._stacks, fresh.stacks, fresh.with_gradient, strict=True):
             stack.average(fresh_E, with_gradient, fresh.finite, beta)
         self.may_be_nonzero |= not fresh.is_zero
-        self._switch.times_moved += 1
 
     @property
     def has_gradient(self) -> bool:

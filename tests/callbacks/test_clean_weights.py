@@ -5,6 +5,7 @@ checkpoint, the weights must equal a shadow bit for bit. To make sure that this 
 the layers read B + E meanwhile. Nothing of the base is copied, and no full-size E exists.
 """
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -215,3 +216,21 @@ def test_a_copy_of_a_frozen_weight_would_be_seen(tmp_path: Any) -> None:
     module, callbacks, more = build("plain", net=net)
     module.inside.append(lambda self, batch_idx: net.base_model.model[0].base_layer.weight.clone())
     assert len(watched_fit(tmp_path, net, module, callbacks, **more).made) == 6
+
+
+@pytest.mark.parametrize("front_end", [*FRONT_ENDS, "LoRASAM"])
+def test_what_runs_without_gradients_in_a_step_reads_the_clean_weights(tmp_path: Any, front_end: str) -> None:
+    """A teacher's targets, or a policy's earlier probabilities."""
+    read: list[bool] = []
+
+    class Own:
+        def loss(self, batch: Any, batch_idx: int) -> Any:
+            clean, inputs = copy.deepcopy(self.net), batch[0]
+            with torch.no_grad():
+                assert same(self.net(inputs), clean(inputs))
+            read.append(same(self.net(inputs), clean(inputs)))
+            return super().loss(batch, batch_idx)
+
+    module, callbacks, kwargs = build(front_end, own=Own)
+    fit(tmp_path, module, callbacks, max_epochs=1, **kwargs)
+    assert False in read
