@@ -117,7 +117,7 @@ class _Reading:
         only_views: see :func:`perturb`.
         sources: the E of each owner; the last one that is switched on is read.
         was_perturbed, was_clean: whether a pass that autograd records has read the perturbed value, and the clean one,
-            since :func:`note_reads`.
+            since they were last set.
     """
 
     def __init__(self, only_views: bool) -> None:
@@ -283,14 +283,6 @@ def shown(reader: AnyRef) -> Tensor | None:
     """Return the E that a reader currently adds to its parameter; None for the clean value."""
     reading = reading_of(reader)
     return None if reading is None else reading.source()[1].get(as_ref(reader).rows)
-
-
-def note_reads(readers: Iterable[AnyRef], was_perturbed: bool) -> None:
-    """Take readers to have been read perturbed by the last pass, or not at all."""
-    for reader in readers:
-        reading = reading_of(reader)
-        if reading is not None:
-            reading.was_perturbed, reading.was_clean = was_perturbed, False
 
 
 @contextmanager

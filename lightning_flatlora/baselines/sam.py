@@ -48,12 +48,7 @@ class SAM(MethodCallback["SAMStep"]):
     """
 
     def __init__(
-        self,
-        rho: float | RhoSchedule,
-        *,
-        start_step: int = 0,
-        every_n_steps: int = 1,
-        sync_ascent: bool = True,
+        self, rho: float | RhoSchedule, *, start_step: int = 0, every_n_steps: int = 1, sync_ascent: bool = True
     ) -> None:
         super().__init__(SAMStep(rho=rho, start_step=start_step, every_n_steps=every_n_steps, sync_ascent=sync_ascent))
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
@@ -24,7 +23,8 @@ class AdapterAveraging(Callback):
     starts it holds the averages. So validation, checkpoints, AdapterCheckpoint's folder and the module after ``fit``
     have the averages. A checkpoint also holds the training weights, so a run resumes exactly.
 
-    It is called before all other callbacks, so that they see the averages when a batch ends.
+    It is called before all other callbacks, so that they see the averages when a batch ends. A checkpoint that a
+    ``training_step`` saves itself lacks the average of that step.
 
     Whoever writes a trained weight between two batches, not through ``.data``, sets its average, and training goes on
     from there. Averages are in float32 or float64, since 16 bits would round small changes away. Buffers, such as
@@ -73,7 +73,8 @@ class AdapterAveraging(Callback):
         self._aside: dict[str, Tensor] = state_dict.get("weights", {})
         # The versions are those of the parameters when the averages were put into them.
         self._versions: dict[str, int] = {}
-        self._take_names({})
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._names: dict[nn.Parameter, str] = {}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,12 +97,7 @@ class AdapterAveraging(Callback):
             if here != there:
                 problems.append(f"the checkpoint has an average of {name} of shape {there}, here it is {here}")
         refuse(self, problems)
-        if self._count and self._step < trainer.global_step:
-            rank_zero_warn(
-                f"AdapterAveraging: the averages are of step {self._step}, but the run continues from step "
-                f"{trainer.global_step}, so they lack steps: save when a batch ends, not within it"
-            )
-        self._take_names(named)
+        self._follow(trainer, pl_module)
         for values in (self._averages, self._aside):
             for name, value in values.items():
                 values[name] = Sharding().part(value.to(named[name].device), named[name])
@@ -117,32 +113,28 @@ class AdapterAveraging(Callback):
         """Average the weights if the batch ended in an optimizer step, and put the averages into the module."""
         if trainer.global_step > max(self._step, self.start_step):
             trained = [parameter for parameter in parameters_of(*trainer.optimizers) if parameter.requires_grad]
-            names = self._names_of(trained, pl_module)
+            if not self._names.keys() >= set(trained):
+                self._follow(trainer, pl_module)
             self._step = trainer.global_step
             self._count += 1
             share = 1 / self._count if self.decay is None else 1 - self.decay
-            for name in names:
-                parameter = self._parameters[name]
+            for parameter in trained:
                 weight = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
-                self._averages.setdefault(name, weight).lerp_(weight, share)
+                self._averages.setdefault(self._names[parameter], weight).lerp_(weight, share)
         self._hold_averages(pl_module, True)
 
     on_train_epoch_end = on_train_batch_end  # for an epoch that an on_train_batch_start ended by returning -1
 
-    def _names_of(self, parameters: list[nn.Parameter], pl_module: LightningModule) -> list[str]:
-        """Return the names of trained parameters; the average of one that was replaced starts again."""
-        if any(parameter not in self._names for parameter in parameters):
-            former = self._parameters
-            self._take_names(_named_parameters(pl_module))
+    def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the names of the parameters as they are now; the average of one that was replaced starts again."""
+        former, self._parameters = self._parameters, _named_parameters(pl_module)
+        self._names = {parameter: name for name, parameter in self._parameters.items()}
+        if former:
             self._averages = {n: each for n, each in self._averages.items() if self._parameters.get(n) is former[n]}
-        lacking = [tuple(parameter.shape) for parameter in parameters if parameter not in self._names]
-        if lacking:
-            problem = f"an optimizer trains a parameter of shape {lacking[0]} that is not the module's"
-            refuse(self, [f"{problem}, so no checkpoint would hold it: make it an attribute of the module"])
-        return [self._names[parameter] for parameter in parameters]
-
-    def _take_names(self, named: dict[str, nn.Parameter]) -> None:
-        self._parameters, self._names = named, {parameter: name for name, parameter in named.items()}
+        for parameter in parameters_of(*trainer.optimizers):
+            if parameter.requires_grad and parameter not in self._names:
+                problem = f"an optimizer trains a parameter of shape {tuple(parameter.shape)} that is not the module's"
+                refuse(self, [f"{problem}, so no checkpoint would hold it: make it an attribute of the module"])
 
     def _hold_averages(self, pl_module: LightningModule, averages: bool) -> None:
         """Let the module hold the averages, or else the training weights, unless it already does."""

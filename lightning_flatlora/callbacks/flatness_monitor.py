@@ -1,7 +1,7 @@
 """FlatnessMonitor: flatness measured on probe batches while a model trains, without disturbing the training."""
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,6 +18,7 @@ from lightning_flatlora.flatness.measures import DEFAULT_MEASURES, Point, measur
 from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.methods.b_perturbation import EFMLoRAStep
 from lightning_flatlora.methods.checks import choice_problems, integer_problems, refuse
+from lightning_flatlora.methods.optimizers import parameters_of
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.pairs.lora_pair import Finder, NoPairsError
 from lightning_flatlora.perturbation import Perturbation
@@ -126,7 +127,7 @@ class FlatnessMonitor(Callback):
         if self.data == "val" and not trainer.enable_validation:
             problems.append("data='val', but this fit has no validation: give a validation loader, or choose 'train'")
         try:
-            self._targets(pl_module, method)
+            self._targets(trainer, pl_module, method)
         except ValueError as error:
             # An error only if no pair may come later in the fit.
             if not isinstance(error, NoPairsError) or not unfreezes_later(trainer):
@@ -137,7 +138,9 @@ class FlatnessMonitor(Callback):
             problems.append(str(error))
         refuse(self, problems)
 
-    def _targets(self, pl_module: LightningModule, method: Any) -> tuple[Perturbation, WeightNoise | None]:
+    def _targets(
+        self, trainer: Trainer, pl_module: LightningModule, method: Any
+    ) -> tuple[Perturbation, WeightNoise | None]:
         """Find the pairs that the model trains now and, if noise is measured, their weights.
 
         Raises:
@@ -145,7 +148,10 @@ class FlatnessMonitor(Callback):
         """
         finder = self.finder or (method.finder if method else None)
         adapter_name = method.adapter_name if method is not None and finder is None else None
-        perturbation = Perturbation(find_pairs(pl_module, adapter_name, finder=finder).pairs)
+        pairs = find_pairs(pl_module, adapter_name, finder=finder).pairs
+        learned = set(parameters_of(*trainer.optimizers))
+        # Only the optimizers know whether A is trained, since a reference pass lets a fixed one require a gradient.
+        perturbation = Perturbation([replace(pair, A_is_fixed=pair.A not in learned) for pair in pairs])
         if "expected_sharpness" not in (self.measures or ()):
             return perturbation, None
         return perturbation, WeightNoise(pl_module, adapter_name, finder=finder)
@@ -243,7 +249,7 @@ class FlatnessMonitor(Callback):
             logger.log_metrics({name: float(value) for name, value in values.items()}, step=step)
 
     def _point(self, trainer: Trainer, pl_module: LightningModule, method: Any, held: ProbeBatches) -> Point:
-        perturbation, noise = self._targets(pl_module, method)
+        perturbation, noise = self._targets(trainer, pl_module, method)
         size = method.current_rho if method else None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return Point(

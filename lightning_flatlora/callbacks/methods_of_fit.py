@@ -148,7 +148,8 @@ class MethodsOfFit(Generic[S]):
         Raises:
             MisconfigurationException: the state has other settings, optimizers or pairs.
         """
-        states = state.get("optimizers", [state])
+        optimizers = state.get("optimizers") if isinstance(state, dict) else None
+        states = optimizers if isinstance(optimizers, list) else [state]
         # A single state, such as a loop's or one from before the optimizers were known, is for the first optimizer's
         # pairs.
         if len(states) not in (1, len(self.methods)):

@@ -94,8 +94,7 @@ class Requeue(Callback):
             )
             return
         of_slurm = getattr(trainer._accelerator_connector.cluster_environment, "requeue_signal", None)
-        numbers: set[Any] = {*self.signals, of_slurm} - {None}
-        for number in numbers:
+        for number in {*self.signals, of_slurm} - {None}:
             # Shells make their background jobs ignore SIGINT.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)

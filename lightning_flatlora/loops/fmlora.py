@@ -10,7 +10,6 @@ from lightning_flatlora.loops.loop_method import LoopMethod
 from lightning_flatlora.methods.b_perturbation import EFMLoRAStep, FMLoRAStep
 from lightning_flatlora.methods.optimizers import has_gradient
 from lightning_flatlora.methods.replay import Replay
-from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.sharding import is_sharded
 from lightning_flatlora.wrappers import unwrapped, without_sync
 
@@ -53,11 +52,6 @@ class EFMLoRA(LoopMethod):
 
     kind = EFMLoRAStep
     method: EFMLoRAStep
-
-    @property
-    @override
-    def _perturbs(self) -> bool:
-        return self.method.perturbs  # without an Ê, training and eval mode read the same
 
     def training_passes(self, also_no_grad: bool = False) -> Iterator[AbstractContextManager[None]]:
         """Yield the one pass of a step, so that one loop works for both methods.
@@ -109,17 +103,6 @@ class FMLoRA(LoopMethod):
     kind = FMLoRAStep
     method: FMLoRAStep
     _passes_begun = 0
-
-    @property
-    @override
-    def _perturbs(self) -> bool:
-        return self.method.takes_ascent
-
-    @override
-    def _missed(self) -> list[LoRAPair]:
-        missed = super()._missed()
-        # A loss outside of the passes, such as unlearning's second one, may use experts that the passes don't.
-        return missed if len(missed) == len(self._received.identities) else []
 
     @override
     def look_again(self) -> None:

@@ -26,9 +26,8 @@ PASSES_UNTIL_WARNING = 1000
 def _opens(perturbation: Perturbation, layer: nn.Module) -> bool:
     """Say whether the call of a layer that begins is one of training, with a perturbation to read."""
     # A checkpoint calls it again in the backward pass, before which an evaluation may have changed the mode.
-    if GATES_CLOSED.is_on or not (layer.training or in_backward()):
-        return False
-    return perturbation.may_be_nonzero and not perturbation.is_on and autograd_records()
+    trains = (layer.training or in_backward()) and not GATES_CLOSED.is_on
+    return trains and perturbation.may_be_nonzero and not perturbation.is_on and autograd_records()
 
 
 class _Gated(Overlay):

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_flatlora import wrappers
 from lightning_flatlora.loops.forward_gate import ForwardGates, ReceivedGradients
 from lightning_flatlora.methods import checks, optimizers
-from lightning_flatlora.methods.assignment import assign_pairs
+from lightning_flatlora.methods.assignment import absent_factor, assign_pairs
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
 from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.methods.step_method import TwoPassStep
@@ -118,7 +118,7 @@ class LoopMethod:
         assignment = assign_pairs(search, [self._optimizer], [method.pairs])
         problems = merge_problems(module)
         if not assignment.pairs[0]:
-            name = search.pairs[0].name
+            name = absent_factor(search.pairs, module, self._optimizer)
             problems.append(f"trainable LoRA factors, such as {name}, are not in the optimizer: add them to it")
         refuse(method, problems)
         self._gates.uninstall()
@@ -198,7 +198,7 @@ class LoopMethod:
     def _use_gradients(self) -> None:
         self._warn_of_late_start()
         self._check_parameters()
-        missed = self._missed() if self._perturbs else []
+        missed = self._missed()
         if missed:
             raise RuntimeError(
                 f"{self.method.title}: the gradients of {len(missed)} LoRA factors, such as {missed[0].name}, were "
@@ -211,14 +211,14 @@ class LoopMethod:
         self.method.before_step()
         self._received.forget()
 
-    @property
-    def _perturbs(self) -> bool:
-        """Whether the coming step's gradients must be those of perturbed weights."""
-        raise NotImplementedError
-
     def _missed(self) -> list[LoRAPair]:
         """List the pairs whose B has got a gradient although no layer has read it perturbed."""
-        missed = []
+        missed: list[LoRAPair] = []
+        method: Any = self.method
+        takes_two_passes, received = isinstance(method, TwoPassStep), self._received.identities
+        # Without an Ê, or in a plain step of FMLoRA, all read the clean weights.
+        if not (method.takes_ascent if takes_two_passes else method.perturbs):
+            return missed
         for pair in self.method.pairs:
             readings = list(filter(None, map(reading_of, pair.readers)))
             if any(reading.was_perturbed for reading in readings):
@@ -227,9 +227,10 @@ class LoopMethod:
             # where only backward() works, each rank would have to ask the others.
             gradient = pair.B.grad if any(reading.was_clean for reading in readings) else None
             is_given = gradient is not None and not isinstance(gradient, DTensor) and bool(gradient.norm())
-            if is_given or id(pair.B) in self._received.identities:
+            if is_given or id(pair.B) in received:
                 missed.append(pair)
-        return missed
+        # Outside of two passes another loss may run, such as unlearning's second one, and use experts of its own.
+        return [] if takes_two_passes and len(missed) < len(received) else missed
 
     def _check_parameters(self) -> None:
         """Refuse a model whose parameters were replaced, as by ``fully_shard``: Ê belongs to the former ones."""
@@ -280,7 +281,7 @@ class LoopMethod:
         Raises:
             MisconfigurationException: the state belongs to other pairs or settings.
         """
-        if "optimizers" in state:
+        if isinstance(state, dict) and isinstance(state.get("optimizers"), list):
             problem = f"the state is of {len(state['optimizers'])} optimizers, but a loop's object follows one"
             refuse(self.method, [problem])
         self.method.load_state_dict(state, self.search.names)
@@ -290,15 +291,13 @@ class LoopMethod:
 def _loop_problems(model: object, optimizer: Any, method: Any, total_steps: object) -> list[str]:
     """List why the method can't work in a loop, as far as it is known before the search for pairs."""
     problems = [] if total_steps is None else checks.integer_problems("total_steps", total_steps, 1)
-    if wrappers.is_of("opacus", optimizer) and isinstance(model, nn.Module):
-        return [*problems, wrappers.OPACUS]
+    problems += checks.optimizer_problems([optimizers.innermost(optimizer)])
     if not isinstance(model, nn.Module) or optimizers.stepped(optimizer) is None:
         given = f"{type(model).__name__} and {type(optimizer).__name__}"
-        return [*problems, f"the first two arguments must be a model and its torch.optim.Optimizer, got {given}"]
+        return problems or [f"the first two arguments must be a model and its torch.optim.Optimizer, got {given}"]
     takes_two_passes = isinstance(method, TwoPassStep)
     first_pass = [f"{method.title}'s first pass"] if takes_two_passes else []
     problems += wrappers.wrapping_problems(model, first_pass)
-    problems += checks.optimizer_problems([optimizers.innermost(optimizer)])
     if takes_two_passes and not method.sync_ascent and is_sharded(model):
         problems.append("sync_ascent=False needs each rank's own gradient, which FSDP does not keep")
     if method.lacks_horizon and total_steps is None:

@@ -54,10 +54,6 @@ class BPerturbationStep(StepMethod):
             self.perturbation.install()
 
     @override
-    def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
-        self.perturbation.note_reads(was_perturbed=False)
-
-    @override
     def close(self) -> None:
         self.perturbation.uninstall()
 
@@ -137,7 +133,6 @@ class EFMLoRAStep(BPerturbationStep, OnePassStep):
     @override
     def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
         """Move Ê by the gradients of the coming step, which were taken at B + Ê."""
-        super().use_gradients(also_finite)
         if self.schedules_module:
             self._average_ascents(also_finite)
         elif self.perturbation.has_gradient and self.refreshes:

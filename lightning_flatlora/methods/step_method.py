@@ -208,6 +208,8 @@ class StepMethod:
         self._look_for_gradients()
         if self.pairs:
             self.use_gradients(parameters_of(self.optimizer) if self.loss_scaler is not None else [])
+        if self.perturbation is not None:
+            self.perturbation.note_reads(was_perturbed=False)
         self.step += 1
 
     def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
@@ -260,12 +262,13 @@ class StepMethod:
         """
         try:
             step, initial_lr = state["step"], state["initial_lr"]
-            problems = checks.changed_problems(self, state["settings"])
+            problems = checks.integer_problems("the saved step", step, least=0)
+            problems += checks.changed_problems(self, state["settings"])
             if not problems:
                 self.restore(state, known)
         except ValueError as error:
             problems = [str(error)]
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             problems = [f"the state was not saved by {self.title}, or it is damaged: {error!r}"]
         checks.refuse(self, problems)
         self.step, self.initial_lr = step, initial_lr

@@ -199,7 +199,10 @@ class Perturbation:
 
     def note_reads(self, was_perturbed: bool) -> None:
         """Take all layers to have been read perturbed by the last pass, or not at all, as when a step begins."""
-        perturbed_read.note_reads((reader for reader, _ in self._shown or ()), was_perturbed)
+        for reader, _ in self._shown or ():
+            reading = perturbed_read.reading_of(reader)
+            if reading is not None:
+                reading.was_perturbed, reading.was_clean = was_perturbed, False
 
     def ascend(
         self, rho: float | Tensor, *, at_perturbed: bool, also_finite: Iterable[nn.Parameter] = ()
@@ -263,11 +266,14 @@ class Perturbation:
             may_come: names of pairs that the model has but does not train yet; their state waits for them.
 
         Raises:
-            ValueError: the state belongs to other pairs; the message says which are missing, new or of another shape.
+            ValueError: the state belongs to other pairs, and the message says which are missing, new or of another
+                shape; or it is not finite.
         """
         saved = {}
         for name, E in state["E"].items():
             scaling = torch.tensor(state["scalings"][name], dtype=torch.float64)
+            if not E.isfinite().all():
+                raise ValueError(f"the checkpoint is damaged: the perturbation of {name} is not finite")
             saved[name] = PairState(E, torch.as_tensor(state["averaged"][name]), scaling)
         names = [pair.name for pair in self.pairs]
         problems = [f"{name} is not in the checkpoint" for name in names if name not in saved]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from checkpointed_bases import saver
 from helpers import (
-    ByHand,
     Classifier,
     ResumableLoader,
     calling,
@@ -127,19 +126,6 @@ def test_a_callback_that_saves_before_it_in_a_batch_has_the_batchs_average(tmp_p
     loader = ResumableLoader(list(make_loader()))
     fit(tmp_path, resumed, [AdapterAveraging(0.8)], loader, ckpt_path=tmp_path / "early.ckpt")
     assert same(weights(resumed), weights(whole))
-
-
-def test_a_checkpoint_from_within_a_batch_is_named(tmp_path: Path) -> None:
-    class Saves(ByHand):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            super().training_step(batch, batch_idx)
-            if self.trainer.global_step == 4:
-                self.trainer.save_checkpoint(tmp_path / "within.ckpt")
-
-    fit(tmp_path, Saves(), [AdapterAveraging(0.8)], ResumableLoader(list(make_loader())))
-    loader = ResumableLoader(list(make_loader()))
-    with pytest.warns(UserWarning, match=r"averages are of step 3, but the run continues from step 4, so they lack st"):
-        fit(tmp_path, ByHand(), [AdapterAveraging(0.8)], loader, ckpt_path=tmp_path / "within.ckpt")
 
 
 OTHERS = [

@@ -196,6 +196,18 @@ def note_rewritten(module: nn.Module) -> None:
                 trained_names(module).update(plain_name(inner) for inner, _ in parameters)
 
 
+def note_changed(module: nn.Module, identities: Mapping[str, Identity]) -> bool:
+    """Record which frozen weights have changed since the first save, as by ReLoRA's merges, as if they were trained.
+
+    Returns:
+        Whether any have, by what can be compared of them.
+    """
+    at_first = vars(bare(module)).setdefault("_base_at_first_save", dict(identities))
+    changed = [name for name, now in identities.items() if not _same(at_first.get(name), now)]
+    trained_names(module).update(map(plain_name, changed))
+    return bool(changed)
+
+
 # -- which base it was
 
 

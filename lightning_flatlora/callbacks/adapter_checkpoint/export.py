@@ -151,9 +151,10 @@ def is_ours(folder: Path, checkpoint: Path) -> bool:
 def _read_list(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / LIST).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and found.get("format", FORMAT) == FORMAT else {}
+        is_ours = found.get("format", FORMAT) == FORMAT and Path(found["checkpoint"]).name == found["checkpoint"]
+        return found if is_ours and set(map(type, found["files"])) <= {str} else {}
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        return {}  # another program's, or damaged
 
 
 @contextmanager
@@ -179,6 +180,11 @@ def _put_in_place(adapters: Path, folder: Path, checkpoint: Path) -> None:
             # One by one, so that the folder of a checkpoint that is overwritten exists at every moment. The list, which
             # names the step, comes last.
             listed = shutil.ignore_patterns(LIST)
+            # A downloaded folder may hold links, which the copy would follow out of it.
+            for each in filter(Path.is_dir, adapters.rglob("*")):
+                place = folder / each.relative_to(adapters)
+                if place.is_symlink():
+                    place.unlink()
             shutil.copytree(adapters, folder, ignore=listed, dirs_exist_ok=True, copy_function=os.replace)
             (adapters / LIST).replace(folder / LIST)
         else:

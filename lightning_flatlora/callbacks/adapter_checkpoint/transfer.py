@@ -3,7 +3,8 @@
 import math
 import os
 import zipfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,11 +41,19 @@ def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
     strategy, module = trainer.strategy, trainer.lightning_module
     contents.note_trained(module)
     contents.note_rewritten(module)
-    for problem in merge_problems(module):
+    merged = merge_problems(module)
+    for problem in merged:
         rank_zero_warn(f"AdapterCheckpoint: at a save {problem}, or a load will report another base")
     kept, base = contents.divided_state(module, finder)
     sharding, sharded = sharding_of(strategy.model), is_sharded(strategy.model)
-    mark: dict[str, Any] = {"format": export.FORMAT, "left_out": contents.identities_of(base, sharded)}
+    identities = contents.identities_of(base, sharded)
+    if not merged and contents.note_changed(module, identities):
+        rank_zero_warn(
+            "AdapterCheckpoint: the frozen base has changed since the first save, as by ReLoRA. So the .ckpt files hold"
+            " it. The folders don't: to use the adapter elsewhere, load the .ckpt by load_adapter_checkpoint"
+        )
+        kept, base = contents.divided_state(module, finder)
+    mark: dict[str, Any] = {"format": export.FORMAT, "left_out": {name: identities[name] for name in base}}
     mark["scalings"] = contents.scalings_of(module, finder)
     # A tensor with two names is gathered once, and stays one tensor.
     once = {id(value): value for value in kept.values()}
@@ -153,8 +162,7 @@ def load_adapter_checkpoint(
         The module.
 
     Raises:
-        MisconfigurationException: the file is of another model or adapter, or no checkpoint.
-        RuntimeError: a weight has another shape.
+        MisconfigurationException: the file is of another model or adapter, damaged, or no checkpoint.
 
     Example:
         >>> from io import BytesIO
@@ -164,18 +172,31 @@ def load_adapter_checkpoint(
         tensor([[1., 1.]])
     """
     export.check(path)
-    checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise MisconfigurationException(f"{path} has no state_dict: give a .ckpt of AdapterCheckpoint or Lightning")
-    if is_lightning(module, LightningModule):
-        # As load_from_checkpoint does. Lightning calls it before each fit and test too, so it may be called again.
-        module.configure_model()
-    if MARK in checkpoint:
-        export.check(path, checkpoint.get("global_step"))
-        _load_weights(module, checkpoint, strict, finder)
-    else:
-        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+    with _read(path):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+            raise MisconfigurationException(f"{path} has no state_dict: give a .ckpt of AdapterCheckpoint or Lightning")
+        if is_lightning(module, LightningModule):
+            # As load_from_checkpoint does. Lightning calls it before each fit and test too, so it may be called again.
+            module.configure_model()
+        if MARK in checkpoint:
+            export.check(path, checkpoint.get("global_step"))
+            _load_weights(module, checkpoint, strict, finder)
+        else:
+            module.load_state_dict(checkpoint["state_dict"], strict=strict)
     return module
+
+
+@contextmanager
+def _read(path: Any) -> Iterator[None]:
+    """Name the file in whatever error it causes, of which a damaged one may cause any."""
+    try:
+        yield
+    except (OSError, MisconfigurationException):
+        raise
+    except Exception as error:
+        text = f"{path} can't be loaded: it is damaged, or of a module with another rank, head or vocabulary: {error}"
+        raise MisconfigurationException(f"AdapterCheckpoint: {text}") from error
 
 
 def read_adapters(trainer: Trainer, finder: Finder | None) -> None:
@@ -209,16 +230,18 @@ def read_adapters(trainer: Trainer, finder: Finder | None) -> None:
 
     def load(checkpoint_path: Any, **options: Any) -> dict[str, Any]:
         # A strategy that restores after its setup would load the file into a gathered model at once.
-        if strategy.restore_checkpoint_after_setup and _is_ours(checkpoint_path):
-            return strategy.checkpoint_io.load_checkpoint(checkpoint_path, **options)
-        return load_checkpoint(checkpoint_path, **options)
+        with _read(checkpoint_path):
+            if strategy.restore_checkpoint_after_setup and _is_ours(checkpoint_path):
+                return strategy.checkpoint_io.load_checkpoint(checkpoint_path, **options)
+            return load_checkpoint(checkpoint_path, **options)
 
     def load_state(checkpoint: dict[str, Any], strict: bool = True) -> None:
         module = trainer.lightning_module
         if MARK not in checkpoint:
             load_model_state_dict(checkpoint, strict=strict)
             return
-        _load_weights(module, checkpoint, strict, finder, trainer)
+        with _read(trainer.ckpt_path):
+            _load_weights(module, checkpoint, strict, finder, trainer)
         if "current_model_state" in checkpoint:
             # WeightAveraging loads both strictly, by the module's own names, and the base is in neither.
             for key in ("state_dict", "current_model_state"):
