@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -78,9 +77,8 @@ _CLEAN: tuple["Switch", Parts] = Switch(), {}
 
 _WAS_CLEAN = (
     "a backward pass computes a layer again, at perturbed weights, that the forward pass had read clean. If it was in "
-    "eval mode, call model.train() before the forward pass. If it ran under no_grad on purpose, as in GradCache and "
-    "the Cached... losses of sentence-transformers, run forward and backward of the step in a loop inside `for "
-    "each_pass in flat.training_passes(also_no_grad=True):` and `with each_pass:`"
+    "eval mode, call model.train() before. If it ran under no_grad on purpose, as in GradCache and Cached... losses, "
+    "run the step in a loop inside `for each_pass in flat.training_passes(also_no_grad=True):` and `with each_pass:`"
 )
 
 
@@ -93,7 +91,7 @@ def autograd_records() -> bool:
     # Compiled code can't look at the frames, and contains no reentrant checkpoint as such.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
-    frame: FrameType | None = sys._getframe(1)
+    frame: Any = sys._getframe()
     while frame is not None:
         code = frame.f_code
         if code.co_name == "forward" and code.co_argcount > 0 and code.co_varnames[0] != "self":
@@ -142,7 +140,7 @@ class _Reading:
         if switch.only_with_grad:
             if not autograd_records():
                 return True
-            if not self.was_perturbed and in_backward():
+            if in_backward() and not self.was_perturbed:
                 raise RuntimeError(_WAS_CLEAN)
             self.was_perturbed = True
         return False
@@ -286,23 +284,21 @@ def shown(reader: AnyRef) -> Tensor | None:
 
 
 @contextmanager
-def perturbed(
-    perturbations: Mapping[AnyRef, Tensor], only_views: bool = False, only_with_grad: bool = False
-) -> Iterator[None]:
+def perturbed(E: Mapping[AnyRef, Tensor], only_views: bool = False, only_with_grad: bool = False) -> Iterator[None]:
     """Let each reader add its E inside; afterwards, even after an error, restore the former state.
 
     Args:
-        perturbations: E of each reader.
+        E: of each reader.
         only_views: see :func:`perturb`.
         only_with_grad: see :class:`Switch`.
     """
     switch = Switch(is_on=True, only_with_grad=only_with_grad)
     try:
-        for reader, perturbation in perturbations.items():
+        for reader, perturbation in E.items():
             perturb(reader, perturbation, switch, only_views)
         yield
     finally:
-        for reader in perturbations:
+        for reader in E:
             release(reader, switch)
 
 

@@ -42,6 +42,24 @@ def of_a_part(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([next(p for p in net.parameters() if p.requires_grad)], lr=0.1)
 
 
+def of_b(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for name, p in net.named_parameters() if "lora_B" in name], lr=0.1)
+
+
+def of_opacus(net: nn.Module) -> Any:
+    """An optimizer that wraps another, without its hooks."""
+    optimizer = object.__new__(type("DPOptimizer", (torch.optim.Optimizer,), {"__module__": "opacus.optimizers"}))
+    optimizer.original_optimizer = sgd(net)
+    return optimizer
+
+
+def tensor_parallel() -> nn.Module:
+    """As transformers 5.4 to 5.16 leave it, with a part of each weight as a plain tensor."""
+    net: Any = make_net()
+    net.base_model.model[0].base_layer._hf_tp_plan = "colwise"
+    return net
+
+
 @dataclass
 class Case:
     """What is refused, and the words of the message."""
@@ -60,6 +78,9 @@ REFUSED = {
     ),
     "each other's place": Case("must be a model and its torch.optim.Optimizer", optimizer=lambda net: net),
     "an optimizer of other parameters": Case("are not in the optimizer", optimizer=of_a_part),
+    "an optimizer of B": Case("such as base_model.model.0.lora_A.default.weight, are not in", optimizer=of_b),
+    "Opacus": Case("Opacus clips each example's gradient", optimizer=of_opacus),
+    "tensor parallelism": Case("transformers' tensor parallelism is not supported", tensor_parallel),
     "LBFGS": Case("LBFGS needs several gradients", optimizer=lambda net: torch.optim.LBFGS(net.parameters())),
     "maximize": Case("the optimizer has maximize=True", optimizer=lambda net: sgd(net, maximize=True)),
     "a merged adapter": Case("the adapter is merged into its base", merged),
@@ -112,6 +133,16 @@ def test_the_start_names_what_is_perturbed_and_what_is_not(width: int, caplog: p
 
 def backward(net: nn.Module) -> None:
     loss(net, batches()[0]).backward()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_opacus_around_a_model_that_has_a_method_is_refused_before_a_step(name: str) -> None:
+    """It gathers each example's gradient on the parameters, of both passes together."""
+    flat, net, optimizer = started(name)
+    for parameter in net.parameters():
+        parameter.grad_sample = None  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=f"{name}: Opacus clips each example's gradient"):
+        run(flat, net, optimizer, batches()[:1])
 
 
 @pytest.mark.parametrize("steps_before", [0, 1])

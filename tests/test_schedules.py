@@ -1,7 +1,6 @@
 """Schedules of rho: their values, what is refused, and schedules among a module's hyperparameters."""
 
 import math
-import pickle
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -14,6 +13,7 @@ from helpers import Classifier, TwoPassClassifier, fit, make_loader, trainer_of
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_flatlora import (
     AdapterCheckpoint,
@@ -108,7 +108,7 @@ def test_hyperparameters_that_pytorch_would_not_load_are_named_at_the_start(tmp_
         fit(tmp_path, OfModules(Settings(0.1)), [saver], max_epochs=1)
     module = OfModules({"rate": 0.1})
     saver = AdapterCheckpoint(tmp_path / "other")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(MisconfigurationException, match="Weights only load failed"):
         fit(tmp_path, module, [saver], ckpt_path=last)
     trainer = trainer_of(tmp_path, [saver], max_epochs=2, limit_val_batches=0)
     trainer.fit(module, make_loader(), make_loader(1), ckpt_path=last, weights_only=False)

@@ -66,6 +66,7 @@ class AdapterAveraging(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a checkpoint's state, which stays whole and on the CPU until training starts."""
+        state_dict = state_dict if isinstance(state_dict, dict) else {"averages": state_dict}
         self._step, self._count = state_dict.get("step", 0), state_dict.get("count", 0)
         # By the parameters' names, since a resumed run may list them in another order.
         self._averages: dict[str, Tensor] = state_dict.get("averages", {})
@@ -87,20 +88,24 @@ class AdapterAveraging(Callback):
                 problems.append(f"{type(each).__name__} averages the same weights: keep one")
         if not any(parameter.requires_grad for parameter in parameters_of(*trainer.optimizers)):
             problems.append("the optimizer has no parameter that requires a gradient: add an adapter, or unfreeze one")
+        for count in (self._step, self._count):
+            problems += integer_problems("its count of steps in the checkpoint", count, least=0)
+        refuse(self, problems)
         named = _named_parameters(pl_module)
         is_other = self._parameters and any(named.get(name) is not self._parameters[name] for name in self._averages)
         # A state from a later step is of another run, or of a checkpoint that was only evaluated.
         if self._step > trainer.global_step or is_other:
             self.load_state_dict({})
-        for name, average in self._averages.items():
-            here, there = tuple(named[name].shape) if name in named else "absent", tuple(average.shape)
-            if here != there:
-                problems.append(f"the checkpoint has an average of {name} of shape {there}, here it is {here}")
-        refuse(self, problems)
+        try:
+            for values in (self._averages, self._aside):
+                for name, value in values.items():
+                    here = tuple(named[name].shape) if name in named else "absent"
+                    if here != value.shape:
+                        refuse(self, [f"{name} is {here} here, but {tuple(value.shape)} in the checkpoint's averages"])
+                    values[name] = Sharding().part(value.to(named[name].device), named[name])
+        except AttributeError as error:
+            refuse(self, [f"its state in the checkpoint is damaged: {error}"])
         self._follow(trainer, pl_module)
-        for values in (self._averages, self._aside):
-            for name, value in values.items():
-                values[name] = Sharding().part(value.to(named[name].device), named[name])
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

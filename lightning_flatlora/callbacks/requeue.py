@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -67,7 +68,6 @@ class Requeue(Callback):
             refuse(self, ["a run comes back from last.ckpt: add AdapterCheckpoint(dirpath, save_last=True)"])
         self._patches.close()
         self._held.clear()
-        self._is_ending = False
         self._step = -1  # before the last batch
         # These replace the handlers that Lightning sets for a fit; it restores the former ones afterwards.
         self._after(trainer._signal_connector, "register_signal_handlers", self._hold, trainer)
@@ -93,7 +93,7 @@ class Requeue(Callback):
                 "Requeue: only the main thread gets signals, so a fit in another thread can't hold them back"
             )
             return
-        of_slurm = getattr(trainer._accelerator_connector.cluster_environment, "requeue_signal", None)
+        of_slurm: Any = getattr(trainer._accelerator_connector.cluster_environment, "requeue_signal", None)
         for number in {*self.signals, of_slurm} - {None}:
             # Shells make their background jobs ignore SIGINT.
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -102,7 +102,6 @@ class Requeue(Callback):
     def _note(self, number: int, frame: Any) -> None:
         now = time.monotonic()
         if now - self._held.setdefault(number, now) > _PATIENCE:
-            self._is_ending = True
             raise SystemExit(128 + number)
         # Not print: if the signal arrived during a print, another one raises an error.
         with suppress(OSError):
@@ -147,16 +146,16 @@ class Requeue(Callback):
         comes_back = reduce(bool(self._held.keys() - _ENDS), all=False)
         if comes_back and trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:
             _requeue()
-        self._is_ending = True
         raise SystemExit(128 + max(self._held, default=signal.SIGTERM))
 
     def _deliver(self) -> None:
         """Give held signals to the handlers from before the fit: the program may go on, or have its own plans."""
         self._patches.close()
+        is_ending = isinstance(sys.exc_info()[1], SystemExit)
         for number in list(self._held):
             del self._held[number]
             is_users = signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
-            if is_users or (number in _ENDS and not self._is_ending):
+            if is_users or (number in _ENDS and not is_ending):
                 signal.raise_signal(number)
 
 

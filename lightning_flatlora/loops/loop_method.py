@@ -203,10 +203,10 @@ class LoopMethod:
             raise RuntimeError(
                 f"{self.method.title}: the gradients of {len(missed)} LoRA factors, such as {missed[0].name}, were "
                 "taken without Ê. If their layers are in eval mode, call model.train() before each step, and set only "
-                "other layers, such as dropout, to eval mode. If parts of the layers were replaced (float8, "
-                "quantization-aware training), call look_again(). If the layers were not called (fused kernels, "
-                "layer.forward(x), a torch.compile(layer) from before this object was made, a penalty), call them, or "
-                "run forward and backward inside `for each_pass in flat.training_passes():` and `with each_pass:`"
+                "other layers, such as dropout, to eval mode. If parts of the layers were replaced, call look_again(). "
+                "If the layers were not called (fused kernels, layer.forward(x), a torch.compile(layer) from before "
+                "this object was made, a penalty), call them, or run forward and backward inside `for each_pass in "
+                "flat.training_passes():` and `with each_pass:`"
             )
         self.method.before_step()
         self._received.forget()

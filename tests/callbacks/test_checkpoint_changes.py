@@ -11,8 +11,10 @@ import pytest
 import torch
 from checkpointed_bases import HEAD, assert_resumes, epochs, module_of, network, saver, state, validate
 from helpers import CLASSES, FEATURES, Classifier, fit, same, weights
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lightning_flatlora import EFMLoRA, load_adapter_checkpoint
@@ -197,3 +199,27 @@ def test_another_scaling_of_the_adapter_is_told_of(tmp_path: Path, trained_base:
         module.net.base_model.model.first.scaling["default"] = 16.0
         with pytest.warns(UserWarning, match=r"another lora_alpha, r or use_rslora in 1 layers, .*first.lora_B"):
             load(module)
+
+
+class Merges(Callback):
+    """ReLoRA: at the start of each epoch but the first, the adapter goes into the base and begins again."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            return
+        for layer in pl_module.net.modules():
+            if isinstance(layer, LoraLayer):
+                layer.base_layer.weight.data += layer.get_delta_weight("default")
+                nn.init.zeros_(layer.lora_B["default"].weight)
+
+
+def test_a_base_that_the_run_changes_is_in_the_file(tmp_path: Path) -> None:
+    """Otherwise no resumed run would have it, and the merged adapters would be lost."""
+    said = r"the frozen base has changed since the first save, as by ReLoRA. So the .ckpt files hold it"
+    whole, resumed = Classifier(), Classifier()
+    with pytest.warns(UserWarning, match=said):
+        fit(tmp_path, whole, [Merges(), epochs(tmp_path)], max_epochs=3)
+    assert len(state(tmp_path / "epoch=1.ckpt")) > len(state(tmp_path / "epoch=0.ckpt"))
+    fit(tmp_path, resumed, [Merges(), epochs(tmp_path / "2")], max_epochs=3, ckpt_path=tmp_path / "epoch=1.ckpt")
+    for name, value in whole.state_dict().items():
+        assert same(value, resumed.state_dict()[name]), name

@@ -29,10 +29,11 @@ from helpers import (
 )
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from monitored_runs import measured
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from lightning_flatlora import EFMLoRA, FMLoRA
+from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA
 from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 
 
@@ -161,18 +162,19 @@ def test_an_adapter_that_no_optimizer_holds_is_said(tmp_path):
         fit(tmp_path, Classifier(net=two_adapters()), [EFMLoRA(0.5), change])
 
 
-@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, LoRASAM, BiLoRA])
-def test_a_pass_without_the_adapter_leaves_a_frozen_a_frozen(tmp_path, callback):
+class Referring(Classifier):
     """LoRA-FA with a reference pass, after which peft lets A require a gradient that no optimizer clears."""
 
-    class Referring(Classifier):
-        refers = True
+    refers = True
 
-        def on_train_batch_end(self, *args: Any) -> None:
-            if self.refers:
-                with self.net.disable_adapter(), torch.no_grad():
-                    self.net(torch.ones(1, 6))
+    def on_train_batch_start(self, *args: Any) -> None:
+        if self.refers:
+            with self.net.disable_adapter(), torch.no_grad():
+                self.net(torch.ones(1, 6))
 
+
+@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, LoRASAM, BiLoRA])
+def test_a_pass_without_the_adapter_leaves_a_frozen_a_frozen(tmp_path, callback):
     ends = []
     for refers in (False, True):
         module, ours = Referring(), callback(0.5)
@@ -182,6 +184,19 @@ def test_a_pass_without_the_adapter_leaves_a_frozen_a_frozen(tmp_path, callback)
         fit(tmp_path, module, [ours], max_epochs=3)
         ends.append([weights(module), ours.state_dict()])
     assert same(*ends)
+
+
+def test_the_monitor_measures_a_fixed_a_as_the_method_trains_it(tmp_path):
+    """The reference pass comes before each measurement, and lets A require a gradient."""
+    rows = []
+    for refers in (False, True):
+        module = Referring()
+        module.refers = refers
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+        rows.append(measured(tmp_path, module, [EFMLoRA(0.5), FlatnessMonitor(rho=0.5, every_n_steps=2)]))
+    assert len(rows[0]) == 6
+    assert same(*rows)
 
 
 @pytest.mark.parametrize("epoch", [0, 1])

@@ -192,10 +192,10 @@ def _read(path: Any) -> Iterator[None]:
     """Name the file in whatever error it causes, of which a damaged one may cause any."""
     try:
         yield
-    except (OSError, MisconfigurationException):
+    except (FileNotFoundError, MisconfigurationException):
         raise
     except Exception as error:
-        text = f"{path} can't be loaded: it is damaged, or of a module with another rank, head or vocabulary: {error}"
+        text = f"{path} can't be loaded. Is it damaged, or of a module with another rank, head or vocabulary? {error}"
         raise MisconfigurationException(f"AdapterCheckpoint: {text}") from error
 
 
