@@ -52,11 +52,10 @@ def set_class(module: nn.Module) -> None:
             mixins.append((mixin, tuple(sorted(state)) if isinstance(state, dict) else ()))
         else:  # an empty state is no longer needed
             module.__dict__.pop(mixin._overlay_state, None)
-    # Another library's class on top of ours, such as parametrize's or FSDP's, is not taken away.
-    if isinstance(module, Overlay) and "_plain_class" not in vars(type(module)):
-        return
     kind: Any = plain_class(module)
-    module.__class__ = _class_of(kind, tuple(mixins)) if mixins else kind
+    # Another library's class on top of ours, such as parametrize's or FSDP's, is not taken away.
+    if type(module) is kind or "_plain_class" in vars(type(module)):
+        module.__class__ = _class_of(kind, tuple(mixins)) if mixins else kind
 
 
 # One class per kind of module, not per module: compiled graphs are guarded by the class.

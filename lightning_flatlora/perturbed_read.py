@@ -130,13 +130,12 @@ class _Reading:
                 return source
         return _CLEAN
 
-    def stays_clean(self) -> bool:
-        """Say whether the parts are only for passes that autograd records, of which this is none.
+    def stays_clean(self, switch: Switch) -> bool:
+        """Say whether an owner's parts are only for passes that autograd records, of which this is none.
 
         Raises:
             RuntimeError: this is a backward pass, but the layer's forward pass has read the clean value.
         """
-        switch, _ = self.source()
         if switch.only_with_grad:
             if not autograd_records():
                 return True
@@ -189,7 +188,7 @@ def _property_of(attribute: str) -> property:
         reading = self.__dict__.get(READINGS, {}).get(attribute)
         if value is None or reading is None:
             return value
-        _, parts = reading.source()
+        switch, parts = reading.source()
         if not parts:
             if not torch.compiler.is_compiling() and torch.is_grad_enabled():
                 reading.was_clean = True
@@ -202,7 +201,7 @@ def _property_of(attribute: str) -> property:
             # Frozen, maybe for only one pass, as by toggle_optimizer, or a teacher's values that functional_call has
             # put here. Only trained values are perturbed.
             return value
-        if reading.stays_clean():
+        if reading.stays_clean(switch):
             return value
         perturbed: Tensor = reading.added_to(value, parts)
         # For hooks that read this tensor's gradient or change it in place; the sum itself keeps no gradient.

@@ -156,6 +156,7 @@ class MethodCallback(Callback, Generic[S]):
             method.install()
         kind = TwoPasses if isinstance(self.method, TwoPassStep) else OnePass
         self.passes = kind(self, trainer)
+        self.patches.callback(strategies.skip_clipping_without_gradients(trainer))
 
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """List why the method can't work with the trainer and its other callbacks; subclasses add their reasons."""

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_flatlora.callbacks.both_lightnings import callbacks_of, is_lightning
 from lightning_flatlora.callbacks.training_step import window_of
+from lightning_flatlora.patching import nothing, put_on_instance
 from lightning_flatlora.wrappers import wrapping_problems
 
 _USE = "use strategy='ddp', ModelParallelStrategy (FSDP2) or, with automatic optimization, strategy='fsdp'"
@@ -52,8 +53,6 @@ def strategy_problems(trainer: Trainer, sync_ascent: bool, works_sharded: bool =
         return [f"{name} leaves each rank a part of every weight, but this method needs all of it: use strategy='ddp'"]
     if is_lightning(strategy, strategies.FSDPStrategy):
         problems += _fsdp1_problems(strategy, trainer.lightning_module.automatic_optimization)
-        if trainer.gradient_clip_algorithm == "value":
-            problems.append("FSDP can't clip by value on a rank without a trained value: clip by norm")
     if not sync_ascent:
         problems.append(
             "sync_ascent=False needs each rank's own gradient, which FSDP does not keep: use sync_ascent=True, or DDP"
@@ -157,3 +156,27 @@ def backward_without_sync(strategy: strategies.Strategy) -> AbstractContextManag
     """Keep a backward inside from averaging gradients over the ranks."""
     block: Callable[[], AbstractContextManager[Any]] = getattr(strategy, "block_backward_sync", nullcontext)
     return block()
+
+
+# -- a strategy's own defects
+
+
+def skip_clipping_without_gradients(trainer: Trainer) -> Callable[[], None]:
+    """Let an FSDP1 rank whose shards hold no trained value skip clipping, in which PyTorch raises an internal error.
+
+    FSDP1 cuts the values of a unit into one piece per rank, and LoRA's small factors may all lie in one piece. Clipping
+    by value treats each entry separately, so skipping it on the other ranks changes nothing.
+
+    Returns:
+        A function that puts Lightning's own method back.
+    """
+    if not is_lightning(trainer.strategy, strategies.FSDPStrategy):
+        return nothing
+    plugin: Any = trainer.precision_plugin
+    clip = plugin.clip_grad_by_value
+
+    def clip_grad_by_value(optimizer: Any, clip_val: Any) -> None:
+        if any(parameter.grad is not None for parameter in plugin.main_params(optimizer)):
+            clip(optimizer, clip_val)
+
+    return put_on_instance(plugin, "clip_grad_by_value", clip_grad_by_value)

@@ -96,8 +96,8 @@ class ReceivedGradients:
         """Note from now on which trained B of these pairs receive a gradient."""
         for pair in pairs:
             if pair.B.requires_grad:
-                watch: Any = pair.B.register_post_accumulate_grad_hook
-                self._hooks.callback(watch(self._note).remove)
+                B: Any = pair.B
+                self._hooks.callback(B.register_post_accumulate_grad_hook(self._note).remove)
 
     def _note(self, B: nn.Parameter) -> None:
         self.identities.add(id(B))

@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from lightning_flatlora import wrappers
 from lightning_flatlora.loops.forward_gate import ForwardGates, ReceivedGradients
 from lightning_flatlora.methods import checks, optimizers
-from lightning_flatlora.methods.assignment import absent_factor, assign_pairs
+from lightning_flatlora.methods.assignment import assign_pairs
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
 from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.methods.step_method import TwoPassStep
 from lightning_flatlora.pairs import find_pairs
-from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of
+from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of, trained_factors
 from lightning_flatlora.pairs.peft_pairs import merge_problems
 from lightning_flatlora.patching import put_on_instance
 from lightning_flatlora.perturbation import Perturbation
@@ -118,8 +118,9 @@ class LoopMethod:
         assignment = assign_pairs(search, [self._optimizer], [method.pairs])
         problems = merge_problems(module)
         if not assignment.pairs[0]:
-            name = absent_factor(search.pairs, module, self._optimizer)
-            problems.append(f"trainable LoRA factors, such as {name}, are not in the optimizer: add them to it")
+            absent = set(trained_factors(search.pairs)).difference(optimizers.parameters_of(self._optimizer))
+            names = [wrappers.clean_name(name) for name, each in module.named_parameters() if each in absent]
+            problems.append(f"trainable LoRA factors, such as {names[0]}, are not in the optimizer: add them to it")
         refuse(method, problems)
         self._gates.uninstall()
         self._received.unwatch()
@@ -216,8 +217,8 @@ class LoopMethod:
         missed: list[LoRAPair] = []
         method: Any = self.method
         takes_two_passes, received = isinstance(method, TwoPassStep), self._received.identities
-        # Without an Ê, or in a plain step of FMLoRA, all read the clean weights.
-        if not (method.takes_ascent if takes_two_passes else method.perturbs):
+        # Without an Ê, or in a plain step of FMLoRA, all read the clean weights; and also_no_grad leaves no note.
+        if not (method.takes_ascent and not method.also_no_grad if takes_two_passes else method.perturbs):
             return missed
         for pair in self.method.pairs:
             readings = list(filter(None, map(reading_of, pair.readers)))

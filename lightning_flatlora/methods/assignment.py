@@ -1,22 +1,14 @@
 """Which optimizer trains which pair."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_flatlora.methods.optimizers import parameters_of
-from lightning_flatlora.pairs.lora_pair import LoRAPair, PairSearch, trained_factors
-from lightning_flatlora.wrappers import clean_name
-
-
-def absent_factor(pairs: Iterable[LoRAPair], module: nn.Module, *optimizers: Optimizer) -> str:
-    """Name a trained factor of these pairs that no optimizer holds."""
-    absent = set(trained_factors(pairs)).difference(parameters_of(*optimizers))
-    return next((clean_name(name) for name, each in module.named_parameters() if each in absent), "of a wrapped layer")
+from lightning_flatlora.pairs.lora_pair import LoRAPair, PairSearch
 
 
 class PairAssignment(NamedTuple):

@@ -200,9 +200,8 @@ class Perturbation:
     def note_reads(self, was_perturbed: bool) -> None:
         """Take all layers to have been read perturbed by the last pass, or not at all, as when a step begins."""
         for reader, _ in self._shown or ():
-            reading = perturbed_read.reading_of(reader)
-            if reading is not None:
-                reading.was_perturbed, reading.was_clean = was_perturbed, False
+            reading: Any = perturbed_read.reading_of(reader)
+            reading.was_perturbed, reading.was_clean = was_perturbed, False
 
     def ascend(
         self, rho: float | Tensor, *, at_perturbed: bool, also_finite: Iterable[nn.Parameter] = ()

@@ -206,7 +206,7 @@ def cases() -> Runs:
         common = {"front_end": front_end, "epochs": 1, "batches": BATCHES, "accumulate": 2}
         add(f"{front_end}:2", ["fsdp2", *fsdp1], **common)
         add(f"{front_end}:2:norm", ["fsdp2"], clip=CLIPS["norm"], **common)
-        add(f"{front_end}:2:value", ["fsdp2"], clip=CLIPS["value"], **common)
+        add(f"{front_end}:2:value", ["fsdp2", *fsdp1[:1]], clip=CLIPS["value"], **common)
         add(f"{front_end}:2:bf16-mixed", ["fsdp2", *fsdp1[:1]], precision="bf16-mixed", **common)
     for front_end, net in NETWORKS:
         other = {"function": train_network, "front_end": front_end, "net": net, "batches": BATCHES}

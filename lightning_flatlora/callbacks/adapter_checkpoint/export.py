@@ -181,10 +181,9 @@ def _put_in_place(adapters: Path, folder: Path, checkpoint: Path) -> None:
             # names the step, comes last.
             listed = shutil.ignore_patterns(LIST)
             # A downloaded folder may hold links, which the copy would follow out of it.
-            for each in filter(Path.is_dir, adapters.rglob("*")):
-                place = folder / each.relative_to(adapters)
-                if place.is_symlink():
-                    place.unlink()
+            places = [folder / each.relative_to(adapters) for each in adapters.rglob("*") if each.is_dir()]
+            for link in filter(Path.is_symlink, places):
+                link.unlink()
             shutil.copytree(adapters, folder, ignore=listed, dirs_exist_ok=True, copy_function=os.replace)
             (adapters / LIST).replace(folder / LIST)
         else:

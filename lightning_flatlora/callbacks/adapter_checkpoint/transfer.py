@@ -49,8 +49,7 @@ def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
     identities = contents.identities_of(base, sharded)
     if not merged and contents.note_changed(module, identities):
         rank_zero_warn(
-            "AdapterCheckpoint: the frozen base has changed since the first save, as by ReLoRA. So the .ckpt files hold"
-            " it. The folders don't: to use the adapter elsewhere, load the .ckpt by load_adapter_checkpoint"
+            "AdapterCheckpoint: the base has changed, as by ReLoRA. The .ckpt files hold it, the folders don't"
         )
         kept, base = contents.divided_state(module, finder)
     mark: dict[str, Any] = {"format": export.FORMAT, "left_out": {name: identities[name] for name in base}}
