@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
@@ -17,6 +16,7 @@ from recipes.command_line.configs import written_settings
 from recipes.command_line.model_card import model_card
 from recipes.command_line.taken import runs_no_code
 from recipes.data.files import refuse_unless_new
+from recipes.language.adapters import read_config, read_weights
 from recipes.language.joint_attention import join_attention, split_attention
 from recipes.language.model import DType, ending, load_pretrained, load_tokenizer
 from recipes.language.templates import TemplateEncoder, read_template
@@ -119,23 +119,15 @@ def load_adapted(base: str, adapter: Path, dtype: DType, fields: dict[str, Any])
     )
 
 
-def config_of(adapter: Path) -> PeftConfig:
-    """Return the configuration of an adapter, which names its base.
+def config_of(adapter: Path) -> LoraConfig:
+    """Return the configuration of an adapter that can be merged, which names its base.
 
     Raises:
-        MisconfigurationException: the folder holds no adapter, or not all of it, or its kind is not supported.
+        MisconfigurationException: the folder holds no adapter, or its kind is not supported.
     """
-    try:
-        config = PeftConfig.from_pretrained(str(adapter))
-    except ValueError as error:
-        raise MisconfigurationException(f"{adapter} is not an adapter's folder: {error}") from error
-    # peft 0.18 imports the module that a megatron_config names; replicated layers share the weights to merge into.
-    if getattr(config, "megatron_config", None) or getattr(config, "layer_replication", None):
-        raise MisconfigurationException(f"{adapter}: adapters for Megatron or with layer_replication are not supported")
-    weights = (adapter / SAFETENSORS_WEIGHTS_NAME, adapter / WEIGHTS_NAME)
-    # Otherwise peft would look for them on the Hub, in a repository of the folder's name.
-    if not any(file.is_file() for file in weights):
-        raise MisconfigurationException(f"{adapter} holds no weights of an adapter: copy {weights[0].name} there")
+    config = read_config(adapter)
+    if config.layer_replication:  # replicated layers share the weights to merge into
+        raise MisconfigurationException(f"{adapter}: adapters with layer_replication are not supported")
     return config
 
 
@@ -145,10 +137,10 @@ def with_adapter(base: nn.Module, adapter: Path) -> PeftModel:
     Raises:
         MisconfigurationException: the adapter belongs to another model.
     """
+    saved = read_weights(adapter)
     try:
-        saved = load_peft_weights(str(adapter), device="cpu")
-        model = PeftModel.from_pretrained(base, str(adapter))
-    except (ValueError, RuntimeError) as error:
+        model = PeftModel.from_pretrained(base, str(adapter), config=config_of(adapter))
+    except Exception as error:  # for values of the wrong kind peft raises any type
         raise MisconfigurationException(str(error)) from error
     # peft only warns of unknown or missing weights, and the merged model would be the base there.
     if get_peft_model_state_dict(model).keys() != saved.keys():

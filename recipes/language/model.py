@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import Tensor, nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from recipes.language.adapters import check_base
 from recipes.language.batches import pad, padding_id
 from recipes.language.chat import IGNORED
 from recipes.offline import packaged
@@ -131,7 +132,9 @@ def load_pretrained(
         MisconfigurationException: there is no such model, or it does not support an option.
     """
     try:
-        return auto_class.from_pretrained(source(name), **options)
+        place = source(name)
+        check_base(place)
+        return auto_class.from_pretrained(place, **options)
     # A package such as flash_attn is missing, or a setting is not a field of the model's configuration.
     except (OSError, ValueError, ImportError, TypeError) as error:
         raise MisconfigurationException(

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
+from recipes.language.adapters import read_weights
 from recipes.language.export import config_of
 
 _SAME = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -28,12 +29,16 @@ def load_factors(net: PeftModel, folder: str) -> None:
     if any(getattr(saved, name) != getattr(own, name) for name in _SAME):
         was = {name: getattr(saved, name) for name in _SAME}
         raise MisconfigurationException(f"start_from={folder!r} was trained with other settings: set {was} in lora")
-    factors = _factors(load_peft_weights(folder, device="cpu"))
+    factors = _factors(read_weights(Path(folder)))
     present = get_peft_model_state_dict(net)
-    if factors.keys() != _factors(present).keys():
+    if _shapes(factors) != _shapes(_factors(present)):
         raise MisconfigurationException(f"start_from={folder!r} adapts other layers than lora, or another model")
     set_peft_model_state_dict(net, present | factors)  # it wants the head too
 
 
 def _factors(weights: dict[str, Any]) -> dict[str, Tensor]:
     return {name: weight for name, weight in weights.items() if "lora_" in name}
+
+
+def _shapes(factors: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: factor.shape for name, factor in factors.items()}

@@ -1,6 +1,5 @@
 """A base model with a finished adapter, loaded whole or not at all."""
 
-import json
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +7,13 @@ from typing import Any
 import torch
 import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from transformers.models.auto import modeling_auto
 
 from lightning_flatlora import find_pairs
 from lightning_flatlora.full_weight import WeightNoise
 from lightning_flatlora.pairs.lora_pair import LoRAPair
+from recipes.language.adapters import check_base, read_config, read_weights
 from recipes.language.batches import padding_id
 from recipes.report.options import AdapterFolder, Options
 from recipes.report.rounding import check_roundable
@@ -75,10 +75,13 @@ def load_adapter(folder: AdapterFolder, options: Options) -> Adapted:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # checked here instead
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft on new transformers
-            saved = load_peft_weights(str(folder.path), device="cpu")
+            saved = read_weights(folder.path)
+            check_base(base)
             tokenizer = _tokenizer(folder, base)
             model = _base_model(base, task, saved, options, tokenizer)
-            model = PeftModel.from_pretrained(model, str(folder.path), is_trainable=True)
+            model = PeftModel.from_pretrained(
+                model, str(folder.path), is_trainable=True, config=read_config(folder.path)
+            )
             model.to(options.torch_device)
         _check_whole(saved, model)
         search = find_pairs(model)
@@ -99,27 +102,22 @@ def base_and_task(folder: AdapterFolder, options: Options) -> tuple[str, str]:
     Raises:
         MisconfigurationException: there is no adapter that can be measured.
     """
-    path = folder.path / "adapter_config.json"
-    if not path.is_file():
-        raise MisconfigurationException(f"--adapter {folder.path} is not an adapter's folder: it has no {path.name}")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    kind, task = config.get("peft_type"), _task(config)
-    base = options.base or config.get("base_model_name_or_path")
-    if kind != "LORA" or task not in _MODELS or not base:
+    config = read_config(folder.path)
+    task, base = _task(config), options.base or config.base_model_name_or_path
+    if task not in _MODELS or not base:
         raise MisconfigurationException(
-            f"--adapter {folder.path} can't be measured: its {path.name} must say peft_type LORA, task_type "
+            f"--adapter {folder.path} can't be measured: its adapter_config.json must say task_type "
             f"{' or '.join(_MODELS)} or a model's class for one of these, and the base model unless --base does; "
-            f"got {kind}, {task} and {base}"
+            f"got {task} and {base}"
         )
     return str(base), str(task)
 
 
-def _task(config: dict[str, Any]) -> str | None:
+def _task(config: LoraConfig) -> str | None:
     """Return an adapter's task; without one, that of its base's class, which peft then writes instead."""
-    stated: str | None = config.get("task_type")
-    if stated:
-        return stated
-    name = (config.get("auto_mapping") or {}).get("base_model_class")
+    if config.task_type:
+        return str(config.task_type)
+    name = (config.auto_mapping or {}).get("base_model_class")
     for task, classes in _CLASSES.items():
         if name in classes.values():
             return task

@@ -125,7 +125,7 @@ def test_a_run_starts_from_another_ones_adapter(tiny: str, sums: str, tmp_path: 
     first = fitted(tiny, sums, tmp_path / "first", AdapterCheckpoint(tmp_path / "first", save_last=True))
     second = fitted(tiny, sums, tmp_path, start_from=str(tmp_path / "first" / "last"), learning_rate=0.0)
     torch.testing.assert_close(trained(second), trained(first), rtol=0, atol=0)
-    with pytest.raises(MisconfigurationException, match=r"is not an adapter's folder: Can't find 'adapter_config"):
+    with pytest.raises(MisconfigurationException, match="is not an adapter's folder: it has no adapter_config"):
         fitted(tiny, sums, tmp_path / "third", start_from=str(tmp_path))
     (tmp_path / "first" / "last" / "adapter_model.safetensors").unlink()
     with pytest.raises(MisconfigurationException, match=r"last holds no weights of an adapter: copy adapter_model"):

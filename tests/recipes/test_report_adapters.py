@@ -70,7 +70,7 @@ def test_without_a_task_the_class_of_the_base_says_it(task: str, base: Path, tmp
     more: dict[str, Any] = {"modules_to_save": ["score"]} if task == "SEQ_CLS" else {}
     adapter = save_adapter(tmp_path / "adapter", base, task=task, task_type=None, **more)
     assert loaded(adapter, data).task == task
-    with pytest.raises(MisconfigurationException, match="got LORA, None and "):
+    with pytest.raises(MisconfigurationException, match="got None and "):
         loaded(changed(adapter, tmp_path / "other", auto_mapping={"base_model_class": "Mine"}), data)
 
 
@@ -78,7 +78,7 @@ def test_without_a_task_the_class_of_the_base_says_it(task: str, base: Path, tmp
     ("config", "says"),
     [
         ({"task_type": "SEQ_CLS"}, "neither base nor adapter holds score.weight, which SEQ_CLS needs"),
-        ({"task_type": None}, "must say peft_type LORA, task_type CAUSAL_LM or SEQ_CLS .* got LORA, None and "),
+        ({"task_type": None}, "must say task_type CAUSAL_LM or SEQ_CLS .* got None and "),
     ],
 )
 def test_tasks_that_can_not_be_measured(
@@ -157,7 +157,7 @@ def test_labels_are_given_or_the_folders_names(tmp_path: Path) -> None:
         (["--samples", "1"], "--samples and --max_length 2 or more.* samples=1"),
         (["--batch_size", "0"], "--batch_size 1 or more.* batch_size=0"),
         (["--adapter", "adapter", "x/adapter"], "labels must differ"),
-        (["--adapter", "ia3"], "ia3 can't be measured: its adapter_config.json must say .* got IA3, None and None"),
+        (["--adapter", "ia3"], "ia3: its adapter_config.json must say peft_type LORA, got 'IA3'"),
         (["--adapter", "mine"], "mine is not an adapter's folder: it has no adapter_config.json"),
         (["--output", "adapter"], "--output adapter holds adapter_config.json: give another folder"),
     ],
