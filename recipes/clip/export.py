@@ -8,7 +8,6 @@ import lightning as L
 import numpy as np
 import open_clip
 import torch
-import yaml
 from jsonargparse import ArgumentError, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_flatlora import load_adapter_checkpoint
 from recipes.clip.model import export_open_clip, image_features, text_features
+from recipes.command_line.configs import read_settings
 from recipes.command_line.mistakes import without_traceback
 from recipes.command_line.model_card import model_card
 from recipes.command_line.taken import taken
@@ -58,7 +58,7 @@ def export(checkpoint: Path, folder: Path, config: Path | None = None) -> float:
     clip = module.clip
     expected = features(module.net, clip.preprocess_val, clip.tokenizer)
     write(module, folder)
-    run, _ = taken(yaml.safe_load(config.read_text(encoding="utf-8")))
+    run, _ = taken(read_settings(config))
     model_card(module.model_name, module.lora, run, module.task, "open_clip").save(folder / "README.md")
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     actual = features(model.eval(), preprocess, open_clip.get_tokenizer(f"local-dir:{folder}"))
@@ -77,7 +77,7 @@ def trained(checkpoint: Path, config: Path) -> Any:
     parser.add_subclass_arguments(L.LightningModule, "model")
     try:
         # The run may come from somebody else.
-        settings, others = taken(yaml.safe_load(config.read_text(encoding="utf-8")))
+        settings, others = taken(read_settings(config))
         if "model" not in settings:
             raise ValueError(f"it names classes outside the recipes, which are not imported: {', '.join(others)}")
         module = parser.instantiate_classes(parser.parse_object({"model": settings["model"]})).model

@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from recipes.data.foreign import read_yaml
 
 RECIPES = Path(__file__).parent.parent
 _NO_METHODS = ("AdapterCheckpoint", "FlatnessMonitor", "Requeue")
@@ -82,10 +84,25 @@ def written_settings(saved: Path) -> dict[str, Any]:
         saved: a checkpoint of the run, or the folder next to it: ``runs/.../version_N/checkpoints/NAME``.
     """
     path = saved.resolve().parent.parent / "config.yaml"
-    settings: Any = yaml.safe_load(path.read_bytes()) if path.is_file() else None
-    # Another program may have a file of that name.
-    is_of_run = isinstance(settings, dict) and isinstance(settings.get("model"), dict)
-    return settings if is_of_run else {}
+    return read_settings(path) if path.is_file() else {}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings in a run's ``config.yaml``; empty if another program has a file of that name.
+
+    Raises:
+        MisconfigurationException: it can't be parsed within bounds, or a part of the settings is not a dict.
+    """
+    settings = read_yaml(path)
+    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
+        return {}
+    for name in ("model", "data", "trainer"):
+        part = settings.get(name, {})
+        if not isinstance(part, dict) or not isinstance(part.get("init_args", {}), dict):
+            raise MisconfigurationException(
+                f"{path}: {name} and its init_args must be dicts, as LightningCLI writes them, got {part!r:.100}"
+            )
+    return settings
 
 
 def listed(setting: Any) -> list[Any]:

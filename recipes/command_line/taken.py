@@ -10,6 +10,9 @@ from typing import Any
 
 import yaml
 
+from recipes.command_line.configs import listed
+from recipes.data.foreign import EVENTS, check_depth
+
 Settings = dict[str, Any]
 
 _CLASSES = re.compile(
@@ -27,7 +30,6 @@ _CODE = re.compile(
     r"class_path|trust|code_revision|weights_only|attn_implementation|kernel|cache|offload|auto_map|megatron|_config$|__"
 )
 """Entries within a dict by which the parser, transformers or peft import code or write files."""
-_LOADER: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # reads all that the parser's own does
 
 
 def taken(run: Settings) -> tuple[Settings, list[str]]:
@@ -49,7 +51,7 @@ def taken(run: Settings) -> tuple[Settings, list[str]]:
         else:
             others.append(f"{name} ({path})")
     trainer = {name: value for name, value in _dict(run.get("trainer")).items() if name not in _OF_MACHINE}
-    callbacks = trainer.pop("callbacks", None) or []
+    callbacks = listed(trainer.pop("callbacks", None))
     found["trainer"], left_out = _divided(trainer, "trainer.", _is_plain)
     found["trainer"]["callbacks"] = kept = [each for each in callbacks if _dict(each) and _is_plain("callbacks", each)]
     left_out += [f"trainer.callbacks ({_dict(each).get('class_path', each)})" for each in callbacks if each not in kept]
@@ -88,13 +90,16 @@ def _is_setting(name: str, value: Any) -> bool:
 def runs_no_code(value: Any) -> bool:
     """Return whether no parser, and neither transformers nor peft, imports code or writes files for a value.
 
-    A text that YAML reads as a list or a dict is refused, since the parser does so too.
+    A text that YAML reads as a list or a dict is refused, since the parser does so too, or may fail over its levels.
     """
     if isinstance(value, str):
         try:
-            node = yaml.compose(value, Loader=_LOADER)
+            check_depth(value)
+            node = yaml.compose(value, Loader=EVENTS)
         except yaml.YAMLError:
             return True  # nor can the parser
+        except ValueError:
+            return False
         return node is None or isinstance(node, yaml.ScalarNode)
     if isinstance(value, list):
         return all(map(runs_no_code, value))

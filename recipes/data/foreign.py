@@ -1,7 +1,7 @@
 """Small files of somebody else's: parsed within bounds, each ends in data or in an error that names it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,12 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 EVENTS: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
-"""Reads all that the parser's own loader does, and makes nothing but texts of it."""
-_DATA: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Reads all that the parser of command lines does, and makes nothing but texts of it."""
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _JSON_BYTES = 2**22  # an adapter may name each expert's layer
 _YAML_BYTES = 2**20  # three seconds of the parser; a run's settings have some kilobytes
-_DEEPEST = 50
+_MOST, _DEEPEST = 100_000, 50
+"""How many values, and levels of them, are read; what an alias stands for counts each time."""
 
 
 def read_json(path: Path) -> Any:
@@ -26,10 +27,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a file of YAML without aliases, with which a short one could stand for endless data.
+    """Read a file of YAML, of which aliases can make a short one stand for endless data.
 
     Raises:
-        MisconfigurationException: as for :func:`read_json`, or it has an alias or is nested too deeply.
+        MisconfigurationException: as for :func:`read_json`, or it stands for too many values or levels.
     """
     return _read(path, _YAML_BYTES, _parse_yaml)
 
@@ -49,13 +50,38 @@ def _read(path: Path, most: int, parse: Callable[[bytes], Any]) -> Any:
         ) from error
 
 
-def _parse_yaml(content: bytes) -> Any:
+class _BoundedLoader(_Loader):  # type: ignore[misc]
+    def flatten_mapping(self, node: Any) -> None:
+        """Copy what merge keys name, which may double with each level."""
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST:
+            raise ValueError(f"its merge keys stand for more than {_MOST:,} values")
+
+
+def check_depth(content: str | bytes) -> None:
+    """Refuse YAML of too many levels before it is loaded: PyYAML 6.0.2 in C would end the process with a fault.
+
+    Raises:
+        ValueError: it has too many levels.
+        yaml.YAMLError: it is no YAML.
+    """
     depth = 0
     for event in yaml.parse(content, Loader=EVENTS):
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"write out what its alias *{event.anchor} stands for")
-        # Counted before anything is built, since building takes a call for each level.
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
-            raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
-    return yaml.load(content, Loader=_DATA)
+            raise ValueError(f"it has more than {_DEEPEST} levels")
+
+
+def _parse_yaml(content: bytes) -> Any:
+    check_depth(content)
+    found = yaml.load(content, Loader=_BoundedLoader)
+    waiting, seen = [(found, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        seen += 1
+        if seen + len(waiting) > _MOST or depth > _DEEPEST:
+            raise ValueError(f"with its aliases it stands for more than {_MOST:,} values or {_DEEPEST} levels of them")
+        parts = value.values() if isinstance(value, dict) else value
+        if isinstance(parts, Iterable) and not isinstance(parts, str | bytes):
+            waiting += [(part, depth + 1) for part in parts]
+    return found

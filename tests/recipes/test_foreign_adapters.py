@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from report_models import save_adapter, save_base, write_rows
@@ -143,3 +145,28 @@ def test_weights_of_another_width_are_no_start(adapter: Path) -> None:
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"])
     with pytest.raises(MisconfigurationException, match="adapts other layers than lora, or another model"):
         load_factors(get_peft_model(wider, config), str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": {"init_args": {"model_config": ["a"]}}}, r"model_config .* must be of the kind dict, got \['a'\]"),
+        ({"data": {"init_args": {"tokenizer": ["a"]}}}, "tokenizer in the run's config.yaml must be of the kind str"),
+        ({"data": {"init_args": {"chat_template": 3}}}, "chat_template in .* must be of the kind str, got 3"),
+        ({"data": {"init_args": {"template_arguments": [1]}}}, "template_arguments in .* must be of the kind dict"),
+        ({"data": None}, "data and its init_args must be dicts, .* got None"),
+        ({"data": {"init_args": {"dataset": ["a/b"]}}}, None),
+        ({"data": {"init_args": {"dataset": "a/" + "b" * 5000}}}, None),
+        ({"data": {"init_args": {"dataset": "a/\0"}}}, None),
+        ({"trainer": {"callbacks": 3}}, None),
+        ({"trainer": {"callbacks": [{"class_path": ["x"], "init_args": 3}]}}, None),
+    ],
+)
+def test_the_settings_of_a_foreign_run_are_merged_or_refused(
+    changes: dict[str, Any], says: str | None, adapter: Path
+) -> None:
+    folder = Path(shutil.copytree(adapter, "run/checkpoints/last"))
+    Path("run/config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {}}} | changes))
+    with pytest.raises(MisconfigurationException, match=says) if says else nullcontext():
+        merge(folder)
+    assert Path("merged", "README.md").exists() == (says is None)

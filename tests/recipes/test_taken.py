@@ -1,6 +1,7 @@
 """What someone else's config.yaml must not choose: code of others, and where files are written."""
 
 import inspect
+from contextlib import suppress
 from pathlib import Path
 from pydoc import locate
 from typing import Any, get_args
@@ -13,8 +14,9 @@ from one_command import ParsingCLI
 
 from recipes.classification.module import TextClassification
 from recipes.clip.export import trained
-from recipes.command_line.configs import RECIPES, written_settings
-from recipes.command_line.taken import _PLAIN, taken
+from recipes.command_line.configs import RECIPES, read_settings, written_settings
+from recipes.command_line.taken import _PLAIN, runs_no_code, taken
+from recipes.data.foreign import EVENTS
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
@@ -206,3 +208,83 @@ def test_no_argument_of_a_recipe_is_an_object(base: Path, part: str) -> None:
                 if name != "self" and not leaves(parameter.annotation) <= set(PLAIN):
                     objects.add(name)
     assert not objects
+
+
+HEAD = "model: {class_path: recipes.vqa.module.VQAModule, init_args: {"
+BOMB = "x: &a0 [1, 1], " + ", ".join(f"y{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))
+DEEP = "it has more than 50 levels|exceeded maximum nesting depth"  # of libyaml, since 0.2.6
+CHAIN = "x: &a0 [1], " + ", ".join(f"y{i}: &a{i} [[[*a{i - 1}]]]" for i in range(1, 40))
+MERGED = "x: &a0 {b: 1}, " + ", ".join(f"y{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 40))
+
+
+@pytest.mark.parametrize("saved", ["checkpoints/last.ckpt", "checkpoints/last"])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (HEAD + BOMB + "}}\n", "ValueError: with its aliases it stands for more than 100,000 values or 50 levels of"),
+        (HEAD + CHAIN + "}}\n", "more than 100,000 values or 50 levels"),
+        (HEAD + "x: &a [*a]}}\n", "more than 100,000 values or 50 levels"),
+        (HEAD + "x: " + "[" * 60 + "]" * 60 + "}}\n", "ValueError: it has more than 50 levels. Copy it again from"),
+        (HEAD + "x: " + "[" * 100_000, DEEP),
+        ("- " * 100_000, DEEP),
+        ("model: {a: [\n", "ParserError: while parsing a flow"),
+        ("model: !!python/object/apply:os.system [true]\n", "ConstructorError: could not determine a constructor"),
+        ("model: !!bool x\n", "KeyError"),
+        ("model: !!timestamp x\n", "AttributeError"),
+        ("model: 1" + "0" * 5000 + "\n", "ValueError: Exceeds the limit"),
+        ("model: \udcff\n", "can't be read: ReaderError"),
+        ("model: " + "x" * 2_000_000, "larger than 1,048,576 bytes"),
+        ("model: {init_args: 3}\n", "model and its init_args must be dicts, .* got {'init_args': 3}"),
+        ("model: {}\ndata: 3\n", "data and its init_args must be dicts, .* got 3"),
+        ("model: {}\ntrainer: [3]\n", r"trainer and its init_args must be dicts, .* got \[3\]"),
+    ],
+    ids=lambda text: text[-30:-20] if isinstance(text, str) else None,
+)
+def test_settings_that_can_not_be_parsed_within_bounds(text: str, says: str, saved: str, tmp_path: Path) -> None:
+    checkpoint = folder_of(tmp_path, {})
+    (checkpoint.parent.parent / "config.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    for read in (written_settings, lambda path: parsed("fit", f"--ckpt_path={checkpoint}")):
+        with pytest.raises(MisconfigurationException, match=says) as raised:
+            read(checkpoint.parent.parent / saved)
+        assert "config.yaml" in str(raised.value)
+        assert len(str(raised.value)) < 1000
+    with pytest.raises(MisconfigurationException, match=says):
+        trained(checkpoint, checkpoint.parent.parent / "config.yaml")
+
+
+@pytest.mark.parametrize("callbacks", [3, "EarlyStopping", {"a": 1}, [[3]], {1: 2}])
+def test_callbacks_that_are_no_list_are_left_out(callbacks: Any, tmp_path: Path) -> None:
+    checkpoint = folder_of(tmp_path, {"trainer.callbacks": callbacks})
+    found, others = taken(written_settings(checkpoint))
+    assert found["trainer"]["callbacks"] == []
+    assert others[0].startswith("trainer.callbacks (")
+
+
+@pytest.mark.parametrize("loader", [yaml.BaseLoader, EVENTS])
+def test_a_long_text_in_the_settings_ends_in_an_answer(loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with PyYAML's parser in Python, for which a level is a call, and with 6.0.2's in C, where it is one too."""
+    monkeypatch.setattr("recipes.data.foreign.EVENTS", loader)
+    assert not runs_no_code("[" * 400 + "]" * 400)
+    for text in ("[" * 300_000, "{a: " * 100_000, "- " * 100_000):
+        assert runs_no_code(text) in (True, False)  # for the parser it may be a text, too
+    assert runs_no_code("x" * 300_000)
+
+
+def test_merge_keys_do_not_double_endlessly(tmp_path: Path) -> None:
+    """As they do up to PyYAML 6.0.3."""
+    path = tmp_path / "config.yaml"
+    path.write_text(HEAD + MERGED + "}}\n")
+    with suppress(MisconfigurationException):
+        assert read_settings(path)["model"]["init_args"]["y39"] == {"b": 1}
+
+
+def test_a_few_aliases_are_read(tmp_path: Path) -> None:
+    """PyYAML writes one for an object that occurs twice."""
+    same = ["q_proj"]
+    checkpoint = folder_of(tmp_path, {"model.init_args.lora": {"target_modules": same, "modules_to_save": same}})
+    path = checkpoint.parent.parent / "config.yaml"
+    assert "*id001" in path.read_text()
+    path.write_text(path.read_text() + "own: &a {b: 1}\nother: {<<: *a, c: 2}\n")
+    settings = written_settings(checkpoint)
+    assert settings["model"]["init_args"]["lora"] == {"target_modules": same, "modules_to_save": same}
+    assert settings["other"] == {"b": 1, "c": 2}
