@@ -5,12 +5,7 @@ from functools import partial
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchmetrics import Metric, PearsonCorrCoef, SpearmanCorrCoef
-from torchmetrics.classification import (
-    BinaryF1Score,
-    MulticlassAccuracy,
-    MulticlassF1Score,
-    MulticlassMatthewsCorrCoef,
-)
+from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
 
 def new_metrics(names: Sequence[str] | None, classes: int) -> dict[str, Metric]:

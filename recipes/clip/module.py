@@ -24,14 +24,7 @@ class ClipModule(RecipeModule):
 
     task = "zero-shot-image-classification"
 
-    def __init__(
-        self,
-        model: str,
-        pretrained: str | None,
-        quick_gelu: bool | None,
-        lora: Any,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, model: str, pretrained: str | None, quick_gelu: bool | None, lora: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.model_name = model
         self.pretrained = pretrained

@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_flatlora import Perturbation, find_pairs
-from lightning_flatlora.flatness import (
-    MeanLoss,
-    adversarial_direction,
-    loss_along_line,
-    loss_gradient,
-    trained_factors,
-)
+from lightning_flatlora.flatness import MeanLoss, adversarial_direction, loss_along_line, loss_gradient, trained_factors
 from recipes.command_line.progress import quiet
 from recipes.demo.data import Batch, evaluation_batches
 from recipes.demo.encoder import CutEncoder

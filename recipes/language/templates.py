@@ -10,14 +10,7 @@ from jinja2 import TemplateError
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from recipes.language.conversation import (
-    THOUGHTS,
-    Message,
-    leads,
-    thoughts_of,
-    with_thoughts_apart,
-    without_system,
-)
+from recipes.language.conversation import THOUGHTS, Message, leads, thoughts_of, with_thoughts_apart, without_system
 
 Span = tuple[int, int]
 """An answer with its end token in a text: its first character, and the one after its last."""
