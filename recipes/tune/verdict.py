@@ -7,14 +7,13 @@ runs/tune/classification/results.csv --metric val_score --mode max
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 import pandas
-import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
@@ -23,6 +22,7 @@ from pandas import DataFrame, Series
 from recipes.command_line.mistakes import without_traceback
 from recipes.command_line.options import parse_known_options
 from recipes.data.files import set_aside
+from recipes.data.foreign import read_yaml
 from recipes.studies.queue import Queue, open_storage
 from recipes.studies.rows import Row
 from recipes.tune.answer import answer, draw
@@ -106,11 +106,14 @@ def _of_files(options: Options, mode: str) -> DataFrame:
         raise MisconfigurationException(f"{source} must be a file ({known}), a folder, or the URL of a storage")
     if not path.exists():
         raise MisconfigurationException(f"there is no {source}")
+    return _table(path, readers[path.suffix])
+
+
+def _table(path: Path, read: Callable[[Path], DataFrame]) -> DataFrame:
     try:
-        found: DataFrame = readers[path.suffix](path)
-    except (ValueError, OSError) as error:
-        raise MisconfigurationException(f"{source} can't be read: {error}") from error
-    return found
+        return read(path)
+    except Exception as error:  # pandas and pyarrow raise many types
+        raise MisconfigurationException(f"{path} can't be read: {error}"[:400]) from error
 
 
 def _of_csv(path: Path, metric: str) -> DataFrame:
@@ -148,10 +151,13 @@ def _of_hydra(folder: Path, options: Options, mode: str) -> DataFrame:
     """Return each run's overrides and the best value in its CSV logs."""
     runs, metric = [], options.metric
     for path in sorted(folder.rglob(".hydra/overrides.yaml")):
-        given = [each for each in yaml.safe_load(path.read_text()) if "=" in each]  # not ~callbacks.efmlora
-        overrides: dict[str, Any] = dict(each.lstrip("+~").split("=", 1) for each in given)
+        given = read_yaml(path)
+        if not isinstance(given, list) or not all(isinstance(each, str) for each in given):
+            raise MisconfigurationException(f"{path} must be a list of texts, as Hydra writes it, got {given!r:.100}")
+        pairs = [each.lstrip("+~").split("=", 1) for each in given if "=" in each]  # not ~callbacks.efmlora
+        overrides: dict[str, Any] = dict(pairs)
         for log in path.parent.parent.rglob("metrics.csv"):
-            logged = pandas.read_csv(log)
+            logged = _table(log, lambda path: pandas.read_csv(path, dtype={metric: float}))
             if metric in logged:
                 best = logged[metric].min() if mode == "min" else logged[metric].max()
                 overrides[metric] = finite_or_worst(float(best), mode)  # no number if it was never one
@@ -175,8 +181,10 @@ def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
     """Return the runs of a sweep as :func:`recipes.tune.answer.answer` takes them.
 
     Raises:
-        MisconfigurationException: a column is missing, or two runs have the same settings and seed.
+        MisconfigurationException: a column is missing, a seed or a radius is none, or two runs have the same settings
+            and seed.
     """
+    sweep = sweep.map(lambda cell: cell if pandas.api.types.is_scalar(cell) else str(cell))  # of JSON, or Parquet
     if options.metric not in sweep:
         raise MisconfigurationException(f"there is no column {options.metric}: {_columns(sweep)}")
     rho = _column(sweep, "rho", options.rho)
@@ -192,6 +200,10 @@ def _rows(sweep: DataFrame, options: Options, mode: str) -> list[Row]:
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"the column {name} must hold numbers: {error}") from error
     sweep = _finished(sweep, options.metric, seed)
+    for name, wrong in ((seed, sweep[seed] % 1 != 0), (rho, sweep[rho] < 0)):
+        if wrong.any():
+            kind = "whole numbers" if name == seed else "radii of 0 or more, where 0 is LoRA"
+            raise MisconfigurationException(f"the column {name} must hold {kind}, got {sweep[name][wrong].iloc[0]}")
     rows: list[Row] = []
     for line in sweep.to_dict("records"):
         config = {name: "null" if pandas.isna(line[name]) else str(line[name]) for name in settings}
@@ -223,7 +235,9 @@ def _finished(sweep: DataFrame, *needed: str) -> DataFrame:
     states = found.get("State", Series("finished", found.index))
     others = states[states != "finished"]
     if not others.empty:
-        print(f"{len(others)} runs have not finished (State: {', '.join(sorted(set(others)))}) and are left out")
+        print(
+            f"{len(others)} runs have not finished (State: {', '.join(sorted(set(map(str, others))))}) and are left out"
+        )
     return found[states == "finished"]
 
 

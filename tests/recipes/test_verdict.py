@@ -149,6 +149,10 @@ def test_a_study_of_another_program_is_judged(tmp_path: Path, capsys: pytest.Cap
         ({}, ["--settings", "lr"], "--settings: there is no column lr"),
         ({"callbacks.efmlora.rho": 0.5}, ["--settings", "Name"], "there are no runs without the perturbation"),
         ({"callbacks.efmlora.rho": "cosine"}, [], "the column callbacks.efmlora.rho must hold numbers"),
+        ({"seed": 0.5}, [], "the column seed must hold whole numbers, got 0.5"),
+        ({"seed": "inf"}, [], "the column seed must hold whole numbers, got inf"),
+        ({"callbacks.efmlora.rho": -0.1}, [], "must hold radii of 0 or more, where 0 is LoRA, got -0.1"),
+        ({"State": 3}, [], "there are no runs without the perturbation"),
         ({}, ["--setting", "lr"], "there is no option --setting"),
         ({}, ["--metric", "val_rmse"], "say whether less or more of val_rmse is better, by --mode min or --mode max"),
     ],
@@ -167,6 +171,7 @@ def test_what_can_not_be_judged_is_said(
         ("nothing.csv", "there is no nothing.csv"),
         ("sweep.txt", "sweep.txt must be a file"),
         ("empty.csv", "empty.csv can't be read: No columns to parse from file"),
+        ("mixed.json", "mixed.json can't be read: 'int' object is not iterable"),
         ("sqlite:////no/such/place.db", "the study's storage can't be opened"),
         ("nothing://user:secret@host/database", r"storage can't be opened: [^\n]*$"),
     ],
@@ -176,5 +181,35 @@ def test_a_source_that_can_not_be_read_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty.csv").touch()
+    Path("mixed.json").write_text('[{"seed": 1}, 3]')
     with pytest.raises(MisconfigurationException, match=message):
         main([source, "--metric", "val_loss"])
+
+
+@pytest.mark.parametrize("ending", ["json", "parquet"])
+def test_a_list_is_a_setting_like_any_other(ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = pandas.DataFrame(sweep(rates=(1e-2,)))
+    table["data.sizes"] = [[1, 2]] * len(table)
+    getattr(table, f"to_{ending}")(tmp_path / f"sweep.{ending}")
+    out = said(tmp_path / f"sweep.{ending}", folder=tmp_path, capsys=capsys)
+    assert "Use it, with rho=0.5: it is better than LoRA, by 0.29" in out
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        *((".hydra/overrides.yaml", text, "overrides.yaml must be a list of texts") for text in ("3", "[3]", "", "a")),
+        (".hydra/overrides.yaml", "a: [", "overrides.yaml can't be read: ParserError"),
+        (".hydra/overrides.yaml", "!!python/object:os.system {}", "overrides.yaml can't be read: ConstructorError"),
+        (".hydra/overrides.yaml", "\xff", "overrides.yaml can't be read: ReaderError"),
+        (".hydra/overrides.yaml", "[" * 1000, "overrides.yaml can't be read"),
+        *(("metrics.csv", text, "metrics.csv can't be read") for text in ("", "\xff", "val_loss\nx\n", '"a,b\n1')),
+    ],
+)
+def test_a_damaged_file_of_hydra_is_named(file: str, content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("[rho=0, seed=0]")
+    (tmp_path / "metrics.csv").write_text("val_loss\n1.0\n")
+    (tmp_path / file).write_bytes(content.encode("latin-1"))
+    with pytest.raises(MisconfigurationException, match=says):
+        main([str(tmp_path), "--metric", "val_loss"])
