@@ -99,9 +99,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     for name in ("model", "data", "trainer"):
         part = settings.get(name, {})
         if not isinstance(part, dict) or not isinstance(part.get("init_args", {}), dict):
-            raise MisconfigurationException(
-                f"{path}: {name} and its init_args must be dicts, as LightningCLI writes them, got {part!r:.100}"
-            )
+            raise MisconfigurationException(f"{path}: {name} and its init_args must be dicts, got {part!r:.100}")
     return settings
 
 

@@ -1,6 +1,5 @@
 """The model card of a run's adapter, and of an exported model."""
 
-import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from recipes.command_line.configs import methods_of_run
 
 _PACKAGES = ("lightning-flatlora", "lightning", "torch", "transformers", "peft")
 _LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
-_ON_HUB = re.compile(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}")
 _SETTINGS = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
 
 
@@ -68,4 +66,5 @@ def _shown(value: Any) -> Any:
 
 def _is_on_hub(name: Any) -> bool:
     """Return whether a name looks like one of the Hub's: an owner and a name."""
-    return isinstance(name, str) and bool(_ON_HUB.fullmatch(name)) and not Path(name).exists()
+    is_name = isinstance(name, str) and name.isprintable() and len(name) < 200 and name.count("/") == 1
+    return is_name and not name.startswith((".", "~")) and not Path(name).exists()

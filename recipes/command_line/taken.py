@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from recipes.command_line.configs import listed
-from recipes.data.foreign import EVENTS, check_depth
+from recipes.data.foreign import EVENTS, check_levels
 
 Settings = dict[str, Any]
 
@@ -94,7 +94,7 @@ def runs_no_code(value: Any) -> bool:
     """
     if isinstance(value, str):
         try:
-            check_depth(value)
+            check_levels(value)
             node = yaml.compose(value, Loader=EVENTS)
         except yaml.YAMLError:
             return True  # nor can the parser

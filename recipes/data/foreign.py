@@ -10,78 +10,70 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 EVENTS: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 """Reads all that the parser of command lines does, and makes nothing but texts of it."""
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_JSON_BYTES = 2**22  # an adapter may name each expert's layer
-_YAML_BYTES = 2**20  # three seconds of the parser; a run's settings have some kilobytes
-_MOST, _DEEPEST = 100_000, 50
-"""How many values, and levels of them, are read; what an alias stands for counts each time."""
+_DATA: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_BYTES = 2**21  # some seconds of the parser
+_VALUES, _LEVELS = 100_000, 50
 
 
 def read_json(path: Path) -> Any:
     """Read a file of JSON.
 
     Raises:
-        MisconfigurationException: it can't be read or parsed, or it is larger than such a file can be.
+        MisconfigurationException: it can't be read or parsed, or has more values or levels than any such file.
     """
-    return _read(path, _JSON_BYTES, json.loads)
+    return _read(path, json.loads)
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a file of YAML, of which aliases can make a short one stand for endless data.
+    """Read a file of YAML, in which a value counts wherever an alias stands for it.
 
     Raises:
-        MisconfigurationException: as for :func:`read_json`, or it stands for too many values or levels.
+        MisconfigurationException: as for :func:`read_json`.
     """
-    return _read(path, _YAML_BYTES, _parse_yaml)
+    return _read(path, _parse_yaml)
 
 
-def _read(path: Path, most: int, parse: Callable[[bytes], Any]) -> Any:
+def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
     try:
-        with path.open("rb") as file:
-            content = file.read(most + 1)
-        if len(content) > most:
-            raise ValueError(f"it is larger than {most:,} bytes")
-        return parse(content)
+        if path.stat().st_size > _BYTES:
+            raise ValueError(f"it is larger than {_BYTES:,} bytes")
+        found = parse(path.read_bytes())
+        _check_size(found)
     except Exception as error:  # YAML's constructors raise any type, such as KeyError for "!!bool x"
-        reason = " ".join(str(error).split())[:300]
-        raise MisconfigurationException(
-            f"{path} can't be read: {type(error).__name__}: {reason}. Copy it again from where it was written, or "
-            "remove it"
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        raise MisconfigurationException(f"{path} can't be read: {reason}. Copy it again, or remove it") from error
+    return found
 
 
-class _BoundedLoader(_Loader):  # type: ignore[misc]
-    def flatten_mapping(self, node: Any) -> None:
-        """Copy what merge keys name, which may double with each level."""
-        super().flatten_mapping(node)
-        if len(node.value) > _MOST:
-            raise ValueError(f"its merge keys stand for more than {_MOST:,} values")
+def _check_size(found: Any) -> None:
+    waiting, seen = [(found, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        seen += 1
+        if seen + len(waiting) > _VALUES or depth > _LEVELS:
+            raise ValueError(f"it stands for more than {_VALUES:,} values or {_LEVELS} levels of them")
+        parts = value.values() if isinstance(value, dict) else value
+        if isinstance(parts, Iterable) and not isinstance(parts, str | bytes):
+            waiting += [(part, depth + 1) for part in parts]
 
 
-def check_depth(content: str | bytes) -> None:
-    """Refuse YAML of too many levels before it is loaded: PyYAML 6.0.2 in C would end the process with a fault.
+def _parse_yaml(content: bytes) -> Any:
+    check_levels(content)
+    return yaml.load(content, Loader=_DATA)
+
+
+def check_levels(content: str | bytes) -> None:
+    """Refuse YAML that is dangerous to load: of many levels, over which PyYAML 6.0.2 crashes, or with a merge key.
+
+    Merge keys of merge keys double what they stand for.
 
     Raises:
-        ValueError: it has too many levels.
+        ValueError: it is so.
         yaml.YAMLError: it is no YAML.
     """
     depth = 0
     for event in yaml.parse(content, Loader=EVENTS):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise ValueError(f"it has more than {_DEEPEST} levels")
-
-
-def _parse_yaml(content: bytes) -> Any:
-    check_depth(content)
-    found = yaml.load(content, Loader=_BoundedLoader)
-    waiting, seen = [(found, 0)], 0
-    while waiting:
-        value, depth = waiting.pop()
-        seen += 1
-        if seen + len(waiting) > _MOST or depth > _DEEPEST:
-            raise ValueError(f"with its aliases it stands for more than {_MOST:,} values or {_DEEPEST} levels of them")
-        parts = value.values() if isinstance(value, dict) else value
-        if isinstance(parts, Iterable) and not isinstance(parts, str | bytes):
-            waiting += [(part, depth + 1) for part in parts]
-    return found
+        is_merge = isinstance(event, yaml.ScalarEvent) and event.value == "<<" and event.implicit[0]
+        if depth > _LEVELS or is_merge:
+            raise ValueError(f"it has more than {_LEVELS} levels, or a merge key (<<): write its values out")

@@ -1,8 +1,6 @@
 """LoRA adapters in folders, perhaps somebody else's: read here before peft or transformers sees them."""
 
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, load_peft_weights
@@ -12,27 +10,18 @@ from transformers.utils import find_adapter_config_file
 
 from recipes.data.foreign import read_json
 
-_FIELDS: dict[tuple[type, ...], str] = {
-    (str,): "peft_type task_type peft_version base_model_name_or_path revision bias megatron_core",
-    (bool,): "inference_mode fan_in_fan_out use_rslora use_dora use_qalora lora_bias ensure_weight_tying",
-    (int,): "r qalora_group_size",
-    (int, float): "lora_alpha lora_dropout",
-    (list,): "modules_to_save target_parameters layer_replication alora_invocation_tokens",
-    (list, str): "target_modules exclude_modules layers_pattern",
-    (list, int): "layers_to_transform",
-    (list, dict): "trainable_token_indices",
-    (bool, str): "init_lora_weights",
-    (dict,): "auto_mapping rank_pattern alpha_pattern loftq_config eva_config corda_config lora_ga_config "
-    "arrow_config velora_config monteclora_config kasa_config use_bdlora",
-}
-"""The fields that are plain data, by their types.
-
-Without ``megatron_config``, for which peft 0.18 imports the module that ``megatron_core`` names.
+_NAMES = """
+peft_type task_type peft_version base_model_name_or_path revision bias inference_mode fan_in_fan_out use_rslora use_dora
+use_qalora qalora_group_size lora_bias ensure_weight_tying r lora_alpha lora_dropout modules_to_save target_parameters
+layer_replication alora_invocation_tokens target_modules exclude_modules layers_pattern layers_to_transform
+trainable_token_indices init_lora_weights auto_mapping rank_pattern alpha_pattern loftq_config eva_config corda_config
+lora_ga_config arrow_config velora_config monteclora_config kasa_config use_bdlora megatron_core
 """
-_KINDS: dict[str, tuple[type, ...]] = {}
-for _kinds, _names in _FIELDS.items():
-    _KINDS.update(dict.fromkeys(_names.split(), _kinds))
-_INSTALLED = {field.name for field in dataclasses.fields(LoraConfig)}
+_PLAIN = frozenset(_NAMES.split())
+"""The fields that peft takes as data when it loads an adapter.
+
+Not ``megatron_config``: with it peft 0.18 imports the module that ``megatron_core`` names.
+"""
 
 
 def read_config(folder: Path) -> LoraConfig:
@@ -45,38 +34,28 @@ def read_config(folder: Path) -> LoraConfig:
     if not path.is_file():
         raise MisconfigurationException(f"{folder} is not an adapter's folder: it has no {path.name}")
     found = read_json(path)
-    given = found if isinstance(found, dict) else {}
-    kind = given.get("peft_type")
+    kind = found.get("peft_type") if isinstance(found, dict) else None
     if kind != "LORA":
         raise MisconfigurationException(f"{folder}: its {path.name} must say peft_type LORA, got {kind!r:.100}")
-    fields, others = {}, {}
-    for name, value in given.items():
-        is_known = name in _KINDS and name in _INSTALLED
-        if is_known and isinstance(value, _KINDS[name]) and _is_plain(value):
-            fields[name] = value
-        elif value or (is_known and value is not None):  # other versions of peft write fields that are off
-            others[name] = value
+    # Other versions of peft write fields that are off.
+    others = {name: value for name, value in found.items() if value and name not in _PLAIN}
     if others:
         raise MisconfigurationException(
-            f"{path}: only what the installed peft knows as plain data of LoRA is taken from an adapter, since the "
-            f"rest may run code; got {others!r:.300}. Remove it there, or update peft if the field is new"
+            f"{path}: only what is known as plain data of LoRA is taken from an adapter, since the rest may run code; "
+            f"got {others!r:.300}. Remove it there, or train without it"
         )
     try:
-        return LoraConfig(**fields)
-    except Exception as error:  # peft checks some combinations, and stumbles over others
-        raise MisconfigurationException(f"{path} can't be used by peft, take one that it wrote: {error!r}") from error
-
-
-def _is_plain(value: Any, levels: int = 2) -> bool:
-    """Return whether a value of JSON has no lists or dicts but those of a few levels."""
-    if not isinstance(value, list | dict):
-        return True
-    parts = value.values() if isinstance(value, dict) else value
-    return levels > 0 and all(_is_plain(part, levels - 1) for part in parts)
+        config = LoraConfig(**{name: value for name, value in found.items() if value is not None and name in _PLAIN})
+        are_texts = all(isinstance(name, str) for name in config.target_modules or ())
+        if not are_texts or not isinstance(config.auto_mapping, dict | None):
+            raise TypeError("auto_mapping must be a dict, and target_modules a text or a list of texts")
+    except Exception as error:  # peft refuses some combinations, and stumbles over others
+        raise MisconfigurationException(f"{path} can't be used by the installed peft: {error!r:.300}") from error
+    return config
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return an adapter's weights by name, on the CPU; a pickle is read as weights only, by peft's default.
+    """Return an adapter's weights by name, on the CPU; of a pickle peft reads only weights.
 
     Raises:
         MisconfigurationException: the folder has none, or what it has can't be read.
@@ -87,12 +66,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise MisconfigurationException(f"{folder} holds no weights of an adapter: copy {files[0].name} there")
     try:
         saved: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
+        if not all(isinstance(weight, Tensor) for weight in saved.values()):
+            raise TypeError("they are not all tensors")
     except Exception as error:  # the readers of safetensors and pickles raise types without a common base
-        raise MisconfigurationException(
-            f"the weights in {folder} can't be read, copy them again: {error!r:.300}"
-        ) from error
-    if not isinstance(saved, dict) or not all(isinstance(weight, Tensor) for weight in saved.values()):
-        raise MisconfigurationException(f"the weights in {folder} must be tensors by name, as peft saves them")
+        raise MisconfigurationException(f"the weights in {folder} can't be read: {error!r:.300}") from error
     return saved
 
 

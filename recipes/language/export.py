@@ -41,11 +41,11 @@ def export(adapter: Path, folder: Path, dtype: DType = "auto", base: str | None 
     model = load_adapted(base, adapter, dtype, _model_config(run))
     whole: Any = model.merge_and_unload(safe_merge=True)  # refuses weights that are not finite
     join_attention(whole)
-    data = _arguments(run, "data", tokenizer=str, chat_template=str, template_arguments=dict)
+    data = run.get("data", {}).get("init_args", {})
     tokenizer = load_tokenizer(data.get("tokenizer") or base)
     if data.get("chat_template"):
         # The exported model must be prompted as the run was trained.
-        tokenizer.chat_template = _template(data["chat_template"])
+        tokenizer.chat_template = _template(str(data["chat_template"]))
     # Programs load a vision-language model together with its image processor.
     has_images = "image" in getattr(whole, "input_modalities", ())
     if has_images:
@@ -61,25 +61,13 @@ def export(adapter: Path, folder: Path, dtype: DType = "auto", base: str | None 
 
 def _model_config(run: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of the model's configuration that a run, perhaps somebody else's, has changed."""
-    fields: dict[str, Any] = _arguments(run, "model", model_config=dict).get("model_config") or {}
-    if not runs_no_code(fields):
+    fields: dict[str, Any] = run.get("model", {}).get("init_args", {}).get("model_config") or {}
+    if not isinstance(fields, dict) or not runs_no_code(fields):
         raise MisconfigurationException(
             f"model_config {fields} in the run's config.yaml may run code or write files: leave only fields of the "
             "model's configuration there"
         )
     return fields
-
-
-def _arguments(run: dict[str, Any], part: str, **kinds: type) -> dict[str, Any]:
-    """Return the arguments of a run's model or data, of which some are read, and so must be of these kinds."""
-    arguments: dict[str, Any] = run.get(part, {}).get("init_args", {})
-    for name, kind in kinds.items():
-        if not isinstance(arguments.get(name), kind | None):
-            raise MisconfigurationException(
-                f"{name} in the run's config.yaml must be of the kind {kind.__name__}, got {arguments[name]!r:.100}: "
-                "set it there as the run had it"
-            )
-    return arguments
 
 
 def _template(given: str) -> str:
@@ -92,6 +80,8 @@ def _template(given: str) -> str:
 
 def _end_answers(model: Any, tokenizer: Any, arguments: dict[str, Any] | None) -> None:
     """Make programs that generate with the model stop where its chat template ends an answer."""
+    if not isinstance(arguments, dict | None):
+        raise MisconfigurationException(f"template_arguments in the run's config.yaml must be a dict, got {arguments}")
     try:
         end = TemplateEncoder(tokenizer, tokenizer.chat_template, None, arguments).answer_end
     except MisconfigurationException:  # a template for images, too

@@ -52,7 +52,8 @@ def merge(folder: Path) -> None:
 
 
 def start(folder: Path) -> None:
-    load_factors(torch.nn.Linear(1, 1), str(folder))  # type: ignore[arg-type]
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    load_factors(get_peft_model(AutoModelForCausalLM.from_pretrained("base"), config), str(folder))
 
 
 READERS = [report, merge, start]
@@ -62,15 +63,17 @@ READERS = [report, merge, start]
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (MEGATRON, "only what the installed peft knows as plain data .* got {'megatron_config'"),
-        ({"x_config": {"class": "payload"}}, "only what the installed peft knows as plain data .* got {'x_config'"),
-        ({"r": "8"}, "got {'r': '8'}"),
-        ({"r": [8]}, r"got {'r': \[8\]}"),
-        ({"lora_alpha": None, "target_modules": {"a": 1}}, "got {'target_modules': {'a': 1}}"),
-        ({"rank_pattern": {"a": [[[1]]]}}, "got {'rank_pattern'"),
-        ({"base_model_name_or_path": ["x"]}, "got {'base_model_name_or_path'"),
-        ({"task_type": ["CAUSAL_LM"]}, "got {'task_type'"),
-        ({"task_type": "payload"}, "can't be used by peft, take one that it wrote: .*Invalid task type: 'payload'"),
+        (MEGATRON, "only what is known as plain data .* got {'megatron_config'"),
+        ({"x_config": {"class": "payload"}}, "only what is known as plain data .* got {'x_config'"),
+        ({"r": "8"}, "str|'8'"),
+        ({"r": [8]}, r"list|\[8\]"),
+        ({"r": -1}, "-1"),
+        ({"target_modules": [1]}, "target_modules a text or a list of texts"),
+        ({"target_modules": 3}, "can't be used by the installed peft"),
+        ({"rank_pattern": ["a"]}, "list|a"),
+        ({"auto_mapping": ["a"]}, "auto_mapping must be a dict"),
+        ({"task_type": ["CAUSAL_LM"]}, "can't be used by the installed peft: .*Invalid task type"),
+        ({"task_type": "payload"}, "can't be used by the installed peft: .*Invalid task type: 'payload'"),
         ({"peft_type": "XLORA"}, "must say peft_type LORA, got 'XLORA'"),
         ({"peft_type": ["LORA"]}, r"must say peft_type LORA, got \['LORA'\]"),
     ],
@@ -80,6 +83,14 @@ def test_a_foreign_adapter_ends_in_words(read: Any, changes: dict[str, Any], say
     with pytest.raises(MisconfigurationException, match=says):
         read(adapter)
     assert not Path("PWNED").exists()
+
+
+@pytest.mark.parametrize("read", [report, merge])
+@pytest.mark.parametrize("changes", [{"target_modules": {"a": [1]}}, {"base_model_name_or_path": ["x"]}])
+def test_what_is_no_start_but_part_of_the_model(read: Any, changes: dict[str, Any], adapter: Path) -> None:
+    change(adapter, **changes)
+    with pytest.raises(MisconfigurationException, match=r"can't be|does not fit"):
+        read(adapter)
 
 
 @pytest.mark.parametrize("read", READERS)
@@ -92,10 +103,11 @@ def test_a_foreign_adapter_ends_in_words(read: Any, changes: dict[str, Any], say
         ("\xff", "can't be read: UnicodeDecodeError"),
         ("", "can't be read: JSONDecodeError"),
         ("[" * 100_000, "can't be read: RecursionError"),
+        ('{"peft_type": ' + "[" * 60 + "]" * 60 + "}", "more than 100,000 values or 50 levels"),
         ('{"r": 1' + "0" * 5000 + "}", "can't be read: ValueError"),
-        ('{"peft_type": "LORA", "x": "' + " " * 5_000_000 + '"}', "it is larger than 4,194,304 bytes"),
+        ('{"peft_type": "LORA", "x": "' + " " * 5_000_000 + '"}', "it is larger than 2,097,152 bytes"),
     ],
-    ids=["list", "number", "half", "bytes", "empty", "deep", "digits", "large"],
+    ids=["list", "number", "half", "bytes", "empty", "deep", "levels", "digits", "large"],
 )
 def test_a_damaged_configuration_ends_in_words(read: Any, content: str, says: str, adapter: Path) -> None:
     (adapter / CONFIG).write_bytes(content.encode("latin-1"))
@@ -150,11 +162,11 @@ def test_weights_of_another_width_are_no_start(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model": {"init_args": {"model_config": ["a"]}}}, r"model_config .* must be of the kind dict, got \['a'\]"),
-        ({"data": {"init_args": {"tokenizer": ["a"]}}}, "tokenizer in the run's config.yaml must be of the kind str"),
-        ({"data": {"init_args": {"chat_template": 3}}}, "chat_template in .* must be of the kind str, got 3"),
-        ({"data": {"init_args": {"template_arguments": [1]}}}, "template_arguments in .* must be of the kind dict"),
-        ({"data": None}, "data and its init_args must be dicts, .* got None"),
+        ({"model": {"init_args": {"model_config": ["a"]}}}, r"model_config \['a'\] in the run's config"),
+        ({"data": {"init_args": {"tokenizer": ["a"]}}}, r"model=\['a'\] can't be loaded by AutoTokenizer"),
+        ({"data": {"init_args": {"chat_template": 3}}}, "chat_template='3' in .* only a template or a .jinja"),
+        ({"data": {"init_args": {"template_arguments": [1]}}}, r"template_arguments in .* must be a dict, got \[1\]"),
+        ({"data": None}, "data and its init_args must be dicts, got None"),
         ({"data": {"init_args": {"dataset": ["a/b"]}}}, None),
         ({"data": {"init_args": {"dataset": "a/" + "b" * 5000}}}, None),
         ({"data": {"init_args": {"dataset": "a/\0"}}}, None),

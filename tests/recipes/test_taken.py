@@ -1,7 +1,6 @@
 """What someone else's config.yaml must not choose: code of others, and where files are written."""
 
 import inspect
-from contextlib import suppress
 from pathlib import Path
 from pydoc import locate
 from typing import Any, get_args
@@ -14,7 +13,7 @@ from one_command import ParsingCLI
 
 from recipes.classification.module import TextClassification
 from recipes.clip.export import trained
-from recipes.command_line.configs import RECIPES, read_settings, written_settings
+from recipes.command_line.configs import RECIPES, written_settings
 from recipes.command_line.taken import _PLAIN, runs_no_code, taken
 from recipes.data.foreign import EVENTS
 
@@ -221,10 +220,11 @@ MERGED = "x: &a0 {b: 1}, " + ", ".join(f"y{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (HEAD + BOMB + "}}\n", "ValueError: with its aliases it stands for more than 100,000 values or 50 levels of"),
+        (HEAD + BOMB + "}}\n", "ValueError: it stands for more than 100,000 values or 50 levels of them"),
+        (HEAD + MERGED + "}}\n", r"or a merge key \(<<\): write its values out. Copy it again, or remove it"),
         (HEAD + CHAIN + "}}\n", "more than 100,000 values or 50 levels"),
         (HEAD + "x: &a [*a]}}\n", "more than 100,000 values or 50 levels"),
-        (HEAD + "x: " + "[" * 60 + "]" * 60 + "}}\n", "ValueError: it has more than 50 levels. Copy it again from"),
+        (HEAD + "x: " + "[" * 60 + "]" * 60 + "}}\n", "ValueError: it has more than 50 levels"),
         (HEAD + "x: " + "[" * 100_000, DEEP),
         ("- " * 100_000, DEEP),
         ("model: {a: [\n", "ParserError: while parsing a flow"),
@@ -233,10 +233,10 @@ MERGED = "x: &a0 {b: 1}, " + ", ".join(f"y{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}
         ("model: !!timestamp x\n", "AttributeError"),
         ("model: 1" + "0" * 5000 + "\n", "ValueError: Exceeds the limit"),
         ("model: \udcff\n", "can't be read: ReaderError"),
-        ("model: " + "x" * 2_000_000, "larger than 1,048,576 bytes"),
-        ("model: {init_args: 3}\n", "model and its init_args must be dicts, .* got {'init_args': 3}"),
-        ("model: {}\ndata: 3\n", "data and its init_args must be dicts, .* got 3"),
-        ("model: {}\ntrainer: [3]\n", r"trainer and its init_args must be dicts, .* got \[3\]"),
+        ("model: " + "x" * 2_100_000, "larger than 2,097,152 bytes"),
+        ("model: {init_args: 3}\n", "model and its init_args must be dicts, got {'init_args': 3}"),
+        ("model: {}\ndata: 3\n", "data and its init_args must be dicts, got 3"),
+        ("model: {}\ntrainer: [3]\n", r"trainer and its init_args must be dicts, got \[3\]"),
     ],
     ids=lambda text: text[-30:-20] if isinstance(text, str) else None,
 )
@@ -270,21 +270,13 @@ def test_a_long_text_in_the_settings_ends_in_an_answer(loader: Any, monkeypatch:
     assert runs_no_code("x" * 300_000)
 
 
-def test_merge_keys_do_not_double_endlessly(tmp_path: Path) -> None:
-    """As they do up to PyYAML 6.0.3."""
-    path = tmp_path / "config.yaml"
-    path.write_text(HEAD + MERGED + "}}\n")
-    with suppress(MisconfigurationException):
-        assert read_settings(path)["model"]["init_args"]["y39"] == {"b": 1}
-
-
 def test_a_few_aliases_are_read(tmp_path: Path) -> None:
     """PyYAML writes one for an object that occurs twice."""
     same = ["q_proj"]
     checkpoint = folder_of(tmp_path, {"model.init_args.lora": {"target_modules": same, "modules_to_save": same}})
     path = checkpoint.parent.parent / "config.yaml"
     assert "*id001" in path.read_text()
-    path.write_text(path.read_text() + "own: &a {b: 1}\nother: {<<: *a, c: 2}\n")
+    path.write_text(path.read_text() + "other: '<<'\n")
     settings = written_settings(checkpoint)
     assert settings["model"]["init_args"]["lora"] == {"target_modules": same, "modules_to_save": same}
-    assert settings["other"] == {"b": 1, "c": 2}
+    assert settings["other"] == "<<"
