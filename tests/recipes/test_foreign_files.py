@@ -24,6 +24,8 @@ from recipes.report.adapters import base_and_task
 from recipes.tune.answer import answer
 from recipes.tune.verdict import Options, _of_files, _rows
 
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # means of losses near 1e308
+
 PIECES = [
     *(
         b"[" * 99,
