@@ -85,22 +85,37 @@ _WAS_CLEAN = (
 def autograd_records() -> bool:
     """Say whether the gradient passes through what runs now: not under ``no_grad``, except in an autograd function.
 
-    In the ``forward`` of a :class:`torch.autograd.Function`, such as a reentrant activation checkpoint's, gradients are
-    switched off, too, but its ``backward`` computes them. No flag of PyTorch's tells the two apart.
+    In a :class:`torch.autograd.Function`, such as a reentrant activation checkpoint, gradients are switched off, too,
+    but its backward computes them. No flag of PyTorch's tells the two apart.
     """
-    # Compiled code can't look at the frames, and contains no reentrant checkpoint as such.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.is_grad_enabled()
+    return torch.is_grad_enabled() or _in_autograd_function()
+
+
+# Not traced: a compiled layer may be called in a checkpoint that is not compiled.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _in_autograd_function() -> bool:
     frame: Any = sys._getframe()
+    inner = frame
     while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount > 0 and code.co_varnames[0] != "self":
-            context: Any = frame.f_locals.get(code.co_varnames[0])
-            # Only a function that was called while autograd recorded has a way back.
-            if isinstance(context, torch.autograd.function.FunctionCtx) and context.next_functions:  # type: ignore[attr-defined]
-                return True
-        frame = frame.f_back
+        # In its backward, a checkpoint computes its forward again, with the parts that are under no_grad.
+        if frame.f_code is _BACKWARD or (frame.f_code is _FORWARD and _has_way_back(frame, inner)):
+            return True
+        frame, inner = frame.f_back, frame
     return False
+
+
+def _has_way_back(apply: Any, inner: Any) -> bool:
+    """Say whether autograd recorded when a function was called, by its frames of ``apply`` and of ``forward``."""
+    given = inner.f_locals.get(inner.f_code.co_varnames[0])
+    context = given[0] if isinstance(given, tuple) and given else given
+    if isinstance(context, torch.autograd.function.FunctionCtx):
+        return bool(context.next_functions)  # type: ignore[attr-defined]
+    # A forward with a separate setup_context gets no context.
+    return any(isinstance(each, Tensor) and each.requires_grad for each in apply.f_locals["args"])
+
+
+_FORWARD = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__
 
 
 def in_backward() -> bool:

@@ -233,7 +233,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     A missing gradient counts as zero; it stays missing only if no process group is running. Every rank must call it
     with the same parameters in the same order.
     """
-    if not _has_ranks():
+    if not has_ranks():
         return
     grads = []
     for parameter in parameters:
@@ -248,7 +248,7 @@ def average(tensors: Sequence[Tensor]) -> None:
 
     Every rank must call it with the same shapes in the same order; without a process group it does nothing.
     """
-    if not _has_ranks():
+    if not has_ranks():
         return
     buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
@@ -261,5 +261,6 @@ def average(tensors: Sequence[Tensor]) -> None:
             tensor.copy_(mean.view_as(tensor))
 
 
-def _has_ranks() -> bool:
+def has_ranks() -> bool:
+    """Say whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

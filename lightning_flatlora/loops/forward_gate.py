@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_flatlora.class_overlay import Overlay, set_class
+from lightning_flatlora.class_overlay import Overlay, plain_class, set_class
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import GATES_CLOSED, as_ref, autograd_records, in_backward
@@ -23,11 +24,26 @@ PASSES_UNTIL_WARNING = 1000
 """Backward passes without a step of the optimizer after which a warning says that the loop may step another one."""
 
 
-def _opens(perturbation: Perturbation, layer: nn.Module) -> bool:
-    """Say whether the call of a layer that begins is one of training, with a perturbation to read."""
-    # A checkpoint calls it again in the backward pass, before which an evaluation may have changed the mode.
-    trains = (layer.training or in_backward()) and not GATES_CLOSED.is_on
-    return trains and perturbation.may_be_nonzero and not perturbation.is_on and autograd_records()
+class _Gates(list[Perturbation]):
+    """The perturbations that a layer may read.
+
+    Attributes:
+        trains: whether the layer was in training mode in its last call outside of a backward pass, except evaluations.
+    """
+
+    trains = False
+
+    def opened(self, layer: nn.Module) -> list[Perturbation]:
+        """Return those that the call that begins reads: those that are to be read in training, if it is of training."""
+        # A checkpoint calls the layer again in the backward pass, before which an evaluation may have changed the mode.
+        trains = self.trains if in_backward() else layer.training
+        # Not in an evaluation, which runs under no_grad.
+        if not torch.compiler.is_compiling() and (trains or torch.is_grad_enabled()):
+            self.trains = trains
+        if not trains or GATES_CLOSED.is_on:
+            return []
+        found = [perturbation for perturbation in self if perturbation.may_be_nonzero and not perturbation.is_on]
+        return found if found and autograd_records() else []
 
 
 class _Gated(Overlay):
@@ -40,10 +56,11 @@ class _Gated(Overlay):
     _overlay_state = GATES
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        layer: Any = self
         if GATES not in self.__dict__:
-            # The gates are gone, but this method was kept, as torch.compile(layer) does.
-            return type(self).__call__(self, *args, **kwargs)
-        opened = [perturbation for perturbation in self.__dict__[GATES] if _opens(perturbation, self)]  # type: ignore[arg-type]
+            # The gates are gone, but this method was kept, as torch.compile(layer) does, or another class above it.
+            return plain_class(layer).__call__(self, *args, **kwargs)
+        opened = self.__dict__[GATES].opened(layer)
         for perturbation in opened:
             perturbation.on()
         try:
@@ -69,7 +86,7 @@ class ForwardGates:
             layers = list(pair.layers) or [as_ref(reader).module for reader in pair.readers]
             self._layers.update(dict.fromkeys(layers, perturbation))
         for layer in self._layers:
-            layer.__dict__.setdefault(GATES, []).append(perturbation)
+            layer.__dict__.setdefault(GATES, _Gates()).append(perturbation)
             set_class(layer)
 
     def uninstall(self) -> None:

@@ -26,7 +26,7 @@ from lightning_flatlora.patching import put_on_instance
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import clean, reading_of
 from lightning_flatlora.schedules import RhoSchedule
-from lightning_flatlora.sharding import is_sharded, reshard
+from lightning_flatlora.sharding import has_ranks, is_sharded, reshard
 from lightning_flatlora.wrappers import unwrapped
 
 STATE_KEY = "lightning_flatlora"
@@ -119,7 +119,7 @@ class LoopMethod:
         problems = merge_problems(module)
         if not assignment.pairs[0]:
             absent = set(trained_factors(search.pairs)).difference(optimizers.parameters_of(self._optimizer))
-            names = [wrappers.clean_name(name) for name, each in module.named_parameters() if each in absent]
+            names = [name for name, each in module.named_parameters() if each in absent] + [search.pairs[0].name]
             problems.append(f"trainable LoRA factors, such as {names[0]}, are not in the optimizer: add them to it")
         refuse(method, problems)
         self._gates.uninstall()
@@ -224,10 +224,11 @@ class LoopMethod:
             readings = list(filter(None, map(reading_of, pair.readers)))
             if any(reading.was_perturbed for reading in readings):
                 continue
-            # What torch.autograd.grad returns calls no hook; a gradient of zeros is an idle expert's. Under FSDP2,
-            # where only backward() works, each rank would have to ask the others.
-            gradient = pair.B.grad if any(reading.was_clean for reading in readings) else None
-            is_given = gradient is not None and not isinstance(gradient, DTensor) and bool(gradient.norm())
+            # What torch.autograd.grad returns calls no hook; a gradient of zeros is an idle expert's. With several
+            # ranks, among which only backward() averages, it may be another rank's.
+            is_alone = not received and not has_ranks()
+            gradient = pair.B.grad if is_alone and any(reading.was_clean for reading in readings) else None
+            is_given = gradient is not None and bool(gradient.norm())
             if is_given or id(pair.B) in received:
                 missed.append(pair)
         # Outside of two passes another loss may run, such as unlearning's second one, and use experts of its own.
