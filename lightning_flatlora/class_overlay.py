@@ -65,5 +65,4 @@ def _class_of(plain: Any, mixins: tuple[tuple[type[Overlay], tuple[str, ...]], .
     for mixin, names in mixins:
         members |= mixin._overlay_members(names)
     kinds = [mixin for mixin, _ in mixins]
-    name = "".join(kind.__name__.strip("_") for kind in kinds) + plain.__name__
-    return type(name, (*kinds, plain), members)
+    return type("".join(kind.__name__.strip("_") for kind in kinds) + plain.__name__, (*kinds, plain), members)

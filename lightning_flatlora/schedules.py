@@ -169,8 +169,7 @@ class CosineRho(_FromStartToEnd):
     """
 
     def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
-        wave = math.cos(math.pi * self._fraction(step, horizon))
-        return self.end + (self.start - self.end) * (1 + wave) / 2
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * self._fraction(step, horizon))) / 2
 
 
 class InverseSqrtRho(_FromOneRadius):

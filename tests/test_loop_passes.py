@@ -25,6 +25,109 @@ def test_a_reentrant_checkpoint_reads_as_the_layers_in_it(how: str) -> None:
     assert same([p.grad for p in trained_factors(flat.method.pairs)], list(expected))
 
 
+class WithoutContext(torch.autograd.Function):
+    """Computes its forward again in the backward pass, in PyTorch's newer style."""
+
+    @staticmethod
+    def forward(net: Any, x: Tensor) -> Any:
+        return net(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.net, x = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.net(x), gradient)
+        return None, x.grad
+
+
+class OfAnyArguments(torch.autograd.Function):
+    """The same, with a forward that names none of its arguments."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        self, self.net, x = args
+        self.save_for_backward(x)
+        return self.net(x)
+
+    backward = WithoutContext.backward
+
+
+class WithinNoGrad(nn.Module):
+    """A block that also looks at its own output without gradients."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            size = self.net(x).norm()
+        return self.net(x) / size
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's compiler on a checkpoint's input
+@pytest.mark.parametrize("passes", [False, True])
+@pytest.mark.parametrize("kind", ["compiled", "without context", "any arguments"])
+def test_other_checkpoints_read_as_the_layers_in_them(kind: str, passes: bool) -> None:
+    how: Any = {"without context": WithoutContext.apply, "any arguments": OfAnyArguments.apply}.get(kind)
+    found = []
+    for checkpointed in (False, True):
+        flat, net, optimizer = started("EFMLoRA")
+        run(flat, net, optimizer, batches()[:2])
+        block: Any = net
+        if kind == "compiled":
+            block = torch.compile(net, backend="eager")
+        model = Checkpointed(block, how or CHECKPOINTS["reentrant"]) if checkpointed else block
+        run(flat, model, optimizer, batches()[2:5]) if passes else plain_steps(model, optimizer)
+        found.append(weights(net))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+
+
+def plain_steps(model: nn.Module, optimizer: Any) -> None:
+    for x, y in batches()[2:5]:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def test_a_checkpoint_repeats_what_ran_without_gradients_in_it() -> None:
+    """Whatever that reads, the forward pass and its repetition read the same values."""
+    flat, net, optimizer = started("EFMLoRA")
+    run(flat, net, optimizer, batches()[:2])
+    x, y = batches()[2]
+    model = Checkpointed(WithinNoGrad(net), CHECKPOINTS["reentrant"])
+    sizes: list[Tensor] = []
+    model.net.net.register_forward_hook(lambda module, args, output: sizes.append(output.detach().norm()))
+    nn.functional.cross_entropy(model(x), y).backward()
+    found, expected = sizes[:2], sizes[2:]
+    assert len(expected) == 2
+    assert same(found, expected)
+
+
+def test_gradients_of_the_inputs_in_eval_mode_are_those_of_the_clean_weights() -> None:
+    """Saliency maps, between steps and within an accumulation window, also through a checkpoint."""
+    flat, net, optimizer = started("EFMLoRA")
+    run(flat, net, optimizer, batches()[:2])
+    clean, (x, y) = copy.deepcopy(net), batches()[2]
+    model = Checkpointed(net, CHECKPOINTS["not reentrant"])
+    for within_window in (False, True):
+        if within_window:
+            nn.functional.cross_entropy(net(x), y).backward()
+        net.eval()
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        model(inputs[0]).square().mean().backward()
+        clean.eval()(inputs[1]).square().mean().backward()
+        assert same(inputs[0].grad, inputs[1].grad)
+        net.train()
+        optimizer.zero_grad()
+
+
 class Cached(nn.Module):
     """Embeds without gradients, takes the loss's gradient to the embeddings, and embeds again in the backward pass.
 

@@ -135,8 +135,7 @@ class BiLoRAStep(FullWeightStep):
         n, m = term.weight.shape
         dtype = torch.promote_types(term.weight.dtype, torch.float32)
         # Seeded by name, so that other layers may come or go; drawn on the CPU, so that all devices agree.
-        seed = derived_seed(self.seed, zlib.crc32(term.names[0].encode()))
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, zlib.crc32(term.names[0].encode())))
         A = nn.init.kaiming_uniform_(torch.empty(self.rank, m, dtype=dtype), a=5**0.5, generator=generator)
         return A.to(term.weight.device), torch.zeros(n, self.rank, dtype=dtype, device=term.weight.device)
 

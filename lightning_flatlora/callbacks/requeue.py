@@ -118,8 +118,7 @@ class Requeue(Callback):
         total.ready = total.started = total.completed
         # Ranks with different numbers of batches can't agree in each batch, so they end after the validation.
         batches = torch.tensor(float(sum(trainer.num_val_batches)), device=trainer.strategy.root_device)
-        counts = trainer.strategy.all_gather(batches)
-        self._is_even = bool((counts == batches).all() and batches.isfinite())
+        self._is_even = bool((trainer.strategy.all_gather(batches) == batches).all() and batches.isfinite())
 
     @override
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

@@ -54,8 +54,7 @@ def lora_targets(
         raise ValueError("; ".join(problems))
     targets = []
     for tower in ("vision", "text") if towers == "both" else (towers,):
-        names = [name for name in _linears(model, tower) if _is_wanted(name, projections)]
-        chosen = _of_blocks(names, blocks)
+        chosen = _of_blocks([name for name in _linears(model, tower) if _is_wanted(name, projections)], blocks)
         if not chosen:
             inner = getattr(model, "visual" if tower == "vision" else "text", None) or model
             seen = sorted({name.rpartition(".")[2] for name in _linears(model, tower)})

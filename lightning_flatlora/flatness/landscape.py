@@ -117,8 +117,7 @@ def loss_along_line(loss: Loss, pairs: Sequence[LoRAPair], direction: Direction,
         >>> loss_on_plane(loss, pairs, across=(other, steps[:3]), along=(direction, steps)).shape
         torch.Size([3, 5])
     """
-    losses = [loss_at(loss, pairs, (step, direction)) for step in steps.tolist()]
-    return torch.stack(losses).cpu().double()
+    return torch.stack([loss_at(loss, pairs, (step, direction)) for step in steps.tolist()]).cpu().double()
 
 
 def loss_on_plane(
@@ -134,8 +133,7 @@ def loss_on_plane(
     """
     rows = []
     for y in across[1].tolist():
-        row = [loss_at(loss, pairs, (y, across[0]), (x, along[0])) for x in along[1].tolist()]
-        rows.append(torch.stack(row))
+        rows.append(torch.stack([loss_at(loss, pairs, (y, across[0]), (x, along[0])) for x in along[1].tolist()]))
     return torch.stack(rows).cpu().double()
 
 
@@ -157,6 +155,5 @@ def base_norm(model: nn.Module, pairs: Sequence[LoRAPair]) -> float:
     """
     norms = []
     for _, layer, _ in adapted_layers(model, pairs):
-        weight = dequantize_module_weight(layer.get_base_layer()).detach()
-        norms.append(torch.linalg.vector_norm(weight.double()).cpu())
+        norms.append(torch.linalg.vector_norm(dequantize_module_weight(layer.get_base_layer()).detach().double()).cpu())
     return float(torch.linalg.vector_norm(torch.stack(norms)))

@@ -40,9 +40,8 @@ class _Gates(list[Perturbation]):
         # Not in an evaluation, which runs under no_grad.
         if not torch.compiler.is_compiling() and (trains or torch.is_grad_enabled()):
             self.trains = trains
-        if not trains or GATES_CLOSED.is_on:
-            return []
-        found = [perturbation for perturbation in self if perturbation.may_be_nonzero and not perturbation.is_on]
+        closed = not trains or GATES_CLOSED.is_on
+        found = [] if closed else [each for each in self if each.may_be_nonzero and not each.is_on]
         return found if found and autograd_records() else []
 
 
@@ -56,11 +55,10 @@ class _Gated(Overlay):
     _overlay_state = GATES
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layer: Any = self
         if GATES not in self.__dict__:
             # The gates are gone, but this method was kept, as torch.compile(layer) does, or another class above it.
-            return plain_class(layer).__call__(self, *args, **kwargs)
-        opened = self.__dict__[GATES].opened(layer)
+            return plain_class(self).__call__(self, *args, **kwargs)  # type: ignore[arg-type]
+        opened = self.__dict__[GATES].opened(self)
         for perturbation in opened:
             perturbation.on()
         try:

@@ -160,8 +160,7 @@ class StepMethod:
         rho = self.schedule(self.step, self.horizon, share)
         # The package's own schedules are checked when they are made; a user's may return anything.
         if not 0 <= rho < math.inf:
-            problem = f"{self.argument} must give a finite number >= 0, got {rho} at step {self.step}"
-            checks.refuse(self, [problem])
+            checks.refuse(self, [f"{self.argument} must give a finite number >= 0, got {rho} at step {self.step}"])
         return rho
 
     @property
@@ -184,8 +183,7 @@ class StepMethod:
         if not self.schedule.needs_learning_rate or self.optimizer is None:
             return []
         identities = {id(parameter) for parameter in self.rate_parameters}
-        groups = self.optimizer.param_groups
-        return [group for group in groups if not identities.isdisjoint(map(id, group["params"]))]
+        return [group for group in self.optimizer.param_groups if not identities.isdisjoint(map(id, group["params"]))]
 
     def rate_problems(self) -> list[str]:
         """List why rho can't follow the learning rate, if it should."""

@@ -197,8 +197,7 @@ def nothing_found(model: nn.Module, adapter_name: str | None, finder: Finder | N
     if finder is not None:
         lines = [f"no LoRA pair to perturb: {getattr(finder, '__name__', finder)} found none whose B is trained."]
         if search.resting:
-            name = search.resting[0].name
-            lines.append(f"{len(search.resting)} are not trained, such as {name}: unfreeze their B.")
+            lines.append(f"{len(search.resting)} are not trained, such as {search.resting[0].name}: unfreeze their B.")
         elif not search.left_out:
             lines.append(f"The model holds {kinds}: does the finder know these layers?")
     elif layers:

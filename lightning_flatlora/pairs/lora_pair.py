@@ -178,8 +178,7 @@ def rows_of(tensor: Tensor, rows: range | None) -> Tensor:
 
 def all_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
     """Return the parameters of the pairs' factors, each once, A before B."""
-    factors = chain.from_iterable((pair.A, pair.B) for pair in pairs)
-    return list(dict.fromkeys(factors))
+    return list(dict.fromkeys(chain.from_iterable((pair.A, pair.B) for pair in pairs)))
 
 
 def trained_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:

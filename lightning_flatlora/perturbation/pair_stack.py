@@ -94,8 +94,7 @@ class PairStack:
             return functional.ascent_projected(A, grad_B, self.scaling)
         B = self._stacked(of_B=True, at_perturbed=at_perturbed)
         # The gradient of an A with a frozen B has no weight in ascent_average, since it agrees with no gradient of B.
-        grad_A = self._stacked(of_B=False, gradients=True)
-        return functional.ascent_average(A, B, grad_A, grad_B, self.scaling)
+        return functional.ascent_average(A, B, self._stacked(of_B=False, gradients=True), grad_B, self.scaling)
 
     @property
     def reads_grad_A(self) -> bool:

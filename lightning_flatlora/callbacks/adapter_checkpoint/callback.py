@@ -133,8 +133,7 @@ class SavesAdapters(_Base):
     @override
     def file_exists(self, filepath: str | Path, trainer: Trainer) -> bool:
         """Report whether a name is taken, by a file or by a folder in the place of the checkpoint's own."""
-        folder = export.folder_of(Path(filepath))
-        return super().file_exists(filepath, trainer) or super().file_exists(folder, trainer)
+        return super().file_exists(filepath, trainer) or super().file_exists(export.folder_of(Path(filepath)), trainer)
 
     @override
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:

@@ -233,8 +233,7 @@ def _identity(tensor: Tensor | None) -> Identity:
     places = torch.linspace(0, tensor.numel() - 1, _SAMPLES, dtype=torch.float64, device=tensor.device).long()
     try:
         # Not reshape(-1), which would copy a weight that is transposed.
-        values = tensor.detach()[torch.unravel_index(places, tensor.shape)]
-        sample = values.to(torch.float32).tolist()
+        sample = tensor.detach()[torch.unravel_index(places, tensor.shape)].to(torch.float32).tolist()
     except Exception:  # a quantizer's own kind of tensor, which may raise anything
         return None
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "sample": sample}
