@@ -207,7 +207,7 @@ class LoopMethod:
                 "other layers, such as dropout, to eval mode. If parts of the layers were replaced, call look_again(). "
                 "If the layers were not called (fused kernels, layer.forward(x), a torch.compile(layer) from before "
                 "this object was made, a penalty), call them, or run forward and backward inside `for each_pass in "
-                "flat.training_passes():` and `with each_pass:`"
+                "flat.training_passes():` and `with each_pass:`. Evaluate under torch.no_grad()"
             )
         self.method.before_step()
         self._received.forget()
