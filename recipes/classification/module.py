@@ -37,7 +37,7 @@ class TextClassification(PretrainedModel):
         start_from: folder of another run's adapter, whose LoRA weights this run starts from; the head is new. Only
             `fit` reads it; a run resumed from a checkpoint may omit it.
         predictions: name of the file that `predict` writes, .jsonl or .csv.
-        kwargs: the optimizer's settings.
+        kwargs: the optimizer's settings and, for FMLoRA's module, rho and others.
     """
 
     task = "text-classification"

@@ -129,8 +129,10 @@ class FewShotData(ResumableData):
         module, trainer = self.trained_module, cast("L.Trainer", self.trainer)
         examples = self.parts[part]
         if part == "train":
-            steps = self.iterations_per_shot * self.shots * trainer.accumulate_grad_batches
-            sampler: Any = Stream(len(examples), self.batch_size, steps, seed=self.seed, **self.ranks())
+            # FMLoRA's module accumulates gradients itself.
+            accumulated = getattr(module, "accumulate_grad_batches", trainer.accumulate_grad_batches)
+            steps = self.iterations_per_shot * self.shots
+            sampler: Any = Stream(len(examples), self.batch_size, steps * accumulated, seed=self.seed, **self.ranks())
             transform = train_transform(module.preprocess_cfg, self.crop_scale, self.flip)
         else:
             sampler = InTurn(len(examples), self.eval_batch_size, **self.ranks())

@@ -25,6 +25,8 @@ def model_card(base: str, lora: Any, run: dict[str, Any], task: str | None, libr
         library: the one that loads the files: "peft" for the adapter itself, another one for a whole model.
     """
     methods = list(methods_of_run(run))
+    if "rho" in (run.get("model", {}).get("init_args") or {}):
+        methods.append("FMLoRA")  # of FMLoRAModule
     settings = {
         "lora": {field: (lora or {}).get(field) for field in _LORA},
         **{part: run.get(part) for part in _SETTINGS},

@@ -65,7 +65,7 @@ class RecipeModule(L.LightningModule):
         schedule: the learning rate after warm-up: "linear" or "cosine" to 0, or "constant_with_warmup".
         warmup_steps: optimizer steps over which the learning rate rises from 0.
         warmup_share: warm-up as a share of the run's steps; the longer of the two counts.
-        kwargs: passed to the next class.
+        kwargs: passed to the next class; a recipe's module may come before an FMLoRAModule.
 
     Attributes:
         net: the model, which :meth:`configure_model` loads.
@@ -132,7 +132,9 @@ class RecipeModule(L.LightningModule):
 
     @override
     def configure_callbacks(self) -> list[L.Callback]:
-        return [self.writer] if self.writer else []
+        inherited: Any = super().configure_callbacks()  # FMLoRAModule has one
+        writers = [self.writer] if self.writer else []
+        return [*inherited, *writers]
 
     # -- training
 
