@@ -209,8 +209,9 @@ def _property_of(attribute: str) -> property:
                 reading.was_clean = True
             return value
         is_parameter = isinstance(value, nn.Parameter)
-        if isinstance(value, DTensor) or (reading.only_views and is_parameter):
-            # Outside of forward FSDP2 and FSDP1 look at the parameter itself, which must stay clean.
+        if isinstance(value, DTensor) or (reading.only_views and is_parameter) or not value.numel():
+            # Outside of forward FSDP2 and FSDP1 look at the parameter itself, which must stay clean, and ZeRO-3 has put
+            # its values away.
             return value
         if not value.requires_grad and not reading.only_views:
             # Frozen, maybe for only one pass, as by toggle_optimizer, or a teacher's values that functional_call has

@@ -1,7 +1,8 @@
 """How the ranks share factors and gradients, and how to gather them: all collectives of the engine."""
 
 from collections import ChainMap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,19 @@ class Sharding:
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """Return the full shape, independent of this rank's part."""
         return parameter.shape
+
+    @contextmanager
+    def fetched(
+        self, values: Iterable[nn.Parameter], gradients: Iterable[nn.Parameter], also_finite: Iterable[nn.Parameter]
+    ) -> Iterator[None]:
+        """Let :meth:`stack` and :meth:`all_finite` be called inside, once a step's gradients are complete.
+
+        Args:
+            values: the parameters that will be stacked.
+            gradients: those whose gradients will be.
+            also_finite: those whose gradients must be finite, too.
+        """
+        yield
 
     def stack(self, parameters: Sequence[nn.Parameter], *, gradients: bool = False) -> Tensor:
         """Stack parameters of one shape, or their gradients (zero if one is missing), as a plain tensor.
@@ -177,12 +191,98 @@ class FlatShards(Sharding):
         return flag > 0
 
 
+class ZeroShards(Sharding):
+    """Factors under DeepSpeed's ZeRO, which keeps gradients in parts of the flattened values, with ZeRO-3 values too.
+
+    All that a step reads is gathered in one all-reduce: each rank writes its parts among zeros, which is exact.
+    """
+
+    def __init__(self) -> None:
+        self._whole: dict[tuple[int, bool], Tensor] = {}
+        self._finite = torch.ones((), dtype=torch.bool)
+
+    @override
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        return getattr(parameter, "ds_shape", parameter.shape)
+
+    @override
+    def splits(self, parameter: nn.Parameter) -> bool:
+        # Between a backward pass and the step ZeRO-3 puts even small parameters away, which it calls persistent.
+        return parameter.numel() < self.shape(parameter).numel()
+
+    @override
+    @contextmanager
+    def fetched(
+        self, values: Iterable[nn.Parameter], gradients: Iterable[nn.Parameter], also_finite: Iterable[nn.Parameter]
+    ) -> Iterator[None]:
+        wanted = [(each, False) for each in dict.fromkeys(values) if self.splits(each)]
+        wanted += [(each, True) for each in dict.fromkeys(gradients)]
+        watched = [_zero_part(each, True)[1] for each in dict.fromkeys(also_finite)]
+        watched = [part for part in watched if len(part)]
+        is_finite = torch.isfinite(nn.utils.get_total_norm(watched, norm_type=torch.inf))
+        sizes = [self.shape(each).numel() for each, _ in wanted]
+        first = wanted[-1][0]
+        flat = torch.zeros(sum(sizes) + 1, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
+        *slots, not_finite = torch.split(flat, [*sizes, 1])
+        for (parameter, is_gradient), slot in zip(wanted, slots, strict=True):
+            start, part = _zero_part(parameter, is_gradient)
+            slot[start : start + len(part)].copy_(part)
+        not_finite.copy_(~is_finite)
+        dist.all_reduce(flat, group=getattr(first, "ds_process_group", None) or first._dp_group)  # type: ignore[attr-defined]
+        for (parameter, is_gradient), slot in zip(wanted, slots, strict=True):
+            self._whole[id(parameter), is_gradient] = slot.view(self.shape(parameter))
+        self._finite = not_finite[0] == 0
+        try:
+            yield
+        finally:
+            self._whole = {}
+
+    @override
+    def stack(self, parameters: Sequence[nn.Parameter], *, gradients: bool = False) -> Tensor:
+        rows = [self._whole.get((id(each), gradients), each.detach()) for each in parameters]
+        return torch.stack(rows).flatten(2)
+
+    @override
+    def have_gradients(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
+        """Say so for all trained ones, since a rank without a part of a parameter can't know about its gradient."""
+        return [parameter.requires_grad for parameter in parameters]
+
+    @override
+    def all_finite(self, parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+        """Say so for the parameters given to :meth:`fetched`."""
+        return self._finite.to(device)
+
+
+def _zero_part(parameter: Any, is_gradient: bool) -> tuple[int, Tensor]:
+    """Return where this rank's part of a flattened parameter, or of its averaged gradient, begins, and the part."""
+    if hasattr(parameter, "ds_id"):
+        part = parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter) if is_gradient else parameter.ds_tensor
+        if part is None:  # the gradient of a frozen parameter
+            return 0, parameter.new_empty(0)
+        start = part.numel() * dist.get_rank(parameter.ds_process_group)
+        return start, part.flatten()[: max(parameter.ds_numel - start, 0)]  # the last parts are padded
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        return 0, parameter.new_empty(0)
+    start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+    part = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+    # With bfloat16 weights ZeRO-1 keeps whole gradients, each in a part's place.
+    return start, part[start : start + size] if len(part) == parameter.numel() else part
+
+
 def sharding_of(model: nn.Module | None) -> Sharding:
     """Return how the ranks share the parameters of a model, as the strategy has wrapped it."""
     units = FullyShardedDataParallel.fsdp_modules(model) if model is not None else []
     if units:  # the model itself, or modules that its configure_model wrapped
         return FlatShards(model, units[0].process_group)  # type: ignore[arg-type]
+    if model is not None and any(is_zeros(parameter) for parameter in model.parameters()):
+        return ZeroShards()
     return Sharding()
+
+
+def is_zeros(parameter: nn.Parameter) -> bool:
+    """Say whether DeepSpeed's ZeRO holds a parameter's gradient in parts."""
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
 def is_sharded(model: nn.Module | None) -> bool:

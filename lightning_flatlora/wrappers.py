@@ -20,6 +20,8 @@ OPACUS = (
     "come from the gradients before that, which the privacy budget does not cover: train plain LoRA under Opacus"
 )
 
+ONE_PASS_ONLY = "DeepSpeed adds each pass to the gradients of the step, so two are impossible: use EFMLoRA"
+
 
 def clean_name(name: str) -> str:
     """Return a parameter's name without the parts that FSDP, torch.compile and activation checkpointing insert.
@@ -42,11 +44,21 @@ def bare(module: Any) -> Any:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model itself, without the wrappers of Fabric, torch.compile, DDP and DataParallel."""
+    """Return the model itself, without the wrappers of Fabric, torch.compile, DDP, DataParallel and DeepSpeed."""
     model = bare(model)
-    while isinstance(model, (DistributedDataParallel, DataParallel)):
+    while isinstance(model, (DistributedDataParallel, DataParallel)) or is_engine(model):
         model = bare(model._modules["module"])
     return model
+
+
+def is_engine(module: object) -> bool:
+    """Say whether a module is DeepSpeed's engine around a model."""
+    return is_of("deepspeed", module) and hasattr(module, "save_checkpoint")
+
+
+def engine_of(model: nn.Module) -> Any:
+    """Return DeepSpeed's engine in or around a model; None if there is none."""
+    return next(filter(is_engine, model.modules()), None)
 
 
 @contextmanager
@@ -58,13 +70,16 @@ def without_sync(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def wrapping_problems(model: nn.Module, unsynchronized: Sequence[str], *, takes_fsdp1: bool = False) -> list[str]:
+def wrapping_problems(
+    model: nn.Module, unsynchronized: Sequence[str], *, takes_fsdp1: bool = False, takes_deepspeed: bool = False
+) -> list[str]:
     """List why a perturbation can't be exact in a model as it is wrapped, one line for each reason.
 
     Args:
         model: the module that the loop or Lightning's strategy calls.
         unsynchronized: settings with which some backward passes skip DDP's averaging, as the user wrote them.
         takes_fsdp1: whether FSDP1 works, as under Lightning's Trainer.
+        takes_deepspeed: whether DeepSpeed's engine works.
     """
     modules = list(model.modules())
     megatron = sys.modules.get("megatron.core.parallel_state")
@@ -72,8 +87,9 @@ def wrapping_problems(model: nn.Module, unsynchronized: Sequence[str], *, takes_
     sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
     by_fsdp = any(isinstance(module, FSDPModule) for module in modules)
     unsupported = []
-    if any(is_of("deepspeed", module) for module in modules):
-        unsupported.append("DeepSpeed")
+    of_deepspeed = [type(module).__name__ for module in modules if is_of("deepspeed", module)]
+    allowed = "DeepSpeedEngine" if takes_deepspeed else None
+    unsupported += [f"DeepSpeed's {name}" for name in dict.fromkeys(of_deepspeed) if name != allowed]
     # Its releases 5.4 to 5.16 give each rank plain parts of the weights, of which a norm would be a part's.
     if any(hasattr(module, "_tp_info") or getattr(module, "_hf_tp_plan", None) for module in modules):
         unsupported.append("transformers' tensor parallelism")

@@ -84,7 +84,7 @@ REFUSED = {
     "LBFGS": Case("LBFGS needs several gradients", optimizer=lambda net: torch.optim.LBFGS(net.parameters())),
     "maximize": Case("the optimizer has maximize=True", optimizer=lambda net: sgd(net, maximize=True)),
     "a merged adapter": Case("the adapter is merged into its base", merged),
-    "DeepSpeed": Case("DeepSpeed is not supported: use one device", lambda: of_library("deepspeed")),
+    "DeepSpeed": Case("DeepSpeed's Engine is not supported: use one device", lambda: of_library("deepspeed")),
     "Megatron": Case("Megatron is not supported", lambda: of_library("megatron")),
     "DataParallel": Case("DataParallel is not supported", lambda: nn.DataParallel(make_net())),
 }

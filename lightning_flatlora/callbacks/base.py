@@ -152,7 +152,7 @@ class MethodCallback(Callback, Generic[S]):
         pairs = list(chain.from_iterable(method.pairs for method in self.methods))
         say_start(self.method, pairs, self.per_optimizer.search)
         for method in self.methods:
-            method.loss_scaler = getattr(trainer.precision_plugin, "scaler", None)
+            method.loss_scaler = strategies.loss_scaler_of(trainer)
             method.install()
         kind = TwoPasses if isinstance(self.method, TwoPassStep) else OnePass
         self.passes = kind(self, trainer)
@@ -161,7 +161,7 @@ class MethodCallback(Callback, Generic[S]):
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """List why the method can't work with the trainer and its other callbacks; subclasses add their reasons."""
         method = self.methods[0]
-        problems = strategies.strategy_problems(trainer, getattr(method, "sync_ascent", True), method.works_sharded)
+        problems = strategies.strategy_problems(trainer, method)
         others = [each for each in callbacks_of(trainer) if isinstance(each, MethodCallback) and each is not self]
         rivals = [type(each).__name__ for each in others if not (self.works_beside(each) or each.works_beside(self))]
         if rivals:
@@ -212,6 +212,8 @@ class MethodCallback(Callback, Generic[S]):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Let the method use the complete gradients, and count the step, before an optimizer steps."""
         self.passes.check_gradient_is_first(optimizer)
+        if not strategies.completes_window(trainer.strategy):
+            return
         method = self.methods[trainer.optimizers.index(optimizer)]
         is_used = method is self.method or method.takes_several_optimizers
         # Counted here, since no later hook says that the step was taken: steps that a scaler skips count too.

@@ -10,16 +10,19 @@ from typing import Any
 
 from lightning.pytorch import Trainer, strategies
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.amp import GradScaler
 from torch.distributed.fsdp import ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_flatlora.callbacks.both_lightnings import callbacks_of, is_lightning
 from lightning_flatlora.callbacks.training_step import window_of
+from lightning_flatlora.methods.step_method import StepMethod, TwoPassStep
 from lightning_flatlora.patching import nothing, put_on_instance
-from lightning_flatlora.wrappers import wrapping_problems
+from lightning_flatlora.wrappers import ONE_PASS_ONLY, wrapping_problems
 
 _USE = "use strategy='ddp', ModelParallelStrategy (FSDP2) or, with automatic optimization, strategy='fsdp'"
-_SHARDED = (strategies.FSDPStrategy, strategies.ModelParallelStrategy)
+_DEEPSPEED = strategies.DeepSpeedStrategy
+_SHARDED = (strategies.FSDPStrategy, strategies.ModelParallelStrategy, _DEEPSPEED)
 _SUPPORTED = (strategies.SingleDeviceStrategy, strategies.DDPStrategy, *_SHARDED)
 # For TPUs; these inherit from supported strategies.
 _XLA = (strategies.XLAStrategy, strategies.SingleDeviceXLAStrategy)
@@ -28,15 +31,10 @@ _XLA = (strategies.XLAStrategy, strategies.SingleDeviceXLAStrategy)
 # -- refused strategies
 
 
-def strategy_problems(trainer: Trainer, sync_ascent: bool, works_sharded: bool = True) -> list[str]:
-    """List why a method can't work under the trainer's strategy, one line for each reason.
-
-    Args:
-        trainer: with its strategy set up.
-        sync_ascent: whether the ascent's gradient is averaged over the ranks.
-        works_sharded: whether the method can work if each rank holds a part of each parameter.
-    """
+def strategy_problems(trainer: Trainer, method: StepMethod) -> list[str]:
+    """List why a method can't work under the trainer's strategy, once this is set up, one line for each reason."""
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
+    sync_ascent = getattr(method, "sync_ascent", True)
     problems = _kind_problems(strategy)
     if is_lightning(strategy, strategies.ModelParallelStrategy):
         size = strategy.device_mesh["tensor_parallel"].size()
@@ -46,11 +44,14 @@ def strategy_problems(trainer: Trainer, sync_ascent: bool, works_sharded: bool =
                 f"ModelParallelStrategy(data_parallel_size={strategy.world_size}, tensor_parallel_size=1)"
             )
     if not problems and strategy.model is not None:
-        problems = wrapping_problems(strategy.model, _unsynchronized(trainer, sync_ascent), takes_fsdp1=True)
+        unsynchronized = _unsynchronized(trainer, sync_ascent)
+        problems = wrapping_problems(strategy.model, unsynchronized, takes_fsdp1=True, takes_deepspeed=True)
     if problems or not is_lightning(strategy, *_SHARDED):
         return problems
-    if not works_sharded:
+    if not method.works_sharded:
         return [f"{name} leaves each rank a part of every weight, but this method needs all of it: use strategy='ddp'"]
+    if is_lightning(strategy, _DEEPSPEED) and isinstance(method, TwoPassStep):
+        problems.append(ONE_PASS_ONLY)
     if is_lightning(strategy, strategies.FSDPStrategy):
         problems += _fsdp1_problems(strategy, trainer.lightning_module.automatic_optimization)
     if not sync_ascent:
@@ -63,11 +64,12 @@ def strategy_problems(trainer: Trainer, sync_ascent: bool, works_sharded: bool =
 def _kind_problems(strategy: strategies.Strategy) -> list[str]:
     """List why a method can't work under this kind of strategy."""
     name = type(strategy).__name__
-    if is_lightning(strategy, strategies.DeepSpeedStrategy):
-        return [f"DeepSpeed is not supported yet: {_USE}"]
     if is_lightning(strategy, *_XLA) or not is_lightning(strategy, *_SUPPORTED):
         return [f"the strategy {name} has not been tested: with accelerator='gpu' or 'cpu', {_USE}"]
-    if not is_lightning(strategy, strategies.DDPStrategy) or strategy.model is None:
+    # DeepSpeed's is one, too, but a class of its own.
+    if is_lightning(strategy, _DEEPSPEED) or not is_lightning(strategy, strategies.DDPStrategy):
+        return []
+    if strategy.model is None:
         return []
     # Another library's subclass may not behave as DDP does, such as NeMo's for Megatron.
     model = strategy.model
@@ -109,8 +111,11 @@ def monitor_problems(strategy: strategies.Strategy) -> list[str]:
 
 def checkpoint_problems(strategy: strategies.Strategy) -> list[str]:
     """List why checkpoints of adapters can't be written under a strategy."""
-    if is_lightning(strategy, strategies.DeepSpeedStrategy):
-        return ["DeepSpeed stores weights in its own format: use Lightning's ModelCheckpoint, or DDP or FSDP"]
+    if is_lightning(strategy, _DEEPSPEED):
+        return [
+            "DeepSpeed stores weights in its own format: use Lightning's ModelCheckpoint, with "
+            "DeepSpeedStrategy(exclude_frozen_parameters=True), or DDP or FSDP"
+        ]
     return []
 
 
@@ -144,6 +149,19 @@ def ascent_stays_local(trainer: Trainer, sync_ascent: bool) -> bool:
     if not is_lightning(trainer.strategy, strategies.DDPStrategy, strategies.FSDPStrategy):
         return False
     return window_of(trainer) > 1 or not sync_ascent
+
+
+def completes_window(strategy: strategies.Strategy) -> bool:
+    """Say whether an announced optimizer step will be taken: DeepSpeed announces one for each micro-batch."""
+    model: Any = strategy.model
+    return not is_lightning(strategy, _DEEPSPEED) or model.is_gradient_accumulation_boundary()
+
+
+def loss_scaler_of(trainer: Trainer) -> GradScaler | None:
+    """Return what skips a step with a gradient that is not finite; None if nothing does."""
+    if is_lightning(trainer.strategy, _DEEPSPEED):  # skips it itself, in every precision
+        return GradScaler(enabled=False)
+    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def synchronizes(strategy: strategies.Strategy) -> bool:

@@ -3,6 +3,7 @@
 import math
 import weakref
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_flatlora import wrappers
+from lightning_flatlora.loops.deepspeed_engine import before_steps, in_checkpoints
 from lightning_flatlora.loops.forward_gate import ForwardGates, ReceivedGradients
 from lightning_flatlora.methods import checks, optimizers
 from lightning_flatlora.methods.assignment import assign_pairs
@@ -26,8 +28,8 @@ from lightning_flatlora.patching import put_on_instance
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import clean, reading_of
 from lightning_flatlora.schedules import RhoSchedule
-from lightning_flatlora.sharding import has_ranks, is_sharded, reshard
-from lightning_flatlora.wrappers import unwrapped
+from lightning_flatlora.sharding import ZeroShards, has_ranks, is_sharded, is_zeros, reshard
+from lightning_flatlora.wrappers import engine_of, unwrapped
 
 STATE_KEY = "lightning_flatlora"
 """The key of the methods' states in an optimizer's state dict."""
@@ -70,21 +72,28 @@ class LoopMethod:
         self._steps_within = 0
         # The warning waits until the count is first used, since load_state_dict() may still come. Adagrad has a state
         # from the start, and counts steps in it.
-        self._lacks_state = any(bool(state.get("step", 1) != 0) for state in inner.state.values())
+        self._lacks_state = _has_stepped(model, inner)
         method.horizon = math.inf if total_steps is None else total_steps
         method.loss_scaler = torch.amp.GradScaler(enabled=False)  # a loop does not say whether it has one
         self.look_again()
         checks.say_start(method, method.pairs, self.search, self._orphans)
         self._close_others()
         self._install()
-        for handle in (
-            # Not traced into a compiled step, which would be compiled again for each step count.
-            outer.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
-            outer.register_step_post_hook(self._after_step),
-            inner.register_state_dict_post_hook(self._add_state),
-        ):
-            self._hooks.callback(handle.remove)
-        self._hooks.callback(self._before_loading())
+        if optimizers.is_deepspeeds(inner):
+            self._hooks.callback(before_steps(inner, self._use_gradients))
+            engine = engine_of(model)
+            if engine is not None:
+                add_state = partial(self._add_state, inner)
+                self._hooks.callback(in_checkpoints(engine, add_state, self._take_state))
+        else:
+            for handle in (
+                # Not traced into a compiled step, which would be compiled again for each step count.
+                outer.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
+                outer.register_step_post_hook(self._after_step),
+                inner.register_state_dict_post_hook(self._add_state),
+            ):
+                self._hooks.callback(handle.remove)
+            self._hooks.callback(self._before_loading())
         _RUNNING.add(self)
         # If nobody has closed this object, its layers must not read its last Ê once the optimizer is gone.
         for leave in (self.perturbation.uninstall, self._gates.uninstall, self._received.unwatch):
@@ -242,6 +251,11 @@ class LoopMethod:
                 f"the model's parameters were replaced after {self.method.title} was made: make it after the model is "
                 "sharded, parametrized or pruned, or call look_again()"
             )
+        if not isinstance(self.method.sharding, ZeroShards) and any(is_zeros(pair.B) for pair in self.method.pairs):
+            raise RuntimeError(
+                f"DeepSpeed has taken the model over after {self.method.title} was made: make it afterwards, with the "
+                "engine and its optimizer"
+            )
         if any("grad_sample" in vars(pair.B) for pair in self.method.pairs):
             raise RuntimeError(f"{self.method.title}: {wrappers.OPACUS}")
 
@@ -261,15 +275,17 @@ class LoopMethod:
         own = self._optimizer.load_state_dict
 
         def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            if self in _RUNNING:  # after the end, another patch on top of this one may still call it
-                self._take_state(state_dict)
+            self._take_state(state_dict)
             return own(state_dict, *args, **kwargs)
 
         return put_on_instance(self._optimizer, "load_state_dict", load_state_dict)
 
     def _take_state(self, state_dict: dict[str, Any]) -> None:
+        if self not in _RUNNING:  # after the end, another patch on top of this one may still call it
+            return
         state = state_dict.get(STATE_KEY, {}).get(self._name)
-        self._lacks_state = bool(state_dict["state"])
+        # A DeepSpeed checkpoint has no state of this name, but is of a run that has taken steps.
+        self._lacks_state = bool(state_dict.get("state", True))
         if state is not None:
             self.load_state_dict(state)
 
@@ -290,16 +306,26 @@ class LoopMethod:
         self._lacks_state = False
 
 
+def _has_stepped(model: Any, optimizer: Any) -> bool:
+    """Say whether an optimizer has already taken a step."""
+    if optimizers.is_deepspeeds(optimizer):  # it makes its state by an empty step
+        return bool(getattr(engine_of(model), "global_steps", 0))
+    return any(bool(state.get("step", 1) != 0) for state in optimizer.state.values())
+
+
 def _loop_problems(model: object, optimizer: Any, method: Any, total_steps: object) -> list[str]:
     """List why the method can't work in a loop, as far as it is known before the search for pairs."""
     problems = [] if total_steps is None else checks.integer_problems("total_steps", total_steps, 1)
     problems += checks.optimizer_problems([optimizers.innermost(optimizer)])
-    if not isinstance(model, nn.Module) or optimizers.stepped(optimizer) is None:
+    is_deepspeeds = optimizers.is_deepspeeds(optimizers.innermost(optimizer))
+    if not isinstance(model, nn.Module) or not (is_deepspeeds or optimizers.stepped(optimizer)):
         given = f"{type(model).__name__} and {type(optimizer).__name__}"
         return problems or [f"the first two arguments must be a model and its torch.optim.Optimizer, got {given}"]
     takes_two_passes = isinstance(method, TwoPassStep)
     first_pass = [f"{method.title}'s first pass"] if takes_two_passes else []
-    problems += wrappers.wrapping_problems(model, first_pass)
+    problems += wrappers.wrapping_problems(model, first_pass, takes_deepspeed=not takes_two_passes)
+    if takes_two_passes and is_deepspeeds:
+        problems.append(wrappers.ONE_PASS_ONLY)
     if takes_two_passes and not method.sync_ascent and is_sharded(model):
         problems.append("sync_ascent=False needs each rank's own gradient, which FSDP does not keep")
     if method.lacks_horizon and total_steps is None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_flatlora import wrappers
+from lightning_flatlora.methods.optimizers import ZERO, is_deepspeeds
 from lightning_flatlora.pairs.lora_pair import PairSearch
 from lightning_flatlora.schedules import is_integer
 
@@ -48,6 +49,8 @@ def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
         problems.append(f"LBFGS {SEVERAL_GRADIENTS}")
     if any(wrappers.is_of("opacus", optimizer) for optimizer in optimizers):
         problems.append(wrappers.OPACUS)
+    for optimizer in optimizers:
+        problems += _deepspeed_problems(optimizer)
     # With several optimizers, the one that maximizes may train something else.
     groups = getattr(optimizers[0], "param_groups", []) if len(optimizers) == 1 else []
     if any(group.get("maximize") for group in groups):
@@ -56,6 +59,22 @@ def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
             "to better weights, not worse: return the negative as the loss, and minimize"
         )
     return problems
+
+
+def _deepspeed_problems(optimizer: Any) -> list[str]:
+    """List why the gradients in one of DeepSpeed's optimizers can't be read."""
+    kind, inner = type(optimizer), getattr(optimizer, "optimizer", None)
+    wants = "use ZeRO stage 1, 2 or 3 with AdamW"
+    if any("onebit" in type(each).__module__ or "Muon" in type(each).__name__ for each in (optimizer, inner)):
+        return [f"{type(inner or optimizer).__name__} changes gradients before its step: {wants}"]
+    if not is_deepspeeds(optimizer):
+        return []
+    if kind.__name__ not in ZERO:
+        return [f"DeepSpeed's {kind.__name__} is not supported: {wants}"]
+    offloads = [name for name in ("cpu_offload", "offload_optimizer", "offload_param") if getattr(optimizer, name, 0)]
+    if offloads or getattr(optimizer, "zenflow", False):
+        return ["DeepSpeed's offloading is not supported: leave offload_optimizer and offload_param out"]
+    return []
 
 
 def changed_problems(method: Any, saved: dict[str, Any]) -> list[str]:

@@ -6,11 +6,24 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_flatlora.wrappers import is_of
+
+ZERO = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
+"""DeepSpeed's optimizers whose parts of gradients can be read: of ZeRO-1 and 2, of ZeRO-3, and of ZeRO-1."""
+
+
+def is_deepspeeds(optimizer: object) -> bool:
+    """Say whether an optimizer is one of DeepSpeed's around PyTorch's, which holds parts of the parameters."""
+    return is_of("deepspeed", optimizer) and not isinstance(optimizer, Optimizer)
+
 
 def innermost(optimizer: Any) -> Any:
-    """Return the innermost PyTorch optimizer, which Fabric, accelerate or another optimizer may have wrapped."""
+    """Return the innermost PyTorch optimizer, which Fabric, accelerate or another optimizer may have wrapped.
+
+    Of one inside DeepSpeed's, whose groups are flat parts, return DeepSpeed's.
+    """
     inner = getattr(optimizer, "optimizer", None)
-    while isinstance(inner, Optimizer):
+    while not is_deepspeeds(optimizer) and (isinstance(inner, Optimizer) or is_deepspeeds(inner)):
         optimizer, inner = inner, getattr(inner, "optimizer", None)
     return optimizer
 
@@ -26,10 +39,22 @@ def stepped(optimizer: Any) -> Any:
     return None
 
 
+def groups_of(optimizer: Any) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:
+    """List an optimizer's groups with their parameters, in the place of which DeepSpeed's groups hold flat parts."""
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    for name in ("bit16_groups", "bf16_groups"):
+        if hasattr(optimizer, name):
+            return list(zip(groups, getattr(optimizer, name), strict=True))
+    if hasattr(optimizer, "sub_group_to_group_id"):  # ZeRO-3
+        group_ids = optimizer.sub_group_to_group_id
+        return [(groups[group_ids[index]], part) for index, part in enumerate(optimizer.fp16_groups)]
+    return [(group, group["params"]) for group in groups]
+
+
 def parameters_of(*optimizers: Optimizer) -> list[nn.Parameter]:
     """List the parameters of optimizers, each optimizer's in the order of its state."""
-    groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
-    return list(chain.from_iterable(group["params"] for group in groups))
+    groups = chain.from_iterable(groups_of(optimizer) for optimizer in optimizers)
+    return list(chain.from_iterable(parameters for _, parameters in groups))
 
 
 def only_makes_state(optimizer: Optimizer) -> bool:

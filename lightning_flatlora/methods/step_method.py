@@ -14,7 +14,7 @@ from torch.amp import GradScaler
 from typing_extensions import override
 
 from lightning_flatlora.methods import checks
-from lightning_flatlora.methods.optimizers import parameters_of
+from lightning_flatlora.methods.optimizers import groups_of, parameters_of
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
 from lightning_flatlora.perturbation.perturbation import Perturbation
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule, is_size
@@ -34,7 +34,7 @@ class StepMethod:
 
     Attributes:
         rho: the size of the perturbation as it was given: a number, or a schedule over optimizer steps.
-        optimizer: the one that trains the pairs; only its ``param_groups`` are read.
+        optimizer: the one that trains the pairs; only its groups are read.
         place: names the optimizer in messages, if there are several.
         pairs: those whose factors the optimizer holds. A pair takes part in a step if its B has a gradient.
         left_out: lines about the layers that the method leaves out; None if they are the search's.
@@ -183,7 +183,9 @@ class StepMethod:
         if not self.schedule.needs_learning_rate or self.optimizer is None:
             return []
         identities = {id(parameter) for parameter in self.rate_parameters}
-        return [group for group in self.optimizer.param_groups if not identities.isdisjoint(map(id, group["params"]))]
+        # ZeRO-3 cuts a group into several, so that it may come more than once.
+        groups = [group for group, held in groups_of(self.optimizer) if not identities.isdisjoint(map(id, held))]
+        return list({id(group): group for group in groups}.values())
 
     def rate_problems(self) -> list[str]:
         """List why rho can't follow the learning rate, if it should."""

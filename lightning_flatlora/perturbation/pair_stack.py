@@ -42,6 +42,7 @@ class PairStack:
 
     Attributes:
         pairs: the pairs, L of them.
+        A, B: every pair's factors, in this order.
         learned_A: every A; none if they are fixed, since nobody then clears a gradient that they may get.
         E: their perturbations, stored like B, shape (L, n, r * experts) or transposed (L, r, n), float32 or wider.
         has_average: whether the moving average of each product has begun, booleans, shape (L, experts).
@@ -59,9 +60,9 @@ class PairStack:
         self._estimator = estimator
         self.sharding = sharding
         # Listed once: a loop over pairs takes as long as the products of small factors.
-        self._A, self._A_rows = [pair.A for pair in pairs], [pair.A_rows for pair in pairs]
-        self.learned_A = [] if first.A_is_fixed else self._A
-        self._B, self._B_rows = [pair.B for pair in pairs], [pair.B_rows for pair in pairs]
+        self.A, self._A_rows = [pair.A for pair in pairs], [pair.A_rows for pair in pairs]
+        self.learned_A = [] if first.A_is_fixed else self.A
+        self.B, self._B_rows = [pair.B for pair in pairs], [pair.B_rows for pair in pairs]
         self.experts, self.is_transposed = first.experts, first.is_transposed
         scaling = torch.tensor([pair.scaling for pair in pairs], dtype=dtype, device=device)
         self.scaling = scaling.repeat_interleave(self.experts)
@@ -107,7 +108,7 @@ class PairStack:
 
     def _stacked(self, of_B: bool, *, gradients: bool = False, at_perturbed: bool = False) -> Tensor:
         """Stack A or B of every product, or their gradients, (L * experts, rows, columns); one may be a view."""
-        parameters, rows = (self._B, self._B_rows) if of_B else (self._A, self._A_rows)
+        parameters, rows = (self.B, self._B_rows) if of_B else (self.A, self._A_rows)
         if rows[0] is None:
             stacked = self.sharding.stack(parameters, gradients=gradients)
         else:
@@ -196,20 +197,28 @@ def fresh_perturbation(
 
     ``others`` are parameters whose gradients must be finite too.
     """
-    ascents = [stack.ascent(at_perturbed) for stack in stacks]
-    norms = [ascent.squared_norm for ascent in ascents]
-    with_gradient = [norm > 0 for norm in norms]
     # Every entry of a gradient enters a norm, so the norms show whether the pairs' gradients are finite, except for the
     # gradients of A that a projected estimate does not read.
-    unread = list(others)
+    values, gradients, unread = [], [], list(others)
     for stack in stacks:
-        unread += [] if stack.reads_grad_A else stack.learned_A
+        values += stack.A
+        gradients += stack.B
+        if stack.reads_grad_A:
+            values += stack.B
+            gradients += stack.A
+        else:
+            unread += stack.learned_A
+    # The stacks may be on several devices.
+    sharding, device = stacks[0].sharding, stacks[0].E.device
+    with sharding.fetched(values, gradients, unread):
+        ascents = [stack.ascent(at_perturbed) for stack in stacks]
+        finite = sharding.all_finite(unread, device)
+    norms = [ascent.squared_norm for ascent in ascents]
+    with_gradient = [norm > 0 for norm in norms]
     # Not float32 for all, in which the squares of large float64 gradients would be infinite.
     dtype = reduce(torch.promote_types, [norm.dtype for norm in norms])
-    # The stacks may be on several devices.
-    device = stacks[0].E.device
     total = torch.stack([norm.sum().to(device, dtype) for norm in norms]).sum()
-    finite = stacks[0].sharding.all_finite(unread, device) & torch.isfinite(total)
+    finite = finite & torch.isfinite(total)
     if norm_scope == "global":
         norms = [total.to(norm.device, norm.dtype).expand_as(norm) for norm in norms]
     fresh = []

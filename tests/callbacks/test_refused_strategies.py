@@ -59,7 +59,6 @@ class Homemade(Strategy):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (DeepSpeedStrategy, ["DeepSpeed is not supported yet: use strategy='ddp', ModelParallelStrategy (FSDP2) or"]),
         (XLAStrategy, ["the strategy XLAStrategy has not been tested", NO_TPU]),
         (SingleDeviceXLAStrategy, ["the strategy SingleDeviceXLAStrategy has not been tested", NO_TPU]),
         (MyTPU, ["the strategy MyTPU has not been tested", NO_TPU]),
@@ -78,6 +77,14 @@ def test_baselines_that_need_whole_weights_refuse_shards(baseline):
     (problem,) = strategy_problems_of(FSDPStrategy(), baseline)
     assert "FSDPStrategy leaves each rank a part of every weight" in problem
     assert "use strategy='ddp'" in problem
+
+
+@pytest.mark.parametrize("front_end", [FMLoRA, TwoPassClassifier])
+def test_two_passes_under_deepspeed(front_end):
+    strategy = without_its_library(DeepSpeedStrategy)
+    strategy._model = None
+    (problem,) = strategy_problems_of(strategy, front_end)
+    assert "DeepSpeed adds each pass to the gradients of the step, so two are impossible: use EFMLoRA" in problem
 
 
 def test_efmlora_beside_a_module_whose_ranks_have_their_own_perturbation(monkeypatch):
