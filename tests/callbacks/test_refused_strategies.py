@@ -82,7 +82,7 @@ def test_baselines_that_need_whole_weights_refuse_shards(baseline):
 @pytest.mark.parametrize("front_end", [FMLoRA, TwoPassClassifier])
 def test_two_passes_under_deepspeed(front_end):
     strategy = without_its_library(DeepSpeedStrategy)
-    strategy._model = None
+    strategy._model = nn.Linear(2, 2)
     (problem,) = strategy_problems_of(strategy, front_end)
     assert "DeepSpeed adds each pass to the gradients of the step, so two are impossible: use EFMLoRA" in problem
 
