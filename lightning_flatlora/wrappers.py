@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
 
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPER_NAMES = re.compile(rf"(^|\.)({'|'.join(_WRAPPED)})(?=\.)")
@@ -54,6 +55,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def is_engine(module: object) -> bool:
     """Say whether a module is DeepSpeed's engine around a model."""
     return is_of("deepspeed", module) and hasattr(module, "save_checkpoint")
+
+
+def is_deepspeeds(optimizer: object) -> bool:
+    """Say whether an optimizer is one of DeepSpeed's around PyTorch's, which holds parts of the parameters."""
+    return is_of("deepspeed", optimizer) and not isinstance(optimizer, Optimizer)
 
 
 def engine_of(model: nn.Module) -> Any:

@@ -161,12 +161,13 @@ class MethodCallback(Callback, Generic[S]):
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """List why the method can't work with the trainer and its other callbacks; subclasses add their reasons."""
         method = self.methods[0]
-        problems = strategies.strategy_problems(trainer, method)
+        takes_two_passes = isinstance(method, TwoPassStep)
+        problems = strategies.strategy_problems(trainer, method, takes_two_passes)
         others = [each for each in callbacks_of(trainer) if isinstance(each, MethodCallback) and each is not self]
         rivals = [type(each).__name__ for each in others if not (self.works_beside(each) or each.works_beside(self))]
         if rivals:
             problems.append(f"it perturbs the same weights as {', '.join(rivals)}: keep one")
-        if isinstance(method, TwoPassStep) and not takes_passes_itself(pl_module):
+        if takes_two_passes and not takes_passes_itself(pl_module):
             problems += two_pass_problems(pl_module)
         return problems + optimizer_problems(trainer.optimizers)
 

@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_flatlora.callbacks.both_lightnings import callbacks_of, is_lightning
 from lightning_flatlora.callbacks.training_step import window_of
-from lightning_flatlora.methods.step_method import StepMethod, TwoPassStep
 from lightning_flatlora.patching import nothing, put_on_instance
 from lightning_flatlora.wrappers import ONE_PASS_ONLY, wrapping_problems
 
@@ -31,7 +30,7 @@ _XLA = (strategies.XLAStrategy, strategies.SingleDeviceXLAStrategy)
 # -- refused strategies
 
 
-def strategy_problems(trainer: Trainer, method: StepMethod) -> list[str]:
+def strategy_problems(trainer: Trainer, method: Any, takes_two_passes: bool) -> list[str]:
     """List why a method can't work under the trainer's strategy, once this is set up, one line for each reason."""
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
     sync_ascent = getattr(method, "sync_ascent", True)
@@ -50,7 +49,7 @@ def strategy_problems(trainer: Trainer, method: StepMethod) -> list[str]:
         return problems
     if not method.works_sharded:
         return [f"{name} leaves each rank a part of every weight, but this method needs all of it: use strategy='ddp'"]
-    if is_lightning(strategy, _DEEPSPEED) and isinstance(method, TwoPassStep):
+    if is_lightning(strategy, _DEEPSPEED) and takes_two_passes:
         problems.append(ONE_PASS_ONLY)
     if is_lightning(strategy, strategies.FSDPStrategy):
         problems += _fsdp1_problems(strategy, trainer.lightning_module.automatic_optimization)

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_flatlora.loops.loop_method import LoopMethod
 from lightning_flatlora.methods.b_perturbation import EFMLoRAStep, FMLoRAStep
 from lightning_flatlora.methods.optimizers import has_gradient
 from lightning_flatlora.methods.replay import Replay
+from lightning_flatlora.rank_zero import rank_zero_warn
 from lightning_flatlora.sharding import is_sharded
 from lightning_flatlora.wrappers import unwrapped, without_sync
 

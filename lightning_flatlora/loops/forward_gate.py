@@ -9,13 +9,13 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_flatlora.class_overlay import Overlay, plain_class, set_class
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import GATES_CLOSED, as_ref, autograd_records, in_backward
+from lightning_flatlora.rank_zero import rank_zero_warn
 
 GATES = "_flatlora_gates"
 """The attribute of a layer that holds the perturbations which it may read."""

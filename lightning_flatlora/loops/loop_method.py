@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -27,9 +26,10 @@ from lightning_flatlora.pairs.peft_pairs import merge_problems
 from lightning_flatlora.patching import put_on_instance
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import clean, reading_of
+from lightning_flatlora.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.sharding import ZeroShards, has_ranks, is_sharded, is_zeros, reshard
-from lightning_flatlora.wrappers import engine_of, unwrapped
+from lightning_flatlora.wrappers import engine_of, is_deepspeeds, unwrapped
 
 STATE_KEY = "lightning_flatlora"
 """The key of the methods' states in an optimizer's state dict."""
@@ -79,7 +79,7 @@ class LoopMethod:
         checks.say_start(method, method.pairs, self.search, self._orphans)
         self._close_others()
         self._install()
-        if optimizers.is_deepspeeds(inner):
+        if is_deepspeeds(inner):
             self._hooks.callback(before_steps(inner, self._use_gradients))
             engine = engine_of(model)
             if engine is not None:
@@ -308,7 +308,7 @@ class LoopMethod:
 
 def _has_stepped(model: Any, optimizer: Any) -> bool:
     """Say whether an optimizer has already taken a step."""
-    if optimizers.is_deepspeeds(optimizer):  # it makes its state by an empty step
+    if is_deepspeeds(optimizer):  # it makes its state by an empty step
         return bool(getattr(engine_of(model), "global_steps", 0))
     return any(bool(state.get("step", 1) != 0) for state in optimizer.state.values())
 
@@ -317,14 +317,14 @@ def _loop_problems(model: object, optimizer: Any, method: Any, total_steps: obje
     """List why the method can't work in a loop, as far as it is known before the search for pairs."""
     problems = [] if total_steps is None else checks.integer_problems("total_steps", total_steps, 1)
     problems += checks.optimizer_problems([optimizers.innermost(optimizer)])
-    is_deepspeeds = optimizers.is_deepspeeds(optimizers.innermost(optimizer))
-    if not isinstance(model, nn.Module) or not (is_deepspeeds or optimizers.stepped(optimizer)):
+    by_deepspeed = is_deepspeeds(optimizers.innermost(optimizer))
+    if not isinstance(model, nn.Module) or not (by_deepspeed or optimizers.stepped(optimizer)):
         given = f"{type(model).__name__} and {type(optimizer).__name__}"
         return problems or [f"the first two arguments must be a model and its torch.optim.Optimizer, got {given}"]
     takes_two_passes = isinstance(method, TwoPassStep)
     first_pass = [f"{method.title}'s first pass"] if takes_two_passes else []
     problems += wrappers.wrapping_problems(model, first_pass, takes_deepspeed=not takes_two_passes)
-    if takes_two_passes and is_deepspeeds:
+    if takes_two_passes and by_deepspeed:
         problems.append(wrappers.ONE_PASS_ONLY)
     if takes_two_passes and not method.sync_ascent and is_sharded(model):
         problems.append("sync_ascent=False needs each rank's own gradient, which FSDP does not keep")

@@ -4,14 +4,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_flatlora import wrappers
-from lightning_flatlora.methods.optimizers import ZERO, is_deepspeeds
 from lightning_flatlora.pairs.lora_pair import PairSearch
+from lightning_flatlora.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_flatlora.schedules import is_integer
 
 
@@ -61,15 +59,19 @@ def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
     return problems
 
 
+# DeepSpeed's optimizers whose parts of gradients can be read: of ZeRO-1 and 2, of ZeRO-3, and of ZeRO-1.
+_ZERO = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
+
+
 def _deepspeed_problems(optimizer: Any) -> list[str]:
     """List why the gradients in one of DeepSpeed's optimizers can't be read."""
     kind, inner = type(optimizer), getattr(optimizer, "optimizer", None)
     wants = "use ZeRO stage 1, 2 or 3 with AdamW"
     if any("onebit" in type(each).__module__ or "Muon" in type(each).__name__ for each in (optimizer, inner)):
         return [f"{type(inner or optimizer).__name__} changes gradients before its step: {wants}"]
-    if not is_deepspeeds(optimizer):
+    if not wrappers.is_deepspeeds(optimizer):
         return []
-    if kind.__name__ not in ZERO:
+    if kind.__name__ not in _ZERO:
         return [f"DeepSpeed's {kind.__name__} is not supported: {wants}"]
     offloads = [name for name in ("cpu_offload", "offload_optimizer", "offload_param") if getattr(optimizer, name, 0)]
     if offloads or getattr(optimizer, "zenflow", False):
@@ -111,6 +113,9 @@ def say_start(method: Any, pairs: Sequence[Any], search: PairSearch, orphans: Se
 def refuse(owner: object, problems: list[str]) -> None:
     """Raise one error that lists all problems, if there are any."""
     if problems:
+        # Not above: its import takes seconds, which other loops need not wait.
+        from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
         raise MisconfigurationException(message(owner, problems))
 
 

@@ -6,15 +6,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_flatlora.wrappers import is_of
-
-ZERO = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
-"""DeepSpeed's optimizers whose parts of gradients can be read: of ZeRO-1 and 2, of ZeRO-3, and of ZeRO-1."""
-
-
-def is_deepspeeds(optimizer: object) -> bool:
-    """Say whether an optimizer is one of DeepSpeed's around PyTorch's, which holds parts of the parameters."""
-    return is_of("deepspeed", optimizer) and not isinstance(optimizer, Optimizer)
+from lightning_flatlora.wrappers import is_deepspeeds
 
 
 def innermost(optimizer: Any) -> Any:

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -114,6 +113,8 @@ class Replay:
         # Asked now, before the perturbation moves weights in place.
         written = self.written_parameter()
         if written is not None:
+            from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
             raise MisconfigurationException(
                 f"a step writes the parameter {written}, which no optimizer trains, as a momentum encoder's: a second "
                 "pass would write it again. Update it in on_train_batch_end, or use EFMLoRA, which takes one pass"

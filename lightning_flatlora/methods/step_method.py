@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any, ClassVar, Self
 
-from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from typing_extensions import override
@@ -17,6 +16,7 @@ from lightning_flatlora.methods import checks
 from lightning_flatlora.methods.optimizers import groups_of, parameters_of
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
 from lightning_flatlora.perturbation.perturbation import Perturbation
+from lightning_flatlora.rank_zero import WarningCache
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule, is_size
 from lightning_flatlora.sharding import Sharding, sharding_of
 
