@@ -1,15 +1,23 @@
 """Runs by transformers' Trainer, of the network that is also trained by Lightning's Trainer."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from float64_runs import BETA, dataset, network, optimizer_of, trained
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from lightning_flatlora.loops import EFMLoRA, FMLoRA
+from lightning_flatlora.transformers import EFMLoRA, FMLoRA, TwoPassTrainer
 
 RHO, SIZE = 0.3, 4
 
@@ -74,36 +82,18 @@ def trainer_of(
     return kind(Model(net), args, callbacks=[Seeds()], optimizers=both, **data)
 
 
-class TwoPasses(Trainer):  # type: ignore[misc]
-    """transformers' Trainer with FMLoRA, as on docs/other_loops.md."""
-
-    flat: FMLoRA
-
-    def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
-        model.train()
-        inputs = self._prepare_inputs(inputs)
-        self._prepare_inputs, losses = dict, []
-        try:
-            for each_pass in self.flat.training_passes():
-                with each_pass:
-                    losses.append(super().training_step(model, inputs, *args))
-        finally:
-            del self._prepare_inputs
-        return losses[0]
+def callback_of(name: str, rho: Any = RHO) -> Any:
+    return EFMLoRA(rho, beta=BETA) if name == "EFMLoRA" else FMLoRA(rho)
 
 
-def trained_by(name: str, folder: Path, resume: str | None = None, rho: Any = RHO, **settings: Any) -> tuple[Any, Any]:
-    """Train with a method; returns the trainer and the method's object."""
-    if name == "FMLoRA":
-        trainer = trainer_of(folder, kind=TwoPasses, **settings)
-        method: Any = FMLoRA
-    else:
-        trainer = trainer_of(folder, **settings)
-        method = partial(EFMLoRA, beta=BETA)
-    flat = method(trainer.model, trainer.create_optimizer(), rho, total_steps=trainer.args.max_steps)
-    trainer.flat = flat
+def trained_by(name: str, folder: Path, resume: Any = None, rho: Any = RHO, **settings: Any) -> tuple[Any, Any]:
+    """Train with a callback; returns the trainer and the method's object."""
+    trainer = trainer_of(folder, kind=TwoPassTrainer if name == "FMLoRA" else Trainer, **settings)
+    callback = callback_of(name, rho)
+    trainer.add_callback(callback)
+    callback.on_init_end(trainer.args, trainer.state, trainer.control)
     trainer.train(resume_from_checkpoint=resume)
-    return trainer, flat
+    return trainer, callback.flat
 
 
 def on_two_ranks(folder: str, name: str, window: int = 1) -> dict[str, Any]:
@@ -115,3 +105,36 @@ def on_two_ranks(folder: str, name: str, window: int = 1) -> dict[str, Any]:
         "E": flat.perturbation.state_dict()["E"],
         "wrapped": type(trainer.model_wrapped).__name__,
     }
+
+
+# -- a language model
+
+
+WORDS = ["<pad>", "</s>", *(f"w{index}" for index in range(40))]
+
+
+def tokenizer_of_words() -> Any:
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return words
+
+
+def llama(num_labels: int | None = None) -> Any:
+    """A language model, or a classifier."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(WORDS), pad_token_id=0, **sizes)
+    if num_labels is None:
+        return LlamaForCausalLM(config).double()
+    config.num_labels = num_labels
+    return LlamaForSequenceClassification(config).double()
+
+
+def processing_of_words() -> Any:
+    own = {"eos_token": "</s>", "pad_token": "<pad>", "padding_side": "left"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer_of_words(), **own)
+
+
+def arguments(folder: Path, kind: type[Any] = TrainingArguments, **settings: Any) -> Any:
+    quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no", "bf16": False}
+    return kind(str(folder), **{"learning_rate": 0.01, **quiet, **settings})

@@ -108,10 +108,8 @@ class MethodCallback(Callback, Generic[S]):
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> None:
         """Refuse transformers' Trainer, which calls this hook first and has different ones."""
-        problem = (
-            "this is a callback for Lightning's Trainer. With transformers' Trainer write, after it is made and before "
-            "train(): lightning_flatlora.loops.EFMLoRA(trainer.model, trainer.create_optimizer(), rho=...)"
-        )
+        name = self.method.title
+        problem = f"this is Lightning's: for transformers' Trainer, from lightning_flatlora.transformers import {name}"
         refuse(self.method, [problem])
 
     # -- the start: all problems are reported in one message, before anything is changed
