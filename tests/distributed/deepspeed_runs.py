@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from lightning_flatlora import loops
 from lightning_flatlora.loops.loop_method import STATE_KEY
+from lightning_flatlora.sharding import Sharding
 
 STEPS, RHO, BETA = 20, 0.4, 0.7
 RHOS = {"flat": RHO, "zero": 0.0}
@@ -108,7 +109,7 @@ def alone(task: str, window: int = 1, clip: float = 0.0, method: str = "flat") -
 
 
 def weights(net: nn.Module) -> dict[str, Tensor]:
-    """All trained weights in full; under ZeRO-3 they are gathered."""
+    """All trained weights in full; under ZeRO-3 and FSDP2 they are gathered."""
     deepspeed: Any = sys.modules.get("deepspeed")
     found = {}
     for name, parameter in net.named_parameters():
@@ -116,7 +117,7 @@ def weights(net: nn.Module) -> dict[str, Tensor]:
             continue
         is_split = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters([parameter]) if is_split else contextlib.nullcontext():
-            found[name] = parameter.detach().clone()
+            found[name] = Sharding().gather(parameter, parameter).clone()
     return found
 
 
