@@ -147,7 +147,7 @@ def test_the_configurations_of_a_page_make_its_callback(name: str, monkeypatch: 
         assert any(isinstance(callback, EFMLoRA) for callback in cli.trainer.callbacks)
 
 
-PROGRAMS = ("diff of plain PyTorch", "fabric", "transformers", "trl", "callback", "fused", "FMLoRA")
+PROGRAMS = ("diff of plain PyTorch", "fabric", "transformers", "trl", "fused", "FMLoRA")
 PROGRAMS += ("FMLoRA in transformers", "unlearning")
 
 
@@ -173,7 +173,7 @@ def test_the_programs_for_other_loops_run(index: int, tmp_path: Path, monkeypatc
     programs += re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(programs) == len(PROGRAMS)
     monkeypatch.chdir(tmp_path)
-    if PROGRAMS[index] == "trl":
+    if "trl" in programs[index]:
         pytest.importorskip("trl", reason="trl is not installed")
         programs[index] = programs[index].replace(HUB_NAME, str(tiny_of_hub(tmp_path / "model")))
     names: dict[str, Any] = {}
@@ -181,24 +181,17 @@ def test_the_programs_for_other_loops_run(index: int, tmp_path: Path, monkeypatc
         exec(programs[0], names)
         names["batch"] = torch.randn(16, 8)
     exec(programs[index], names)
-    if PROGRAMS[index] in ("callback", "FMLoRA in transformers"):  # they use another program's model and arguments
+    if PROGRAMS[index] == "FMLoRA in transformers":  # it uses another program's model and arguments
         of_trainer: dict[str, Any] = {}
         exec(programs[2], of_trainer)
-        of_trainer["flat"].close()
         settings = {"model": of_trainer["model"], "args": of_trainer["args"], "train_dataset": of_trainer["rows"]}
-        if PROGRAMS[index] == "callback":
-            callback = names["Flat"]()
-            of_trainer["Trainer"](**settings, callbacks=[callback]).train(resume_from_checkpoint="out/checkpoint-2")
-            names["flat"] = callback.flat
-        else:
-            trainer = names["TwoPassTrainer"](**settings)
-            (line,) = re.findall(r"`(trainer\.flat = .*)`", page)
-            exec("from lightning_flatlora.loops import FMLoRA", names)
-            exec(line, {**names, "trainer": trainer})
-            trainer.train()
-            names["flat"] = trainer.flat
-        assert names["flat"].step == 4
+        (method,) = re.findall(r"`callbacks=\[(FMLoRA\(.*?\))\]`", page)
+        callback = eval(method, names)
+        names["TwoPassTrainer"](**settings, callbacks=[callback]).train()
+        assert callback.flat.step == 4
         return
+    if "callback" in names:
+        names["flat"] = names["callback"].flat
     steps = {"transformers": 4, "trl": 4}
     assert names["flat"].step == steps.get(PROGRAMS[index], 10)
     assert names["flat"].perturbation.may_be_nonzero == (PROGRAMS[index] not in ("FMLoRA", "unlearning"))

@@ -41,12 +41,6 @@ def test_two_processes_equal_one(of: Results, tmp_path: Any, how: str, kind: str
     plain = by_trainer("alone", kind, str(tmp_path), None, **SETTINGS[name])
     assert difference(alone["weights"], plain["weights"]) > 1e-3
     for rank in of[f"{how} {kind} {name}"]:
-        print(
-            rank["wrapped"],
-            rank["type"],
-            difference(rank["weights"], alone["weights"]),
-            difference(alone["weights"], plain["weights"]),
-        )
         assert difference(rank["weights"], alone["weights"]) < 1e-5
         if "resumed" in rank:
             assert difference(rank["resumed"], rank["weights"]) == 0
