@@ -35,7 +35,7 @@ _TWO_PASSES = (
 _LOGGED = ("_metrics", "_stored_metrics")
 
 
-class MethodCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class _MethodCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Keep a loop's method for each training of a Trainer.
 
     Attributes:
@@ -137,7 +137,7 @@ class MethodCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.flat.close()
 
 
-class EFMLoRA(MethodCallback):
+class EFMLoRA(_MethodCallback):
     """Train at B + Ê at LoRA's speed, in transformers' Trainer and trl's trainers (Algorithm 2).
 
     It works under DDP, FSDP2 and DeepSpeed's ZeRO-1, 2 and 3. Each checkpoint from which the Trainer can resume gets a
@@ -165,7 +165,7 @@ class EFMLoRA(MethodCallback):
     loop = loops.EFMLoRA
 
 
-class FMLoRA(MethodCallback):
+class FMLoRA(_MethodCallback):
     """Train by two passes per step, in a :class:`TwoPassTrainer` (Algorithm 1).
 
     Arguments, files and errors are those of :class:`EFMLoRA`, without ``beta``. DeepSpeed is refused.
@@ -192,7 +192,7 @@ class TwoPassTrainer(Trainer):  # type: ignore[misc]
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """Take the passes of a micro-batch, and return the loss of the first one, at the clean weights."""
         callbacks = self.callback_handler.callbacks
-        callback = next(each for each in callbacks if isinstance(each, MethodCallback))
+        callback = next(each for each in callbacks if isinstance(each, _MethodCallback))
         model.train()
         inputs = self._prepare_inputs(inputs)
         self._prepare_inputs: Callable[[Any], Any] = dict

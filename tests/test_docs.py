@@ -34,6 +34,7 @@ MODULES = (
     "lightning_flatlora.flatness",
     "lightning_flatlora.loops",
     "lightning_flatlora.pytorch_lightning",
+    "lightning_flatlora.transformers",
 )
 
 
@@ -62,7 +63,7 @@ def public_names(module: str) -> list[str]:
     for node in ast.parse(Path(imported.__file__).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom):
             names += [alias.name for alias in node.names if alias.asname == alias.name]
-        elif isinstance(node, ast.ClassDef):
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             names.append(node.name)
     assert names
     return names
