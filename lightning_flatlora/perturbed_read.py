@@ -209,7 +209,8 @@ def _property_of(attribute: str) -> property:
                 reading.was_clean = True
             return value
         is_parameter = isinstance(value, nn.Parameter)
-        if isinstance(value, DTensor) or (reading.only_views and is_parameter) or not value.numel():
+        of_fsdp2 = isinstance(value, DTensor) and not any(isinstance(part, DTensor) for part in parts.values())
+        if of_fsdp2 or (reading.only_views and is_parameter) or not value.numel():
             # Outside of forward FSDP2 and FSDP1 look at the parameter itself, which must stay clean, and ZeRO-3 has put
             # its values away.
             return value

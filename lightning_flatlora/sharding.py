@@ -14,7 +14,7 @@ from typing_extensions import override
 
 
 class Sharding:
-    """Factors that each rank holds whole (one device, DDP), or as DTensors (FSDP2).
+    """Factors that each rank holds whole (one device, DDP), or as DTensors (FSDP2, tensor parallelism).
 
     Its methods return equal values on every rank, never those of a local shard. Under FSDP they communicate, so every
     rank must call them in the same order.
@@ -72,6 +72,10 @@ class Sharding:
         """Say whether ranks hold parts of a parameter."""
         return isinstance(parameter, DTensor)
 
+    def as_read(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """Return a whole value, or a view of it, so that a layer can add it to the parameter in its forward pass."""
+        return value
+
     def merged(self, table: dict[Any, Any]) -> dict[Any, Any]:
         """Merge all ranks' small tables, in one order everywhere; the first rank with an entry decides."""
         return table
@@ -98,6 +102,20 @@ class Sharding:
             if gradients:
                 total = total + whole(nn.utils.get_total_norm(gradients, norm_type=torch.inf)).to(device)
         return torch.isfinite(total)
+
+
+class TensorParallel(Sharding):
+    """Factors that tensor parallelism splits, by rows or by columns: as DTensors in the forward pass, too."""
+
+    @override
+    def as_read(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        if not isinstance(parameter, DTensor):
+            return value
+        mesh, placements, own = parameter.device_mesh, parameter.placements, value
+        if isinstance(placements[0], Shard):
+            dim = placements[0].dim
+            own = value.narrow(dim, _start(parameter, dim), parameter.to_local().shape[dim])
+        return DTensor.from_local(own, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
 
 
 class FlatShards(Sharding):
@@ -277,7 +295,14 @@ def sharding_of(model: nn.Module | None) -> Sharding:
         return FlatShards(model, units[0].process_group)  # type: ignore[arg-type]
     if model is not None and any(is_zeros(parameter) for parameter in model.parameters()):
         return ZeroShards()
-    return Sharding()
+    return TensorParallel() if is_tensor_parallel(model) else Sharding()
+
+
+def is_tensor_parallel(model: nn.Module | None) -> bool:
+    """Say whether a model's layers compute with DTensors, which FSDP2 shows them as whole plain tensors."""
+    if model is None or any(isinstance(module, FSDPModule) for module in model.modules()):
+        return False
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def is_zeros(parameter: nn.Parameter) -> bool:
@@ -317,26 +342,34 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _sum_of_shards(tensor: DTensor, dim: int) -> Tensor:
     """Compute full_tensor's result, without its padding."""
-    group, rows = tensor.device_mesh.get_group(), tensor.shape[dim]
     local = tensor.to_local()
     full = local.new_zeros(tensor.shape)
-    # Cut like torch.chunk: pieces of equal size, rounded up, except that the last ones are shorter or empty.
-    start = min(-(-rows // group.size()) * group.rank(), rows)
-    full.narrow(dim, start, local.shape[dim]).copy_(local)
-    dist.all_reduce(full, group=group)
+    full.narrow(dim, _start(tensor, dim), local.shape[dim]).copy_(local)
+    dist.all_reduce(full, group=tensor.device_mesh.get_group())
     return full
+
+
+def _start(tensor: DTensor, dim: int) -> int:
+    """Return where this rank's part of a dimension begins.
+
+    It is cut like torch.chunk: in pieces of equal size, rounded up, except that the last ones are shorter or empty.
+    """
+    size, group = tensor.shape[dim], tensor.device_mesh.get_group()
+    return min(-(-size // group.size()) * group.rank(), size)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each parameter's gradient by its mean over the ranks, in one all-reduce per dtype and device.
 
-    A missing gradient counts as zero; it stays missing only if no process group is running. Every rank must call it
-    with the same parameters in the same order.
+    A missing gradient counts as zero; it stays missing only if no process group is running. Gradients of DTensors are
+    left to FSDP2. Every rank must call it with the same parameters in the same order.
     """
-    if not has_ranks():
+    if world_size() == 1:
         return
     grads = []
     for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         grads.append(parameter.grad)
@@ -348,7 +381,7 @@ def average(tensors: Sequence[Tensor]) -> None:
 
     Every rank must call it with the same shapes in the same order; without a process group it does nothing.
     """
-    if not has_ranks():
+    if world_size() == 1:
         return
     buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
@@ -361,6 +394,6 @@ def average(tensors: Sequence[Tensor]) -> None:
             tensor.copy_(mean.view_as(tensor))
 
 
-def has_ranks() -> bool:
-    """Say whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def world_size() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

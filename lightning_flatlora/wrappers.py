@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_flatlora.sharding import world_size
+
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPER_NAMES = re.compile(rf"(^|\.)({'|'.join(_WRAPPED)})(?=\.)")
 
@@ -96,19 +98,19 @@ def wrapping_problems(
     of_deepspeed = [type(module).__name__ for module in modules if is_of("deepspeed", module)]
     allowed = "DeepSpeedEngine" if takes_deepspeed else None
     unsupported += [f"DeepSpeed's {name}" for name in dict.fromkeys(of_deepspeed) if name != allowed]
-    # Its releases 5.4 to 5.16 give each rank plain parts of the weights, of which a norm would be a part's.
-    if any(hasattr(module, "_tp_info") or getattr(module, "_hf_tp_plan", None) for module in modules):
-        unsupported.append("transformers' tensor parallelism")
+    if any(map(_has_plain_parts, modules)):
+        unsupported.append("tensor parallelism of transformers before 5.17")
     if megatron_runs or any(is_of("megatron", module) for module in modules):
         unsupported.append("Megatron")
     if not takes_fsdp1 and FullyShardedDataParallel.fsdp_modules(model):
         unsupported.append("FSDP1")
     if any(isinstance(module, DataParallel) for module in modules):
         unsupported.append("DataParallel")
-    if sharded and not (by_fsdp and all(parameter.device_mesh.ndim == 1 for parameter in sharded)):
-        unsupported.append(
-            "a model split in another way than by fully_shard over one dimension (tensor parallel, HSDP)"
-        )
+    meshes = {parameter.device_mesh for parameter in sharded}
+    if any(mesh.ndim > 1 for mesh in meshes):
+        unsupported.append("a model split over two dimensions (HSDP, FSDP2 with tensor parallelism)")
+    elif not by_fsdp and any(mesh.size() < world_size() for mesh in meshes):
+        unsupported.append("tensor parallelism over some of the ranks")
     if any(parameter.device.type != parameter.device_mesh.device_type for parameter in sharded):
         unsupported.append("fully_shard's offload_policy")
     problems = [f"{what} is not supported: use one device, DDP, or FSDP2 (fully_shard)" for what in unsupported]
@@ -118,6 +120,14 @@ def wrapping_problems(
             f"{' and '.join(unsynchronized)}: leave static_graph out"
         )
     return problems
+
+
+def _has_plain_parts(module: nn.Module) -> bool:
+    """Say whether transformers 5.4 to 5.16 has left plain parts of a layer, of which a norm would be a part's."""
+    if hasattr(module, "_tp_info"):
+        return True
+    weights = module.parameters(recurse=False)
+    return bool(getattr(module, "_hf_tp_plan", None)) and not any(isinstance(each, DTensor) for each in weights)
 
 
 def _of_ddp(model: nn.Module) -> list[DistributedDataParallel]:

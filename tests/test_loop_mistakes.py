@@ -53,7 +53,7 @@ def of_opacus(net: nn.Module) -> Any:
     return optimizer
 
 
-def tensor_parallel() -> nn.Module:
+def plain_parts() -> nn.Module:
     """As transformers 5.4 to 5.16 leave it, with a part of each weight as a plain tensor."""
     net: Any = make_net()
     net.base_model.model[0].base_layer._hf_tp_plan = "colwise"
@@ -80,7 +80,7 @@ REFUSED = {
     "an optimizer of other parameters": Case("are not in the optimizer", optimizer=of_a_part),
     "an optimizer of B": Case("such as base_model.model.0.lora_A.default.weight, are not in", optimizer=of_b),
     "Opacus": Case("Opacus clips each example's gradient", optimizer=of_opacus),
-    "tensor parallelism": Case("transformers' tensor parallelism is not supported", tensor_parallel),
+    "parts as plain tensors": Case("tensor parallelism of transformers before 5.17 is not supported", plain_parts),
     "LBFGS": Case("LBFGS needs several gradients", optimizer=lambda net: torch.optim.LBFGS(net.parameters())),
     "maximize": Case("the optimizer has maximize=True", optimizer=lambda net: sgd(net, maximize=True)),
     "a merged adapter": Case("the adapter is merged into its base", merged),

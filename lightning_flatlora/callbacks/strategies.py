@@ -36,10 +36,10 @@ def strategy_problems(trainer: Trainer, method: Any, takes_two_passes: bool) -> 
     sync_ascent = getattr(method, "sync_ascent", True)
     problems = _kind_problems(strategy)
     if is_lightning(strategy, strategies.ModelParallelStrategy):
-        size = strategy.device_mesh["tensor_parallel"].size()
-        if size > 1:  # Lightning's default
+        size, copies = (strategy.device_mesh[name].size() for name in ("tensor_parallel", "data_parallel"))
+        if size > 1 and copies > 1:
             problems.append(
-                f"tensor_parallel_size must be 1, got {size}: otherwise products are split over ranks. Use "
+                f"tensor_parallel_size must be 1 or all {strategy.world_size} processes, got {size}: use "
                 f"ModelParallelStrategy(data_parallel_size={strategy.world_size}, tensor_parallel_size=1)"
             )
     if not problems and strategy.model is not None:

@@ -153,7 +153,7 @@ class FMLoRA(LoopMethod):
         # This forgets a skipped second pass: the batch may be repeated from its first pass.
         self._replay.first_pass_starts(self.method.pairs[0].B.device)
         sharded = is_sharded(self._model)
-        with self._replay.ascent(self.method, is_averaged=sharded):
+        with self._replay.ascent(self.method, is_averaged=False):
             # In an accumulation window DDP would otherwise mistake the ascent's gradient for the window's.
             with without_sync(self._model):
                 yield

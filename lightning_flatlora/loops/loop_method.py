@@ -28,7 +28,7 @@ from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import clean, reading_of
 from lightning_flatlora.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_flatlora.schedules import RhoSchedule
-from lightning_flatlora.sharding import ZeroShards, has_ranks, is_sharded, is_zeros, reshard
+from lightning_flatlora.sharding import ZeroShards, is_sharded, is_zeros, reshard, world_size
 from lightning_flatlora.wrappers import engine_of, is_deepspeeds, unwrapped
 
 STATE_KEY = "lightning_flatlora"
@@ -235,7 +235,7 @@ class LoopMethod:
                 continue
             # What torch.autograd.grad returns calls no hook; a gradient of zeros is an idle expert's. With several
             # ranks, among which only backward() averages, it may be another rank's.
-            is_alone = not received and not has_ranks()
+            is_alone = not received and world_size() == 1
             gradient = pair.B.grad if is_alone and any(reading.was_clean for reading in readings) else None
             is_given = gradient is not None and bool(gradient.norm())
             if is_given or id(pair.B) in received:

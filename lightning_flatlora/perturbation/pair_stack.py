@@ -158,7 +158,9 @@ def stacked(pairs: Iterable[LoRAPair], estimator: Estimator, sharding: Sharding)
         A, B = pair.A, pair.B
         rows = [part and len(part) for part in (pair.A_rows, pair.B_rows)]
         # A pair with a frozen A has a different ascent, without A's gradient.
-        layout = (sharding.shape(A), sharding.shape(B), pair.experts, pair.is_transposed)
+        # Tensor parallelism splits one of the factors, by rows or by columns.
+        placements = [getattr(factor, "placements", None) for factor in (A, B)]
+        layout = (sharding.shape(A), sharding.shape(B), pair.experts, pair.is_transposed, *placements)
         key = (*layout, A.dtype, B.dtype, B.device, pair.learns_A, pair.A_is_fixed, *rows)
         groups[key].append(pair)
     stacks = []

@@ -34,7 +34,7 @@ class Perturbation:
         pairs: from :func:`~lightning_flatlora.pairs.find_pairs`.
         estimator: "average" (Eq. 12) or "projected" (G P_A); pairs whose A has no gradient use the latter.
         norm_scope: "global", one ball of radius rho over all pairs, or "layer", one per pair.
-        sharding: how the ranks share the factors; None if each holds them whole, or as DTensors.
+        sharding: how the ranks share the factors; None if each holds them whole, or as FSDP2's DTensors.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -87,7 +87,7 @@ class Perturbation:
 
         Args:
             pairs: from another search of the same model.
-            sharding: how the ranks share their factors; None if each holds them whole, or as DTensors.
+            sharding: how the ranks share their factors; None if each holds them whole, or as FSDP2's DTensors.
 
         Raises:
             ValueError: a checkpoint's state that waited for a pair has another shape.
@@ -185,7 +185,7 @@ class Perturbation:
             for pair, E in zip(stack.pairs, stacked_E.unbind(), strict=True):
                 # In B's shape, which for a convolution has a kernel's dimensions.
                 view = E.view(len(E), *self._sharding.shape(pair.B)[1:])
-                slices += [(reader, view) for reader in pair.readers]
+                slices += [(reader, self._sharding.as_read(view, pair.B)) for reader in pair.readers]
         return slices
 
     def _show(self, slices: list[tuple[AnyRef, Tensor]] | None) -> None:

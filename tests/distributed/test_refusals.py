@@ -12,15 +12,12 @@ from fits import ShardedAutomatic, own_share, parts, places, single, strategy_of
 from float64_runs import RHO, fit_in_float64, network
 from launch import Results, Runs, launch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from lightning_flatlora import EFMLoRA
 
 FSDP = "fsdp1-layers"
 SYNC_ASCENT = ("sync_ascent=False needs each rank's own gradient", "use sync_ascent=True, or DDP")
-TENSOR_PARALLEL = ("tensor_parallel_size must be 1, got 2", "data_parallel_size=2, tensor_parallel_size=1")
 STATIC = {"strategy_settings": {"static_graph": True}}
 # The strategy, the front end, their settings, and words of the message.
 CASES: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
@@ -31,7 +28,6 @@ CASES: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     (FSDP, "FMLoRA", {"strategy_settings": {"sharding_strategy": "NO_SHARD"}}, ("'FULL_SHARD', got 'NO_SHARD'", "ddp")),
     (FSDP, "FMLoRA", {"sync_ascent": False}, SYNC_ASCENT),
     ("fsdp2", "FMLoRAModule", {"sync_ascent": False}, SYNC_ASCENT),
-    ("tensor-parallel", "EFMLoRA", {}, TENSOR_PARALLEL),
     ("ddp", "FMLoRA", {**STATIC, "accumulate": 2}, ("accumulate_grad_batches=2", "leave static_graph out")),
     ("ddp", "EFMLoRA", {**STATIC, "scheduled": {1: 3}}, ("accumulate_grad_batches=3", "leave static_graph out")),
     ("ddp", "FMLoRA", {**STATIC, "sync_ascent": False}, ("sync_ascent=False", "leave static_graph out")),
@@ -46,16 +42,6 @@ class ByHand(ShardedAutomatic):
         self.automatic_optimization = False
 
 
-class Split(ShardedAutomatic):
-    """Tensor parallelism over the rows of a B."""
-
-    def configure_model(self) -> None:
-        if not getattr(self, "is_split", False):
-            layer = self.net.base_model.model[0]
-            parallelize_module(layer, self.device_mesh["tensor_parallel"], {"lora_B.default": ColwiseParallel()})
-            self.is_split = True
-
-
 def refused(
     strategy: str,
     front_end: str,
@@ -67,7 +53,7 @@ def refused(
     """The refusal's message, and the number of steps before it.
 
     Args:
-        strategy: as in fits.strategy_of, or "tensor-parallel".
+        strategy: as in fits.strategy_of.
         front_end: as in fits.parts, or "EFMLoRA by hand".
         strategy_settings: passed to the strategy.
         accumulate: batches per step.
@@ -79,11 +65,7 @@ def refused(
         module, callbacks, trainer = ByHand(net), [EFMLoRA(RHO)], {}
     else:
         module, callbacks, trainer = parts(front_end, net, accumulate, **settings)
-    if strategy == "tensor-parallel":
-        used: Any = ModelParallelStrategy(process_group_backend="gloo", **(strategy_settings or {}))
-        module.__class__ = Split
-    else:
-        used = strategy_of(strategy, **(strategy_settings or {}))
+    used = strategy_of(strategy, **(strategy_settings or {}))
     if scheduled:
         callbacks.append(GradientAccumulationScheduler(scheduled))
     steps = []
