@@ -9,12 +9,14 @@ from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from deepspeed_runs import start, weights
-from hf_runs import arguments, callback_of, llama, processing_of_words
+from hf_runs import arguments, callback_of, processing_of_words
 from peft import LoraConfig, get_peft_model
+from tensor_runs import LOADED, loaded, same_start
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 STEPS, SAVED, SIZE = 6, 3, 4
+TARGETS = ["v_proj", "o_proj", "down_proj"]
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
@@ -25,7 +27,7 @@ CONFIG: dict[str, Any] = {
 
 
 def settings_of(how: str) -> dict[str, Any]:
-    """A Trainer's arguments for "alone", "ddp", "fsdp2" or "zero" with a stage."""
+    """A Trainer's arguments for "alone", "ddp", "fsdp2", "zero" with a stage, or a way of ``from_pretrained``."""
     if how == "ddp":
         return {"ddp_backend": "gloo"}
     if how == "fsdp2":
@@ -34,7 +36,8 @@ def settings_of(how: str) -> dict[str, Any]:
     if how.startswith("zero"):
         zero = {"stage": int(how[-1]), "stage3_param_persistence_threshold": 0}
         return {"deepspeed": {**CONFIG, "zero_optimization": zero}, "use_cpu": False}
-    return {}
+    # transformers itself saves no such optimizer.
+    return {"save_only_model": True} if how in LOADED else {}
 
 
 class OnCPU:
@@ -72,22 +75,25 @@ def trainer_of(how: str, kind: str, folder: str, name: str | None, rho: float, *
     if how.startswith("zero"):
         start()
         PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_CPU)
-    ranks = int(os.environ["WORLD_SIZE"]) if how != "alone" else 1
+    ranks = int(os.environ["WORLD_SIZE"]) if how not in ("alone", "tensor") else 1
+    targets = settings.pop("targets", TARGETS)
     settings = {"max_steps": STEPS, "save_steps": SAVED, "max_grad_norm": 0.0, **settings_of(how), **settings}
     settings |= {"per_device_train_batch_size": SIZE // ranks, "train_sampling_strategy": "sequential"}
     base, config = KINDS[kind]
-    lora = LoraConfig(r=2, target_modules=["v_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = llama().float()
+    lora = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+    model = loaded(how, folder)
     own: dict[str, Any] = {"processing_class": processing_of_words(), "peft_config": lora}
     if kind == "Trainer":
         model, own = get_peft_model(model, lora), {}
-    return type(f"OnCPU{kind}", (OnCPU, base), {})(
+    trainer = type(f"OnCPU{kind}", (OnCPU, base), {})(
         model,
         args=arguments(Path(folder), config, **settings),
         train_dataset=rows_of(kind),
         callbacks=[callback_of(name, rho)] if name else [],
         **own,
     )
+    same_start(trainer.model)
+    return trainer
 
 
 def by_trainer(
