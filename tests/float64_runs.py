@@ -68,12 +68,17 @@ class Manual(_Learner, FMLoRAModule):
 
 
 def fit_in_float64(
-    module: L.LightningModule, epochs: int, callbacks: list[L.Callback], loader: Any = None, **settings: Any
+    module: L.LightningModule,
+    epochs: int,
+    callbacks: list[L.Callback],
+    loader: Any = None,
+    ckpt_path: str | None = None,
+    **settings: Any,
 ) -> None:
     """Train on the batches above in a fixed order; other settings go to the Trainer."""
     loader = DataLoader(dataset(), batch_size=SIZE) if loader is None else loader
     settings = {"max_epochs": epochs, "precision": "64-true", **settings}
-    trainer_of(None, callbacks, **settings).fit(module, loader)
+    trainer_of(None, callbacks, **settings).fit(module, loader, ckpt_path=ckpt_path)
 
 
 def reference(epochs: int, **settings: Any) -> nn.Module:

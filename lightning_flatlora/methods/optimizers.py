@@ -15,7 +15,7 @@ def innermost(optimizer: Any) -> Any:
     Of one inside DeepSpeed's, whose groups are flat parts, return DeepSpeed's.
     """
     inner = getattr(optimizer, "optimizer", None)
-    while not is_deepspeeds(optimizer) and (isinstance(inner, Optimizer) or is_deepspeeds(inner)):
+    while is_deepspeeds(inner) or (isinstance(inner, Optimizer) and not is_deepspeeds(optimizer)):
         optimizer, inner = inner, getattr(inner, "optimizer", None)
     return optimizer
 

@@ -12,10 +12,14 @@ from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, PartialSta
 from accelerate.state import AcceleratorState
 from fits import Collectives, Sharded
 from float64_runs import SIZE, dataset, loss, network
+from hf_runs import llama
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy, DeepSpeedStrategy
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from typing_extensions import override
 
 from lightning_flatlora import loops
 from lightning_flatlora.loops.loop_method import STATE_KEY
@@ -269,6 +273,50 @@ def by_accelerate(folder: str, stage: int) -> dict[str, Any]:
     return found
 
 
+class FabricOnCPU(DeepSpeedStrategy):
+    """Fabric's strategy without its checks that each process has a GPU; all the rest is Fabric's."""
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)
+
+    @override
+    def setup_environment(self) -> None:
+        DDPStrategy.setup_environment(self)
+
+    @override
+    def _setup_distributed(self) -> None:
+        start()
+        self._set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
+def by_fabric(folder: str, stage: int) -> dict[str, Any]:
+    """Train with Fabric, with a stop in the middle."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    config = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": SIZE, "zero_allow_untested_optimizer": True}
+    for first, last in ((0, STEPS // 2), (STEPS // 2, STEPS)):
+        strategy = FabricOnCPU(config=config, process_group_backend="gloo")
+        fabric = Fabric(accelerator="cpu", strategy=strategy, devices=2)
+        fabric.launch()
+        job = Task("linear")
+        model, optimizer = fabric.setup(job.net, adamw(job.net))
+        flat: Any = method_on(model, optimizer, "flat")
+        state = {"model": model, "optimizer": optimizer}
+        if first:
+            fabric.load(folder, state)
+            assert flat.step == first
+        for batch in list(job.batches(last, fabric.world_size, fabric.global_rank))[first:]:
+            fabric.backward(job.loss(model, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+        if last < STEPS:
+            fabric.save(folder, state)
+        flat.close()
+    return {"weights": weights(job.net)}
+
+
 def refused(kind: str) -> None:
     """Make the object where it can't work; the error is the result."""
     net = network().float()
@@ -289,6 +337,35 @@ def refused(kind: str) -> None:
     elif kind == "offload":
         zero = {"offload_optimizer": {"device": "cpu"}}
         engine = engine_of(net, 2, zero=zero, zero_force_ds_cpu_optimizer=False)
+        loops.EFMLoRA(engine, engine.optimizer, RHO)
+    elif kind == "pipeline":
+        start()
+        from deepspeed.pipe import PipelineModule
+
+        pipeline = PipelineModule(list(net.base_model.model), num_stages=2)
+        engine = engine_of(pipeline, 1, window=2)
+        loops.EFMLoRA(engine, engine.optimizer, RHO)
+    elif kind == "experts":
+        start()
+        from deepspeed.moe.layer import MoE
+        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+
+        net.base_model.model.append(MoE(3, nn.Linear(3, 3), num_experts=2))
+        groups = split({"params": trained_of(net), "name": "all"})
+        engine = engine_of(net, 2, optimizer=torch.optim.AdamW(groups))
+        loops.EFMLoRA(engine, engine.optimizer, RHO)
+    elif kind == "tensor parallelism":
+        net = start().tp_model_init(llama(), tp_size=2, dtype=torch.float32)
+        net = get_peft_model(net, LoraConfig(target_modules=["lm_head"]))
+        engine = engine_of(net, 1, tensor_parallel={"autotp_size": 2})
+        loops.EFMLoRA(engine, engine.optimizer, RHO)
+    elif kind == "Muon":
+        muon = {"type": "Muon", "params": {"lr": 1e-3}}
+        engine, *_ = start().initialize(
+            model=net,
+            model_parameters=trained_of(net),
+            config={"train_micro_batch_size_per_gpu": SIZE, "optimizer": muon},
+        )
         loops.EFMLoRA(engine, engine.optimizer, RHO)
     else:
         engine = engine_of(net, 0, bf16={"enabled": True})

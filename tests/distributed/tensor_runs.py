@@ -11,7 +11,7 @@ from fits import E_of, full_weights, parts, places
 from float64_runs import Automatic, Manual, fit_in_float64, network
 from hf_runs import llama
 from lightning.pytorch.strategies import ModelParallelStrategy
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaForCausalLM
 
-from lightning_flatlora import EFMLoRA, loops
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA, loops
 from lightning_flatlora.sharding import Sharding, average_gradients
 
 STEPS, RHO, BETA = 10, 0.3, 0.7
@@ -153,8 +153,10 @@ class SplitManual(_Splits, Manual):
     """FMLoRAModule."""
 
 
-def by_lightning(front_end: str, accumulate: int = 1) -> dict[str, Any]:
-    """Fit under Lightning's tensor parallelism; the full trained weights and E."""
+def by_lightning(
+    front_end: str, accumulate: int = 1, folder: str | None = None, ckpt_path: str | None = None
+) -> dict[str, Any]:
+    """Fit under Lightning's tensor parallelism; the full trained weights and E. Save each epoch into the folder."""
     net = network()
     module, callbacks, trainer = parts(front_end, net, accumulate)
     module.__class__ = SplitManual if front_end == "FMLoRAModule" else SplitAutomatic
@@ -162,8 +164,14 @@ def by_lightning(front_end: str, accumulate: int = 1) -> dict[str, Any]:
     strategy = ModelParallelStrategy(process_group_backend="gloo", **sizes)
     # "32-true" keeps the weights' dtype.
     trainer |= {"strategy": strategy, "precision": "32-true", **places()}
-    fit_in_float64(module, 2, callbacks, **trainer)
+    saves = [AdapterCheckpoint(folder, filename="{epoch}", save_top_k=-1)] if folder else []
+    fit_in_float64(module, 2, [*callbacks, *saves], **trainer, ckpt_path=ckpt_path)
     return {"weights": full_weights(strategy, net), "E": E_of(module, callbacks)}
+
+
+def saved(folder: str) -> dict[str, Any]:
+    """The trained weights of an adapter's folder, as peft loads them."""
+    return weights(PeftModel.from_pretrained(network().unload(), folder, is_trainable=True))
 
 
 # -- what is refused on eight ranks

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from fits import difference, relative_difference, train_alone
 from launch import Results, Runs, launch
-from tensor_runs import by_lightning, by_loop
+from tensor_runs import by_lightning, by_loop, saved
 
 SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "clipped": {"limit": 0.3}, "window": {"window": 2, "limit": 0.3}}
 METHODS = ["EFMLoRA", "FMLoRA"]
@@ -27,6 +27,11 @@ def of(tmp_path_factory: pytest.TempPathFactory) -> Results:
     for front_end in FRONT_ENDS:
         for accumulate in (1, 2):
             runs[f"Lightning {front_end} {accumulate}"] = partial(by_lightning, front_end, accumulate)
+    for front_end in FRONT_ENDS:
+        folder = str(tmp_path_factory.mktemp("checkpoints"))
+        runs[f"Lightning {front_end} whole"] = partial(by_lightning, front_end, 1, folder)
+        runs[f"Lightning {front_end} resumed"] = partial(by_lightning, front_end, 1, folder, f"{folder}/epoch=0.ckpt")
+        runs[f"Lightning {front_end} saved"] = partial(saved, f"{folder}/epoch=1")
     return launch(tmp_path_factory.mktemp("tensor"), runs)
 
 
@@ -63,3 +68,12 @@ def test_lightnings_split_model_equals_one_process(of: Results, front_end: str, 
     for rank in of[f"Lightning {front_end} {accumulate}"]:
         for part, expected in alone.items():
             assert relative_difference(rank[part], expected) < 1e-12
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_lightnings_checkpoints_hold_whole_factors_and_resume(of: Results, front_end: str) -> None:
+    whole = of[f"Lightning {front_end} whole"]
+    for rank, expected in zip(of[f"Lightning {front_end} resumed"], whole, strict=True):
+        for part in expected:
+            assert difference(rank[part], expected[part]) == 0
+    assert difference(of[f"Lightning {front_end} saved"][0], whole[0]["weights"]) == 0
