@@ -17,6 +17,8 @@ HOW = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 CASES = [(how, kind, name) for how in HOW for kind in KINDS for name in SETTINGS]
 # "loaded" and "tensor" split the model by from_pretrained.
 CASES += [(how, kind, "window") for how in ("loaded", "tensor") for kind in KINDS]
+# FMLoRA by a TwoPassTrainer; FSDP2 must synchronize each micro-batch for it.
+TWO_PASSES = {"ddp": "window", "fsdp2": "plain", "loaded": "window", "tensor": "window"}
 # In peft 0.21 the forward pass of a layer whose A is split by columns raises an error.
 SPLIT_BY_ROWS = ["v_proj", "up_proj"]
 
@@ -38,6 +40,10 @@ def of(tmp_path_factory: pytest.TempPathFactory) -> Results:
         folder = str(tmp_path_factory.mktemp("out"))
         own = {"targets": SPLIT_BY_ROWS} if how == "tensor" else {"resumes": name == "plain"}
         runs[f"{how} {kind} {name}"] = partial(by_trainer, how, kind, folder, **own, **SETTINGS[name])
+    for how, name in TWO_PASSES.items():
+        folder = str(tmp_path_factory.mktemp("out"))
+        targets = {"targets": SPLIT_BY_ROWS} if how == "tensor" else {}
+        runs[f"{how} FMLoRA"] = partial(by_trainer, how, "SFT", folder, "FMLoRA", **targets, **SETTINGS[name])
     for how in HOW:
         folder = str(tmp_path_factory.mktemp("out"))
         runs[f"{how} LoRA"] = partial(by_trainer, how, "SFT", folder, None)
@@ -55,6 +61,16 @@ def test_two_processes_equal_one(of: Results, folder: str, how: str, kind: str, 
         assert difference(rank["weights"], expected) < 1e-5
         if "resumed" in rank:
             assert difference(rank["resumed"], rank["weights"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # of trl
+@pytest.mark.parametrize("how", TWO_PASSES)
+def test_fmloras_two_passes_equal_one_process(of: Results, folder: str, how: str) -> None:
+    targets = tuple(SPLIT_BY_ROWS if how == "tensor" else TARGETS)
+    expected = alone(folder, "SFT", TWO_PASSES[how], targets, "FMLoRA")
+    assert difference(expected, alone(folder, "SFT", TWO_PASSES[how], targets, None)) > 1e-3
+    for rank in of[f"{how} FMLoRA"]:
+        assert difference(rank["weights"], expected) < 1e-5
 
 
 @pytest.mark.parametrize("how", HOW)

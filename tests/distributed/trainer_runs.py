@@ -15,6 +15,8 @@ from tensor_runs import LOADED, loaded, same_start
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from lightning_flatlora.transformers import TwoPassTrainer
+
 STEPS, SAVED, SIZE = 6, 3, 4
 TARGETS = ["v_proj", "o_proj", "down_proj"]
 CONFIG: dict[str, Any] = {
@@ -85,7 +87,8 @@ def trainer_of(how: str, kind: str, folder: str, name: str | None, rho: float, *
     own: dict[str, Any] = {"processing_class": processing_of_words(), "peft_config": lora}
     if kind == "Trainer":
         model, own = get_peft_model(model, lora), {}
-    trainer = type(f"OnCPU{kind}", (OnCPU, base), {})(
+    bases = (OnCPU, base) if name != "FMLoRA" else (OnCPU, base, TwoPassTrainer)
+    trainer = type(f"OnCPU{kind}", bases, {})(
         model,
         args=arguments(Path(folder), config, **settings),
         train_dataset=rows_of(kind),
