@@ -140,8 +140,8 @@ class _MethodCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 class EFMLoRA(_MethodCallback):
     """Train at B + Ê at LoRA's speed, in transformers' Trainer and trl's trainers (Algorithm 2).
 
-    It works under DDP, FSDP2 and DeepSpeed's ZeRO-1, 2 and 3. Each checkpoint from which the Trainer can resume gets a
-    file ``EFMLoRA.pt``, from which a resumed run continues exactly. ``rho`` is logged with the loss; trackers such as
+    It works under DDP, FSDP2, tensor parallelism and DeepSpeed's ZeRO-1, 2 and 3. Each checkpoint from which the Trainer
+    can resume gets a file ``EFMLoRA.pt``, from which a resumed run continues exactly. ``rho`` is logged with the loss; trackers such as
     TensorBoard see it if they come after this callback:
     ``trainer.add_callback(trainer.pop_callback(TensorBoardCallback))``.
 
@@ -185,14 +185,16 @@ class TwoPassTrainer(Trainer):  # type: ignore[misc]
 
     ``class TwoPassGRPO(GRPOTrainer, TwoPassTrainer): pass``. A batch is prepared once, in which trl's online trainers
     sample completions, and what trl logs is the first pass's. With EFMLoRA it serves fused kernels, which read factors
-    without calling their layer.
+    without calling their layer. Without a callback it trains as usual.
     """
 
     @override
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """Take the passes of a micro-batch, and return the loss of the first one, at the clean weights."""
         callbacks = self.callback_handler.callbacks
-        callback = next(each for each in callbacks if isinstance(each, _MethodCallback))
+        callback = next((each for each in callbacks if isinstance(each, _MethodCallback)), None)
+        if callback is None:
+            return super().training_step(model, inputs, *args)
         model.train()
         inputs = self._prepare_inputs(inputs)
         self._prepare_inputs: Callable[[Any], Any] = dict

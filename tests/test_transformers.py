@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from lightning_flatlora import EFMLoRA as LightningEFMLoRA
 from lightning_flatlora import FMLoRA as LightningFMLoRA
 from lightning_flatlora import LinearRho, loops
-from lightning_flatlora.transformers import EFMLoRA, FMLoRA
+from lightning_flatlora.transformers import EFMLoRA, FMLoRA, TwoPassTrainer
 
 WINDOW, STEPS = 2, 8
 RUNS = [("EFMLoRA", 1, None), ("EFMLoRA", WINDOW, None), ("EFMLoRA", 1, 0.05), ("FMLoRA", WINDOW, None)]
@@ -211,6 +211,13 @@ def test_fmlora_needs_a_trainer_of_two_passes(tmp_path: Path) -> None:
     trainer.add_callback(FMLoRA(RHO))
     with pytest.raises(MisconfigurationException, match="derive yours from TwoPassTrainer"):
         trainer.train()
+
+
+def test_a_trainer_of_two_passes_without_a_callback_is_plain(tmp_path: Path) -> None:
+    plain, two_passes = net_of(), net_of()
+    trainer_of(tmp_path, net=plain).train()
+    trainer_of(tmp_path, net=two_passes, kind=TwoPassTrainer).train()
+    assert same(weights(two_passes), weights(plain))
 
 
 @pytest.mark.parametrize("kind", [LightningEFMLoRA, LightningFMLoRA])
