@@ -202,7 +202,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a model that is sharded later": (sharded_later, "make it after the model is sharded"),
     "an ascent without gradients": (unsynchronized, "leave no_backward_sync"),
     "a static graph": (static_graph, "static_graph=True crashes"),
-    "a mesh of two dimensions": (two_dimensions, "in another way than by fully_shard over one dimension"),
+    "a mesh of two dimensions": (two_dimensions, "a model split over two dimensions"),
 }
 
 
