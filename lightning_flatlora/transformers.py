@@ -140,9 +140,9 @@ class _MethodCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 class EFMLoRA(_MethodCallback):
     """Train at B + Ê at LoRA's speed, in transformers' Trainer and trl's trainers (Algorithm 2).
 
-    It works under DDP, FSDP2, tensor parallelism and DeepSpeed's ZeRO-1, 2 and 3. Each checkpoint from which the Trainer
-    can resume gets a file ``EFMLoRA.pt``, from which a resumed run continues exactly. ``rho`` is logged with the loss; trackers such as
-    TensorBoard see it if they come after this callback:
+    It works under DDP, FSDP2, tensor parallelism and DeepSpeed's ZeRO-1, 2 and 3. Each checkpoint from which the
+    Trainer can resume gets a file ``EFMLoRA.pt``, from which a resumed run continues exactly. ``rho`` is logged with
+    the loss; trackers such as TensorBoard see it if they come after this callback:
     ``trainer.add_callback(trainer.pop_callback(TensorBoardCallback))``.
 
     Args:
