@@ -194,7 +194,8 @@ class TwoPassTrainer(Trainer):  # type: ignore[misc]
         callbacks = self.callback_handler.callbacks
         callback = next((each for each in callbacks if isinstance(each, _MethodCallback)), None)
         if callback is None:
-            return super().training_step(model, inputs, *args)
+            loss: Tensor = super().training_step(model, inputs, *args)
+            return loss
         model.train()
         inputs = self._prepare_inputs(inputs)
         self._prepare_inputs: Callable[[Any], Any] = dict
