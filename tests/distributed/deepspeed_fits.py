@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from deepspeed_runs import start, trained_of, weights
+from deepspeed_runs import OnCPU, start, trained_of, weights
 from fits import own_share, places, single
 from float64_runs import BETA, RHO, SIZE, Automatic, loss, network
 from helpers import ResumableLoader, trainer_of
@@ -34,8 +34,10 @@ METHODS: dict[str, Any] = {
 }
 
 
-class OnCPU(DeepSpeedStrategy):
-    """DeepSpeedStrategy without its checks that each process has a GPU; all the rest is Lightning's."""
+class LightningOnCPU(OnCPU, DeepSpeedStrategy):
+    """Lightning's."""
+
+    ddp = DDPStrategy
 
     def __init__(self, stage: int, **settings: Any) -> None:
         settings = {"zero_allow_untested_optimizer": True, "process_group_backend": "gloo", **settings}
@@ -43,15 +45,6 @@ class OnCPU(DeepSpeedStrategy):
         # Lightning has no argument for it; by default ZeRO-3 would leave this network's factors whole.
         self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         self.config["zero_force_ds_cpu_optimizer"] = False  # or it refuses to offload PyTorch's
-
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        return torch.device("cpu", 0)
-
-    @override
-    def setup_environment(self) -> None:
-        DDPStrategy.setup_environment(self)
 
     @override
     def setup_distributed(self) -> None:
@@ -67,7 +60,7 @@ def trainer_for(
     settings = {"max_epochs": EPOCHS, "limit_train_batches": BATCHES * window, **settings}
     settings |= {"accumulate_grad_batches": window, "gradient_clip_val": clip}
     if stage is not None:
-        settings |= {"strategy": OnCPU(stage, **settings.pop("strategy_settings", {})), **places()}
+        settings |= {"strategy": LightningOnCPU(stage, **settings.pop("strategy_settings", {})), **places()}
     return trainer_of(None, callbacks, **settings)
 
 

@@ -166,9 +166,9 @@ def train(
     return {"weights": weights(job.net), "step": count, "class": type(engine.optimizer).__name__}
 
 
-def resumed(folder: str, stage: int) -> dict[str, Any]:
-    """Train with a stop in the middle."""
-    for first, last in ((0, STEPS // 2), (STEPS // 2, STEPS)):
+def resumed(folder: str, before: int, after: int) -> dict[str, Any]:
+    """Train with a stop in the middle, between two stages."""
+    for stage, first, last in ((before, 0, STEPS // 2), (after, STEPS // 2, STEPS)):
         job = Task("linear")
         engine = engine_of(job.net, stage, clip=0.3)
         flat: Any = method_on(engine, engine.optimizer, "flat")
@@ -273,17 +273,24 @@ def by_accelerate(folder: str, stage: int) -> dict[str, Any]:
     return found
 
 
-class FabricOnCPU(DeepSpeedStrategy):
-    """Fabric's strategy without its checks that each process has a GPU; all the rest is Fabric's."""
+class OnCPU:
+    """Lightning's or Fabric's DeepSpeedStrategy without its checks that each process has a GPU."""
+
+    ddp: Any
+    """The same library's DDPStrategy."""
 
     @property
-    @override
     def root_device(self) -> torch.device:
         return torch.device("cpu", 0)
 
-    @override
     def setup_environment(self) -> None:
-        DDPStrategy.setup_environment(self)
+        self.ddp.setup_environment(self)
+
+
+class FabricOnCPU(OnCPU, DeepSpeedStrategy):
+    """Fabric's."""
+
+    ddp = DDPStrategy
 
     @override
     def _setup_distributed(self) -> None:
@@ -328,45 +335,37 @@ def refused(kind: str) -> None:
             steps(engine, Task("linear"), 0, 1)
         finally:
             flat.close()
-    elif kind == "FMLoRA":
-        engine = engine_of(net, 2)
-        loops.FMLoRA(engine, engine.optimizer, RHO)
-    elif kind == "FMLoRA on the model itself":
-        engine = engine_of(net, 2)
-        loops.FMLoRA(net, engine.optimizer, RHO)
-    elif kind == "offload":
+        return
+    engine = engine_refused(kind, net)
+    method = loops.FMLoRA if kind.startswith("FMLoRA") else loops.EFMLoRA
+    method(net if kind == "FMLoRA on the model itself" else engine, engine.optimizer, RHO)
+
+
+def engine_refused(kind: str, net: Any) -> Any:
+    """An engine under which a method is refused."""
+    deepspeed = start()
+    if kind == "offload":
         zero = {"offload_optimizer": {"device": "cpu"}}
-        engine = engine_of(net, 2, zero=zero, zero_force_ds_cpu_optimizer=False)
-        loops.EFMLoRA(engine, engine.optimizer, RHO)
-    elif kind == "pipeline":
-        start()
+        return engine_of(net, 2, zero=zero, zero_force_ds_cpu_optimizer=False)
+    if kind == "pipeline":
         from deepspeed.pipe import PipelineModule
 
-        pipeline = PipelineModule(list(net.base_model.model), num_stages=2)
-        engine = engine_of(pipeline, 1, window=2)
-        loops.EFMLoRA(engine, engine.optimizer, RHO)
-    elif kind == "experts":
-        start()
+        return engine_of(PipelineModule(list(net.base_model.model), num_stages=2), 1, window=2)
+    if kind == "experts":
         from deepspeed.moe.layer import MoE
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
 
         net.base_model.model.append(MoE(3, nn.Linear(3, 3), num_experts=2))
         groups = split({"params": trained_of(net), "name": "all"})
-        engine = engine_of(net, 2, optimizer=torch.optim.AdamW(groups))
-        loops.EFMLoRA(engine, engine.optimizer, RHO)
-    elif kind == "tensor parallelism":
-        net = start().tp_model_init(llama(), tp_size=2, dtype=torch.float32)
-        net = get_peft_model(net, LoraConfig(target_modules=["lm_head"]))
-        engine = engine_of(net, 1, tensor_parallel={"autotp_size": 2})
-        loops.EFMLoRA(engine, engine.optimizer, RHO)
-    elif kind == "Muon":
+        return engine_of(net, 2, optimizer=torch.optim.AdamW(groups))
+    if kind == "tensor parallelism":
+        base = deepspeed.tp_model_init(llama(), tp_size=2, dtype=torch.float32)
+        net = get_peft_model(base, LoraConfig(target_modules=["lm_head"]))
+        return engine_of(net, 1, tensor_parallel={"autotp_size": 2})
+    if kind == "Muon":
         muon = {"type": "Muon", "params": {"lr": 1e-3}}
-        engine, *_ = start().initialize(
-            model=net,
-            model_parameters=trained_of(net),
-            config={"train_micro_batch_size_per_gpu": SIZE, "optimizer": muon},
-        )
-        loops.EFMLoRA(engine, engine.optimizer, RHO)
-    else:
-        engine = engine_of(net, 0, bf16={"enabled": True})
-        loops.EFMLoRA(engine, engine.optimizer, RHO)
+        config = {"train_micro_batch_size_per_gpu": SIZE, "optimizer": muon}
+        return deepspeed.initialize(model=net, model_parameters=trained_of(net), config=config)[0]
+    if kind == "bf16 without ZeRO":
+        return engine_of(net, 0, bf16={"enabled": True})
+    return engine_of(net, 2)

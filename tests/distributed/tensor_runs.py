@@ -129,7 +129,7 @@ def passes(flat: Any) -> Any:
 
 
 class _Splits:
-    """Splits the B of one layer by rows and the A of another by columns, as transformers does."""
+    """Splits one layer and its B by rows, and another layer and its A by columns, with whole results."""
 
     net: Any
     device_mesh: Any
@@ -140,8 +140,8 @@ class _Splits:
         layers, mesh = self.net.base_model.model, self.device_mesh["tensor_parallel"]
         by_rows = ColwiseParallel(output_layouts=Replicate())
         by_columns = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
-        parallelize_module(layers[0], mesh, {"lora_B.default": by_rows})
-        parallelize_module(layers[2], mesh, {"lora_A.default": by_columns})
+        parallelize_module(layers[0], mesh, {"base_layer": by_rows, "lora_B.default": by_rows})
+        parallelize_module(layers[2], mesh, {"base_layer": by_columns, "lora_A.default": by_columns})
         self.is_split = True
 
 

@@ -36,7 +36,7 @@ def of(tmp_path_factory: pytest.TempPathFactory) -> Results:
         runs[f"zero {stage}"] = partial(train, "linear", stage, method="zero")
         runs[f"experts {stage}"] = partial(train, "experts", stage)
         runs[f"plain experts {stage}"] = partial(train, "experts", stage, method="LoRA")
-        runs[f"resumed {stage}"] = partial(resumed, str(tmp_path_factory.mktemp("states")), stage)
+        runs[f"resumed {stage}"] = partial(resumed, str(tmp_path_factory.mktemp("states")), stage, stage)
         if stage:
             runs[f"accelerate {stage}"] = partial(by_accelerate, str(tmp_path_factory.mktemp("accelerate")), stage)
             runs[f"Fabric {stage}"] = partial(by_fabric, str(tmp_path_factory.mktemp("fabric")), stage)
@@ -46,6 +46,8 @@ def of(tmp_path_factory: pytest.TempPathFactory) -> Results:
         for method in ("flat", "LoRA"):
             runs[f"calls {method} {stage}"] = partial(calls, stage, method)
     runs["persistent"] = partial(train, "linear", 3, threshold=10**6)
+    for before, after in ((1, 2), (2, 1)):
+        runs[f"resumed {before} {after}"] = partial(resumed, str(tmp_path_factory.mktemp("states")), before, after)
     for kind in REFUSED:
         runs[f"refused {kind}"] = partial(refused, kind)
     return launch(tmp_path_factory.mktemp("deepspeed"), runs)
@@ -123,6 +125,12 @@ def test_resumed_runs_of_accelerate_equal_one_process(of: Results, stage: int) -
     for rank in of[f"accelerate {stage}"]:
         assert rank["type"] == "DistributedType.DEEPSPEED"
         assert difference(rank["weights"], expected) < 1e-6
+
+
+@pytest.mark.parametrize("stages", ["1 2", "2 1"])
+def test_stages_1_and_2_resume_each_others_runs(of: Results, stages: str) -> None:
+    for rank in of[f"resumed {stages}"]:
+        assert difference(rank["weights"], alone("linear", clip=0.3)) < 1e-6
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

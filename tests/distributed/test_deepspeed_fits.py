@@ -21,7 +21,7 @@ REFUSED = {
     "FMLoRA": "DeepSpeed adds each pass to the gradients of the step",
     "SAM": "leaves each rank a part of every weight",
     "AdapterCheckpoint": "DeepSpeed stores weights in its own format: use Lightning's ModelCheckpoint",
-    "FlatnessMonitor": "the strategy OnCPU is not supported",
+    "FlatnessMonitor": "the strategy LightningOnCPU is not supported",
 }
 
 
